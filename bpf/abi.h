@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What the kernel and the daemon share: the rows of every map, and the numbers in them. src/abi.rs holds the same
+ * structs; both sides assert their sizes, a test compares every offset with this object's BTF, and the enums are
+ * read from this very file by build.rs. The pin directory carries ABI_VERSION: raise it when a row changes.
+ *
+ * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d, so that one set of maps serves both families.
+ * No struct has padding: every byte of a key is hashed.
+ */
+#ifndef KUBELANE_ABI_H
+#define KUBELANE_ABI_H
+
+#include <linux/types.h>
+
+enum abi {
+	ABI_VERSION = 1,
+};
+
+struct address {
+	__u8 bytes[16];
+};
+
+/* Why a frontend exists; more than one bit only where one address plays several roles. */
+enum frontend_flag {
+	FRONTEND_CLUSTER_IP = 1,
+	FRONTEND_EXTERNAL_IP = 2,
+	FRONTEND_LOAD_BALANCER = 4,
+	FRONTEND_NODE_PORT = 8,
+};
+
+/* Which of a service port's two endpoint sets a pool is, and which sets a backend belongs to (a bit each). */
+enum pool_member {
+	POOL_CLUSTER = 1,
+	POOL_LOCAL = 2,
+};
+
+/* What a client of an empty pool gets. */
+enum pool_empty {
+	EMPTY_REFUSE = 0,
+	EMPTY_DROP = 1,
+};
+
+enum backend_state {
+	BACKEND_GONE = 0,
+	BACKEND_ACTIVE = 1,
+	BACKEND_TERMINATING = 2,
+};
+
+enum backend_flag {
+	BACKEND_NODE_LOCAL = 1,
+};
+
+enum address_flag {
+	/* A cluster IP: a port of it that no Service has is refused. */
+	ADDRESS_CLUSTER_IP = 1,
+	/* An external or load balancer IP. */
+	ADDRESS_SERVICE_VIP = 2,
+	/* An address of this node that serves NodePorts. */
+	ADDRESS_NODE = 4,
+};
+
+/* Index into the per-CPU array `counters`. */
+enum counter {
+	COUNTER_CONNECT_TRANSLATED = 0, /* connect() sent to a backend */
+	COUNTER_DATAGRAM_TRANSLATED = 1, /* unconnected datagram sent to a backend */
+	COUNTER_REPLY_TRANSLATED = 2, /* datagram whose source was shown as the service */
+	COUNTER_PEER_TRANSLATED = 3, /* getpeername() answered with the service */
+	COUNTER_REFUSED_NO_ENDPOINT = 4, /* refused: no usable endpoint anywhere */
+	COUNTER_REFUSED_UNKNOWN_PORT = 5, /* refused: a cluster IP's port that no Service has */
+	COUNTER_DROPPED_NO_LOCAL_ENDPOINT = 6, /* dropped: traffic policy Local and no local endpoint */
+	COUNTER_FAILED_BACKEND_MISSING = 7, /* let through: a slot led to no backend (never expected) */
+	COUNTER_FAILED_STORAGE = 8, /* translated, but the kernel had no memory for the socket's record */
+	COUNTER_MAX = 9,
+};
+
+/* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
+struct frontend_key {
+	struct address address;
+	__be16 port;
+	__u8 protocol; /* IPPROTO_TCP, _UDP, _SCTP; UDP-Lite is looked up as UDP, MPTCP as TCP */
+	__u8 zero;
+};
+
+/* A dense region of `slots`: backend ids at slots[base] .. slots[base + count - 1]. */
+struct pool {
+	__u32 base;
+	__u32 count;
+	__u8 member; /* enum pool_member */
+	__u8 on_empty; /* enum pool_empty */
+	__u16 zero;
+};
+
+struct frontend {
+	__u32 service_id;
+	__u32 flags; /* enum frontend_flag */
+	__u32 affinity_seconds; /* 0: no session affinity */
+	struct pool inside; /* for clients on this node */
+	struct pool outside; /* for packets from the wire */
+};
+
+/* backends[id]. The generation counts the tenants of an id: a record with another generation is of a former one. */
+struct backend {
+	struct address address;
+	__be16 port;
+	__u8 state; /* enum backend_state */
+	__u8 pools; /* enum pool_member bits: where new connections may find it */
+	__u32 generation;
+	__u32 service_id;
+	__u8 protocol;
+	__u8 flags; /* enum backend_flag */
+	__u16 zero;
+};
+
+/* services[service id]: the name of a service port, "namespace/name:port" or "namespace/name", NUL padded. */
+struct service_name {
+	char text[192];
+};
+
+/* Who is remembered by session affinity. */
+enum client_kind {
+	CLIENT_NETWORK_NAMESPACE = 0, /* identity: the namespace's cookie, 8 bytes in host order, then zeros */
+	CLIENT_ADDRESS = 1, /* identity: the client's address */
+};
+
+struct affinity_key {
+	__u8 client[16];
+	__u32 service_id;
+	__u32 kind; /* enum client_kind */
+};
+
+struct affinity {
+	__u32 backend_id;
+	__u32 generation;
+	__u64 used_ns; /* bpf_ktime_get_ns() of the last connection */
+};
+
+/* Where a translated socket or datagram was meant to go, and where it went. */
+struct origin {
+	struct address service_address;
+	struct address backend_address;
+	__be16 service_port;
+	__be16 backend_port;
+	__u32 backend_id;
+	__u32 generation;
+	__u32 service_id;
+	__u32 protocol;
+};
+
+/* A connected socket whose backend is gone, as the iterator `find_stale_sockets` prints it. */
+struct stale_socket {
+	struct address source_address;
+	struct address backend_address;
+	__be16 source_port;
+	__be16 backend_port;
+	__u16 family; /* AF_INET or AF_INET6: of the socket, not of the address */
+	__u16 protocol;
+	__u32 netns_inum; /* as stat() of /proc/PID/ns/net shows it */
+	__u32 interface; /* sk_bound_dev_if */
+};
+
+_Static_assert(sizeof(struct frontend_key) == 20, "frontend_key");
+_Static_assert(sizeof(struct pool) == 12, "pool");
+_Static_assert(sizeof(struct frontend) == 36, "frontend");
+_Static_assert(sizeof(struct backend) == 32, "backend");
+_Static_assert(sizeof(struct service_name) == 192, "service_name");
+_Static_assert(sizeof(struct affinity_key) == 24, "affinity_key");
+_Static_assert(sizeof(struct affinity) == 16, "affinity");
+_Static_assert(sizeof(struct origin) == 52, "origin");
+_Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
+
+#endif

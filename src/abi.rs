@@ -1,0 +1,144 @@
+//! The rows of the kernel's maps, as `bpf/abi.h` declares them. Plain bytes: no pointers, no padding.
+//!
+//! The enums' numbers are read from `bpf/abi.h` by build.rs (modules `frontend_flag`, `pool_member`, ...); struct sizes
+//! are asserted here and there, and a test compares every offset with the object's BTF.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::model::{Ipx, Protocol};
+
+include!(concat!(env!("OUT_DIR"), "/abi_enums.rs"));
+
+/// Key of `frontends`. A NodePort has the wildcard address of its family.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FrontendKey {
+    /// Network order, IPv4 as v4-mapped.
+    pub address: [u8; 16],
+    /// Network order.
+    pub port_be: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    pub zero: u8,
+}
+
+impl FrontendKey {
+    /// `port` in host order.
+    pub fn new(ip: Ipx, port: u16, protocol: Protocol) -> Self {
+        FrontendKey { address: ip.0, port_be: port.to_be_bytes(), protocol: protocol as u8, zero: 0 }
+    }
+
+    pub fn ip(&self) -> Ipx {
+        Ipx(self.address)
+    }
+
+    /// Host order.
+    pub fn port(&self) -> u16 {
+        u16::from_be_bytes(self.port_be)
+    }
+}
+
+/// A dense region of `slots`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Pool {
+    pub base: u32,
+    pub count: u32,
+    /// One of [`pool_member`].
+    pub member: u8,
+    /// One of [`pool_empty`].
+    pub on_empty: u8,
+    pub zero: u16,
+}
+
+/// Value of `frontends`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Frontend {
+    pub service_id: u32,
+    /// Bits of [`frontend_flag`].
+    pub flags: u32,
+    /// 0: no session affinity.
+    pub affinity_seconds: u32,
+    /// For clients on this node.
+    pub inside: Pool,
+    /// For packets from the wire.
+    pub outside: Pool,
+}
+
+/// Value of `backends`, whose index is the backend id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Backend {
+    pub address: [u8; 16],
+    /// Network order.
+    pub port_be: [u8; 2],
+    /// One of [`backend_state`].
+    pub state: u8,
+    /// Bits of [`pool_member`].
+    pub pools: u8,
+    pub generation: u32,
+    pub service_id: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Bits of [`backend_flag`].
+    pub flags: u8,
+    pub zero: u16,
+}
+
+/// Value of `services`, keyed by service id: the service port's name, NUL padded.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct ServiceName {
+    pub text: [u8; 192],
+}
+
+impl ServiceName {
+    /// Kubernetes limits each of the three names to 63 bytes, so that every real name fits; longer text is cut.
+    pub fn new(text: &str) -> Self {
+        let mut name = ServiceName { text: [0; 192] };
+        let n = text.len().min(name.text.len());
+        name.text[..n].copy_from_slice(&text.as_bytes()[..n]);
+        name
+    }
+
+    pub fn as_str(&self) -> &str {
+        let end = self.text.iter().position(|b| *b == 0).unwrap_or(self.text.len());
+        std::str::from_utf8(&self.text[..end]).unwrap_or("(not UTF-8)")
+    }
+}
+
+impl std::fmt::Debug for ServiceName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.as_str().fmt(f)
+    }
+}
+
+/// A connected socket whose backend is gone, as the socket iterator prints it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct StaleSocket {
+    pub source_address: [u8; 16],
+    pub backend_address: [u8; 16],
+    /// Network order.
+    pub source_port_be: [u8; 2],
+    /// Network order.
+    pub backend_port_be: [u8; 2],
+    /// AF_INET or AF_INET6: of the socket, not of the address.
+    pub family: u16,
+    /// IP protocol number.
+    pub protocol: u16,
+    /// Inode of the socket's network namespace.
+    pub netns_inum: u32,
+    /// Bound interface, 0 for none.
+    pub interface: u32,
+}
+
+const _: () = {
+    assert!(size_of::<FrontendKey>() == 20);
+    assert!(size_of::<Pool>() == 12);
+    assert!(size_of::<Frontend>() == 36);
+    assert!(size_of::<Backend>() == 32);
+    assert!(size_of::<ServiceName>() == 192);
+    assert!(size_of::<StaleSocket>() == 48);
+};

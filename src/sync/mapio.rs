@@ -1,0 +1,60 @@
+//! The door to the kernel: everything above it works the same on real maps and on the tests' model of them.
+
+use std::io;
+
+/// The maps that the daemon fills, named as in bpf/. Keys and values are the bytes of the `abi` structs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum MapName {
+    /// u32 service id -> `abi::ServiceName` (hash).
+    Services,
+    /// u32 backend id -> `abi::Backend` (array).
+    Backends,
+    /// u32 index -> u32 backend id (array).
+    Slots,
+    /// `abi::FrontendKey` -> `abi::Frontend` (hash).
+    Frontends,
+    /// 16 address bytes -> u32 bits of `abi::address_flag` (hash).
+    Addresses,
+}
+
+impl MapName {
+    pub const ALL: [MapName; 5] =
+        [MapName::Services, MapName::Backends, MapName::Slots, MapName::Frontends, MapName::Addresses];
+
+    /// The map's name in the BPF object and in the pin directory.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MapName::Services => "services",
+            MapName::Backends => "backends",
+            MapName::Slots => "slots",
+            MapName::Frontends => "frontends",
+            MapName::Addresses => "addresses",
+        }
+    }
+}
+
+/// A row that the kernel did not take.
+#[derive(Debug)]
+pub struct Failure {
+    /// Index of the row in the call.
+    pub row: usize,
+    /// ENOSPC/E2BIG: the map is full. ENOMEM, EPERM and others as bpf(2) says.
+    pub error: io::Error,
+}
+
+/// Reads and writes the kernel's maps. Rows of one call are independent: each succeeds or fails alone, and rows that
+/// are not in the returned list were written.
+pub trait MapIo {
+    /// Inserts or replaces `rows` rows; `keys` and `values` are the rows' bytes one after another.
+    fn write(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> Vec<Failure>;
+
+    /// Deletes `rows` rows of a hash map. A key that is not there counts as deleted.
+    fn delete(&mut self, map: MapName, keys: &[u8], rows: usize) -> Vec<Failure>;
+
+    /// Calls `each(key, value)` for every row; rows of array maps whose value is all zeros are left out. Fails rather
+    /// than ending early: an incomplete dump is never taken for the whole.
+    fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()>;
+
+    /// How many rows the map can hold.
+    fn capacity(&self, map: MapName) -> u32;
+}
