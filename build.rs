@@ -48,7 +48,10 @@ fn rust_enums(header: &str) -> String {
             let Some((constant, value)) = line.split_once(" = ") else { continue };
             let (value, comment) = value.split_once(',').expect("one enumerator a line, ending with a comma");
             let comment = comment.trim().trim_start_matches("/*").trim_end_matches("*/").trim();
-            let _ = writeln!(rust, "    #[doc = {comment:?}]\n    pub const {constant}: u32 = {value};");
+            if !comment.is_empty() {
+                let _ = writeln!(rust, "    #[doc = {comment:?}]");
+            }
+            let _ = writeln!(rust, "    pub const {constant}: u32 = {value};");
             if !constant.ends_with("_MAX") {
                 let label = constant.trim_start_matches("COUNTER_").to_lowercase();
                 let _ = writeln!(names, "        ({label:?}, {comment:?}),");

@@ -12,8 +12,8 @@
 
 #include <linux/types.h>
 
-enum abi {
-	ABI_VERSION = 1,
+enum abi_version {
+	ABI_VERSION = 1, /* the pin directory's "v1" */
 };
 
 struct address {

@@ -1,6 +1,159 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/*
+ * kubelane's one BPF object, as a table of contents: every program that the kernel calls is here, one screen each,
+ * and does three things: bring the hook's context into the common form, call the step that decides, write the
+ * decision back. The steps are in the headers, in the order in which a destination passes through them:
+ *
+ *   abi.h        the rows of the maps, shared with the daemon
+ *   maps.h       the maps
+ *   config.h     what is fixed before the object is loaded
+ *   count.h      counters: every refusal and drop has one
+ *   address.h    128-bit addresses
+ *   frontend.h   destination -> frontend: is it a Service, and which?
+ *   backend.h    frontend -> backend: session affinity, then a random pick
+ *   origin.h     connected sockets: what was asked for, which backend it got
+ *   datagram.h   unconnected sockets: the same, for each destination
+ *   socket.h     the verdict on connect() and sendmsg(), the reverse for recvmsg() and getpeername()
+ *   stale.h      the iterator that finds connected sockets whose backend is gone
+ *
+ * The families differ in the entry points below only (IPv4 is v4-mapped everywhere else). The TC programs for packets
+ * from the wire will stand beside these and share address.h, frontend.h and backend.h.
+ */
 #include <linux/bpf.h>
+#include <linux/errno.h>
+#include <linux/in.h>
+#include <linux/in6.h>
 #include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+
 #include "abi.h"
+#include "maps.h"
+#include "config.h"
+#include "count.h"
+#include "address.h"
+#include "frontend.h"
+#include "backend.h"
+#include "origin.h"
+#include "datagram.h"
+#include "socket.h"
+#include "stale.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+/* A cgroup program's answer: 0 fails the system call, 1 lets it go on. */
+enum answer {
+	ANSWER_FAIL = 0,
+	ANSWER_GO_ON = 1,
+};
+
+/* connect(2) on TCP, MPTCP, UDP and UDP-Lite: translated once, nothing to do for the packets. */
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip4(&request, ctx);
+	if (!socket_connect(ctx, &request))
+		return ANSWER_FAIL;
+	if (request.translated)
+		request_to_ip4(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip6(&request, ctx);
+	if (!socket_connect(ctx, &request))
+		return ANSWER_FAIL;
+	if (request.translated)
+		request_to_ip6(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+/* sendto(2), sendmsg(2) with an address, on UDP and UDP-Lite. */
+SEC("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip4(&request, ctx);
+	if (!socket_send(ctx, &request))
+		return ANSWER_FAIL;
+	if (request.translated)
+		request_to_ip4(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+SEC("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip6(&request, ctx);
+	if (!socket_send(ctx, &request))
+		return ANSWER_FAIL;
+	if (request.translated)
+		request_to_ip6(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+/* recvfrom(2), recvmsg(2) with room for an address: a backend's reply shows the service that was asked. */
+SEC("cgroup/recvmsg4")
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip4(&request, ctx);
+	socket_receive(ctx, &request);
+	if (request.translated)
+		request_to_ip4(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+SEC("cgroup/recvmsg6")
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip6(&request, ctx);
+	socket_receive(ctx, &request);
+	if (request.translated)
+		request_to_ip6(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+/* getpeername(2) (5.8): the application sees the address it asked for. */
+SEC("cgroup/getpeername4")
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip4(&request, ctx);
+	socket_peer_name(ctx, &request);
+	if (request.translated)
+		request_to_ip4(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+SEC("cgroup/getpeername6")
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct request request = {};
+
+	request_from_ip6(&request, ctx);
+	socket_peer_name(ctx, &request);
+	if (request.translated)
+		request_to_ip6(&request, ctx);
+	return ANSWER_GO_ON;
+}
+
+/* Read by the daemon after a backend has gone: prints a struct stale_socket for each socket still connected to one. */
+SEC("iter/bpf_sk_storage_map")
+int find_stale_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	print_stale_socket(ctx);
+	return 0;
+}

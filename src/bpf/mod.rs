@@ -1,1 +1,17 @@
-//! (in work)
+//! The only door to libbpf and the only `unsafe`: loading, pinning and attaching the BPF object, the kernel maps as a
+//! [`MapIo`](crate::sync::MapIo), probes of kernel features, and the search for sockets whose backend is gone.
+
+mod attach;
+mod load;
+mod maps;
+pub mod memory;
+mod namespaces;
+pub mod pinned;
+pub mod probe;
+mod skeleton;
+mod stale;
+
+pub use load::{Datapath, Settings};
+pub use maps::Maps;
+pub use pinned::cleanup;
+pub use stale::{StalePass, StaleSockets};

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* 128-bit addresses in network order; IPv4 is ::ffff:a.b.c.d (RFC 4291 section 2.5.5.2). */
+#ifndef KUBELANE_ADDRESS_H
+#define KUBELANE_ADDRESS_H
+
+/* Written as words: the rows that hold addresses are aligned to four bytes. */
+struct address_words {
+	__be32 word[4];
+};
+
+static __always_inline struct address_words *address_words(const struct address *address)
+{
+	return (struct address_words *)address;
+}
+
+static __always_inline void address_set_ip4(struct address *address, __be32 ip4)
+{
+	struct address_words *words = address_words(address);
+
+	words->word[0] = 0;
+	words->word[1] = 0;
+	words->word[2] = bpf_htonl(0xffff);
+	words->word[3] = ip4;
+}
+
+static __always_inline int address_is_ip4(const struct address *address)
+{
+	const struct address_words *words = address_words(address);
+
+	return !words->word[0] && !words->word[1] && words->word[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline int address_equal(const struct address *a, const struct address *b)
+{
+	const struct address_words *x = address_words(a), *y = address_words(b);
+
+	return x->word[3] == y->word[3] && x->word[2] == y->word[2] && x->word[1] == y->word[1] &&
+	       x->word[0] == y->word[0];
+}
+
+/* 127.0.0.0/8, ::1, and the two wildcards, which connect() takes for "this host" as well. */
+static __always_inline int address_is_loopback(const struct address *address)
+{
+	const struct address_words *words = address_words(address);
+
+	if (address_is_ip4(address))
+		return !words->word[3] || (words->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !words->word[0] && !words->word[1] && !words->word[2] &&
+	       (!words->word[3] || words->word[3] == bpf_htonl(1));
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * From a frontend's pool to a backend.
+ *
+ * Cost: two array look-ups (slot, backend); with session affinity one LRU hash look-up before and one write after.
+ */
+#ifndef KUBELANE_BACKEND_H
+#define KUBELANE_BACKEND_H
+
+struct choice {
+	struct backend *backend;
+	__u32 backend_id;
+};
+
+static __always_inline struct backend *backend_get(__u32 id)
+{
+	return bpf_map_lookup_elem(&backends, &id);
+}
+
+/* A record of (id, generation) still means the backend that it was made for, and that backend still answers. */
+static __always_inline struct backend *backend_get_living(__u32 id, __u32 generation)
+{
+	struct backend *backend = backend_get(id);
+
+	if (!backend || backend->generation != generation || backend->state == BACKEND_GONE)
+		return (void *)0;
+	return backend;
+}
+
+/* Every slot of a pool is as likely as the others: the high half of a 32 x 32 bit product, no division. */
+static __always_inline struct choice backend_pick_random(const struct pool *pool)
+{
+	struct choice choice = {};
+	__u32 index = pool->base + (__u32)(((__u64)bpf_get_prandom_u32() * pool->count) >> 32);
+	__u32 *id = bpf_map_lookup_elem(&slots, &index);
+
+	if (!id)
+		return choice;
+	choice.backend_id = *id;
+	choice.backend = backend_get(*id);
+	return choice;
+}
+
+/* The remembered backend, if new connections may still find it in this pool. */
+static __always_inline struct choice backend_recall(const struct affinity_key *key, const struct frontend *frontend,
+						    const struct pool *pool, __u64 now)
+{
+	struct affinity *affinity = bpf_map_lookup_elem(&affinities, key);
+	struct choice choice = {};
+	struct backend *backend;
+
+	if (!affinity || now - affinity->used_ns >= (__u64)frontend->affinity_seconds * 1000000000ULL)
+		return choice;
+	backend = backend_get_living(affinity->backend_id, affinity->generation);
+	if (!backend || !(backend->pools & pool->member))
+		return choice;
+	choice.backend = backend;
+	choice.backend_id = affinity->backend_id;
+	return choice;
+}
+
+static __always_inline struct choice backend_pick_affine(const struct affinity_key *key,
+							 const struct frontend *frontend, const struct pool *pool)
+{
+	struct affinity affinity = {.used_ns = bpf_ktime_get_ns()};
+	struct choice choice = backend_recall(key, frontend, pool, affinity.used_ns);
+
+	if (!choice.backend)
+		choice = backend_pick_random(pool);
+	if (!choice.backend)
+		return choice;
+	affinity.backend_id = choice.backend_id;
+	affinity.generation = choice.backend->generation;
+	bpf_map_update_elem(&affinities, key, &affinity, BPF_ANY);
+	return choice;
+}
+
+#endif

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What is known before the object is loaded. Frozen read-only data: the verifier knows the values and removes the
+ * branches that they rule out, so that a helper which the kernel lacks is never seen by it.
+ */
+#ifndef KUBELANE_CONFIG_H
+#define KUBELANE_CONFIG_H
+
+struct config {
+	/* Cookie of the namespace that the daemon serves: only there does loopback reach NodePorts. 0: the initial
+	 * namespace's (the daemon could not ask: SO_NETNS_COOKIE is from 5.14). */
+	__u64 host_netns_cookie;
+	/* The kernel has bpf_set_retval (5.18); without it a refusal shows as EPERM. */
+	__u32 has_set_retval;
+	__u32 zero;
+};
+
+const volatile struct config config = {};
+
+static __always_inline int in_host_namespace(void *ctx)
+{
+	__u64 host = config.host_netns_cookie;
+
+	if (!host)
+		host = bpf_get_netns_cookie((void *)0);
+	return bpf_get_netns_cookie(ctx) == host;
+}
+
+#endif

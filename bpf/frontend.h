@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * From a destination to the frontend that serves it.
+ *
+ * Cost: a Service's own address is one hash look-up. Any other destination is two (its frontend, its address's
+ * flags), a NodePort on a node address three.
+ */
+#ifndef KUBELANE_FRONTEND_H
+#define KUBELANE_FRONTEND_H
+
+enum lookup_result {
+	LOOKUP_NOT_OURS = 0,
+	LOOKUP_FOUND = 1,
+	LOOKUP_UNKNOWN_PORT = 2, /* a cluster IP, but no Service has that port */
+};
+
+struct lookup {
+	struct frontend *frontend; /* set when LOOKUP_FOUND */
+	enum lookup_result result;
+};
+
+/* The key becomes that of the NodePort: the wildcard address of the destination's family. */
+static __always_inline struct frontend *frontend_lookup_node_port(struct frontend_key *key)
+{
+	address_words(&key->address)->word[3] = 0;
+	if (!address_is_ip4(&key->address)) {
+		address_words(&key->address)->word[0] = 0;
+		address_words(&key->address)->word[1] = 0;
+		address_words(&key->address)->word[2] = 0;
+	}
+	return bpf_map_lookup_elem(&frontends, key);
+}
+
+/* `loopback_allowed`: the client is in the node's own namespace, where 127.0.0.1 and ::1 are the node. */
+static __always_inline struct lookup frontend_lookup(struct frontend_key *key, int loopback_allowed)
+{
+	struct lookup lookup = {};
+	__u32 *flags;
+
+	if (address_is_loopback(&key->address)) {
+		if (loopback_allowed)
+			lookup.frontend = frontend_lookup_node_port(key);
+		lookup.result = lookup.frontend ? LOOKUP_FOUND : LOOKUP_NOT_OURS;
+		return lookup;
+	}
+	lookup.frontend = bpf_map_lookup_elem(&frontends, key);
+	if (lookup.frontend) {
+		lookup.result = LOOKUP_FOUND;
+		return lookup;
+	}
+	flags = bpf_map_lookup_elem(&addresses, &key->address);
+	if (!flags)
+		return lookup;
+	if (*flags & ADDRESS_CLUSTER_IP)
+		lookup.result = LOOKUP_UNKNOWN_PORT;
+	if (*flags & ADDRESS_NODE) {
+		lookup.frontend = frontend_lookup_node_port(key);
+		lookup.result = lookup.frontend ? LOOKUP_FOUND : LOOKUP_NOT_OURS;
+	}
+	return lookup;
+}
+
+#endif

@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * The socket hooks' decisions, free of families: a request comes in as a destination and leaves, if translated, with
+ * another one.
+ *
+ * Cost of connect() to a Service: one hash look-up, two array look-ups, one socket storage; to anything else: two
+ * hash look-ups that miss.
+ */
+#ifndef KUBELANE_SOCKET_H
+#define KUBELANE_SOCKET_H
+
+struct request {
+	struct frontend_key target; /* destination of connect and send, source of receive, peer of getpeername */
+	__u32 translated; /* 1: target was replaced */
+};
+
+/* IPPROTO_MPTCP (262) is newer than some kernels' headers. */
+enum {
+	PROTOCOL_MPTCP = 262,
+	PROTOCOL_UDPLITE = 136,
+};
+
+/* The protocol that Services know it by; 0: not one that has ports of theirs. */
+static __always_inline __u8 request_protocol(__u32 protocol)
+{
+	if (protocol == IPPROTO_TCP || protocol == PROTOCOL_MPTCP)
+		return IPPROTO_TCP;
+	if (protocol == IPPROTO_UDP || protocol == PROTOCOL_UDPLITE)
+		return IPPROTO_UDP;
+	return 0;
+}
+
+static __always_inline void request_from_ip4(struct request *request, struct bpf_sock_addr *ctx)
+{
+	address_set_ip4(&request->target.address, ctx->user_ip4);
+	request->target.port = (__be16)ctx->user_port;
+	request->target.protocol = request_protocol(ctx->protocol);
+}
+
+static __always_inline void request_from_ip6(struct request *request, struct bpf_sock_addr *ctx)
+{
+	struct address_words *words = address_words(&request->target.address);
+
+	words->word[0] = ctx->user_ip6[0];
+	words->word[1] = ctx->user_ip6[1];
+	words->word[2] = ctx->user_ip6[2];
+	words->word[3] = ctx->user_ip6[3];
+	request->target.port = (__be16)ctx->user_port;
+	request->target.protocol = request_protocol(ctx->protocol);
+}
+
+static __always_inline void request_to_ip4(const struct request *request, struct bpf_sock_addr *ctx)
+{
+	ctx->user_ip4 = address_words(&request->target.address)->word[3];
+	ctx->user_port = request->target.port;
+}
+
+static __always_inline void request_to_ip6(const struct request *request, struct bpf_sock_addr *ctx)
+{
+	const struct address_words *words = address_words(&request->target.address);
+
+	ctx->user_ip6[0] = words->word[0];
+	ctx->user_ip6[1] = words->word[1];
+	ctx->user_ip6[2] = words->word[2];
+	ctx->user_ip6[3] = words->word[3];
+	ctx->user_port = request->target.port;
+}
+
+static __always_inline void request_go_to_backend(struct request *request, const struct origin *origin)
+{
+	request->target.address = origin->backend_address;
+	request->target.port = origin->backend_port;
+	request->translated = 1;
+}
+
+static __always_inline void request_show_service(struct request *request, const struct origin *origin)
+{
+	request->target.address = origin->service_address;
+	request->target.port = origin->service_port;
+	request->translated = 1;
+}
+
+/* Fails the system call with `error` where the kernel lets a program choose (5.18), else with EPERM. */
+static __always_inline int fail_with(int error)
+{
+	if (config.has_set_retval)
+		bpf_set_retval(-error);
+	return 0;
+}
+
+/*
+ * An empty pool. Refused is ECONNREFUSED, as an ICMP port unreachable would show. Dropped (traffic policy Local, none
+ * here) must not be refused: a TCP client sees at once the ETIMEDOUT that a dropped SYN would end in, a datagram the
+ * EPERM that a drop in the host's own output chain gives.
+ */
+static __always_inline int fail_empty(const struct pool *pool, __u8 protocol)
+{
+	if (pool->on_empty == EMPTY_DROP) {
+		count(COUNTER_DROPPED_NO_LOCAL_ENDPOINT);
+		return protocol == IPPROTO_TCP ? fail_with(ETIMEDOUT) : 0;
+	}
+	count(COUNTER_REFUSED_NO_ENDPOINT);
+	return fail_with(ECONNREFUSED);
+}
+
+static __always_inline struct choice choose_backend(void *ctx, const struct frontend *frontend, const struct pool *pool)
+{
+	struct affinity_key key = {.service_id = frontend->service_id, .kind = CLIENT_NETWORK_NAMESPACE};
+	__u64 cookie;
+
+	if (!frontend->affinity_seconds)
+		return backend_pick_random(pool);
+	/* A socket's source address is not chosen yet; the network namespace is the pod. */
+	cookie = bpf_get_netns_cookie(ctx);
+	__builtin_memcpy(key.client, &cookie, sizeof(cookie));
+	return backend_pick_affine(&key, frontend, pool);
+}
+
+static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, const struct request *request)
+{
+	struct frontend_key key = request->target;
+	int loopback = 0;
+
+	if (!key.protocol)
+		return (struct lookup){};
+	if (address_is_loopback(&key.address))
+		loopback = in_host_namespace(ctx);
+	return frontend_lookup(&key, loopback);
+}
+
+/* 1: go on (translated or not), 0: the system call fails. */
+static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct request *request)
+{
+	struct lookup lookup = request_lookup(ctx, request);
+	struct bpf_sock *sk = ctx->sk;
+	struct origin origin = {};
+	struct choice choice;
+
+	if (lookup.result == LOOKUP_NOT_OURS) {
+		/* Whatever this socket was connected to before, it is not any more. */
+		origin_forget(sk);
+		return 1;
+	}
+	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend) {
+		count(COUNTER_REFUSED_UNKNOWN_PORT);
+		return fail_with(ECONNREFUSED);
+	}
+	if (!lookup.frontend->inside.count)
+		return fail_empty(&lookup.frontend->inside, request->target.protocol);
+	choice = choose_backend(ctx, lookup.frontend, &lookup.frontend->inside);
+	if (!choice.backend) {
+		count(COUNTER_FAILED_BACKEND_MISSING);
+		return 1;
+	}
+	origin_fill(&origin, &request->target, ctx->protocol, &choice);
+	origin_store(sk, &origin);
+	request_go_to_backend(request, &origin);
+	count(COUNTER_CONNECT_TRANSLATED);
+	return 1;
+}
+
+/* 1: go on (translated or not), 0: the system call fails. */
+static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request *request)
+{
+	struct lookup lookup = request_lookup(ctx, request);
+	struct bpf_sock *sk = ctx->sk;
+	struct origin origin = {};
+	struct choice choice;
+
+	if (lookup.result == LOOKUP_NOT_OURS)
+		return 1;
+	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend) {
+		count(COUNTER_REFUSED_UNKNOWN_PORT);
+		return fail_with(ECONNREFUSED);
+	}
+	if (!datagram_recall(ctx, sk, &request->target, &origin)) {
+		if (!lookup.frontend->inside.count)
+			return fail_empty(&lookup.frontend->inside, request->target.protocol);
+		choice = choose_backend(ctx, lookup.frontend, &lookup.frontend->inside);
+		if (!choice.backend) {
+			count(COUNTER_FAILED_BACKEND_MISSING);
+			return 1;
+		}
+		origin_fill(&origin, &request->target, ctx->protocol, &choice);
+		datagram_remember(ctx, sk, &request->target, &origin);
+	}
+	request_go_to_backend(request, &origin);
+	count(COUNTER_DATAGRAM_TRANSLATED);
+	return 1;
+}
+
+static __always_inline void socket_receive(struct bpf_sock_addr *ctx, struct request *request)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct origin *connected = bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0);
+	struct origin origin = {};
+
+	if (connected && origin_is_of_backend(connected, &request->target.address, request->target.port))
+		request_show_service(request, connected);
+	else if (datagram_reverse(ctx, sk, &request->target.address, request->target.port, &origin))
+		request_show_service(request, &origin);
+	if (request->translated)
+		count(COUNTER_REPLY_TRANSLATED);
+}
+
+static __always_inline void socket_peer_name(struct bpf_sock_addr *ctx, struct request *request)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct origin *origin = bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0);
+
+	if (!origin || !origin_is_of_backend(origin, &request->target.address, request->target.port))
+		return;
+	request_show_service(request, origin);
+	count(COUNTER_PEER_TRANSLATED);
+}
+
+#endif

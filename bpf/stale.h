@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Finding the connected sockets whose backend is gone. The iterator walks the sockets that have an origin, in every
+ * network namespace, and those only; the daemon then destroys them through sock_diag, namespace by namespace.
+ *
+ * Kernel structs are declared with the few members that are read; libbpf moves the offsets to the running kernel's.
+ */
+#ifndef KUBELANE_STALE_H
+#define KUBELANE_STALE_H
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct seq_file;
+struct bpf_map;
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+};
+
+struct ns_common {
+	unsigned int inum;
+};
+
+struct net {
+	struct ns_common ns;
+};
+
+typedef struct {
+	struct net *net;
+} possible_net_t;
+
+/* Of struct sock_common: its members inside anonymous unions are found by name. */
+struct sock_common {
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
+	__u16 skc_num;
+	unsigned short skc_family;
+	int skc_bound_dev_if;
+	possible_net_t skc_net;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	__u16 sk_protocol;
+};
+
+struct bpf_iter__bpf_sk_storage_map {
+	struct bpf_iter_meta *meta;
+	struct bpf_map *map;
+	struct sock *sk;
+	void *value;
+};
+
+#pragma clang attribute pop
+
+enum {
+	FAMILY_INET = 2,
+	FAMILY_INET6 = 10,
+};
+
+static __always_inline void address_set_ip6(struct address *address, const struct in6_addr *ip6)
+{
+	struct address_words *words = address_words(address);
+
+	words->word[0] = ip6->in6_u.u6_addr32[0];
+	words->word[1] = ip6->in6_u.u6_addr32[1];
+	words->word[2] = ip6->in6_u.u6_addr32[2];
+	words->word[3] = ip6->in6_u.u6_addr32[3];
+}
+
+static __always_inline void print_stale_socket(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct stale_socket stale = {};
+	struct origin *origin = ctx->value;
+	struct sock *sk = ctx->sk;
+
+	if (!sk || !origin)
+		return;
+	if (backend_get_living(origin->backend_id, origin->generation))
+		return;
+	stale.family = sk->__sk_common.skc_family;
+	if (stale.family == FAMILY_INET) {
+		address_set_ip4(&stale.source_address, sk->__sk_common.skc_rcv_saddr);
+		address_set_ip4(&stale.backend_address, sk->__sk_common.skc_daddr);
+	} else {
+		address_set_ip6(&stale.source_address, &sk->__sk_common.skc_v6_rcv_saddr);
+		address_set_ip6(&stale.backend_address, &sk->__sk_common.skc_v6_daddr);
+	}
+	stale.source_port = bpf_htons(sk->__sk_common.skc_num);
+	stale.backend_port = sk->__sk_common.skc_dport;
+	/* Disconnected since, or connected to something else. */
+	if (!origin_is_of_backend(origin, &stale.backend_address, stale.backend_port))
+		return;
+	stale.protocol = origin->protocol;
+	stale.netns_inum = sk->__sk_common.skc_net.net->ns.inum;
+	stale.interface = sk->__sk_common.skc_bound_dev_if;
+	bpf_seq_write(ctx->meta->seq, &stale, sizeof(stale));
+}
+
+#endif

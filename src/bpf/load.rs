@@ -1,0 +1,170 @@
+//! From the object file to a running datapath: configure, load, pin, attach; adopting whatever an earlier daemon left.
+
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapHandle, OpenMapMut, PrintLevel};
+
+use super::attach::{Attached, Cgroup, attach};
+use super::maps::Maps;
+use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
+use super::stale::StaleSockets;
+use super::{namespaces, pinned, probe};
+
+/// Where the datapath lives and how much it can hold.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The pin directory, on a BPF file system.
+    pub pin_path: PathBuf,
+    /// The cgroup2 directory whose processes are served.
+    pub cgroup: PathBuf,
+    /// Backends that the maps can hold. Taken when the maps are first created.
+    pub max_endpoints: u32,
+    /// Services that the maps can hold, with up to four frontends each. Taken when the maps are first created.
+    pub max_services: u32,
+}
+
+/// The attached datapath. Dropping it leaves everything attached and pinned.
+pub struct Datapath {
+    maps: Maps,
+    /// The iterator over socket storage; `None` without kernel BTF.
+    stale_iterator: Option<StaleSockets>,
+    /// True when an earlier daemon's links were taken over.
+    adopted: bool,
+    _lock: pinned::Lock,
+}
+
+impl Datapath {
+    /// Loads the object, takes over what is pinned, and attaches the programs to the cgroup. On an error nothing that
+    /// was attached before is touched.
+    pub fn open(settings: &Settings) -> Result<Datapath> {
+        libbpf_rs::set_print(Some((PrintLevel::Warn, log_libbpf)));
+        let cgroup = Cgroup::open(&settings.cgroup)?;
+        let lock = pinned::prepare(&settings.pin_path)?;
+        let mut storage = MaybeUninit::uninit();
+        let mut skeleton = KubelaneSkelBuilder::default().open(&mut storage).context("cannot open the BPF object")?;
+        configure(&mut skeleton)?;
+        size_and_pin_maps(&mut skeleton, settings)?;
+        let skeleton = skeleton.load().with_context(|| {
+            format!(
+                "the kernel did not take the BPF object (see the lines above; `kubelane check` names what is missing, and if the maps in {} are of another make, `kubelane cleanup` removes them)",
+                settings.pin_path.display()
+            )
+        })?;
+        let adopted = attach_all(&skeleton, &cgroup, &settings.pin_path)?;
+        for pin in pinned::remove_other_versions(&settings.pin_path)? {
+            tracing::info!("removed {pin}, left by another version");
+        }
+        let stale_iterator = attach_iterator(&skeleton)?;
+        Ok(Datapath { maps: Maps::open(&settings.pin_path)?, stale_iterator, adopted, _lock: lock })
+    }
+
+    /// The maps to write to.
+    pub fn maps(&mut self) -> &mut Maps {
+        &mut self.maps
+    }
+
+    /// Whether an earlier daemon's programs were found attached, and replaced without a gap.
+    pub fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// Finds and ends sockets whose backend is gone; for use on another thread. `None` without kernel BTF.
+    pub fn stale_sockets(&self) -> Option<StaleSockets> {
+        self.stale_iterator.clone()
+    }
+}
+
+fn log_libbpf(level: PrintLevel, message: String) {
+    match level {
+        PrintLevel::Warn => tracing::warn!("{}", message.trim_end()),
+        _ => tracing::debug!("{}", message.trim_end()),
+    }
+}
+
+fn configure(skeleton: &mut OpenKubelaneSkel<'_>) -> Result<()> {
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
+    rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
+    rodata.config.has_set_retval = probe::has_set_retval().into();
+    if !probe::has_kernel_btf() {
+        skeleton.progs.find_stale_sockets.set_autoload(false);
+    }
+    Ok(())
+}
+
+/// Sizes are chosen when a map is created and kept for as long as it is pinned.
+fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
+    let directory = pinned::maps_directory(&settings.pin_path);
+    let (services, endpoints) = (settings.max_services, settings.max_endpoints);
+    let maps = &mut skeleton.maps;
+    // Regions of slots are powers of two, and a pool that moves has two for a moment.
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 10] = [
+        ("services", &mut maps.services, Some(services.saturating_mul(2))),
+        ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
+        ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
+        ("backends", &mut maps.backends, Some(endpoints)),
+        ("slots", &mut maps.slots, Some(endpoints.saturating_mul(4))),
+        ("affinities", &mut maps.affinities, None),
+        ("socket_origins", &mut maps.socket_origins, None),
+        ("datagram_tables", &mut maps.datagram_tables, None),
+        ("datagram_overflow", &mut maps.datagram_overflow, None),
+        ("counters", &mut maps.counters, None),
+    ];
+    for (name, map, wanted) in sized {
+        let pin = directory.join(name);
+        if let Some(wanted) = wanted {
+            let kept = pinned_capacity(&pin, wanted)?;
+            map.set_max_entries(kept).with_context(|| format!("cannot size the map {name}"))?;
+        }
+        map.set_pin_path(&pin).with_context(|| format!("cannot pin the map {name}"))?;
+    }
+    Ok(())
+}
+
+fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
+    if !pin.exists() {
+        return Ok(wanted);
+    }
+    let pinned = MapHandle::from_pinned_path(pin).with_context(|| format!("cannot open {}", pin.display()))?;
+    if pinned.max_entries() != wanted {
+        tracing::warn!(
+            "{} keeps its capacity of {} rows ({wanted} asked for): --max-services and --max-endpoints take effect when the maps are created, after `kubelane cleanup`",
+            pin.display(),
+            pinned.max_entries()
+        );
+    }
+    Ok(pinned.max_entries())
+}
+
+/// Replies and names before requests: no socket is translated whose answers would not be.
+fn attach_all(skeleton: &KubelaneSkel<'_>, cgroup: &Cgroup, pin_path: &Path) -> Result<bool> {
+    let progs = &skeleton.progs;
+    let hooks = [
+        ("recvmsg4", &progs.recvmsg4),
+        ("recvmsg6", &progs.recvmsg6),
+        ("getpeername4", &progs.getpeername4),
+        ("getpeername6", &progs.getpeername6),
+        ("sendmsg4", &progs.sendmsg4),
+        ("sendmsg6", &progs.sendmsg6),
+        ("connect4", &progs.connect4),
+        ("connect6", &progs.connect6),
+    ];
+    let directory = pinned::links_directory(pin_path);
+    let mut adopted = true;
+    for (name, program) in hooks {
+        adopted &= attach(program, cgroup, &directory.join(name))? == Attached::Replaced;
+    }
+    Ok(adopted)
+}
+
+fn attach_iterator(skeleton: &KubelaneSkel<'_>) -> Result<Option<StaleSockets>> {
+    if !probe::has_kernel_btf() {
+        return Ok(None);
+    }
+    let map = skeleton.maps.socket_origins.as_fd();
+    let link = skeleton.progs.find_stale_sockets.attach_iter(map).context("cannot make the socket iterator")?;
+    Ok(Some(StaleSockets::new(link)))
+}

@@ -1,0 +1,201 @@
+//! The pinned maps as a [`MapIo`]: batched system calls, and an exact account of what was written.
+//!
+//! libbpf-rs's batch calls lose the count of processed rows when one fails, and its iterators end silently on an
+//! error, so that the two batch calls and the dump are made through libbpf-sys here.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use libbpf_rs::{MapCore, MapHandle};
+
+use super::pinned;
+use crate::abi::counter;
+use crate::sync::{Failure, MapIo, MapName};
+
+/// Rows in one system call: the kernel copies them one by one, so that more would only hold more memory.
+const BATCH: usize = 4096;
+
+/// The five maps that the daemon fills, and the counters.
+pub struct Maps {
+    handles: Vec<(MapName, MapHandle)>,
+    counters: MapHandle,
+    syscalls: u64,
+}
+
+impl Maps {
+    /// Opens the maps pinned below `pin_path`. Fails with a remedy when nothing is pinned there.
+    pub fn open(pin_path: &Path) -> Result<Maps> {
+        let directory = pinned::maps_directory(pin_path);
+        if !directory.exists() {
+            anyhow::bail!(
+                "no kubelane state below {}: the daemon has not run with this --pin-path, or was cleaned up",
+                pin_path.display()
+            );
+        }
+        let open = |name: &str| {
+            let path = directory.join(name);
+            MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+        };
+        let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
+        Ok(Maps { handles, counters: open("counters")?, syscalls: 0 })
+    }
+
+    /// bpf(2) calls made so far.
+    pub fn syscalls(&self) -> u64 {
+        self.syscalls
+    }
+
+    /// Each counter's label and its sum over the processors, in the order of `enum counter`.
+    pub fn read_counters(&self) -> Result<Vec<(&'static str, u64)>> {
+        let mut sums = Vec::with_capacity(counter::NAMES.len());
+        for (index, (label, _)) in (0u32..).zip(counter::NAMES) {
+            let values =
+                self.counters.lookup_percpu(&index.to_ne_bytes(), libbpf_rs::MapFlags::ANY)?.unwrap_or_default();
+            let per_cpu = values.iter().filter_map(|v| Some(u64::from_ne_bytes(v.get(..8)?.try_into().ok()?)));
+            sums.push((label, per_cpu.sum()));
+        }
+        Ok(sums)
+    }
+
+    fn handle(&self, map: MapName) -> &MapHandle {
+        // Every name is in the list: `open` made it from MapName::ALL, which is in the order of the enum.
+        &self.handles[map as usize].1
+    }
+
+    /// One batch; returns how many leading rows the kernel took, and the error that stopped it.
+    fn write_batch(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> (usize, Option<io::Error>) {
+        self.syscalls += 1;
+        let fd = self.handle(map).as_fd().as_raw_fd();
+        let mut count = rows as u32;
+        // SAFETY: `keys` and `values` hold `rows` rows of the map's key and value sizes (asserted by the caller), and
+        // outlive the call; the kernel only reads them.
+        let result = unsafe {
+            libbpf_sys::bpf_map_update_batch(
+                fd,
+                keys.as_ptr().cast(),
+                values.as_ptr().cast(),
+                &mut count,
+                std::ptr::null(),
+            )
+        };
+        processed(result, count, rows)
+    }
+
+    fn delete_batch(&mut self, map: MapName, keys: &[u8], rows: usize) -> (usize, Option<io::Error>) {
+        self.syscalls += 1;
+        let fd = self.handle(map).as_fd().as_raw_fd();
+        let mut count = rows as u32;
+        // SAFETY: as in `write_batch`.
+        let result =
+            unsafe { libbpf_sys::bpf_map_delete_batch(fd, keys.as_ptr().cast(), &mut count, std::ptr::null()) };
+        processed(result, count, rows)
+    }
+}
+
+/// libbpf returns -errno and the kernel's count. A count that is still the whole batch beside an error means that the
+/// kernel gave up before it began (generic_map_update_batch leaves it so when it has no memory): no row was taken.
+fn processed(result: i32, count: u32, rows: usize) -> (usize, Option<io::Error>) {
+    if result == 0 {
+        return (rows, None);
+    }
+    let taken = if count as usize >= rows { 0 } else { count as usize };
+    (taken, Some(io::Error::from_raw_os_error(-result)))
+}
+
+/// Runs `batch(first, rows)` over all rows; the row that stops a batch is judged by `verdict`, and the rest goes on
+/// behind it.
+fn in_batches(
+    rows: usize,
+    mut batch: impl FnMut(usize, usize) -> (usize, Option<io::Error>),
+    is_failure: impl Fn(&io::Error) -> bool,
+) -> Vec<Failure> {
+    let mut failures = Vec::new();
+    let mut first = 0;
+    while first < rows {
+        let (taken, error) = batch(first, BATCH.min(rows - first));
+        first += taken;
+        if let Some(error) = error {
+            if is_failure(&error) {
+                failures.push(Failure { row: first, error });
+            }
+            first += 1;
+        }
+    }
+    failures
+}
+
+impl MapIo for Maps {
+    fn write(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> Vec<Failure> {
+        let (key_size, value_size) = (self.handle(map).key_size() as usize, self.handle(map).value_size() as usize);
+        assert!(keys.len() == rows * key_size && values.len() == rows * value_size, "{map:?}: rows of another size");
+        let batch = |first: usize, n: usize| {
+            let (keys, values) =
+                (&keys[first * key_size..][..n * key_size], &values[first * value_size..][..n * value_size]);
+            self.write_batch(map, keys, values, n)
+        };
+        in_batches(rows, batch, |_| true)
+    }
+
+    fn delete(&mut self, map: MapName, keys: &[u8], rows: usize) -> Vec<Failure> {
+        let key_size = self.handle(map).key_size() as usize;
+        assert!(keys.len() == rows * key_size, "{map:?}: keys of another size");
+        let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);
+        in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT))
+    }
+
+    fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
+        let is_array = matches!(map, MapName::Backends | MapName::Slots);
+        let handle = self.handle(map);
+        let (key_size, value_size) = (handle.key_size() as usize, handle.value_size() as usize);
+        let fd = handle.as_fd().as_raw_fd();
+        // A hash's cursor is a bucket number, an array's an index: four bytes, but never less than a key.
+        let mut cursor = vec![0u8; key_size.max(8)];
+        let mut next = cursor.clone();
+        let mut started = false;
+        // A hash bucket is copied whole or not at all (ENOSPC): room grows until the largest one fits.
+        let mut room = BATCH;
+        loop {
+            let mut count = room as u32;
+            let (mut keys, mut values) = (vec![0u8; room * key_size], vec![0u8; room * value_size]);
+            let input = if started { cursor.as_mut_ptr().cast() } else { std::ptr::null_mut() };
+            // SAFETY: `keys` and `values` have room for `count` rows, `cursor` and `next` for a key; all outlive the call.
+            let result = unsafe {
+                libbpf_sys::bpf_map_lookup_batch(
+                    fd,
+                    input,
+                    next.as_mut_ptr().cast(),
+                    keys.as_mut_ptr().cast(),
+                    values.as_mut_ptr().cast(),
+                    &mut count,
+                    std::ptr::null(),
+                )
+            };
+            self.syscalls += 1;
+            let ended = result == -libc::ENOENT;
+            if result == -libc::ENOSPC && count == 0 {
+                room *= 2;
+                continue;
+            }
+            if result != 0 && !ended && result != -libc::ENOSPC {
+                return Err(io::Error::from_raw_os_error(-result));
+            }
+            for row in 0..count as usize {
+                let value = &values[row * value_size..][..value_size];
+                if !is_array || value.iter().any(|b| *b != 0) {
+                    each(&keys[row * key_size..][..key_size], value);
+                }
+            }
+            if ended {
+                return Ok(());
+            }
+            std::mem::swap(&mut cursor, &mut next);
+            started = true;
+        }
+    }
+
+    fn capacity(&self, map: MapName) -> u32 {
+        self.handle(map).max_entries()
+    }
+}

@@ -1,0 +1,139 @@
+//! What lives on in the kernel when the daemon is not there: the pin directory, its lock, and taking it all away.
+//!
+//! ```text
+//! <pin path>/v1/maps/<map>       the state: ids, backends, frontends
+//! <pin path>/v1/links/<program>  each keeps one program attached to the cgroup
+//! ```
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::MsFlags;
+
+use crate::abi::abi_version::ABI_VERSION;
+
+/// Where bpffs is by convention, and where it is mounted if nobody has.
+pub const BPFFS: &str = "/sys/fs/bpf";
+
+/// linux/magic.h.
+const BPF_FS_MAGIC: i64 = 0xcafe4a11;
+
+/// The directory of this ABI version.
+pub fn abi_directory(pin_path: &Path) -> PathBuf {
+    pin_path.join(format!("v{ABI_VERSION}"))
+}
+
+pub fn maps_directory(pin_path: &Path) -> PathBuf {
+    abi_directory(pin_path).join("maps")
+}
+
+pub fn links_directory(pin_path: &Path) -> PathBuf {
+    abi_directory(pin_path).join("links")
+}
+
+/// Whether `path`, or the closest parent of it that exists, is on a BPF file system.
+pub fn is_on_bpffs(path: &Path) -> bool {
+    let existing = path.ancestors().find(|p| p.exists());
+    existing.and_then(|p| nix::sys::statfs::statfs(p).ok()).is_some_and(|s| s.filesystem_type().0 == BPF_FS_MAGIC)
+}
+
+/// An exclusive hold on a pin directory; two daemons must not write one state. Freed with the process, however it ends.
+pub struct Lock(#[expect(dead_code, reason = "held for its Drop")] Flock<File>);
+
+/// Makes the directories (mounting bpffs at its usual place when it is not there) and locks them.
+pub fn prepare(pin_path: &Path) -> Result<Lock> {
+    if !is_on_bpffs(pin_path) {
+        mount_bpffs(pin_path)?;
+    }
+    for directory in [maps_directory(pin_path), links_directory(pin_path)] {
+        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    }
+    lock(pin_path)
+}
+
+fn mount_bpffs(pin_path: &Path) -> Result<()> {
+    if !pin_path.starts_with(BPFFS) {
+        let path = pin_path.display();
+        bail!(
+            "--pin-path {path} is not on a BPF file system; mount one there: mkdir -p {path} && mount -t bpf bpf {path}"
+        );
+    }
+    nix::mount::mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+        .with_context(|| format!("no BPF file system at {BPFFS}, and it cannot be mounted"))?;
+    tracing::info!("mounted a BPF file system at {BPFFS}");
+    Ok(())
+}
+
+fn lock(pin_path: &Path) -> Result<Lock> {
+    let directory = File::open(pin_path).with_context(|| format!("cannot open {}", pin_path.display()))?;
+    match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Lock(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+            bail!("another kubelane holds {}: stop it first, or give this one its own --pin-path", pin_path.display())
+        }
+        Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", pin_path.display())),
+    }
+}
+
+/// Removes everything below `pin_path` and the directory itself: links first, so that no program runs on a map that is
+/// going away. Returns what was removed; empty when there was nothing. Fails while a daemon holds the directory.
+pub fn cleanup(pin_path: &Path) -> Result<Vec<String>> {
+    if !pin_path.exists() {
+        return Ok(Vec::new());
+    }
+    let _lock = lock(pin_path)?;
+    let mut removed = Vec::new();
+    let mut versions = children(pin_path)?;
+    versions.retain(|p| is_abi_directory(p));
+    for version in versions {
+        remove_abi_directory(&version, &mut removed)?;
+    }
+    match fs::remove_dir(pin_path) {
+        Ok(()) => removed.push(pin_path.display().to_string()),
+        // Somebody else's file, or the mount point of the BPF file system: not ours to take.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EBUSY | libc::EPERM)) => {}
+        Err(e) => return Err(e).with_context(|| format!("cannot remove {}", pin_path.display())),
+    }
+    Ok(removed)
+}
+
+/// Removes what other ABI versions left: called once this version's programs are attached, so that traffic is served
+/// throughout (a destination that one version has translated is no service to the other).
+pub fn remove_other_versions(pin_path: &Path) -> Result<Vec<String>> {
+    let mut removed = Vec::new();
+    let own = abi_directory(pin_path);
+    for version in children(pin_path)?.into_iter().filter(|p| is_abi_directory(p) && *p != own) {
+        remove_abi_directory(&version, &mut removed)?;
+    }
+    Ok(removed)
+}
+
+fn is_abi_directory(path: &Path) -> bool {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    name.strip_prefix('v').is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) && path.is_dir()
+}
+
+fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()> {
+    for part in ["links", "maps"] {
+        let directory = version.join(part);
+        if !directory.exists() {
+            continue;
+        }
+        for pin in children(&directory)? {
+            fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
+            removed.push(pin.display().to_string());
+        }
+        fs::remove_dir(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
+    }
+    fs::remove_dir(version).with_context(|| format!("cannot remove {}", version.display()))
+}
+
+fn children(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory).and_then(|d| d.map(|e| e.map(|e| e.path())).collect::<io::Result<Vec<_>>>());
+    let mut entries = entries.with_context(|| format!("cannot read {}", directory.display()))?;
+    entries.sort();
+    Ok(entries)
+}

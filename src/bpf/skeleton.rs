@@ -1,0 +1,44 @@
+//! The skeleton that libbpf-cargo generates from bpf/kubelane.bpf.c, and the proof that its structs are `abi`'s.
+
+#![allow(clippy::all, missing_docs, dead_code)]
+
+use std::mem::{offset_of, size_of};
+
+use crate::abi;
+
+include!(concat!(env!("OUT_DIR"), "/kubelane.skel.rs"));
+
+/// Same size, same offset of every named field: checked when the crate is compiled.
+macro_rules! same_layout {
+    ($c:ty, $rust:ty, $($c_field:ident = $rust_field:ident),+) => {
+        const _: () = {
+            assert!(size_of::<$c>() == size_of::<$rust>());
+            $(assert!(offset_of!($c, $c_field) == offset_of!($rust, $rust_field));)+
+        };
+    };
+}
+
+same_layout!(types::frontend_key, abi::FrontendKey, address = address, port = port_be, protocol = protocol);
+same_layout!(types::pool, abi::Pool, base = base, count = count, member = member, on_empty = on_empty);
+same_layout!(
+    types::frontend,
+    abi::Frontend,
+    service_id = service_id,
+    flags = flags,
+    affinity_seconds = affinity_seconds,
+    inside = inside,
+    outside = outside
+);
+same_layout!(
+    types::backend,
+    abi::Backend,
+    address = address,
+    port = port_be,
+    state = state,
+    pools = pools,
+    generation = generation,
+    service_id = service_id,
+    protocol = protocol,
+    flags = flags
+);
+same_layout!(types::service_name, abi::ServiceName, text = text);

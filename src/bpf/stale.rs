@@ -1,0 +1,187 @@
+//! Ending the connected sockets whose backend is gone.
+//!
+//! A connected UDP socket sends without passing any hook, so that it would go on to a backend that is no more. The BPF
+//! iterator over socket storage names such sockets in all namespaces (and looks at no other socket); SOCK_DESTROY of
+//! sock_diag(7) then ends each, inside its own namespace. Its owner sees ECONNABORTED and connects anew.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use bytemuck::{Pod, Zeroable};
+use libbpf_rs::{Iter, Link};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+
+use super::namespaces;
+use crate::abi::StaleSocket;
+use crate::model::Protocol;
+
+/// linux/sock_diag.h.
+const SOCK_DESTROY: u16 = 21;
+/// linux/inet_diag.h: "any cookie".
+const INET_DIAG_NOCOOKIE: [u32; 2] = [u32::MAX; 2];
+/// linux/netlink.h.
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLMSG_ERROR: u16 = 2;
+
+/// struct nlmsghdr, struct inet_diag_req_v2 and its struct inet_diag_sockid, in one message.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct DestroyRequest {
+    length: u32,
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    port_id: u32,
+    family: u8,
+    protocol: u8,
+    extensions: u8,
+    pad: u8,
+    states: u32,
+    source_port_be: [u8; 2],
+    destination_port_be: [u8; 2],
+    source: [u8; 16],
+    destination: [u8; 16],
+    interface: u32,
+    cookie: [u32; 2],
+}
+
+/// What one pass did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StalePass {
+    /// Sockets that were still connected to a backend that is gone.
+    pub found: usize,
+    /// Of these, the ones that were ended.
+    pub destroyed: usize,
+    /// Of these, the ones in a network namespace that no handle leads to.
+    pub unreachable: usize,
+}
+
+/// The search for stale sockets. Cheap to clone; the iterator's program is loaded once.
+#[derive(Clone)]
+pub struct StaleSockets(Arc<Link>);
+
+impl StaleSockets {
+    pub(super) fn new(iterator: Link) -> Self {
+        StaleSockets(Arc::new(iterator))
+    }
+
+    /// Ends the sockets that are connected to a backend that is gone: UDP and UDP-Lite always, TCP if asked. Blocks
+    /// for as long as it takes to walk the sockets that were sent to a Service.
+    pub fn destroy(&self, with_tcp: bool) -> Result<StalePass> {
+        let mut by_namespace: BTreeMap<u32, Vec<StaleSocket>> = BTreeMap::new();
+        let mut pass = StalePass::default();
+        for socket in read_stale(&self.0)? {
+            let is_datagram = matches!(socket.protocol as i32, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
+            if is_datagram || with_tcp {
+                by_namespace.entry(socket.netns_inum).or_default().push(socket);
+                pass.found += 1;
+            }
+        }
+        let wanted: Vec<u32> = by_namespace.keys().copied().collect();
+        let handles = if wanted.is_empty() { Default::default() } else { namespaces::find(&wanted) };
+        for (inum, sockets) in by_namespace {
+            let Some(handle) = handles.get(&inum) else {
+                pass.unreachable += sockets.len();
+                continue;
+            };
+            match namespaces::run_inside(handle, || destroy_all(&sockets)) {
+                Ok(destroyed) => pass.destroyed += destroyed,
+                Err(error) => tracing::warn!("cannot end {} sockets of removed backends: {error:#}", sockets.len()),
+            }
+        }
+        Ok(pass)
+    }
+}
+
+fn read_stale(iterator: &Link) -> Result<Vec<StaleSocket>> {
+    let mut bytes = Vec::new();
+    let mut reader = Iter::new(iterator).context("cannot start the socket iterator")?;
+    reader.read_to_end(&mut bytes).context("cannot read the socket iterator")?;
+    Ok(bytes.chunks_exact(size_of::<StaleSocket>()).map(bytemuck::pod_read_unaligned).collect())
+}
+
+fn destroy_all(sockets: &[StaleSocket]) -> Result<usize> {
+    let netlink = open().context("cannot open a sock_diag socket")?;
+    let mut destroyed = 0;
+    for socket in sockets {
+        match request(&netlink, &destroy_request(socket)) {
+            Ok(()) => destroyed += 1,
+            // Closed by its owner in the meantime.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error).context("SOCK_DESTROY failed (CAP_NET_ADMIN is needed)"),
+        }
+    }
+    Ok(destroyed)
+}
+
+fn open() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?)
+}
+
+fn destroy_request(stale: &StaleSocket) -> DestroyRequest {
+    // An MPTCP subflow is an ordinary TCP socket to sock_diag.
+    let protocol = match stale.protocol as i32 {
+        libc::IPPROTO_MPTCP => Protocol::Tcp as u8,
+        other => other as u8,
+    };
+    DestroyRequest {
+        length: size_of::<DestroyRequest>() as u32,
+        kind: SOCK_DESTROY,
+        flags: NLM_F_REQUEST | NLM_F_ACK,
+        family: stale.family as u8,
+        protocol,
+        states: u32::MAX,
+        source_port_be: stale.source_port_be,
+        destination_port_be: stale.backend_port_be,
+        source: diag_address(stale.family, stale.source_address),
+        destination: diag_address(stale.family, stale.backend_address),
+        interface: stale.interface,
+        cookie: INET_DIAG_NOCOOKIE,
+        ..Zeroable::zeroed()
+    }
+}
+
+/// An AF_INET address stands in the first four bytes; an AF_INET6 one, v4-mapped or not, as it is.
+fn diag_address(family: u16, address: [u8; 16]) -> [u8; 16] {
+    let mut diag = [0; 16];
+    if i32::from(family) == libc::AF_INET {
+        diag[..4].copy_from_slice(&address[12..]);
+    } else {
+        diag = address;
+    }
+    diag
+}
+
+/// Sends one request and waits for its acknowledgement.
+fn request(netlink: &OwnedFd, request: &DestroyRequest) -> io::Result<()> {
+    send(netlink.as_raw_fd(), bytemuck::bytes_of(request), MsgFlags::empty())?;
+    let mut answer = [0u8; 1024];
+    let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    // struct nlmsghdr is 16 bytes, then comes struct nlmsgerr with a negative errno or 0.
+    let kind = answer.get(4..6).map(|b| u16::from_ne_bytes([b[0], b[1]]));
+    if length < 20 || kind != Some(NLMSG_ERROR) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "sock_diag gave an answer that is no acknowledgement"));
+    }
+    match i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]) {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
+}
+
+/// Whether the kernel can destroy sockets: it answers a request for one that does not exist with ENOENT, and with
+/// EOPNOTSUPP when it was built without CONFIG_INET_DIAG_DESTROY.
+pub fn can_destroy() -> bool {
+    let nobody = StaleSocket {
+        family: libc::AF_INET as u16,
+        protocol: libc::IPPROTO_UDP as u16,
+        source_port_be: 1u16.to_be_bytes(),
+        backend_port_be: 1u16.to_be_bytes(),
+        ..Zeroable::zeroed()
+    };
+    let result = open().and_then(|netlink| request(&netlink, &destroy_request(&nobody)));
+    result.is_err_and(|e| e.raw_os_error() == Some(libc::ENOENT))
+}
