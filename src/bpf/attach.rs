@@ -46,10 +46,13 @@ pub fn attach(program: &ProgramMut<'_>, cgroup: &Cgroup, pin: &Path) -> Result<A
         .attach_cgroup(cgroup.directory.as_raw_fd())
         .with_context(|| format!("cannot attach {:?} to the cgroup", program.name()))?;
     // The new link serves before the old one, of another cgroup, goes.
-    let new = pin.with_extension("new");
-    let _ = fs::remove_file(&new);
-    link.pin(&new).with_context(|| format!("cannot pin {}", new.display()))?;
-    fs::rename(&new, pin).with_context(|| format!("cannot rename {} to {}", new.display(), pin.display()))?;
+    // bpffs allows no dots in names.
+    let mut new = pin.as_os_str().to_owned();
+    new.push("_new");
+    let new = Path::new(&new);
+    let _ = fs::remove_file(new);
+    link.pin(new).with_context(|| format!("cannot pin {}", new.display()))?;
+    fs::rename(new, pin).with_context(|| format!("cannot rename {} to {}", new.display(), pin.display()))?;
     Ok(Attached::New)
 }
 

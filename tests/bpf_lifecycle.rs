@@ -1,0 +1,201 @@
+//! The BPF object in the real kernel, without the daemon: loading, pinning, adopting, the account of map writes, and
+//! leaving nothing behind. Each test has a BPF file system and a cgroup of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kubelane::abi::{FrontendKey, ServiceName};
+use kubelane::bpf::{self, Datapath, Maps, Settings};
+use kubelane::model::Protocol;
+use kubelane::sync::{MapIo, MapName};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A BPF file system, a cgroup below the cgroup2 mount, and their end.
+struct World {
+    bpffs: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl World {
+    fn new() -> World {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("klbpf-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let bpffs = std::env::temp_dir().join(&name);
+        fs::create_dir(&bpffs).unwrap();
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).expect("these tests need root and BPF");
+        let cgroup = cgroup2_mount().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        World { bpffs, cgroup }
+    }
+
+    fn settings(&self) -> Settings {
+        Settings { pin_path: self.bpffs.join("kl"), cgroup: self.cgroup.clone(), max_endpoints: 1024, max_services: 64 }
+    }
+
+    /// How many programs the kernel runs for this cgroup's connect4 hook.
+    fn attached(&self, program: &str) -> usize {
+        let out = std::process::Command::new("bpftool").args(["cgroup", "show"]).arg(&self.cgroup).output().unwrap();
+        String::from_utf8_lossy(&out.stdout).lines().filter(|l| l.split_whitespace().any(|w| w == program)).count()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.bpffs);
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn cgroup2_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+    Path::new(line.split(' ').nth(1).unwrap()).to_owned()
+}
+
+fn frontend_keys(n: u16) -> Vec<u8> {
+    let key = |port| FrontendKey::new("10.96.0.1".parse().unwrap(), port, Protocol::Tcp);
+    (1..=n).flat_map(|port| bytemuck::bytes_of(&key(port)).to_vec()).collect()
+}
+
+fn rows(maps: &mut Maps, map: MapName) -> usize {
+    let mut n = 0;
+    maps.dump(map, &mut |_, _| n += 1).unwrap();
+    n
+}
+
+#[test]
+fn rows_that_do_not_fit_are_named_one_by_one_and_the_others_are_written() {
+    let world = World::new();
+    let mut datapath = Datapath::open(&world.settings()).unwrap();
+    let maps = datapath.maps();
+    // 64 services give 256 frontends.
+    let failures = maps.write(MapName::Frontends, &frontend_keys(300), &[0u8; 300 * 36], 300);
+    assert_eq!(failures.iter().map(|f| f.row).collect::<Vec<_>>(), (256..300).collect::<Vec<_>>());
+    assert!(failures.iter().all(|f| f.error.raw_os_error() == Some(libc::E2BIG)));
+    assert_eq!(rows(maps, MapName::Frontends), 256);
+}
+
+#[test]
+fn deleting_what_is_not_there_counts_as_deleted_and_the_rest_goes_on() {
+    let world = World::new();
+    let mut datapath = Datapath::open(&world.settings()).unwrap();
+    let maps = datapath.maps();
+    let keys = frontend_keys(10);
+    assert!(maps.write(MapName::Frontends, &keys[..5 * 20], &[0u8; 5 * 36], 5).is_empty());
+    let mut shuffled = keys[5 * 20..].to_vec();
+    shuffled.extend_from_slice(&keys[..5 * 20]);
+    assert!(maps.delete(MapName::Frontends, &shuffled, 10).is_empty());
+    assert_eq!(rows(maps, MapName::Frontends), 0);
+}
+
+#[test]
+fn a_dump_holds_every_row_of_a_hash_and_every_row_of_an_array_that_is_not_zero() {
+    let world = World::new();
+    let mut settings = world.settings();
+    settings.max_services = 10_000;
+    settings.max_endpoints = 10_000;
+    let mut datapath = Datapath::open(&settings).unwrap();
+    let maps = datapath.maps();
+    let ids: Vec<u32> = (0..20_000).collect();
+    let names: Vec<ServiceName> = ids.iter().map(|i| ServiceName::new(&format!("ns/s{i}"))).collect();
+    assert!(maps.write(MapName::Services, bytemuck::cast_slice(&ids), bytemuck::cast_slice(&names), 20_000).is_empty());
+    let mut seen = vec![false; 20_000];
+    maps.dump(MapName::Services, &mut |key, value| {
+        let id: u32 = bytemuck::pod_read_unaligned(key);
+        let name: ServiceName = bytemuck::pod_read_unaligned(value);
+        assert_eq!(name.as_str(), format!("ns/s{id}"));
+        assert!(!std::mem::replace(&mut seen[id as usize], true), "{id} twice");
+    })
+    .unwrap();
+    assert!(seen.iter().all(|s| *s));
+
+    let index = [7u32, 9_999, 39_999];
+    assert!(
+        maps.write(MapName::Slots, bytemuck::cast_slice(&index), bytemuck::cast_slice(&[1u32, 2, 3]), 3).is_empty()
+    );
+    let mut found = Vec::new();
+    maps.dump(MapName::Slots, &mut |k, v| {
+        found.push((bytemuck::pod_read_unaligned(k), bytemuck::pod_read_unaligned(v)))
+    })
+    .unwrap();
+    assert_eq!(found, [(7u32, 1u32), (9_999, 2), (39_999, 3)]);
+}
+
+#[test]
+fn a_second_daemon_takes_the_programs_and_rows_over_and_two_at_once_are_refused() {
+    let world = World::new();
+    let settings = world.settings();
+    let mut first = Datapath::open(&settings).unwrap();
+    assert!(!first.adopted());
+    assert_eq!(world.attached("connect4"), 1);
+    assert!(first.maps().write(MapName::Frontends, &frontend_keys(3), &[1u8; 3 * 36], 3).is_empty());
+
+    let refused = Datapath::open(&settings).err().expect("the directory is held").to_string();
+    assert!(refused.contains("another kubelane holds"), "{refused}");
+    drop(first);
+    assert_eq!(world.attached("connect4"), 1, "stays attached without the daemon");
+
+    let mut second = Datapath::open(&settings).unwrap();
+    assert!(second.adopted());
+    assert_eq!(world.attached("connect4"), 1, "replaced in place, not added");
+    assert_eq!(rows(second.maps(), MapName::Frontends), 3);
+}
+
+#[test]
+fn capacities_are_those_of_the_pinned_maps_until_cleanup() {
+    let world = World::new();
+    let mut settings = world.settings();
+    drop(Datapath::open(&settings).unwrap());
+    settings.max_endpoints = 4096;
+    let mut datapath = Datapath::open(&settings).unwrap();
+    assert_eq!(datapath.maps().capacity(MapName::Backends), 1024);
+    drop(datapath);
+    bpf::cleanup(&settings.pin_path).unwrap();
+    let mut datapath = Datapath::open(&settings).unwrap();
+    assert_eq!(datapath.maps().capacity(MapName::Backends), 4096);
+}
+
+#[test]
+fn another_cgroup_gets_the_programs_and_the_former_one_loses_them() {
+    let (world, other) = (World::new(), World::new());
+    let mut settings = world.settings();
+    drop(Datapath::open(&settings).unwrap());
+    settings.cgroup = other.cgroup.clone();
+    let datapath = Datapath::open(&settings).unwrap();
+    assert!(!datapath.adopted());
+    assert_eq!((world.attached("connect4"), other.attached("connect4")), (0, 1));
+}
+
+#[test]
+fn cleanup_leaves_nothing_attached_and_nothing_pinned_and_is_refused_while_a_daemon_runs() {
+    let world = World::new();
+    let settings = world.settings();
+    let datapath = Datapath::open(&settings).unwrap();
+    let refused = bpf::cleanup(&settings.pin_path).unwrap_err().to_string();
+    assert!(refused.contains("stop it first"), "{refused}");
+    drop(datapath);
+    let removed = bpf::cleanup(&settings.pin_path).unwrap();
+    assert!(removed.iter().any(|r| r.ends_with("links/connect4")), "{removed:?}");
+    assert_eq!(world.attached("connect4"), 0);
+    assert!(!settings.pin_path.exists());
+    assert!(bpf::cleanup(&settings.pin_path).unwrap().is_empty());
+}
+
+#[test]
+fn a_pin_path_that_is_not_on_a_bpf_file_system_is_refused_with_the_command_that_mounts_one() {
+    let world = World::new();
+    let mut settings = world.settings();
+    settings.pin_path = std::env::temp_dir().join("kubelane-not-bpffs");
+    let refused = Datapath::open(&settings).err().expect("refused").to_string();
+    assert!(refused.contains("mount -t bpf bpf"), "{refused}");
+    assert!(!settings.pin_path.exists());
+}
+
+#[test]
+fn this_kernel_has_every_required_feature() {
+    for feature in bpf::probe::features() {
+        assert!(feature.found || !feature.required, "{}: {}", feature.name, feature.without);
+    }
+}
