@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use support::manifests::without_endpoint;
 use support::wire::Kind::{self, *};
 use support::{cgroup, eventually, lab, lab_binary, lab_or_skip, netns, skip};
 
@@ -94,6 +95,16 @@ fn a_sweep_leaves_the_laboratories_of_the_living_alone() {
     let mut client = lab.node("node1").host.client().unwrap();
     let to = (lab.pod("pod").v4, 9000).into();
     assert_eq!(client.ask(Tcp4, to, 1), [("pod".to_owned(), 1)].into());
+}
+
+#[test]
+fn the_demos_edit_takes_one_endpoint_out_of_the_slices_and_nothing_else() {
+    let text = include_str!("../manifests/demo/web.yaml");
+    let edited = without_endpoint(&without_endpoint(text, "10.244.2.11"), "fd44:0:0:2::11");
+    let lost: Vec<&str> = text.lines().filter(|line| !edited.contains(line)).collect();
+    assert_eq!(lost.len(), 2, "{lost:?}");
+    assert_eq!(text.lines().count() - edited.lines().count(), 6);
+    assert_eq!(without_endpoint(text, "10.244.2.1"), text, "an address that is only the beginning of others");
 }
 
 fn assert_no_trace(dir: &Path) {

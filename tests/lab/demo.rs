@@ -14,7 +14,7 @@ use crate::support::client::Counts;
 use crate::support::daemon::{Daemon, PATIENCE};
 use crate::support::lab::{Lab, Place, remove_own};
 use crate::support::load::{Load, failures, now_micros};
-use crate::support::manifests::save_by_rename;
+use crate::support::manifests::{save_by_rename, without_endpoint};
 use crate::support::process::Process;
 use crate::support::wire::{Kind, LoadRecord};
 use crate::support::{eventually, preflight};
@@ -197,8 +197,10 @@ fn sentence(counts: &Counts) -> String {
 /// A pod is taken out of the slices while requests flow.
 fn removal(lab: &Lab, directory: &Path, report: &mut Report) -> anyhow::Result<()> {
     step(&format!("{REMOVED} is taken out of web.yaml (a new file renamed over it) while requests flow"));
-    let loads = [(lab.pod("client-1"), WEB[0]), (lab.pod("client-2"), WEB[1])]
-        .map(|(place, to)| Ok((place, to, Load::start(place, address(to)?)?)));
+    let mut loads = Vec::new();
+    for (place, to) in [(lab.pod("client-1"), WEB[0]), (lab.pod("client-2"), WEB[1])] {
+        loads.push((place, to, Load::start(place, address(to)?)?));
+    }
     std::thread::sleep(Duration::from_millis(1500));
     let file = directory.join("web.yaml");
     let before = fs::read_to_string(&file).context("reading web.yaml")?;
@@ -207,8 +209,7 @@ fn removal(lab: &Lab, directory: &Path, report: &mut Report) -> anyhow::Result<(
     save_by_rename(&file, &after);
     let saved = now_micros()?;
     std::thread::sleep(EFFECT + Duration::from_millis(1500));
-    for load in loads {
-        let (place, to, load): (&Place, &str, Load) = load?;
+    for (place, to, load) in loads {
         judge_removal(place, to, &load.finish()?, saved, report);
     }
     let listed = lab.node("node1").get("backends", &[])?;
@@ -234,23 +235,6 @@ fn judge_removal(place: &Place, to: &str, records: &[LoadRecord], saved: u64, re
     });
     let in_time = late.last().is_none_or(|record| u128::from(record.began - saved) < EFFECT.as_micros());
     report.check(in_time && !new.is_empty(), &format!("{whence}: of {} after the save: {last}", new.len()));
-}
-
-/// The text without the endpoint that has `address`: the list item from its dash to the next line that is not its own.
-fn without_endpoint(yaml: &str, address: &str) -> String {
-    let quoted = format!("\"{address}\"");
-    let mut kept = String::new();
-    let mut inside = false;
-    for line in yaml.lines() {
-        if line.starts_with("  - ") || !line.starts_with("    ") {
-            inside = line.starts_with("  - addresses:") && line.contains(&quoted);
-        }
-        if !inside {
-            kept.push_str(line);
-            kept.push('\n');
-        }
-    }
-    kept
 }
 
 /// A daemon that is killed is not missed, and finds its way back.

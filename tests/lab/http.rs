@@ -17,10 +17,10 @@ pub fn get(to: SocketAddr) -> io::Result<String> {
     if !head.starts_with("HTTP/1.1 200 ") {
         return Err(invalid("not 200"));
     }
-    let lengths = head
+    let mut lengths = head
         .lines()
         .filter_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse::<usize>().ok());
-    match lengths.last() {
+    match lengths.next() {
         Some(length) if body.len() == length => Ok(body.to_owned()),
         _ => Err(invalid("body and content-length differ")),
     }

@@ -37,6 +37,23 @@ pub fn save_by_rename(path: &Path, text: &str) {
     fs::rename(&fresh, path).expect("the manifest can be renamed");
 }
 
+/// The text without the endpoint that has `address`: the list item from its dash to the next line that is not its own.
+pub fn without_endpoint(yaml: &str, address: &str) -> String {
+    let quoted = format!("\"{address}\"");
+    let mut kept = String::new();
+    let mut inside = false;
+    for line in yaml.lines() {
+        if line.starts_with("  - ") || !line.starts_with("    ") {
+            inside = line.starts_with("  - addresses:") && line.contains(&quoted);
+        }
+        if !inside {
+            kept.push_str(line);
+            kept.push('\n');
+        }
+    }
+    kept
+}
+
 /// A v1 Service in the namespace `default`; `spec` is taken as it is.
 pub fn service(name: &str, spec: Value) -> Value {
     json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"}, "spec": spec})
