@@ -35,8 +35,12 @@ impl Converter {
         Converter { settings, names: Interner::default() }
     }
 
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
     /// The shared name of an object. Files may leave the namespace out, which means "default".
-    fn object_name(&mut self, metadata: &wire::Metadata) -> ObjectName {
+    pub fn object_name(&mut self, metadata: &wire::Metadata) -> ObjectName {
         let namespace = if metadata.namespace.is_empty() { "default" } else { metadata.namespace.as_str() };
         ObjectName { namespace: self.names.name(namespace), name: Arc::from(metadata.name.as_str()) }
     }
