@@ -18,6 +18,8 @@ use crate::table::{HashMap, HashSet, Rows};
 #[derive(Debug, Default)]
 pub struct Share {
     pub ports: Vec<u32>,
+    /// Ports that found no id.
+    pub nameless: usize,
     pub addresses: Vec<(Ipx, u32)>,
 }
 
@@ -86,37 +88,34 @@ impl Layout {
     /// Lays out one Service; `None` when it is gone.
     pub fn place(&mut self, name: &ObjectName, compiled: Option<&Compiled>, book: &mut WarningBook) {
         let wanted: &[CompiledPort] = compiled.map_or(&[], |c| &c.ports);
-        let created = compiled.map_or(i64::MAX, |c| c.created);
         let Some(share) = self.services.remove(name).or_else(|| compiled.map(|_| Share::default())) else { return };
 
         let mut unmatched = share.ports;
         let matched: Vec<Option<u32>> = wanted.iter().map(|port| self.take_match(&mut unmatched, port)).collect();
         let mut touched: Vec<FrontendKey> = Vec::new();
-        let (mut ports, mut shortage, mut unnamed) = (Vec::with_capacity(wanted.len()), Shortage::default(), 0);
+        let (mut ports, mut nameless) = (Vec::with_capacity(wanted.len()), 0);
         for (port, known) in wanted.iter().zip(matched) {
-            let Some(id) = known.or_else(|| self.new_port(name, port)) else {
-                unnamed += 1;
-                continue;
-            };
-            let short = self.update_port(id, created, port, &mut touched);
-            shortage.backends += short.backends;
-            shortage.slots += short.slots;
-            ports.push(id);
+            match known.or_else(|| self.new_port(name, port)) {
+                Some(id) => {
+                    self.update_port(id, compiled.map_or(i64::MAX, |c| c.created), port, &mut touched);
+                    ports.push(id);
+                }
+                None => nameless += 1,
+            }
         }
         for id in unmatched {
             self.remove_port(id, &mut touched);
         }
-        touched.sort_unstable();
-        touched.dedup();
-        for key in touched {
-            self.resolve(key, book);
-        }
+        let affected = self.settle_owners(&ports, touched, book);
         self.place_addresses(share.addresses, compiled.map_or(&[], |c| &c.addresses));
         if let Some(compiled) = compiled {
-            self.services.insert(name.clone(), Share { ports, addresses: compiled.addresses.clone() });
+            self.services.insert(name.clone(), Share { ports, nameless, addresses: compiled.addresses.clone() });
         }
         book.set(Origin::Compile(name.clone()), compiled.map_or(Vec::new(), |c| c.warnings.clone()));
-        self.note_shortage(name, shortage, unnamed, book);
+        self.note_shortage(name, book);
+        for other in affected.iter().filter(|other| *other != name) {
+            self.note_shortage(other, book);
+        }
     }
 
     /// Whether something that the kernel may still follow leads to what `id` has left behind is for the caller to say:
@@ -177,15 +176,9 @@ impl Layout {
         Some(id)
     }
 
-    fn update_port(
-        &mut self,
-        id: u32,
-        created: i64,
-        wanted: &CompiledPort,
-        touched: &mut Vec<FrontendKey>,
-    ) -> Shortage {
-        let Some(port) = self.ports.get_mut(&id) else { return Shortage::default() };
-        let shortage = port.update(id, created, wanted, &mut self.space);
+    fn update_port(&mut self, id: u32, created: i64, wanted: &CompiledPort, touched: &mut Vec<FrontendKey>) {
+        let Some(port) = self.ports.get_mut(&id) else { return };
+        port.update(id, created, wanted, &mut self.space);
         for old in std::mem::replace(&mut port.frontends, wanted.frontends.clone()) {
             if wanted.frontends.binary_search_by_key(&old.key, |f| f.key).is_err() {
                 self.claims.release(old.key, id);
@@ -196,10 +189,6 @@ impl Layout {
             self.claims.claim(frontend.key, id);
             touched.push(frontend.key);
         }
-        if port.is_unsettled() {
-            self.unsettled.insert(id);
-        }
-        shortage
     }
 
     fn remove_port(&mut self, id: u32, touched: &mut Vec<FrontendKey>) {
@@ -212,23 +201,63 @@ impl Layout {
         self.unsettled.insert(id);
     }
 
-    /// Writes the row of `key` as its owner wants it: of all claimants the oldest Service, then the first by name.
-    fn resolve(&mut self, key: FrontendKey, book: &mut WarningBook) {
-        let mut claimants: Vec<(u32, &Port)> =
-            self.claims.of(key).filter_map(|id| Some((id, &**self.ports.get(&id)?))).collect();
-        claimants.sort_unstable_by_key(|(id, port)| (port.created, &port.service, &port.name, *id));
-        let owner = claimants.first().and_then(|(id, port)| {
-            let at = port.frontends.binary_search_by_key(&key, |f| f.key).ok()?;
-            Some(port.row(*id, &port.frontends[at]))
-        });
-        let warnings = match claimants.split_first() {
-            Some(((_, winner), losers)) => {
-                losers.iter().map(|(_, loser)| service_warning(&loser.service, contest(key, winner))).collect()
+    /// Gives every touched frontend to its owner, and fills the pools of `ports` and of every other port that may have
+    /// won or lost one. Returns the Services of all these.
+    fn settle_owners(&mut self, ports: &[u32], touched: Vec<FrontendKey>, book: &mut WarningBook) -> Vec<ObjectName> {
+        let mut affected: Vec<u32> = ports.to_vec();
+        affected.extend(touched.iter().flat_map(|key| self.claims.of(*key)));
+        affected.sort_unstable();
+        affected.dedup();
+        let mut keys = touched;
+        let mut services = Vec::new();
+        for id in affected {
+            let owned = self.owned_keys(id);
+            let Some(port) = self.ports.get_mut(&id) else { continue };
+            port.fill_pools(|f| owned.binary_search(&f.key).is_ok(), &mut self.space);
+            if port.is_unsettled() {
+                self.unsettled.insert(id);
             }
-            None => Vec::new(),
-        };
+            keys.extend(owned);
+            services.push(port.service.clone());
+        }
+        keys.sort_unstable();
+        keys.dedup();
+        for key in keys {
+            self.resolve(key, book);
+        }
+        services.dedup();
+        services
+    }
+
+    /// Of all claimants the oldest Service owns a frontend, then the first by name.
+    fn owner(&self, key: FrontendKey) -> Option<(u32, &Port)> {
+        let claimants = self.claims.of(key).filter_map(|id| Some((id, &**self.ports.get(&id)?)));
+        claimants.min_by(|(a_id, a), (b_id, b)| {
+            (a.created, &a.service, &a.name, a_id).cmp(&(b.created, &b.service, &b.name, b_id))
+        })
+    }
+
+    /// Sorted.
+    fn owned_keys(&self, id: u32) -> Vec<FrontendKey> {
+        let keys = self.ports.get(&id).into_iter().flat_map(|port| &port.frontends).map(|f| f.key);
+        keys.filter(|key| self.owner(*key).is_some_and(|(owner, _)| owner == id)).collect()
+    }
+
+    /// Wants the row of `key` as its owner has it, and warns the others.
+    fn resolve(&mut self, key: FrontendKey, book: &mut WarningBook) {
+        let owner = self.owner(key);
+        let row = owner.and_then(|(id, port)| {
+            let at = port.frontends.binary_search_by_key(&key, |f| f.key).ok()?;
+            Some(port.row(id, &port.frontends[at]))
+        });
+        let mut warnings = Vec::new();
+        if let Some((winner_id, winner)) = owner {
+            let losers = self.claims.of(key).filter(|id| *id != winner_id).filter_map(|id| self.ports.get(&id));
+            warnings.extend(losers.map(|loser| service_warning(&loser.service, contest(key, winner))));
+            warnings.sort_unstable();
+        }
         book.set(Origin::Contest(key), warnings);
-        match owner {
+        match row {
             Some(row) => self.space.tables.frontends.set(key, row),
             None => self.space.tables.frontends.unset(key),
         }
@@ -249,8 +278,16 @@ impl Layout {
         }
     }
 
-    fn note_shortage(&mut self, name: &ObjectName, short: Shortage, unnamed: usize, book: &mut WarningBook) {
-        if short == Shortage::default() && unnamed == 0 {
+    /// Warns of what did not fit, and remembers who waits for room.
+    fn note_shortage(&mut self, name: &ObjectName, book: &mut WarningBook) {
+        let share = self.services.get(name);
+        let ports = share.into_iter().flat_map(|s| &s.ports).filter_map(|id| self.ports.get(id));
+        let short = ports.fold(Shortage::default(), |sum, port| Shortage {
+            backends: sum.backends + port.short.backends,
+            slots: sum.slots + port.short.slots,
+        });
+        let nameless = share.map_or(0, |s| s.nameless);
+        if short == Shortage::default() && nameless == 0 {
             if self.starved.remove(name) {
                 book.set(Origin::Capacity(name.clone()), Vec::new());
             }
@@ -264,8 +301,8 @@ impl Layout {
         if short.slots > 0 {
             messages.push(format!("{} endpoints get no connections: the map slots is full", short.slots));
         }
-        if unnamed > 0 {
-            messages.push(format!("{unnamed} ports are not served: the map services is full"));
+        if nameless > 0 {
+            messages.push(format!("{nameless} ports are not served: the map services is full"));
         }
         let warning = |m| service_warning(name, format!("{m}; raise --max-endpoints and restart"));
         book.set(Origin::Capacity(name.clone()), messages.into_iter().map(warning).collect());

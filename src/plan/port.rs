@@ -27,6 +27,7 @@ pub struct Port {
     pub name: Arc<str>,
     /// Unknown only after adoption, when no row told.
     pub protocol: Option<Protocol>,
+    /// As `Service::created`. Of an adopted port not yet compiled: before all others, so that it keeps what it has.
     pub created: i64,
     pub affinity_seconds: u32,
     /// Sorted by address and port.
@@ -39,6 +40,8 @@ pub struct Port {
     pub leaving: Vec<Tenant>,
     /// Regions that a frontend may still lead to.
     pub retired: Vec<Range<u32>>,
+    /// What did not fit.
+    pub short: Shortage,
     /// The Service port is no more; only what it leaves behind is left.
     pub removed: bool,
 }
@@ -67,26 +70,25 @@ impl Port {
             service,
             name,
             protocol: None,
-            created: 0,
+            created: i64::MIN,
             affinity_seconds: 0,
             tenants: Vec::new(),
             pools: [Pool::default(); 4],
             frontends: Vec::new(),
             leaving: Vec::new(),
             retired: Vec::new(),
+            short: Shortage::default(),
             removed: false,
         }
     }
 
-    /// Brings backends and pools to what `wanted` says. Frontends are the caller's: other ports may claim them too.
-    pub fn update(&mut self, id: u32, created: i64, wanted: &CompiledPort, space: &mut Space) -> Shortage {
+    /// Brings the backends to what `wanted` says. The pools follow once the owners of the frontends are known.
+    pub fn update(&mut self, id: u32, created: i64, wanted: &CompiledPort, space: &mut Space) {
         self.created = created;
         self.protocol = Some(wanted.protocol);
         self.affinity_seconds = wanted.affinity_seconds;
         space.tables.services.set(id, row_name(&self.service, &self.name));
-        let backends = self.seat(id, wanted, space);
-        let slots = self.fill_pools(&wanted.frontends, space);
-        Shortage { backends, slots }
+        self.short.backends = self.seat(id, wanted, space);
     }
 
     /// Leaves every backend, region and the name.
@@ -170,21 +172,24 @@ impl Port {
         self.leaving.push(tenant);
     }
 
-    /// A pool has a region only while a frontend uses it.
-    fn fill_pools(&mut self, frontends: &[CompiledFrontend], space: &mut Space) -> usize {
-        let mut missing = 0;
+    /// Brings the pools to what the backends say. A pool has a region only while a frontend that this port `owns` uses
+    /// it: whoever adopts the maps learns of pools by frontends.
+    pub fn fill_pools(&mut self, owns: impl Fn(&CompiledFrontend) -> bool, space: &mut Space) {
+        let mut used = [false; 4];
+        for frontend in self.frontends.iter().filter(|f| owns(f)) {
+            let family = frontend.key.ip().family();
+            used[pool_index(family, frontend.inside.member)] = true;
+            used[pool_index(family, frontend.outside.member)] = true;
+        }
+        self.short.slots = 0;
         for family in [Family::Ipv4, Family::Ipv6] {
             for member in [POOL_CLUSTER as u8, POOL_LOCAL as u8] {
-                let used = frontends.iter().any(|f| {
-                    f.key.ip().family() == family && (f.inside.member == member || f.outside.member == member)
-                });
-                let holds = |t: &&Tenant| used && t.pools & member != 0 && t.at.ip.family() == family;
+                let index = pool_index(family, member);
+                let holds = |t: &&Tenant| used[index] && t.pools & member != 0 && t.at.ip.family() == family;
                 let wanted: Vec<u32> = self.tenants.iter().filter(holds).map(|t| t.id).collect();
-                let pool = &mut self.pools[pool_index(family, member)];
-                missing += pool.hold(&wanted, space, &mut self.retired);
+                self.short.slots += self.pools[index].hold(&wanted, space, &mut self.retired);
             }
         }
-        missing
     }
 }
 

@@ -216,6 +216,8 @@ fn sound_region(seen: &[(u32, u32)], size: u32) -> Option<(u32, u32)> {
     })
 }
 
+/// A service id whose name is gone from its hash map is still told by its backends' rows, which keep it until they rest
+/// no more; one that never had a backend left nothing that a running program could mistake.
 fn adopt_ids(layout: &mut Layout, found: &Found) {
     let owners = found.frontends.iter().map(|(_, row)| row.service_id);
     let tenants = found.backends.iter().map(|(_, row)| row.service_id);
