@@ -23,7 +23,7 @@ pub struct Options {
     http: Vec<u16>,
     #[arg(long)]
     tcp: Vec<u16>,
-    /// Takes plain TCP clients too.
+    /// Takes plain TCP clients too. Left out, with a line on stderr, where the kernel has no MPTCP.
     #[arg(long)]
     mptcp: Vec<u16>,
     #[arg(long)]
@@ -39,7 +39,10 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         serve_stream(listen(options, *port, Type::STREAM, Protocol::TCP)?, &options.name);
     }
     for port in &options.mptcp {
-        serve_stream(listen(options, *port, Type::STREAM, Protocol::from(libc::IPPROTO_MPTCP))?, &options.name);
+        match listen(options, *port, Type::STREAM, Protocol::from(libc::IPPROTO_MPTCP)) {
+            Ok(socket) => serve_stream(socket, &options.name),
+            Err(error) => eprintln!("no MPTCP: {error:#}"),
+        }
     }
     for port in &options.udp {
         serve_datagrams(listen(options, *port, Type::DGRAM, Protocol::UDP)?, &options.name);

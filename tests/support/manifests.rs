@@ -92,6 +92,10 @@ impl Endpoint {
         Endpoint { conditions, ..Endpoint::ready(address, node) }
     }
 
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
     /// With hints, as the API writes them.
     pub fn hinted(self, hints: Value) -> Endpoint {
         Endpoint { hints: Some(hints), ..self }

@@ -7,6 +7,7 @@
 
 pub mod cgroup;
 pub mod client;
+pub mod cluster;
 pub mod daemon;
 pub mod lab;
 pub mod load;
