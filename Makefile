@@ -13,6 +13,7 @@ NEEDED := \
 	command:pkg-config:pkg-config \
 	command:ip:iproute2 \
 	command:iptables:iptables \
+	command:bpftool:bpftool \
 	file:/usr/include/libelf.h:libelf-dev \
 	file:/usr/include/zlib.h:zlib1g-dev \
 	file:/usr/include/linux/bpf.h:linux-libc-dev

@@ -177,7 +177,7 @@ impl<'a> Applier<'a> {
                 true => vec![Warning {
                     subject: format!("map {name}"),
                     message: format!(
-                        "full at {} rows: what does not fit is not served; raise --max-endpoints and restart",
+                        "full at {} rows: what does not fit is not served; stop kubelane, run `kubelane cleanup`, and start it with a higher --max-services or --max-endpoints",
                         self.io.capacity(map)
                     ),
                 }],
