@@ -29,6 +29,9 @@ use notify::{Event, Watcher};
 /// The kinds that a directory holds.
 const KINDS: [Kind; 3] = [Kind::Services, Kind::EndpointSlices, Kind::Node];
 
+/// Files that a rescan reads before it sends what they changed: this bounds its memory.
+const RESCAN_BATCH: usize = 64;
+
 /// Reads `directory` and follows it until the receiver of `changes` is dropped. Warnings travel as changes; who receives
 /// them logs them.
 ///
@@ -162,7 +165,10 @@ impl Source {
         }
         names.sort_unstable();
         names.dedup();
-        self.update(names).await
+        for some in names.chunks(RESCAN_BATCH) {
+            self.update(some.to_vec()).await?;
+        }
+        Ok(())
     }
 
     async fn blocking<T, F>(&mut self, work: F) -> Result<T, Stop>

@@ -65,7 +65,9 @@ impl Watcher {
                     sleep_until(self.next_check).await;
                     None
                 }
+                // What the queue holds comes first: a check that finds the directory gone drops the queue.
                 Some(watched) => tokio::select! {
+                    biased;
                     raw = watched.events.next() => raw,
                     () = sleep_until(self.next_check) => None,
                 },

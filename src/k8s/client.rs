@@ -56,3 +56,46 @@ fn parse_master(master: &str) -> anyhow::Result<http::Uri> {
     anyhow::ensure!(url.host().is_some(), "--master {master}: the URL has no host");
     Ok(url)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KUBECONFIG: &str = "apiVersion: v1
+kind: Config
+current-context: c
+contexts: [{name: c, context: {cluster: k, user: u}}]
+clusters: [{name: k, cluster: {server: 'https://192.0.2.1:6443'}}]
+users: [{name: u, user: {token: secret}}]
+";
+
+    #[tokio::test]
+    async fn a_kubeconfig_names_the_server_and_master_overrides_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), KUBECONFIG).unwrap();
+        let plain = config(Some(file.path()), None).await.unwrap();
+        assert_eq!(plain.cluster_url.to_string(), "https://192.0.2.1:6443/");
+        assert!(
+            plain.headers.iter().any(|(name, value)| name == USER_AGENT && value.as_bytes().starts_with(b"kubelane/"))
+        );
+        let other = config(Some(file.path()), Some("https://198.51.100.1:443")).await.unwrap();
+        assert_eq!(other.cluster_url.host(), Some("198.51.100.1"));
+        client(other).expect("a TLS client with ring");
+    }
+
+    #[tokio::test]
+    async fn master_alone_is_a_plain_address() {
+        let config = config(None, Some("127.0.0.1:8080")).await.unwrap();
+        assert_eq!(config.cluster_url.to_string(), "http://127.0.0.1:8080/");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_named() {
+        let missing = config(Some(Path::new("/nonexistent/kubeconfig")), None).await.unwrap_err();
+        assert!(format!("{missing:#}").contains("/nonexistent/kubeconfig"), "{missing:#}");
+        for bad in ["http://", "http://a b", "://"] {
+            let error = config(None, Some(bad)).await.unwrap_err();
+            assert!(format!("{error:#}").contains("--master"), "{bad}: {error:#}");
+        }
+    }
+}
