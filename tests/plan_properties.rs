@@ -199,7 +199,8 @@ impl Bench {
                 });
                 let failures = self.sync().failures.len();
                 self.kernel.never_fails();
-                assert_eq!(failures > 0, self.core.pending());
+                // A failed row is not always pending: a later phase may have written what is wanted.
+                assert!(failures > 0 || !self.core.pending());
             }
             Event::Restart => self.restart(),
             Event::Wait(milliseconds) => self.kernel.now += Duration::from_millis(milliseconds.into()),
@@ -254,7 +255,7 @@ fn keep<V>(all: &mut BTreeMap<ObjectName, V>, kept: impl Fn(usize) -> bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_ends_where_a_full_rebuild_would_and_a_restart_there_writes_nothing(
