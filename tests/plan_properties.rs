@@ -140,7 +140,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let mut bench = Bench { kernel: ModelKernel::default(), core: new_core(), truth: Truth::default() };
+        Bench::with(ModelKernel::default())
+    }
+
+    fn with(kernel: ModelKernel) -> Self {
+        let mut bench = Bench { kernel, core: new_core(), truth: Truth::default() };
         bench.truth.tell(&mut bench.core);
         bench
     }
@@ -269,10 +273,12 @@ proptest! {
     }
 
     #[test]
-    fn everything_that_was_given_up_can_be_used_again_after_its_rest(
+    fn everything_that_was_given_up_can_be_used_again_after_its_rest_even_where_room_is_scarce(
         events in prop::collection::vec(any_event(), 1..40),
+        scarce in any::<bool>(),
     ) {
-        let mut bench = Bench::new();
+        let kernel = if scarce { ModelKernel::with_capacity(6, 14, 21) } else { ModelKernel::default() };
+        let mut bench = Bench::with(kernel);
         for event in events {
             bench.play(event);
         }
