@@ -259,7 +259,7 @@ fn keep<V>(all: &mut BTreeMap<ObjectName, V>, kept: impl Fn(usize) -> bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_ends_where_a_full_rebuild_would_and_a_restart_there_writes_nothing(
@@ -293,7 +293,9 @@ proptest! {
         objects::list(&mut bench.core, services, slices);
         bench.play(Event::Sync);
         let row = bench.kernel.frontends.values().next().unwrap();
-        prop_assert_eq!((row.service_id, row.inside.base, bench.kernel.slots[&0]), (1, 0, 1));
+        // Of 21 slots the single one at the end is the best fit.
+        let base = if scarce { 20 } else { 0 };
+        prop_assert_eq!((row.service_id, row.inside.base, bench.kernel.slots[&base]), (1, base, 1));
         prop_assert_eq!(bench.core.counts().backends, 1);
     }
 }
