@@ -1,6 +1,8 @@
-//! The control plane from events to rows, case by case: what a change costs, who owns what is contested, what survives
-//! a restart and a damaged map, and what happens when there is no room. The model kernel judges every row written.
+//! The control plane from events to rows, case by case: what a change costs, who owns what is contested, and
+//! what happens when rows fail or there is no room. The model kernel judges every row written.
 
+#[path = "support/bench.rs"]
+mod bench;
 #[path = "support/model_kernel.rs"]
 mod model_kernel;
 #[path = "support/objects.rs"]
@@ -8,84 +10,13 @@ mod objects;
 
 use std::time::Duration;
 
-use kubelane::abi::{Backend, Frontend, FrontendKey, ServiceName};
-use kubelane::model::{Change, Endpoint, Kind, Protocol, Service, Slice, SocketAddrx, TrafficPolicy, Warning};
-use kubelane::sync::{Core, MapName, SyncReport};
+use bench::{Bench, hosts, web};
+use kubelane::model::{Change, Endpoint, Kind, Protocol, Service, Slice, SocketAddrx, Warning};
+use kubelane::sync::{MapName, SyncReport};
 use model_kernel::ModelKernel;
 use objects::{ip, list, name, new_core, node, port, ready, service, slice, terminating, unready, zones};
 
 const SECOND: Duration = Duration::from_secs(1);
-
-struct Bench {
-    kernel: ModelKernel,
-    core: Core,
-}
-
-impl Bench {
-    /// A core that has listed these and synced them.
-    fn with(services: &[Service], slices: &[Slice]) -> Self {
-        Bench::on(ModelKernel::default(), services, slices)
-    }
-
-    fn on(kernel: ModelKernel, services: &[Service], slices: &[Slice]) -> Self {
-        let mut bench = Bench { kernel, core: new_core() };
-        list(&mut bench.core, services.to_vec(), slices.to_vec());
-        bench.sync();
-        bench
-    }
-
-    fn sync(&mut self) -> SyncReport {
-        self.kernel.calls.clear();
-        let now = self.kernel.now;
-        self.core.sync(&mut self.kernel, now)
-    }
-
-    fn slice(&mut self, slice: Slice) -> SyncReport {
-        self.core.apply(Change::Slice(Box::new(slice)));
-        self.sync()
-    }
-
-    fn service(&mut self, service: Service) -> SyncReport {
-        self.core.apply(Change::Service(Box::new(service)));
-        self.sync()
-    }
-
-    /// Adopts in a new core and tells it the same world.
-    fn restart(&mut self, services: &[Service], slices: &[Slice]) -> SyncReport {
-        self.core = new_core();
-        self.core.adopt(&mut self.kernel).unwrap();
-        list(&mut self.core, services.to_vec(), slices.to_vec());
-        self.sync()
-    }
-
-    /// The calls of the last sync as "map rows".
-    fn calls(&self) -> Vec<String> {
-        self.kernel.calls.iter().map(|(map, rows)| format!("{} {rows}", map.as_str())).collect()
-    }
-
-    fn row(&self, address: &str, port: u16) -> Option<&Frontend> {
-        self.kernel.frontends.get(&FrontendKey::new(ip(address), port, Protocol::Tcp))
-    }
-
-    fn owner(&self, address: &str, port: u16) -> &str {
-        self.row(address, port).map_or("", |row| self.kernel.services[&row.service_id].as_str())
-    }
-
-    /// The endpoints behind the inside pool, in slot order.
-    fn inside(&self, address: &str, port: u16) -> Vec<String> {
-        let pool = self.row(address, port).expect("the frontend is there").inside;
-        let backends = (pool.base..pool.base + pool.count).map(|slot| self.kernel.backends[&self.kernel.slots[&slot]]);
-        backends.map(|b| kubelane::model::Ipx(b.address).to_string()).collect()
-    }
-}
-
-fn hosts(range: std::ops::Range<u16>) -> Vec<Endpoint> {
-    range.map(|host| ready(&format!("10.1.{}.{}", host / 250, host % 250 + 1))).collect()
-}
-
-fn web(range: std::ops::Range<u16>) -> Slice {
-    slice("web-1", "web", hosts(range))
-}
 
 #[test]
 fn nothing_is_written_before_both_kinds_have_listed() {
@@ -141,27 +72,6 @@ fn a_backend_that_goes_is_reported_with_its_protocol() {
     let report = bench.slice(slice("web-1", "web", vec![unready("10.1.0.1"), ready("10.1.0.2")]));
     assert_eq!(report.backends_gone, [(Protocol::Tcp, SocketAddrx { ip: ip("10.1.0.1"), port: 8080 })]);
     assert_eq!(bench.inside("10.96.0.1", 80), ["10.1.0.2"]);
-}
-
-#[test]
-fn a_new_tenant_of_an_id_has_the_next_generation_also_after_a_restart() {
-    let web_service = service("web", "10.96.0.1");
-    let mut bench = Bench::with(std::slice::from_ref(&web_service), &[web(0..1)]);
-    bench.slice(web(0..0));
-    assert_eq!((bench.kernel.backends[&1].state, bench.kernel.backends[&1].generation), (0, 1));
-    bench.restart(std::slice::from_ref(&web_service), &[web(0..0)]);
-    bench.kernel.now += SECOND;
-    bench.slice(web(1..2));
-    assert_eq!((bench.kernel.backends[&1].state, bench.kernel.backends[&1].generation), (1, 2));
-}
-
-#[test]
-fn an_id_given_up_just_before_a_restart_is_not_used_right_after_it() {
-    let web_service = service("web", "10.96.0.1");
-    let mut bench = Bench::with(std::slice::from_ref(&web_service), &[web(0..1)]);
-    bench.slice(web(0..0));
-    bench.restart(std::slice::from_ref(&web_service), &[web(1..2)]);
-    assert_eq!(bench.kernel.slots[&bench.row("10.96.0.1", 80).unwrap().inside.base], 2);
 }
 
 #[test]
@@ -385,139 +295,6 @@ fn a_protocol_that_changes_under_one_port_name_leaves_the_old_frontend_valid_to_
     assert!(bench.row("10.96.0.1", 80).is_none());
     assert_eq!(bench.kernel.frontends.len(), 1);
     assert_eq!(bench.kernel.services.len(), 1);
-}
-
-#[test]
-fn a_dump_that_fails_is_an_error_and_never_an_empty_world() {
-    let mut bench = Bench::with(&[service("web", "10.96.0.1")], &[web(0..2)]);
-    for map in MapName::ALL {
-        bench.kernel.fails = Box::new(move |m| m == map);
-        let error = new_core().adopt(&mut bench.kernel).unwrap_err();
-        assert!(error.to_string().contains(map.as_str()), "{error:#}");
-    }
-}
-
-#[test]
-fn orphans_of_a_former_world_go_with_the_first_sync() {
-    let mut vip = service("old", "10.96.0.2");
-    vip.external_ips = vec![ip("192.0.2.1")];
-    let kept = service("web", "10.96.0.1");
-    let slices = [web(0..2), slice("old-1", "old", hosts(5..7))];
-    let mut bench = Bench::with(&[kept.clone(), vip], &slices);
-    bench.core.set_node_addresses(vec![ip("198.51.100.1")], vec![]);
-    bench.sync();
-    let report = bench.restart(&[kept], &slices[..1]);
-    assert_eq!(report.backends_gone.len(), 2);
-    assert_eq!((bench.kernel.services.len(), bench.kernel.frontends.len(), bench.kernel.addresses.len()), (1, 1, 1));
-    assert_eq!(bench.kernel.slots[&0], 1, "what stays keeps its place");
-}
-
-/// Something that no daemon wrote.
-type Damage = fn(&mut ModelKernel);
-
-#[test]
-fn damage_in_the_pinned_maps_is_repaired() {
-    let table: &[(&str, Damage)] = &[
-        ("a slot beyond the backends", |k| {
-            k.slots.insert(0, 99_999);
-        }),
-        ("a slot of another Service's backend", |k| {
-            k.slots.insert(0, k.slots[&2]);
-        }),
-        ("one backend twice in a pool", |k| {
-            k.slots.insert(0, k.slots[&1]);
-        }),
-        ("an empty slot", |k| {
-            k.slots.remove(&1);
-        }),
-        ("a backend of another Service", |k| k.backends.get_mut(&1).unwrap().service_id = 2),
-        ("a backend of no Service", |k| k.backends.get_mut(&1).unwrap().service_id = 4_000_000_000),
-        ("a backend gone while in use", |k| k.backends.get_mut(&1).unwrap().state = 0),
-        ("a backend in no known state", |k| k.backends.get_mut(&1).unwrap().state = 9),
-        ("a backend without generation", |k| k.backends.get_mut(&1).unwrap().generation = 0),
-        ("a backend of another protocol", |k| k.backends.get_mut(&1).unwrap().protocol = 17),
-        ("an unknown backend", |k| {
-            let stray = Backend { address: ip("10.9.9.9").0, ..k.backends[&1] };
-            k.backends.insert(50, stray);
-        }),
-        ("one endpoint with two ids", |k| {
-            k.backends.insert(50, k.backends[&1]);
-        }),
-        ("two names alike", |k| {
-            k.services.insert(9, k.services[&1]);
-        }),
-        ("a name that is none", |k| {
-            k.services.insert(9, ServiceName::new("nonsense"));
-        }),
-        ("a name with an id out of range", |k| {
-            k.services.insert(4_000_000_000, k.services[&1]);
-        }),
-        ("a name missing", |k| {
-            k.services.remove(&1);
-        }),
-        ("a name of bytes that are no text", |k| k.services.get_mut(&1).unwrap().text[3] = 0xff),
-        ("a name with a tail", |k| k.services.get_mut(&1).unwrap().text[100] = b'x'),
-        ("names swapped", |k| {
-            let (one, two) = (k.services[&1], k.services[&2]);
-            k.services.extend([(1, two), (2, one)]);
-        }),
-        ("a pool out of range", |k| k.frontends.values_mut().for_each(|f| f.inside.base = u32::MAX - 1)),
-        ("a pool too long", |k| k.frontends.values_mut().for_each(|f| f.inside.count = 40_000)),
-        ("a pool that is not aligned", |k| k.frontends.values_mut().for_each(|f| f.inside.base += 1)),
-        ("pools that overlap", |k| k.frontends.values_mut().for_each(|f| f.inside.base = 0)),
-        ("a pool of no set", |k| k.frontends.values_mut().for_each(|f| f.inside.member = 7)),
-        ("a frontend of an unknown Service", |k| k.frontends.values_mut().for_each(|f| f.service_id = 77)),
-        ("frontends of one Service only", |k| k.frontends.values_mut().for_each(|f| f.service_id = 1)),
-        ("a frontend nobody asked for", |k| {
-            let row = *k.frontends.values().next().unwrap();
-            k.frontends.insert(FrontendKey::new(ip("10.96.9.9"), 1, Protocol::Udp), row);
-        }),
-        ("a frontend missing", |k| {
-            k.frontends.pop_first();
-        }),
-        ("flags and time-outs", |k| k.frontends.values_mut().for_each(|f| (f.flags, f.affinity_seconds) = (99, 1))),
-        ("an address nobody asked for", |k| {
-            k.addresses.insert(ip("10.9.9.9").0, 1);
-        }),
-        ("an address in the wrong role", |k| k.addresses.values_mut().for_each(|f| *f = 255)),
-        ("addresses missing", |k| k.addresses.clear()),
-        ("all frontends missing", |k| k.frontends.clear()),
-        ("all backends missing", |k| k.backends.clear()),
-        ("all slots missing", |k| k.slots.clear()),
-        ("all names missing", |k| k.services.clear()),
-    ];
-    let services = [service("a", "10.96.0.1"), service("b", "10.96.0.2")];
-    let slices = [slice("a-1", "a", hosts(0..2)), slice("b-1", "b", hosts(0..2))];
-    let healthy = Bench::with(&services, &slices).kernel.meaning();
-    for (sentence, damage) in table {
-        let mut bench = Bench::with(&services, &slices);
-        bench.kernel.judging = false;
-        damage(&mut bench.kernel);
-        let report = bench.restart(&services, &slices);
-        assert!(report.failures.is_empty() && !bench.core.pending(), "{sentence}");
-        bench.kernel.check();
-        assert_eq!(bench.kernel.meaning(), healthy, "{sentence}");
-        assert_eq!(bench.restart(&services, &slices).calls, 0, "{sentence}: a second restart finds nothing to do");
-    }
-}
-
-#[test]
-fn a_restart_in_the_middle_of_a_flip_ends_where_an_undisturbed_sync_would() {
-    let mut both = service("web", "10.96.0.1");
-    both.external_ips = vec![ip("192.0.2.1")];
-    both.external_policy = TrafficPolicy::Local;
-    let mut bench = Bench::with(std::slice::from_ref(&both), &[web(0..4)]);
-    let mut rows = 0;
-    bench.kernel.fails = Box::new(move |map| {
-        rows += u32::from(map == MapName::Frontends);
-        map == MapName::Frontends && rows == 2
-    });
-    bench.slice(web(1..6));
-    bench.kernel.never_fails();
-    assert!(bench.core.pending());
-    bench.restart(std::slice::from_ref(&both), &[web(1..6)]);
-    let fresh = Bench::with(&[both], &[web(1..6)]);
-    assert_eq!(bench.kernel.meaning(), fresh.kernel.meaning());
 }
 
 #[test]

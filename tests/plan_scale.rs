@@ -126,3 +126,21 @@ fn a_change_among_ten_thousand_services_costs_as_much_as_among_one() {
     // Its id has rested and still stands in the slot: the backend and the count are all there is to write.
     assert_eq!((report.services, report.calls), (1, 2), "the endpoint that was removed is back, nothing else");
 }
+
+#[test]
+fn a_change_in_a_service_of_five_thousand_endpoints_is_two_rows() {
+    let (mut core, mut sink) = (new_core(), Sink::default());
+    let part = |n: u32, endpoints| {
+        let mut part = one_slice(n, endpoints);
+        part.service = "service-0".into();
+        part
+    };
+    objects::list(&mut core, [one_service(0)], (0..500).map(|n| part(n, ENDPOINTS)));
+    let now = Instant::now();
+    println!("5,000 endpoints in one Service: first sync {:?}", core.sync(&mut sink, now).duration);
+    let started = Instant::now();
+    core.apply(Change::Slice(Box::new(part(499, ENDPOINTS - 1))));
+    let report = core.sync(&mut sink, now);
+    println!("one of 5,000 removed: {:?} from event to map, {} calls", started.elapsed(), report.calls);
+    assert_eq!((report.calls, report.rows_written), (2, 2));
+}

@@ -121,7 +121,8 @@ fn each_kind_of_address_has_its_pools() {
             format!("0.0.0.0:30080/6 8 {}", pools[3]),
         ];
         let mut found = frontends(&compiled);
-        (wanted.sort(), found.sort());
+        wanted.sort();
+        found.sort();
         assert_eq!(found, wanted, "internal {internal:?}, external {external:?}");
     }
 }
