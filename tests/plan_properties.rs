@@ -140,7 +140,11 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let mut bench = Bench { kernel: ModelKernel::default(), core: new_core(), truth: Truth::default() };
+        Bench::with(ModelKernel::default())
+    }
+
+    fn with(kernel: ModelKernel) -> Self {
+        let mut bench = Bench { kernel, core: new_core(), truth: Truth::default() };
         bench.truth.tell(&mut bench.core);
         bench
     }
@@ -199,7 +203,8 @@ impl Bench {
                 });
                 let failures = self.sync().failures.len();
                 self.kernel.never_fails();
-                assert_eq!(failures > 0, self.core.pending());
+                // A failed row is not always pending: a later phase may have written what is wanted.
+                assert!(failures > 0 || !self.core.pending());
             }
             Event::Restart => self.restart(),
             Event::Wait(milliseconds) => self.kernel.now += Duration::from_millis(milliseconds.into()),
@@ -254,7 +259,7 @@ fn keep<V>(all: &mut BTreeMap<ObjectName, V>, kept: impl Fn(usize) -> bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn any_history_ends_where_a_full_rebuild_would_and_a_restart_there_writes_nothing(
@@ -268,10 +273,12 @@ proptest! {
     }
 
     #[test]
-    fn everything_that_was_given_up_can_be_used_again_after_its_rest(
+    fn everything_that_was_given_up_can_be_used_again_after_its_rest_even_where_room_is_scarce(
         events in prop::collection::vec(any_event(), 1..40),
+        scarce in any::<bool>(),
     ) {
-        let mut bench = Bench::new();
+        let kernel = if scarce { ModelKernel::with_capacity(6, 14, 21) } else { ModelKernel::default() };
+        let mut bench = Bench::with(kernel);
         for event in events {
             bench.play(event);
         }
@@ -286,7 +293,9 @@ proptest! {
         objects::list(&mut bench.core, services, slices);
         bench.play(Event::Sync);
         let row = bench.kernel.frontends.values().next().unwrap();
-        prop_assert_eq!((row.service_id, row.inside.base, bench.kernel.slots[&0]), (1, 0, 1));
+        // Of 21 slots the single one at the end is the best fit.
+        let base = if scarce { 20 } else { 0 };
+        prop_assert_eq!((row.service_id, row.inside.base, bench.kernel.slots[&base]), (1, base, 1));
         prop_assert_eq!(bench.core.counts().backends, 1);
     }
 }

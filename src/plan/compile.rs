@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::select::{Candidate, Place, merge_duplicates, select};
+use super::warnings::service_warning;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
 use crate::abi::frontend_flag::{
     FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_PORT,
@@ -98,8 +99,7 @@ pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compil
         }
         ports.push(compile_port(service, port, slices, context));
     }
-    let subject = format!("Service {}", service.name);
-    let warnings = warnings.into_iter().map(|message| Warning { subject: subject.clone(), message }).collect();
+    let warnings = warnings.into_iter().map(|message| service_warning(&service.name, message)).collect();
     Compiled { created: service.created, ports, addresses: addresses(service, context), warnings }
 }
 

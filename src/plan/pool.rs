@@ -112,8 +112,9 @@ mod tests {
 
     #[test]
     fn backends_move_as_little_as_can_be() {
+        type Row = (&'static str, &'static [u32], &'static [u32], &'static [u32]);
         #[rustfmt::skip]
-        let table: &[(&str, &[u32], &[u32], &[u32])] = &[
+        let table: &[Row] = &[
             ("a new one is appended", &[1, 2], &[1, 2, 3], &[1, 2, 3]),
             ("the last one moves into the hole", &[1, 2, 3], &[2, 3], &[3, 2]),
             ("the last one just goes", &[1, 2, 3], &[1, 2], &[1, 2]),

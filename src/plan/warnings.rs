@@ -74,6 +74,11 @@ impl WarningBook {
     }
 }
 
+/// A warning whose subject is this Service.
+pub fn service_warning(service: &ObjectName, message: String) -> Warning {
+    Warning { subject: format!("Service {service}"), message }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

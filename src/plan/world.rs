@@ -6,8 +6,7 @@ use std::mem;
 use super::compile::{Compiled, Context, compile};
 use super::select::Place;
 use super::warnings::{Origin, WarningBook};
-use crate::model::{Change, Kind, Node, ObjectName, Service, Slice};
-use crate::model::{Ipx, Warning};
+use crate::model::{Change, Ipx, Kind, Node, ObjectName, Service, Slice};
 use crate::table::{HashMap, HashSet};
 
 /// A relist's state: what was not stamped with the current epoch when the list ends is gone.
@@ -230,11 +229,6 @@ impl World {
             _ => {}
         }
     }
-}
-
-/// Warnings of one Service, with its subject.
-pub fn service_warning(service: &ObjectName, message: String) -> Warning {
-    Warning { subject: format!("Service {service}"), message }
 }
 
 #[cfg(test)]

@@ -157,7 +157,7 @@ impl ModelKernel {
                 }
             }
         }
-        for (slot, name) in before.iter().flat_map(|row| covered(key, row)) {
+        for (slot, name) in before.iter().filter(|_| self.judging).flat_map(|row| covered(key, row)) {
             self.slot_left.insert(slot, (name, self.now));
         }
     }
