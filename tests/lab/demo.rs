@@ -221,20 +221,28 @@ fn judge_removal(place: &Place, to: &str, records: &[LoadRecord], saved: u64, re
     let reached = |record: &&LoadRecord| record.result.as_deref() == Ok(REMOVED);
     let (old, new): (Vec<_>, Vec<_>) = records.iter().partition(|record| record.began < saved);
     let whence = format!("{} to {to}", place.name);
-    let failed = records.iter().filter(|record| record.result.is_err()).count();
-    let kinds = failures(records);
-    report.check(
-        failed == 0 && !records.is_empty(),
-        &format!("{whence}: {} requests, {failed} failed {kinds:?}", records.len()),
-    );
+    report.check(all_served(records), &format!("{whence}: {}", outcome(records)));
     let share = old.iter().copied().filter(reached).count();
     report.check(share > 0, &format!("{whence}: before the save {share} of {} reached {REMOVED}", old.len()));
     let late: Vec<&LoadRecord> = new.iter().copied().filter(reached).collect();
-    let last = late.last().map_or("none began after it".to_owned(), |record| {
-        format!("{}, the last begun {:.1} ms after it", late.len(), (record.began - saved) as f64 / 1000.0)
+    let last = late.last().map_or(String::new(), |record| {
+        format!(", the last begun {:.1} ms after it", (record.began - saved) as f64 / 1000.0)
     });
     let in_time = late.last().is_none_or(|record| u128::from(record.began - saved) < EFFECT.as_micros());
-    report.check(in_time && !new.is_empty(), &format!("{whence}: of {} after the save: {last}", new.len()));
+    let (late, new) = (late.len(), new.len());
+    report.check(in_time && new > 0, &format!("{whence}: after the save {late} of {new} reached it{last}"));
+}
+
+fn all_served(records: &[LoadRecord]) -> bool {
+    !records.is_empty() && records.iter().all(|record| record.result.is_ok())
+}
+
+/// "300 requests, 2 failed: ECONNREFUSED"
+fn outcome(records: &[LoadRecord]) -> String {
+    let failed = records.iter().filter(|record| record.result.is_err()).count();
+    let kinds: Vec<&str> = failures(records).into_iter().map(String::as_str).collect();
+    let colon = if kinds.is_empty() { "" } else { ": " };
+    format!("{} requests, {failed} failed{colon}{}", records.len(), kinds.join(", "))
 }
 
 /// A daemon that is killed is not missed, and finds its way back.
@@ -247,12 +255,11 @@ fn crash(lab: &Lab, directory: &Path, daemons: Vec<Daemon>, report: &mut Report)
     let daemons = start_daemons_again(lab, directory)?;
     std::thread::sleep(Duration::from_millis(300));
     let records = load.finish()?;
-    let failed = records.iter().filter(|record| record.result.is_err()).count();
-    let (total, kinds) = (records.len(), failures(&records));
-    report.check(failed == 0 && total > 0, &format!("{total} requests, {failed} failed {kinds:?}"));
+    report.check(all_served(&records), &outcome(&records));
     for daemon in daemons {
+        let (name, ready) = (daemon.node.name.clone(), daemon.ready_after.as_millis());
         let status = daemon.terminate()?;
-        report.check(status.success(), &format!("a daemon told to stop (SIGTERM) ended with {status}"));
+        report.check(status.success(), &format!("{name} was ready again after {ready} ms; told to stop: {status}"));
     }
     Ok(())
 }

@@ -106,15 +106,21 @@ impl Cluster {
         self.manifests.save(name, &objects);
     }
 
-    /// Waits until node1's live maps hold a backend at `address`, or hold none.
+    /// Waits until new connections on node1 may reach a backend at `address`, or may not: by the live maps.
     pub fn wait_for_backend(&self, address: IpAddr, present: bool) {
-        let text = format!("\"{address}\"");
-        let node = self.lab.node("node1");
-        let followed = eventually(PATIENCE, || {
-            let json = node.get("backends", &["-o", "json"]).expect("kubelane get works");
-            json.contains(&text) == present
-        });
-        assert!(followed, "backend {address} present={present} did not come true; {}", node.host.log_tail());
+        let followed = eventually(PATIENCE, || self.backends().contains(&address) == present);
+        let log = self.lab.node("node1").host.log_tail();
+        assert!(followed, "{address} present={present} did not come true: {:?}; {log}", self.backends());
+    }
+
+    /// Addresses of the backends that node1's live maps let new connections reach.
+    fn backends(&self) -> Vec<IpAddr> {
+        let text = self.lab.node("node1").get("backends", &["-o", "json"]).expect("kubelane get works");
+        let list: Value = serde_json::from_str(&text).expect("kubelane get prints JSON");
+        let items = list["items"].as_array().expect("a list has items");
+        let in_use = items.iter().filter(|item| item["sets"].as_array().is_some_and(|sets| !sets.is_empty()));
+        let address = |item: &Value| item["address"].as_str()?.parse::<SocketAddr>().ok();
+        in_use.map(|item| address(item).expect("a backend has an address and a port").ip()).collect()
     }
 }
 

@@ -220,7 +220,7 @@ impl Lab {
         let mut lines = vec!["link set lo up".to_owned(), "link set br0 up".to_owned()];
         lines.push("address add 172.31.0.1/24 dev br0".to_owned());
         lines.push("address add fd31::1/64 dev br0 nodad".to_owned());
-        lines.extend(self.nodes.iter().map(|node| format!("link set {} master br0 up", node.name)));
+        lines.extend(self.nodes.iter().map(|node| format!("link set dev {} master br0 up", node.name)));
         netns::ip(Some(&underlay), &lines)?;
         for node in &self.nodes {
             netns::ip(Some(&self.netns_name(&node.name)), &self.node_addresses(node))?;
@@ -274,7 +274,7 @@ impl Lab {
         }
         lines.push("route add default via 172.31.0.1".to_owned());
         lines.push("route add default via fd31::1".to_owned());
-        lines.extend(node.pods.iter().map(|pod| format!("link set {} master cbr0 up", pod.name)));
+        lines.extend(node.pods.iter().map(|pod| format!("link set dev {} master cbr0 up", pod.name)));
         lines
     }
 }
