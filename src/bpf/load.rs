@@ -85,7 +85,7 @@ fn log_libbpf(level: PrintLevel, message: String) {
     }
 }
 
-fn configure(skeleton: &mut OpenKubelaneSkel<'_>) -> Result<()> {
+pub(super) fn configure(skeleton: &mut OpenKubelaneSkel<'_>) -> Result<()> {
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();

@@ -10,6 +10,7 @@ pub mod pinned;
 pub mod probe;
 mod skeleton;
 mod stale;
+pub mod verifier;
 
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
