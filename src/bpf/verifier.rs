@@ -5,10 +5,9 @@ use std::mem::MaybeUninit;
 
 use anyhow::{Context, Result, bail};
 use libbpf_rs::AsRawLibbpf;
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::OpenSkel;
 
-use super::load::configure;
-use super::skeleton::KubelaneSkelBuilder;
+use super::load::{btf_stand_in, open_object};
 
 /// BPF_LOG_STATS of linux/bpf_verifier.h (5.2): a few lines of figures, and the reason when a program is refused.
 const LOG_STATISTICS: u32 = 4;
@@ -27,8 +26,8 @@ pub struct VerifiedProgram {
 /// Loads every program that this kernel is meant to take, with maps of its own, attaches none and lets all go.
 pub fn verify_all() -> Result<Vec<VerifiedProgram>> {
     let mut storage = MaybeUninit::uninit();
-    let mut skeleton = KubelaneSkelBuilder::default().open(&mut storage).context("cannot open the BPF object")?;
-    configure(&mut skeleton)?;
+    let btf = btf_stand_in()?;
+    let mut skeleton = open_object(&mut storage, btf.as_ref())?;
     let mut logs: Vec<(String, Vec<u8>)> = Vec::new();
     for mut program in skeleton.open_object_mut().progs_mut().filter(|p| p.autoload()) {
         let mut log = vec![0u8; LOG_BYTES];
@@ -44,11 +43,11 @@ pub fn verify_all() -> Result<Vec<VerifiedProgram>> {
         logs.push((program.name().to_string_lossy().into_owned(), log));
     }
     let loaded = skeleton.load();
-    let logs = logs.into_iter().map(|(name, log)| (name, text(&log)));
+    let mut logs = logs.into_iter().map(|(name, log)| (name, text(&log)));
     match loaded {
         Ok(_) => logs.map(|(name, log)| parse(name, &log)).collect(),
         Err(error) => {
-            let refused = logs.filter(|(_, log)| !log.is_empty()).last();
+            let refused = logs.rfind(|(_, log)| !log.is_empty());
             let (name, log) = refused.unwrap_or_else(|| ("nothing".into(), String::new()));
             Err(error).with_context(|| format!("the kernel did not take the BPF object; last seen: {name}\n{log}"))
         }

@@ -6,11 +6,13 @@ mod pods;
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 
 use kubelane::abi::pool_empty;
 use kubelane::bpf::{probe, verifier};
 use kubelane::model::{Family, Ipx, Protocol};
-use nix::sched::{CloneFlags, setns};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
 use node::{NODE_ADDRESSES, Node, Options, PODS, in_new_namespace, on_a_node, on_a_thread};
 use pods::{ask_tcp, ask_udp, ask_udp_at, connect_tcp, udp_socket};
 
@@ -334,6 +336,29 @@ fn a_stopped_daemon_is_not_missed_and_a_new_one_takes_over_without_a_gap() {
             assert_eq!(connected.peer_addr().unwrap(), to);
             assert_eq!((ask_udp(&connected).unwrap(), ask_udp_at(&unconnected, to).unwrap()), pods);
             connect_tcp(to).unwrap();
+        }
+    });
+}
+
+/// A kernel built without CONFIG_DEBUG_INFO_BTF, as far as this process can see.
+#[test]
+fn a_kernel_without_btf_is_served_all_the_same() {
+    on_a_node(|node| {
+        node.stop();
+        on_a_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            if Path::new("/sys/kernel/btf").exists() {
+                mount(Some("none"), "/sys/kernel/btf", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            }
+            assert!(!probe::has_kernel_btf());
+            node.start();
+            let programs = verifier::verify_all().unwrap();
+            assert!(programs.iter().all(|p| p.name != "find_stale_sockets"), "{programs:?}");
+        });
+        assert!(node.datapath().stale_sockets().is_none());
+        for (to, pods, _) in serve_all(node, Options::default()) {
+            assert!(pods.contains(&ask_tcp(&mut connect_tcp(to).unwrap()).unwrap()), "{to}");
         }
     });
 }

@@ -6,7 +6,7 @@
 //! the cgroup before anything else.
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -113,6 +113,7 @@ pub fn in_new_namespace<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         for address in PODS.iter().flatten().chain(&NODE_ADDRESSES) {
             let length = if address.contains(':') { 128 } else { 32 };
             ip(&["address", "add", &format!("{address}/{length}"), "dev", "lo"]);
+            wait_for_address(address.parse().unwrap());
         }
         work()
     })
@@ -124,6 +125,15 @@ pub fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     })
+}
+
+/// The kernel makes an IPv6 address usable, and its route, a moment after it was added, on loopback as well.
+fn wait_for_address(address: IpAddr) {
+    let until = Instant::now() + Duration::from_secs(10);
+    while let Err(error) = UdpSocket::bind((address, 0)).and_then(|socket| socket.connect((address, 9))) {
+        assert!(Instant::now() < until, "{address} does not come up: {error}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 fn ip(arguments: &[&str]) {
