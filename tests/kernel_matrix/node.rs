@@ -61,10 +61,11 @@ fn run_in_another_process(test: &str) {
     drop(done);
     watchdog.join().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    // Printed by the test's own thread, so that libtest keeps it with the test.
-    print!("{text}");
-    eprint!("{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{test}, in its own process: {}", output.status);
+    if !output.status.success() {
+        // By the test's own thread, so that libtest keeps it with the test.
+        print!("{text}{}", String::from_utf8_lossy(&output.stderr));
+        panic!("{test}, in its own process: {}", output.status);
+    }
     assert!(text.contains("1 passed"), "the other process ran no test named {test}");
 }
 
