@@ -10,7 +10,8 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use bytemuck::bytes_of;
 use kubelane::abi::{Backend, Frontend, FrontendKey, Pool, address_flag, backend_state, frontend_flag, pool_member};
@@ -19,6 +20,8 @@ use kubelane::model::{Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+
+use crate::support::{self, cgroup};
 
 /// Tells the second process which node it lives in.
 const NODE: &str = "KUBELANE_TEST_NODE";
@@ -34,8 +37,14 @@ pub const NODE_ADDRESSES: [&str; 2] = ["192.0.2.10", "2001:db8::10"];
 pub fn on_a_node<T: Fn(&mut Node)>(test: T) {
     match std::env::var_os(NODE) {
         Some(directory) => test(&mut Node::enter(Path::new(&directory))),
-        None => run_in_another_process(test_name::<T>()),
+        None if can_run() => run_in_another_process(test_name::<T>()),
+        None => {}
     }
+}
+
+/// False, said aloud, on a machine that cannot run these tests.
+pub fn can_run() -> bool {
+    support::preflight().inspect_err(|reason| support::skip(&format!("{reason:#}"))).is_ok()
 }
 
 /// A test's name as libtest knows it, from the name of a closure in it: "crate::test::{{closure}}".
@@ -51,9 +60,9 @@ fn run_in_another_process(test: &str) {
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = in_new_namespace(move || command.spawn().unwrap());
     let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    let (done, timer) = std::sync::mpsc::channel::<()>();
+    let (done, timer) = channel::<()>();
     let watchdog = std::thread::spawn(move || {
-        if timer.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if timer.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
     });
@@ -79,7 +88,8 @@ impl Directories {
     fn new() -> Directories {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("klmatrix-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directories = Directories { bpffs: std::env::temp_dir().join(&name), cgroup: cgroup2_mount().join(&name) };
+        let directories =
+            Directories { bpffs: std::env::temp_dir().join(&name), cgroup: cgroup::mount_point().unwrap().join(&name) };
         fs::create_dir(&directories.bpffs).unwrap();
         mount(Some("bpf"), &directories.bpffs, Some("bpf"), MsFlags::empty(), None::<&str>)
             .expect("these tests need root and BPF");
@@ -92,18 +102,8 @@ impl Drop for Directories {
     fn drop(&mut self) {
         let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&self.bpffs);
-        // The kernel lets go of the last process's cgroup a moment after the process has ended.
-        let until = Instant::now() + Duration::from_secs(2);
-        while fs::remove_dir(&self.cgroup).is_err() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let _ = cgroup::remove(&self.cgroup);
     }
-}
-
-fn cgroup2_mount() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let line = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
-    Path::new(line.split(' ').nth(1).unwrap()).to_owned()
 }
 
 /// Runs `work` on a thread in a new network namespace that has the pods' and the node's addresses.
@@ -130,11 +130,8 @@ pub fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 
 /// The kernel makes an IPv6 address usable, and its route, a moment after it was added, on loopback as well.
 fn wait_for_address(address: IpAddr) {
-    let until = Instant::now() + Duration::from_secs(10);
-    while let Err(error) = UdpSocket::bind((address, 0)).and_then(|socket| socket.connect((address, 9))) {
-        assert!(Instant::now() < until, "{address} does not come up: {error}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    let is_up = || UdpSocket::bind((address, 0)).and_then(|socket| socket.connect((address, 9))).is_ok();
+    assert!(support::eventually(Duration::from_secs(10), is_up), "{address} does not come up");
 }
 
 fn ip(arguments: &[&str]) {
@@ -170,7 +167,7 @@ pub struct Service {
 
 impl Node {
     fn enter(directory: &Path) -> Node {
-        let cgroup = cgroup2_mount().join(directory.file_name().unwrap());
+        let cgroup = cgroup::mount_point().unwrap().join(directory.file_name().unwrap());
         fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
         let settings = Settings { pin_path: directory.join("kl"), cgroup, max_endpoints: 256, max_services: 64 };
         let datapath = Some(Datapath::open(&settings).unwrap());
@@ -248,7 +245,7 @@ impl Node {
 
     /// Runs `work` while this process is in the root cgroup, where no program is attached.
     pub fn outside_the_cgroup<T>(&self, work: impl FnOnce() -> T) -> T {
-        fs::write(cgroup2_mount().join("cgroup.procs"), "0").unwrap();
+        fs::write(cgroup::mount_point().unwrap().join("cgroup.procs"), "0").unwrap();
         let result = work();
         fs::write(self.settings.cgroup.join("cgroup.procs"), "0").unwrap();
         result
