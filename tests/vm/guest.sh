@@ -10,7 +10,6 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t debugfs debugfs /sys/kernel/debug
 ip link set lo up
-ulimit -l unlimited
 
 timeout 200 sh /out/job.sh >/out/log 2>&1
 code=$?
