@@ -2,6 +2,7 @@
 //! [`MapIo`](crate::sync::MapIo), probes of kernel features, and the search for sockets whose backend is gone.
 
 mod attach;
+mod btf;
 mod load;
 mod maps;
 pub mod memory;
@@ -10,6 +11,7 @@ pub mod pinned;
 pub mod probe;
 mod skeleton;
 mod stale;
+pub mod verifier;
 
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
