@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <pin path>/v1/maps/<map>       the state: ids, backends, frontends
-//! <pin path>/v1/links/<program>  each keeps one program attached to the cgroup
+//! <pin path>/v1/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
 //! ```
 
 use std::fs::{self, File};
@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
+use super::hook;
 use crate::abi::abi_version::ABI_VERSION;
 
 /// Where bpffs is by convention, and where it is mounted if nobody has.
@@ -123,7 +124,7 @@ fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()>
             continue;
         }
         for pin in children(&directory)? {
-            fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
+            hook::remove_pin(&pin)?;
             removed.push(pin.display().to_string());
         }
         fs::remove_dir(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
