@@ -27,6 +27,9 @@ const PRESSURE_FULL: u64 = 95;
 /// A connection that is open and silent for less is never taken for dead, however full the table is.
 const ESTABLISHED_LEAST: u64 = 300;
 
+/// Rows in one system call.
+const ROWS_AT_ONCE: usize = 4096;
+
 /// What one call did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlowPass {
@@ -125,7 +128,7 @@ impl Table {
     /// meantime may be met twice or not at all.
     fn next_rows(&mut self, wanted: usize) -> Result<(Vec<(FlowKey, Flow)>, bool)> {
         loop {
-            let room = wanted.max(self.room);
+            let room = wanted.min(ROWS_AT_ONCE).max(self.room);
             let mut keys = vec![<FlowKey as bytemuck::Zeroable>::zeroed(); room];
             let mut flows = vec![<Flow as bytemuck::Zeroable>::zeroed(); room];
             let mut next = [0u8; 8];

@@ -125,8 +125,9 @@ impl Frame {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 let mut header = vec![0x45, 0];
                 header.extend(((20 + body.len()) as u16).to_be_bytes());
-                let (id, field) = fragment
-                    .map_or((0x1234, 0), |(offset, more, id)| (id as u16, (offset / 8) | if more { 0x2000 } else { 0 }));
+                let (id, field) = fragment.map_or((0x1234, 0), |(offset, more, id)| {
+                    (id as u16, (offset / 8) | if more { 0x2000 } else { 0 })
+                });
                 header.extend(id.to_be_bytes());
                 header.extend(field.to_be_bytes());
                 header.extend([self.ttl, protocol, 0, 0]);

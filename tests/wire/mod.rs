@@ -47,9 +47,26 @@ pub const REMOTE6: &str = "fd44::1:5";
 pub const TUNNEL_MTU: u32 = 1450;
 
 /// A BPF file system, a cgroup, and their end.
-struct Place {
+pub struct Place {
     bpffs: PathBuf,
     cgroup: PathBuf,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("klwire-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let bpffs = std::env::temp_dir().join(&name);
+        fs::create_dir(&bpffs).unwrap();
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).expect("these tests need root and BPF");
+        let cgroup = cgroup2_mount().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        Place { bpffs, cgroup }
+    }
+
+    pub fn settings(&self) -> Settings {
+        Settings { pin_path: self.bpffs.join("kl"), cgroup: self.cgroup.clone(), max_endpoints: 1024, max_services: 64 }
+    }
 }
 
 impl Drop for Place {
@@ -66,7 +83,7 @@ pub struct Node {
     pub uplink: u32,
     pub tunnel: u32,
     next_slot: u32,
-    _place: Place,
+    pub place: Place,
 }
 
 /// Runs `ip` with these words, in the calling thread's namespace.
@@ -114,16 +131,10 @@ impl Node {
         let tunnel = device("over0", "10.244.0.1/16", "fd44::1/32", TUNNEL_MTU, &[REMOTE4, REMOTE6]);
         ip_command("route add default via 10.0.0.254");
         ip_command("-6 route add default via fd00::254");
-        let place = place();
-        let pin_path = place.bpffs.join("kl");
-        let settings = Settings {
-            pin_path: pin_path.clone(),
-            cgroup: place.cgroup.clone(),
-            max_endpoints: 1024,
-            max_services: 64,
-        };
+        let place = Place::new();
+        let settings = place.settings();
         let datapath = Datapath::open(&settings).unwrap();
-        let mut node = Node { datapath, pin_path, uplink, tunnel, next_slot: 0, _place: place };
+        let mut node = Node { datapath, pin_path: settings.pin_path, uplink, tunnel, next_slot: 0, place };
         for (address, flags) in [
             (NODE4, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
             (NODE6, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
@@ -225,17 +236,6 @@ impl Node {
         let moved = self.counters().into_iter().map(|(name, n)| (name, n - before[name])).filter(|(_, n)| *n > 0);
         (result, moved.collect())
     }
-}
-
-fn place() -> Place {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("klwire-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let bpffs = std::env::temp_dir().join(&name);
-    fs::create_dir(&bpffs).unwrap();
-    mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).expect("these tests need root and BPF");
-    let cgroup = cgroup2_mount().join(&name);
-    fs::create_dir(&cgroup).unwrap();
-    Place { bpffs, cgroup }
 }
 
 pub fn backend(address: &str, port: u16, protocol: Protocol, local: bool) -> Backend {
