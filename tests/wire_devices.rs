@@ -17,8 +17,10 @@ fn tc(words: &str) -> String {
     String::from_utf8_lossy(&out.stdout).into_owned()
 }
 
+type Choose = fn(&mut Devices);
+
 /// A method, how to choose it, and the file names that it pins.
-const METHODS: [(Method, fn(&mut Devices), &str); 2] =
+const METHODS: [(Method, Choose, &str); 2] =
     [(Method::Tcx, |_| {}, "tcx"), (Method::Clsact, |d| d.use_clsact(), "filter")];
 
 #[test]

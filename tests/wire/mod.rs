@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod cluster;
 pub mod frame;
 
 use std::collections::BTreeMap;
@@ -132,9 +133,8 @@ impl Node {
         ip_command("route add default via 10.0.0.254");
         ip_command("-6 route add default via fd00::254");
         let place = Place::new();
-        let settings = place.settings();
-        let datapath = Datapath::open(&settings).unwrap();
-        let mut node = Node { datapath, pin_path: settings.pin_path, uplink, tunnel, next_slot: 0, place };
+        let datapath = Datapath::open(&place.settings()).unwrap();
+        let mut node = Node::with(datapath, place, uplink, tunnel);
         for (address, flags) in [
             (NODE4, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
             (NODE6, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
@@ -146,6 +146,11 @@ impl Node {
             node.address(address, flags);
         }
         node
+    }
+
+    /// A node whose namespace somebody else has made.
+    pub fn with(datapath: Datapath, place: Place, uplink: u32, tunnel: u32) -> Node {
+        Node { datapath, pin_path: place.settings().pin_path, uplink, tunnel, next_slot: 0, place }
     }
 
     pub fn write(&mut self, map: MapName, key: &[u8], value: &[u8]) {
