@@ -26,6 +26,8 @@ enum frontend_flag {
 	FRONTEND_EXTERNAL_IP = 2,
 	FRONTEND_LOAD_BALANCER = 4,
 	FRONTEND_NODE_PORT = 8,
+	/* Packets from the wire must come from one of the service's source_ranges. */
+	FRONTEND_SOURCE_RANGES = 16,
 };
 
 /* Which of a service port's two endpoint sets a pool is, and which sets a backend belongs to (a bit each). */
@@ -57,6 +59,9 @@ enum address_flag {
 	ADDRESS_SERVICE_VIP = 2,
 	/* An address of this node that serves NodePorts. */
 	ADDRESS_NODE = 4,
+	/* An address of an outward device of this node: what goes to a backend elsewhere may leave with it as its
+	 * source, and what comes back to it is looked at. */
+	ADDRESS_LOCAL = 8,
 };
 
 /* Index into the per-CPU array `counters`. */
@@ -70,7 +75,26 @@ enum counter {
 	COUNTER_DROPPED_NO_LOCAL_ENDPOINT = 6, /* dropped: traffic policy Local and no local endpoint */
 	COUNTER_FAILED_BACKEND_MISSING = 7, /* let through: a slot led to no backend (never expected) */
 	COUNTER_FAILED_STORAGE = 8, /* translated, but the kernel had no memory for the socket's record */
-	COUNTER_MAX = 9,
+	COUNTER_FLOW_LOCAL = 9, /* new flow from the wire to a backend on this node */
+	COUNTER_FLOW_REMOTE = 10, /* new flow from the wire to a backend elsewhere */
+	COUNTER_FLOW_MIDSTREAM = 11, /* of the new flows: TCP ones that began with a packet other than a SYN */
+	COUNTER_FLOW_ESTABLISHED = 12, /* flow proved by both ends, moved to the lasting table */
+	COUNTER_FLOW_TABLE_FULL = 13, /* such a flow stayed among the unproved: the lasting table is full */
+	COUNTER_SNAT_RETRY = 14, /* a source port was taken and another one tried */
+	COUNTER_SNAT_RECLAIMED = 15, /* a source port was taken from an unproved flow, all others tried being in use */
+	COUNTER_ICMP_TRANSLATED = 16, /* ICMP error about a flow passed on to the other side */
+	COUNTER_ICMP_TOO_BIG = 17, /* answered with "fragmentation needed" or "packet too big" */
+	COUNTER_ICMP_TTL_EXCEEDED = 18, /* answered with "time exceeded" */
+	COUNTER_DROPPED_SOURCE_RANGE = 19, /* dropped: the client is outside loadBalancerSourceRanges */
+	COUNTER_DROPPED_SNAT_EXHAUSTED = 20, /* dropped: no free source port towards the backend */
+	COUNTER_DROPPED_SNAT_SOURCE = 21, /* dropped: the route's source is no address of an outward device */
+	COUNTER_DROPPED_NO_ROUTE = 22, /* dropped: no route to the backend or back to the client */
+	COUNTER_DROPPED_FORWARDING_OFF = 23, /* dropped: the sysctl `forwarding` is off for the device it came in by */
+	COUNTER_DROPPED_FRAGMENT = 24, /* dropped: a fragment that came before its datagram's first one */
+	COUNTER_DROPPED_UNKNOWN_RESET = 25, /* dropped: a TCP reset of an unknown flow */
+	COUNTER_DROPPED_FLOW_TABLE = 26, /* dropped: the kernel had no memory for a new flow */
+	COUNTER_DROPPED_REWRITE = 27, /* dropped: the kernel refused to change the packet */
+	COUNTER_MAX = 28,
 };
 
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
@@ -134,6 +158,75 @@ struct affinity {
 	__u64 used_ns; /* bpf_ktime_get_ns() of the last connection */
 };
 
+/* source_ranges (a trie): which clients a service port's load balancer addresses serve. 128 bits of address, so that
+ * an IPv4 range of length n has prefix_length 32 + 96 + n. */
+struct source_range_key {
+	__u32 prefix_length; /* 32, for the service id, plus the range's own, in bits */
+	__u32 service_id;
+	struct address address;
+};
+
+/* devices[interface index]: what the kernels before 6.7 do not tell when asked for a route (BPF_FIB_LOOKUP_SRC). */
+struct device {
+	struct address ip4; /* the device's first address of each family; all zeros: none */
+	struct address ip6;
+};
+
+struct ends {
+	struct address source;
+	struct address destination;
+	__be16 source_port;
+	__be16 destination_port;
+};
+
+/* A packet as it is on the wire. */
+struct flow_key {
+	struct ends ends;
+	__u8 protocol;
+	__u8 zero[3];
+};
+
+enum flow_kind {
+	FLOW_REPLY = 1, /* from the backend to the client; else from the client to the backend */
+	FLOW_AT_EGRESS = 2, /* met when they leave (a local backend's replies), else when they come in */
+	FLOW_FORWARDED = 4, /* the backend is elsewhere: routed here, never shown to the host's stack */
+};
+
+/*
+ * One direction of a flow: flow_key -> what its packets become. The other direction's key is the new ends reversed, so
+ * that each row leads to its partner. Both rows carry the same closing marks, bytes and not bits: each is only ever
+ * set, from several processors at once.
+ */
+struct flow {
+	struct ends ends;
+	__u8 kind; /* enum flow_kind */
+	__u8 replied; /* the backend has answered */
+	__u8 client_closed; /* the client's FIN was seen */
+	__u8 backend_closed; /* the backend's FIN was seen */
+	__u8 backend_first; /* the backend's FIN was the first: the backend keeps the connection in TIME_WAIT */
+	__u8 reset; /* an RST was seen, and nothing after it */
+	__u16 zero;
+	__u32 backend_id;
+	__u32 generation;
+	__u32 service_id;
+	__u32 interface; /* where the client's packets come in */
+	__u32 sequence; /* TCP, until proved: the sequence number of the backend's last packet, host order */
+	__u64 used_ns; /* bpf_ktime_get_ns() of the last packet, to within FLOW_TOUCH_NS */
+};
+
+/* How long rows last, in seconds of silence in both directions. */
+enum flow_timeout {
+	FLOW_TCP_OPENING = 60, /* handshake not completed */
+	FLOW_TCP_ESTABLISHED = 86400,
+	FLOW_TCP_HALF_CLOSED = 120, /* one FIN */
+	FLOW_TCP_CLOSED = 10, /* both FINs, the client's first */
+	FLOW_TCP_TIME_WAIT = 60, /* both FINs, the backend's first: as long as Linux keeps TIME_WAIT */
+	FLOW_TCP_RESET = 10,
+	FLOW_TCP_PORT_REST = 2, /* before a closed flow's source port serves another client */
+	FLOW_UDP_UNREPLIED = 30,
+	FLOW_UDP_REPLIED = 120,
+};
+
 /* Where a translated socket or datagram was meant to go, and where it went. */
 struct origin {
 	struct address service_address;
@@ -165,6 +258,10 @@ _Static_assert(sizeof(struct backend) == 32, "backend");
 _Static_assert(sizeof(struct service_name) == 192, "service_name");
 _Static_assert(sizeof(struct affinity_key) == 24, "affinity_key");
 _Static_assert(sizeof(struct affinity) == 16, "affinity");
+_Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
+_Static_assert(sizeof(struct device) == 32, "device");
+_Static_assert(sizeof(struct flow_key) == 40, "flow_key");
+_Static_assert(sizeof(struct flow) == 72, "flow");
 _Static_assert(sizeof(struct origin) == 52, "origin");
 _Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
 

@@ -12,7 +12,9 @@ struct config {
 	__u64 host_netns_cookie;
 	/* The kernel has bpf_set_retval (5.18); without it a refusal shows as EPERM. */
 	__u32 has_set_retval;
-	__u32 zero;
+	/* Source ports towards backends elsewhere: snat_ports of them from snat_first on, host order. */
+	__u16 snat_first;
+	__u16 snat_ports;
 };
 
 const volatile struct config config = {};

@@ -16,13 +16,27 @@
  *   socket.h     the verdict on connect() and sendmsg(), the reverse for recvmsg() and getpeername()
  *   stale.h      the iterator that finds connected sockets that go where they should not any more
  *
- * The families differ in the entry points below only (IPv4 is v4-mapped everywhere else). The TC programs for packets
- * from the wire will stand beside these and share address.h, frontend.h and backend.h.
+ * and, for packets from and to the wire, which share abi.h to backend.h with them:
+ *
+ *   packet.h     bytes -> what has to be known of a packet
+ *   checksum.h   checksums, changed in place
+ *   rewrite.h    new ends for a packet
+ *   flow.h       the table of flows: states, proof, both directions
+ *   snat.h       which ends a backend sees
+ *   route.h      where a packet goes next
+ *   icmp.h       errors that are answered with here
+ *   deliver.h    sending on a packet, or an error, of a known flow
+ *   wire.h       the verdict on a packet
+ *
+ * The families differ in the entry points below, packet.h and rewrite.h (IPv4 is v4-mapped everywhere else).
  */
 #include <linux/bpf.h>
 #include <linux/errno.h>
 #include <linux/in.h>
 #include <linux/in6.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
 
@@ -37,6 +51,15 @@
 #include "datagram.h"
 #include "socket.h"
 #include "stale.h"
+#include "packet.h"
+#include "checksum.h"
+#include "rewrite.h"
+#include "flow.h"
+#include "snat.h"
+#include "route.h"
+#include "icmp.h"
+#include "deliver.h"
+#include "wire.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -157,4 +180,35 @@ int find_stale_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
 	print_stale_socket(ctx);
 	return 0;
+}
+
+enum link_layer {
+	LINK_ETHERNET = 14, /* bytes before the IP header */
+	LINK_NONE = 0, /* tunnels whose packets begin with it: IPIP, SIT, WireGuard, tun */
+};
+
+/* Outward devices, what comes in. */
+SEC("tc")
+int wire_in_ethernet(struct __sk_buff *skb)
+{
+	return wire_ingress(skb, LINK_ETHERNET);
+}
+
+SEC("tc")
+int wire_in_bare(struct __sk_buff *skb)
+{
+	return wire_ingress(skb, LINK_NONE);
+}
+
+/* Outward devices, what leaves. */
+SEC("tc")
+int wire_out_ethernet(struct __sk_buff *skb)
+{
+	return wire_egress(skb, LINK_ETHERNET);
+}
+
+SEC("tc")
+int wire_out_bare(struct __sk_buff *skb)
+{
+	return wire_egress(skb, LINK_NONE);
 }

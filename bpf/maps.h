@@ -114,4 +114,73 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
+/* Packets from the wire. */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct source_range_key);
+	__type(value, __u32); /* 1 */
+} source_ranges SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, struct device);
+} devices SEC(".maps");
+
+/* Flows that both ends have proved: nothing but their end, or the daemon's collection, takes them away. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 524288);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+/* Flows that are not proved yet. A flood of them pushes out its like, never the others. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 131072);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} new_flows SEC(".maps");
+
+/* The ports of a datagram that comes in pieces: only the first has them. */
+struct fragment_key {
+	struct address source;
+	struct address destination;
+	__u32 id; /* as in the packet; of IPv4 16 bits */
+	__u32 protocol;
+};
+
+struct fragment_ports {
+	__be16 source_port;
+	__be16 destination_port;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct fragment_key);
+	__type(value, struct fragment_ports);
+} fragments SEC(".maps");
+
+/* What a port has ever been used for, a byte each: bytes can be set without a lock, and never need to be cleared, as
+ * one that is set for nothing only costs a look-up. */
+struct port_table {
+	__u8 served[65536]; /* by destination port of what comes in */
+	__u8 replies[65536]; /* by source port of what leaves: some local backend's */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct port_table);
+} ports SEC(".maps");
+
 #endif

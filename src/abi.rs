@@ -5,7 +5,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::model::{Ipx, Protocol};
+use crate::model::{Family, IpRange, Ipx, Protocol};
 
 include!(concat!(env!("OUT_DIR"), "/abi_enums.rs"));
 
@@ -114,6 +114,90 @@ impl std::fmt::Debug for ServiceName {
     }
 }
 
+/// Key of `source_ranges`, a trie: the value is a u32, 1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct SourceRangeKey {
+    /// 32 plus the range's length in bits, plus 96 for IPv4.
+    pub prefix_length: u32,
+    pub service_id: u32,
+    /// Host bits cleared; IPv4 as v4-mapped.
+    pub address: [u8; 16],
+}
+
+impl SourceRangeKey {
+    pub fn new(service_id: u32, range: IpRange) -> Self {
+        let family_bits = if range.ip.family() == Family::Ipv4 { 96 } else { 0 };
+        SourceRangeKey { prefix_length: 32 + family_bits + u32::from(range.prefix), service_id, address: range.ip.0 }
+    }
+}
+
+/// Value of `devices`, keyed by interface index (u32): the device's first address of each family, zeros for none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct DeviceAddresses {
+    pub ip4: [u8; 16],
+    pub ip6: [u8; 16],
+}
+
+/// The ends of a packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct Ends {
+    pub source: [u8; 16],
+    pub destination: [u8; 16],
+    /// Network order.
+    pub source_port_be: [u8; 2],
+    /// Network order.
+    pub destination_port_be: [u8; 2],
+}
+
+impl Ends {
+    /// Those of an answer.
+    pub fn reversed(&self) -> Ends {
+        Ends {
+            source: self.destination,
+            destination: self.source,
+            source_port_be: self.destination_port_be,
+            destination_port_be: self.source_port_be,
+        }
+    }
+}
+
+/// Key of `flows` and `new_flows`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FlowKey {
+    pub ends: Ends,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub zero: [u8; 3],
+}
+
+/// Value of `flows` and `new_flows`: one direction of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Flow {
+    /// What the packet becomes.
+    pub ends: Ends,
+    /// Bits of [`flow_kind`].
+    pub kind: u8,
+    pub replied: u8,
+    pub client_closed: u8,
+    pub backend_closed: u8,
+    pub backend_first: u8,
+    pub reset: u8,
+    pub zero: u16,
+    pub backend_id: u32,
+    pub generation: u32,
+    pub service_id: u32,
+    /// Interface index where the client's packets come in.
+    pub interface: u32,
+    pub sequence: u32,
+    /// CLOCK_MONOTONIC of the last packet, to within a second.
+    pub used_ns: u64,
+}
+
 /// A connected socket whose backend is gone, as the socket iterator prints it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -141,4 +225,8 @@ const _: () = {
     assert!(size_of::<Backend>() == 32);
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<StaleSocket>() == 48);
+    assert!(size_of::<SourceRangeKey>() == 24);
+    assert!(size_of::<DeviceAddresses>() == 32);
+    assert!(size_of::<FlowKey>() == 40);
+    assert!(size_of::<Flow>() == 72);
 };

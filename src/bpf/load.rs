@@ -10,10 +10,12 @@ use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 
 use super::attach::{Attached, Cgroup, attach};
 use super::btf::EmptyBtf;
+use super::devices::Devices;
+use super::flows::FlowCollector;
 use super::maps::Maps;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
-use super::{namespaces, pinned, probe};
+use super::{namespaces, pinned, ports, probe};
 
 /// Where the datapath lives and how much it can hold.
 #[derive(Clone, Debug)]
@@ -35,6 +37,8 @@ pub struct Datapath {
     stale_iterator: Option<StaleSockets>,
     /// True when an earlier daemon's links were taken over.
     adopted: bool,
+    devices: Devices,
+    pin_path: PathBuf,
     _lock: pinned::Lock,
 }
 
@@ -60,7 +64,15 @@ impl Datapath {
             tracing::info!("removed {pin}, left by another version");
         }
         let stale_iterator = attach_iterator(&skeleton)?;
-        Ok(Datapath { maps: Maps::open(&settings.pin_path)?, stale_iterator, adopted, _lock: lock })
+        let devices = Devices::new(&skeleton, &settings.pin_path)?;
+        Ok(Datapath {
+            maps: Maps::open(&settings.pin_path)?,
+            stale_iterator,
+            adopted,
+            devices,
+            pin_path: settings.pin_path.clone(),
+            _lock: lock,
+        })
     }
 
     /// The maps to write to.
@@ -71,6 +83,16 @@ impl Datapath {
     /// Whether an earlier daemon's programs were found attached, and replaced without a gap.
     pub fn adopted(&self) -> bool {
         self.adopted
+    }
+
+    /// The outward devices, where packets from the wire are met.
+    pub fn devices(&mut self) -> &mut Devices {
+        &mut self.devices
+    }
+
+    /// Takes away flows that have ended; for use on another thread.
+    pub fn flow_collector(&self) -> Result<FlowCollector> {
+        FlowCollector::open(&self.pin_path)
     }
 
     /// Finds and ends sockets whose backend is gone; for use on another thread. `None` without kernel BTF.
@@ -107,6 +129,10 @@ pub(super) fn open_object<'o>(
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();
+    let snat = ports::snat_range();
+    rodata.config.snat_first = *snat.start();
+    // At most 64512: the range starts at 1024 or later.
+    rodata.config.snat_ports = snat.end() - snat.start() + 1;
     if btf.is_some() {
         skeleton.progs.find_stale_sockets.set_autoload(false);
     }
@@ -119,7 +145,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     let (services, endpoints) = (settings.max_services, settings.max_endpoints);
     let maps = &mut skeleton.maps;
     // Regions of slots are powers of two, and a pool that moves has two for a moment.
-    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 10] = [
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 16] = [
         ("services", &mut maps.services, Some(services.saturating_mul(2))),
         ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
         ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
@@ -130,6 +156,12 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("datagram_tables", &mut maps.datagram_tables, None),
         ("datagram_overflow", &mut maps.datagram_overflow, None),
         ("counters", &mut maps.counters, None),
+        ("source_ranges", &mut maps.source_ranges, None),
+        ("devices", &mut maps.devices, None),
+        ("flows", &mut maps.flows, None),
+        ("new_flows", &mut maps.new_flows, None),
+        ("fragments", &mut maps.fragments, None),
+        ("ports", &mut maps.ports, None),
     ];
     for (name, map, wanted) in sized {
         let pin = directory.join(name);

@@ -1,18 +1,28 @@
 //! The only door to libbpf and the only `unsafe`: loading, pinning and attaching the BPF object, the kernel maps as a
-//! [`MapIo`](crate::sync::MapIo), probes of kernel features, and the search for sockets whose backend is gone.
+//! [`MapIo`](crate::sync::MapIo), probes of kernel features, the programs of outward
+//! devices, the collection of ended flows, and the search for sockets whose backend is gone.
 
 mod attach;
 mod btf;
+mod devices;
+mod flows;
+mod hook;
 mod load;
 mod maps;
 pub mod memory;
 mod namespaces;
 pub mod pinned;
+mod ports;
 pub mod probe;
+#[cfg(feature = "lab")]
+pub mod run;
 mod skeleton;
 mod stale;
 pub mod verifier;
 
+pub use attach::Attached;
+pub use devices::{Device, Devices, Direction, LinkLayer, Method};
+pub use flows::{FlowCollector, FlowPass};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
 pub use pinned::cleanup;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <pin path>/v1/maps/<map>       the state: ids, backends, frontends
-//! <pin path>/v1/links/<program>  each keeps one program attached to the cgroup
+//! <pin path>/v1/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
 //! ```
 
 use std::fs::{self, File};
@@ -10,10 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use libbpf_rs::Link;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
+use super::hook;
 use crate::abi::abi_version::ABI_VERSION;
 
 /// Where bpffs is by convention, and where it is mounted if nobody has.
@@ -125,21 +125,15 @@ fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()>
         }
         for pin in children(&directory)? {
             if part == "links" {
-                detach(&pin)?;
+                hook::remove_pin(&pin)?;
+            } else {
+                fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
             }
-            fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
             removed.push(pin.display().to_string());
         }
         fs::remove_dir(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
     }
     fs::remove_dir(version).with_context(|| format!("cannot remove {}", version.display()))
-}
-
-/// Detaches a pinned link now: a link that only loses its last reference is taken off the cgroup later, by a worker of
-/// the kernel's, and goes on translating until then. (BPF_LINK_DETACH is from 5.9.)
-fn detach(pin: &Path) -> Result<()> {
-    let link = Link::open(pin).with_context(|| format!("cannot open the pinned link {}", pin.display()))?;
-    link.detach().with_context(|| format!("cannot detach {}", pin.display()))
 }
 
 fn children(directory: &Path) -> Result<Vec<PathBuf>> {

@@ -42,3 +42,37 @@ same_layout!(
     flags = flags
 );
 same_layout!(types::service_name, abi::ServiceName, text = text);
+same_layout!(
+    types::source_range_key,
+    abi::SourceRangeKey,
+    prefix_length = prefix_length,
+    service_id = service_id,
+    address = address
+);
+same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6);
+same_layout!(
+    types::ends,
+    abi::Ends,
+    source = source,
+    destination = destination,
+    source_port = source_port_be,
+    destination_port = destination_port_be
+);
+same_layout!(types::flow_key, abi::FlowKey, ends = ends, protocol = protocol);
+same_layout!(
+    types::flow,
+    abi::Flow,
+    ends = ends,
+    kind = kind,
+    replied = replied,
+    client_closed = client_closed,
+    backend_closed = backend_closed,
+    backend_first = backend_first,
+    reset = reset,
+    backend_id = backend_id,
+    generation = generation,
+    service_id = service_id,
+    interface = interface,
+    sequence = sequence,
+    used_ns = used_ns
+);

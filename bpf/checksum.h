@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Internet checksums (RFC 1071), changed in place (RFC 1624). Sums are kept in the byte order of the packet, so that no
+ * value needs to be swapped. What is known: the change of an IPv4 header's checksum and of a pseudo header's part is the
+ * same number, as both cover the same addresses.
+ */
+#ifndef KUBELANE_CHECKSUM_H
+#define KUBELANE_CHECKSUM_H
+
+static __always_inline __u32 checksum_fold32(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	return (sum & 0xffffffff) + (sum >> 32);
+}
+
+static __always_inline __u16 checksum_fold16(__u64 sum)
+{
+	__u32 folded = checksum_fold32(sum);
+
+	folded = (folded & 0xffff) + (folded >> 16);
+	return (folded & 0xffff) + (folded >> 16);
+}
+
+static __always_inline __u64 checksum_of_address(const struct address *address)
+{
+	const struct address_words *words = address_words(address);
+
+	return (__u64)words->word[0] + words->word[1] + words->word[2] + words->word[3];
+}
+
+static __always_inline __u64 checksum_without_address(const struct address *address)
+{
+	const struct address_words *words = address_words(address);
+
+	return (__u64)(__u32)~words->word[0] + (__u32)~words->word[1] + (__u32)~words->word[2] + (__u32)~words->word[3];
+}
+
+/* By how much the sum of two addresses changes. The prefix of IPv4 ones is the same and adds nothing. */
+static __always_inline __u32 checksum_change(const struct ends *old, const struct address *source,
+					     const struct address *destination)
+{
+	return checksum_fold32(checksum_without_address(&old->source) + checksum_without_address(&old->destination) +
+			       checksum_of_address(source) + checksum_of_address(destination));
+}
+
+/* Both ports as they lie in a transport header. */
+static __always_inline __be32 ports_word(__be16 source, __be16 destination)
+{
+	return bpf_htonl((__u32)bpf_ntohs(source) << 16 | bpf_ntohs(destination));
+}
+
+/*
+ * TCP and UDP: `addresses` is the change of the pseudo header. A UDP checksum of 0, "none", stays; one that becomes 0
+ * is written as 0xffff (RFC 768). The kernel's helper knows what offloading has left for the device to do.
+ */
+static __always_inline int checksum_set_transport(struct __sk_buff *skb, const struct packet *packet, __u32 addresses,
+						  __be32 old_ports, __be32 new_ports)
+{
+	int is_udp = packet->tuple.protocol == IPPROTO_UDP;
+	__u32 offset = packet->l4 + (is_udp ? 6 : 16);
+	__u64 flags = is_udp ? BPF_F_MARK_MANGLED_0 : 0;
+
+	if (bpf_l4_csum_replace(skb, offset, 0, addresses, flags | BPF_F_PSEUDO_HDR))
+		return -1;
+	if (old_ports == new_ports)
+		return 0;
+	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | 4) ? -1 : 0;
+}
+
+#endif

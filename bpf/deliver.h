@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Sending on a packet, or an ICMP error, whose flow is known. Whether it can go is asked before it is changed: an
+ * answer about it quotes what its sender sent.
+ */
+#ifndef KUBELANE_DELIVER_H
+#define KUBELANE_DELIVER_H
+
+static __always_inline int deliver_route(struct __sk_buff *skb, struct packet *packet, const struct ends *ends,
+					 struct route *route)
+{
+	if (packet->ttl <= 1) {
+		count(COUNTER_ICMP_TTL_EXCEEDED);
+		return VERDICT_ANSWER_TTL;
+	}
+	switch (route_find(skb, packet, ends, route)) {
+	case ROUTE_FOUND:
+		return VERDICT_CONTINUE;
+	case ROUTE_TOO_BIG:
+		count(COUNTER_ICMP_TOO_BIG);
+		packet->mtu = route->mtu;
+		return VERDICT_ANSWER_TOO_BIG;
+	case ROUTE_FORWARDING_OFF:
+		count(COUNTER_DROPPED_FORWARDING_OFF);
+		return VERDICT_DROP;
+	default:
+		count(COUNTER_DROPPED_NO_ROUTE);
+		return VERDICT_DROP;
+	}
+}
+
+/* To or from a backend elsewhere: routed here, with one hop less to live. */
+static __noinline int deliver_forward(struct __sk_buff *skb, struct packet *packet, const struct flow *flow)
+{
+	struct route route = {};
+	int verdict = deliver_route(skb, packet, &flow->ends, &route);
+
+	if (verdict != VERDICT_CONTINUE)
+		return verdict;
+	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOP)) {
+		count(COUNTER_DROPPED_REWRITE);
+		return VERDICT_DROP;
+	}
+	bpf_redirect_neigh(route.interface, &route.next, sizeof(route.next), 0);
+	return VERDICT_SEND;
+}
+
+static __always_inline int deliver_packet(struct __sk_buff *skb, struct packet *packet, const struct flow *flow)
+{
+	if (flow->kind & FLOW_FORWARDED)
+		return deliver_forward(skb, packet, flow);
+	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOST)) {
+		count(COUNTER_DROPPED_REWRITE);
+		return VERDICT_DROP;
+	}
+	return VERDICT_PASS;
+}
+
+/* Out of line: errors are rare, and their path is the deepest (the kernel allows 512 bytes of stack in all). */
+static __noinline __u32 error_checksum_change(const struct ends *old, const struct address *source,
+					      const struct address *destination)
+{
+	return checksum_change(old, source, destination);
+}
+
+/*
+ * The packet that an ICMP error quotes went the other way: its source becomes the flow's new destination. The checksum
+ * of what is quoted is left as it is, since most errors quote too little to have it.
+ */
+static __noinline int rewrite_error(struct __sk_buff *skb, const struct packet *error, const struct packet *quoted,
+				    const struct ends *outer, const struct ends *ends)
+{
+	__be32 old_ports = ports_word(quoted->tuple.ends.source_port, quoted->tuple.ends.destination_port);
+	__be32 new_ports = ports_word(ends->destination_port, ends->source_port);
+	/* An IPv4 header's own checksum makes up for its addresses; in IPv6 the ICMP checksum has to. */
+	__u32 inside =
+		error->is_ip6 ? error_checksum_change(&quoted->tuple.ends, &ends->destination, &ends->source) : 0;
+	__u32 around = error_checksum_change(&error->tuple.ends, &outer->source, &outer->destination);
+	__u32 check = error->l4 + 2;
+
+	if (rewrite_addresses(skb, quoted, &ends->destination, &ends->source, REWRITE_QUOTED) ||
+	    bpf_skb_store_bytes(skb, quoted->l4, &new_ports, sizeof(new_ports), 0) ||
+	    bpf_l4_csum_replace(skb, check, old_ports, new_ports, 4))
+		return -1;
+	if (!error->is_ip6)
+		return 0;
+	return bpf_l4_csum_replace(skb, check, 0, inside, 0) ||
+	       bpf_l4_csum_replace(skb, check, 0, around, BPF_F_PSEUDO_HDR);
+}
+
+/*
+ * The error's own ends. Its source is shown as the flow's where it is the quoted packet's destination, and also
+ * where it is forwarded here, since no other source of a forwarded packet would be let through everywhere.
+ */
+static __noinline int deliver_error(struct __sk_buff *skb, struct packet *error, const struct packet *quoted,
+				    const struct flow *flow)
+{
+	struct ends outer = {.source = error->tuple.ends.source, .destination = flow->ends.destination};
+	__u32 forwarded = flow->kind & FLOW_FORWARDED;
+	struct route route = {};
+	int verdict;
+
+	if (forwarded || address_equal(&outer.source, &quoted->tuple.ends.destination))
+		outer.source = flow->ends.source;
+	if (forwarded) {
+		verdict = deliver_route(skb, error, &outer, &route);
+		if (verdict != VERDICT_CONTINUE)
+			return VERDICT_DROP;
+	}
+	if (rewrite_error(skb, error, quoted, &outer, &flow->ends) ||
+	    rewrite_addresses(skb, error, &outer.source, &outer.destination, forwarded ? REWRITE_HOP : REWRITE_HOST)) {
+		count(COUNTER_DROPPED_REWRITE);
+		return VERDICT_DROP;
+	}
+	count(COUNTER_ICMP_TRANSLATED);
+	if (!forwarded)
+		return VERDICT_PASS;
+	bpf_redirect_neigh(route.interface, &route.next, sizeof(route.next), 0);
+	return VERDICT_SEND;
+}
+
+#endif

@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * ICMP and ICMPv6 errors: those that kubelane answers with itself, in the place of the packet that they are about.
+ */
+#ifndef KUBELANE_ICMP_H
+#define KUBELANE_ICMP_H
+
+/* What becomes of a packet. */
+enum verdict {
+	VERDICT_PASS = 0, /* to whoever comes next: other programs, then the host's stack */
+	VERDICT_DROP = 1,
+	VERDICT_SEND = 2, /* redirected: packet->mtu holds nothing, the helper's answer is returned */
+	VERDICT_ANSWER_UNREACHABLE = 3, /* port unreachable */
+	VERDICT_ANSWER_TTL = 4, /* time exceeded */
+	VERDICT_ANSWER_TOO_BIG = 5, /* fragmentation needed, packet too big: packet->mtu fits */
+	VERDICT_CONTINUE = 6, /* none yet */
+};
+
+enum {
+	QUOTE_MAX = 96, /* an IP header with options or extensions, and the transport header */
+	ANSWER_TTL = 64,
+	MAC_ADDRESSES = 12,
+};
+
+struct icmp_message {
+	__u8 type;
+	__u8 code;
+	__u16 check;
+	__be32 rest;
+	__u8 quote[QUOTE_MAX];
+};
+
+static __always_inline void icmp_fill(struct icmp_message *message, int is_ip6, __u32 verdict, __u32 mtu)
+{
+	if (verdict == VERDICT_ANSWER_UNREACHABLE) {
+		message->type = is_ip6 ? 1 : 3;
+		message->code = is_ip6 ? 4 : 3;
+	} else if (verdict == VERDICT_ANSWER_TTL) {
+		message->type = is_ip6 ? 3 : 11;
+	} else {
+		message->type = is_ip6 ? 2 : 3;
+		message->code = is_ip6 ? 0 : 4;
+		/* RFC 1191: the lower half; RFC 4443: all of it. */
+		message->rest = bpf_htonl(mtu);
+	}
+}
+
+/* RFC 1122 3.2.2, RFC 4443 2.4: no error about a source that is no single host. */
+static __always_inline int icmp_may_answer(const struct address *source)
+{
+	__u32 first = bpf_ntohl(address_words(source)->word[address_is_ip4(source) ? 3 : 0]);
+
+	if (address_is_loopback(source))
+		return 0;
+	return address_is_ip4(source) ? first < 0xe0000000 : first >> 24 != 0xff;
+}
+
+/*
+ * Makes room for `length` bytes at `l3`. A checksum that the sender left to the device (CHECKSUM_PARTIAL, as between
+ * virtual machines) would be written into the answer on its way out; the kernel forgets about it when the place where
+ * it starts is pulled off the front (skb_postpull_rcsum), which is what growing at the tail and shrinking at the
+ * front does.
+ */
+static __always_inline int icmp_resize(struct __sk_buff *skb, const struct packet *packet, __u32 length)
+{
+	__u32 pulled = packet->l4 - packet->l3 + 40;
+
+	if (bpf_skb_change_tail(skb, packet->l3 + length + pulled, 0))
+		return -1;
+	return bpf_skb_adjust_room(skb, -(__s32)pulled, BPF_ADJ_ROOM_MAC, 0);
+}
+
+static __always_inline int icmp_store_ip4(struct __sk_buff *skb, const struct packet *packet, __u32 length)
+{
+	struct iphdr ip = {
+		.version = 4,
+		.ihl = 5,
+		.tos = 0xc0, /* RFC 1812 4.3.2.5: internetwork control, as Linux does */
+		.tot_len = bpf_htons(sizeof(struct iphdr) + length),
+		.ttl = ANSWER_TTL,
+		.protocol = IPPROTO_ICMP,
+		.saddr = address_words(&packet->tuple.ends.destination)->word[3],
+		.daddr = address_words(&packet->tuple.ends.source)->word[3],
+	};
+
+	ip.check = (__u16)~checksum_fold16(bpf_csum_diff((void *)0, 0, (void *)&ip, sizeof(ip), 0));
+	return bpf_skb_store_bytes(skb, packet->l3, &ip, sizeof(ip), 0);
+}
+
+static __always_inline int icmp_store_ip6(struct __sk_buff *skb, const struct packet *packet, __u32 length)
+{
+	struct ipv6hdr ip = {
+		.version = 6,
+		.payload_len = bpf_htons(length),
+		.nexthdr = IPPROTO_ICMPV6,
+		.hop_limit = ANSWER_TTL,
+	};
+
+	address_set_words((struct address *)&ip.saddr, address_words(&packet->tuple.ends.destination)->word);
+	address_set_words((struct address *)&ip.daddr, address_words(&packet->tuple.ends.source)->word);
+	return bpf_skb_store_bytes(skb, packet->l3, &ip, sizeof(ip), 0);
+}
+
+/* RFC 8200 8.1: addresses, length and protocol are covered too. */
+static __always_inline __u32 icmp_seed(const struct packet *packet, __u32 length)
+{
+	const struct ends *ends = &packet->tuple.ends;
+
+	if (!packet->is_ip6)
+		return 0;
+	return checksum_fold32(checksum_of_address(&ends->source) + checksum_of_address(&ends->destination) +
+			       bpf_htonl(length) + bpf_htonl(IPPROTO_ICMPV6));
+}
+
+/* Back to where the packet came from, which has shown that it knows the way. */
+static __always_inline int icmp_return(struct __sk_buff *skb, const struct packet *packet)
+{
+	struct {
+		__u8 destination[6];
+		__u8 source[6];
+	} from = {}, to;
+
+	if (packet->l3) {
+		if (bpf_skb_load_bytes(skb, 0, &from, sizeof(from)))
+			return TC_ACT_SHOT;
+		__builtin_memcpy(to.destination, from.source, 6);
+		__builtin_memcpy(to.source, from.destination, 6);
+		if (bpf_skb_store_bytes(skb, 0, &to, sizeof(to), 0))
+			return TC_ACT_SHOT;
+	}
+	return bpf_redirect(skb->ifindex, 0);
+}
+
+/* Turns the packet into an error about itself. Answers a TC action. */
+static __noinline int icmp_answer(struct __sk_buff *skb, const struct packet *packet, __u32 verdict)
+{
+	__u64 header = packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), length = packet->total;
+	struct icmp_message message = {};
+
+	if (packet->kind == PACKET_PIECE || packet->kind == PACKET_ERROR ||
+	    !icmp_may_answer(&packet->tuple.ends.source) || packet->total > skb->len - packet->l3)
+		return TC_ACT_SHOT;
+	/* One register for the verifier: older ones do not see what is known of a copy. */
+	barrier_var(length);
+	if (length > QUOTE_MAX)
+		length = QUOTE_MAX;
+	barrier_var(length);
+	if (length < sizeof(struct iphdr) + ICMP_HEADER || length > QUOTE_MAX)
+		return TC_ACT_SHOT;
+	if (bpf_skb_load_bytes(skb, packet->l3, message.quote, length))
+		return TC_ACT_SHOT;
+	icmp_fill(&message, packet->is_ip6, verdict, packet->mtu);
+	/* What was not quoted is zero and adds nothing. */
+	message.check = (__u16)~checksum_fold16((__u32)bpf_csum_diff((void *)0, 0, (void *)&message, sizeof(message),
+								     icmp_seed(packet, ICMP_HEADER + length)));
+	if (icmp_resize(skb, packet, header + ICMP_HEADER + length) ||
+	    (packet->is_ip6 ? icmp_store_ip6(skb, packet, ICMP_HEADER + length)
+			    : icmp_store_ip4(skb, packet, ICMP_HEADER + length)) ||
+	    bpf_skb_store_bytes(skb, packet->l3 + header, &message, ICMP_HEADER + length, 0))
+		return TC_ACT_SHOT;
+	return icmp_return(skb, packet);
+}
+
+#endif

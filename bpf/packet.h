@@ -1,0 +1,265 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * From the bytes of a packet to what the datapath needs to know of it. Families differ here in the parsing only.
+ *
+ * Cost: one or two loads of packet bytes, one more for each IPv6 extension header (MAX_EXTENSIONS of them are followed).
+ */
+#ifndef KUBELANE_PACKET_H
+#define KUBELANE_PACKET_H
+
+enum {
+	ETHERTYPE_IP4 = 0x0800,
+	ETHERTYPE_IP6 = 0x86dd,
+	VLAN_ID_MASK = 0x0fff,
+	MAX_EXTENSIONS = 6,
+	UDP_HEADER = 8,
+	ICMP_HEADER = 8,
+	IP4_MORE_FRAGMENTS = 0x2000,
+	IP4_FRAGMENT_OFFSET = 0x1fff,
+	IP6_MORE_FRAGMENTS = 0x0001,
+	IP6_FRAGMENT_OFFSET = 0xfff8,
+	TCP_FIN = 0x01,
+	TCP_SYN = 0x02,
+	TCP_RST = 0x04,
+	TCP_ACK = 0x10,
+};
+
+enum packet_kind {
+	PACKET_OTHER = 0, /* none of the below: not for us */
+	PACKET_WHOLE = 1, /* TCP or UDP with its header */
+	PACKET_FIRST = 2, /* the same, the first piece of a fragmented datagram */
+	PACKET_PIECE = 3, /* TCP or UDP, a later piece: no ports */
+	PACKET_ERROR = 4, /* ICMP or ICMPv6 error message */
+};
+
+struct packet {
+	struct flow_key tuple;
+	__u32 l3; /* offset of the IP header */
+	__u32 l4; /* offset of the transport header */
+	__u32 total; /* bytes from the IP header on */
+	__u32 segment; /* the same, of the largest packet that will be on the wire (GSO) */
+	__u32 sequence; /* TCP, host order */
+	__u32 acknowledgement;
+	__u32 fragment_id;
+	__u32 mtu; /* what an answer "too big" will say */
+	__u16 ip4_check;
+	__u8 kind; /* enum packet_kind */
+	__u8 is_ip6;
+	__u8 ttl; /* or hop limit */
+	__u8 tcp_flags;
+	__u8 zero[2];
+};
+
+static __always_inline void address_set_words(struct address *address, const __u32 *words)
+{
+	struct address_words *to = address_words(address);
+
+	to->word[0] = words[0];
+	to->word[1] = words[1];
+	to->word[2] = words[2];
+	to->word[3] = words[3];
+}
+
+static __always_inline int is_icmp_error(int is_ip6, __u8 type)
+{
+	/* RFC 792: unreachable, time exceeded, parameter problem; RFC 4443: errors are 0 to 127. */
+	return is_ip6 ? type >= 1 && type <= 4 : type == 3 || type == 11 || type == 12;
+}
+
+/* Follows IPv6 extension headers from `next` on, up to the transport header. 0: there is none to be found. */
+static __noinline int packet_skip_extensions(struct __sk_buff *skb, struct packet *packet, __u32 next)
+{
+	__u32 offset = packet->l3 + sizeof(struct ipv6hdr);
+
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		struct {
+			__u8 next;
+			__u8 length;
+			__be16 offset;
+			__be32 id;
+		} header = {};
+
+		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+		    next != IPPROTO_FRAGMENT) {
+			packet->l4 = offset;
+			packet->tuple.protocol = next;
+			return 1;
+		}
+		if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)))
+			return 0;
+		if (next == IPPROTO_FRAGMENT) {
+			packet->fragment_id = header.id;
+			if (header.offset & bpf_htons(IP6_FRAGMENT_OFFSET)) {
+				packet->kind = PACKET_PIECE;
+				packet->tuple.protocol = header.next;
+				return 1;
+			}
+			if (header.offset & bpf_htons(IP6_MORE_FRAGMENTS))
+				packet->kind = PACKET_FIRST;
+			offset += sizeof(header);
+		} else {
+			offset += (header.length + 1) * 8;
+		}
+		next = header.next;
+	}
+	return 0;
+}
+
+static __always_inline int packet_parse_ip4(struct __sk_buff *skb, struct packet *packet)
+{
+	struct iphdr ip = {};
+
+	if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+		return 0;
+	address_set_ip4(&packet->tuple.ends.source, ip.saddr);
+	address_set_ip4(&packet->tuple.ends.destination, ip.daddr);
+	packet->tuple.protocol = ip.protocol;
+	packet->l4 = packet->l3 + ip.ihl * 4;
+	packet->total = bpf_ntohs(ip.tot_len);
+	packet->ttl = ip.ttl;
+	packet->ip4_check = ip.check;
+	packet->fragment_id = ip.id;
+	if (ip.frag_off & bpf_htons(IP4_FRAGMENT_OFFSET))
+		packet->kind = PACKET_PIECE;
+	else if (ip.frag_off & bpf_htons(IP4_MORE_FRAGMENTS))
+		packet->kind = PACKET_FIRST;
+	return 1;
+}
+
+static __always_inline int packet_parse_ip6(struct __sk_buff *skb, struct packet *packet)
+{
+	struct ipv6hdr ip = {};
+
+	if (bpf_skb_load_bytes(skb, packet->l3, &ip, sizeof(ip)) || ip.version != 6)
+		return 0;
+	address_set_words(&packet->tuple.ends.source, ip.saddr.in6_u.u6_addr32);
+	address_set_words(&packet->tuple.ends.destination, ip.daddr.in6_u.u6_addr32);
+	packet->total = sizeof(ip) + bpf_ntohs(ip.payload_len);
+	packet->ttl = ip.hop_limit;
+	if (ip.nexthdr == IPPROTO_TCP || ip.nexthdr == IPPROTO_UDP) {
+		packet->tuple.protocol = ip.nexthdr;
+		packet->l4 = packet->l3 + sizeof(ip);
+		return 1;
+	}
+	return packet_skip_extensions(skb, packet, ip.nexthdr);
+}
+
+/* The length of one wire packet: an aggregate's segments have gso_size bytes behind the transport header. */
+static __always_inline void packet_measure(struct __sk_buff *skb, struct packet *packet, __u32 transport_header)
+{
+	__u32 gso_size = skb->gso_size;
+
+	/* Aggregates beyond 64 KiB ("BIG TCP") say 0. */
+	if (gso_size && packet->total < packet->l4 - packet->l3 + transport_header)
+		packet->total = skb->len - packet->l3;
+	packet->segment = gso_size ? packet->l4 - packet->l3 + transport_header + gso_size : packet->total;
+}
+
+static __always_inline void packet_parse_tcp(struct __sk_buff *skb, struct packet *packet)
+{
+	__be32 words[5] = {}; /* RFC 9293: ports, sequence, acknowledgement, flags and window, checksum */
+
+	if (bpf_skb_load_bytes(skb, packet->l4, words, sizeof(words))) {
+		packet->kind = PACKET_OTHER;
+		return;
+	}
+	packet->tuple.ends.source_port = bpf_htons(bpf_ntohl(words[0]) >> 16);
+	packet->tuple.ends.destination_port = bpf_htons(bpf_ntohl(words[0]));
+	packet->sequence = bpf_ntohl(words[1]);
+	packet->acknowledgement = bpf_ntohl(words[2]);
+	packet->tcp_flags = bpf_ntohl(words[3]) >> 16;
+	packet_measure(skb, packet, (bpf_ntohl(words[3]) >> 28) * 4);
+}
+
+static __always_inline void packet_parse_udp(struct __sk_buff *skb, struct packet *packet)
+{
+	__be16 halves[4] = {}; /* RFC 768: ports, length, checksum */
+
+	if (bpf_skb_load_bytes(skb, packet->l4, halves, sizeof(halves))) {
+		packet->kind = PACKET_OTHER;
+		return;
+	}
+	packet->tuple.ends.source_port = halves[0];
+	packet->tuple.ends.destination_port = halves[1];
+	packet_measure(skb, packet, UDP_HEADER);
+}
+
+/* l3 and is_ip6 are set, all else is zero. Afterwards `kind` says what the packet is. */
+static __noinline int packet_parse(struct __sk_buff *skb, struct packet *packet)
+{
+	__u8 type = 0;
+
+	packet->kind = PACKET_WHOLE;
+	if (!(packet->is_ip6 ? packet_parse_ip6(skb, packet) : packet_parse_ip4(skb, packet))) {
+		packet->kind = PACKET_OTHER;
+		return 0;
+	}
+	packet->segment = packet->total;
+	if (packet->tuple.protocol == IPPROTO_TCP || packet->tuple.protocol == IPPROTO_UDP) {
+		if (packet->kind == PACKET_PIECE)
+			return 0;
+		if (packet->tuple.protocol == IPPROTO_TCP)
+			packet_parse_tcp(skb, packet);
+		else
+			packet_parse_udp(skb, packet);
+		return 0;
+	}
+	if (packet->kind == PACKET_WHOLE &&
+	    packet->tuple.protocol == (packet->is_ip6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) &&
+	    !bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)) && is_icmp_error(packet->is_ip6, type))
+		packet->kind = PACKET_ERROR;
+	else
+		packet->kind = PACKET_OTHER;
+	return 0;
+}
+
+/* What an ICMP error quotes: an IP header and at least eight bytes of TCP or UDP, the ports being the first four. */
+static __noinline int packet_parse_quoted(struct __sk_buff *skb, struct packet *quoted)
+{
+	__be16 halves[4] = {};
+
+	quoted->kind = PACKET_WHOLE;
+	if (!(quoted->is_ip6 ? packet_parse_ip6(skb, quoted) : packet_parse_ip4(skb, quoted)))
+		return 0;
+	if (quoted->kind == PACKET_PIECE ||
+	    (quoted->tuple.protocol != IPPROTO_TCP && quoted->tuple.protocol != IPPROTO_UDP) ||
+	    bpf_skb_load_bytes(skb, quoted->l4, halves, sizeof(halves)))
+		return 0;
+	quoted->tuple.ends.source_port = halves[0];
+	quoted->tuple.ends.destination_port = halves[1];
+	return 1;
+}
+
+/* The family by the frame's type, where the network layer's header is; 0: neither IPv4 nor IPv6. A frame for a VLAN
+ * is met again on the VLAN's own device. */
+static __always_inline int packet_family(struct __sk_buff *skb)
+{
+	if (skb->vlan_present && (skb->vlan_tci & VLAN_ID_MASK))
+		return 0;
+	if (skb->protocol == bpf_htons(ETHERTYPE_IP4))
+		return 4;
+	return skb->protocol == bpf_htons(ETHERTYPE_IP6) ? 6 : 0;
+}
+
+/* The destination address alone, read in place; headers outside the linear part are copied instead. */
+static __always_inline int packet_destination(struct __sk_buff *skb, __u32 l3, int family, struct address *destination)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct address_words *words = address_words(destination);
+	struct ipv6hdr *ip6 = data + l3;
+	struct iphdr *ip4 = data + l3;
+
+	if (family == 4) {
+		address_set_ip4(destination, 0);
+		if ((void *)(ip4 + 1) > end)
+			return !bpf_skb_load_bytes(skb, l3 + 16, &words->word[3], 4);
+		words->word[3] = ip4->daddr;
+		return 1;
+	}
+	if ((void *)(ip6 + 1) > end)
+		return !bpf_skb_load_bytes(skb, l3 + 24, words, 16);
+	address_set_words(destination, ip6->daddr.in6_u.u6_addr32);
+	return 1;
+}
+
+#endif

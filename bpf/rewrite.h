@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Changing the ends of a packet. Families differ here in where the addresses lie and what covers them.
+ */
+#ifndef KUBELANE_REWRITE_H
+#define KUBELANE_REWRITE_H
+
+enum rewrite_mode {
+	REWRITE_HOST = 0, /* for this host's stack, which takes care of the TTL */
+	REWRITE_HOP = 1, /* forwarded here: one hop less to live */
+	REWRITE_QUOTED = 2, /* inside an ICMP error */
+};
+
+/* TTL, protocol, checksum and both addresses lie side by side and are written at once. */
+static __always_inline int rewrite_ip4(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
+				       const struct address *destination, __u32 mode)
+{
+	struct {
+		__u16 ttl_protocol;
+		__u16 check;
+		__be32 source;
+		__be32 destination;
+	} tail = {};
+	__u32 sum = (__u16)~packet->ip4_check;
+	__u16 before = bpf_htons((__u16)packet->ttl << 8 | packet->tuple.protocol);
+	__u8 ttl = packet->ttl - (mode == REWRITE_HOP);
+
+	tail.ttl_protocol = bpf_htons((__u16)ttl << 8 | packet->tuple.protocol);
+	tail.source = address_words(source)->word[3];
+	tail.destination = address_words(destination)->word[3];
+	tail.check = (__u16)~checksum_fold16((__u64)sum + (__u16)~before + tail.ttl_protocol +
+					     checksum_change(&packet->tuple.ends, source, destination));
+	return bpf_skb_store_bytes(skb, packet->l3 + 8, &tail, sizeof(tail), 0);
+}
+
+static __always_inline int rewrite_ip6(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
+				       const struct address *destination, __u32 mode)
+{
+	/* Nothing in the header itself makes up for the change. Inside an ICMP error the ICMP checksum does. */
+	__u64 flags = mode == REWRITE_QUOTED ? 0 : BPF_F_RECOMPUTE_CSUM;
+	struct {
+		struct address source;
+		struct address destination;
+	} tail = {*source, *destination};
+	__u8 ttl = packet->ttl - 1;
+
+	if (mode == REWRITE_HOP && bpf_skb_store_bytes(skb, packet->l3 + 7, &ttl, sizeof(ttl), flags))
+		return -1;
+	return bpf_skb_store_bytes(skb, packet->l3 + 8, &tail, sizeof(tail), flags);
+}
+
+/* The addresses of the header at packet->l3, and what covers them there. */
+static __noinline int rewrite_addresses(struct __sk_buff *skb, const struct packet *packet,
+					const struct address *source, const struct address *destination, __u32 mode)
+{
+	if (packet->is_ip6)
+		return rewrite_ip6(skb, packet, source, destination, mode);
+	return rewrite_ip4(skb, packet, source, destination, mode);
+}
+
+/* Gives a TCP or UDP packet, or a piece of one, new ends. Not 0: the kernel refused. */
+static __noinline int rewrite_packet(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
+				     __u32 mode)
+{
+	const struct ends *old = &packet->tuple.ends;
+	__be32 old_ports = ports_word(old->source_port, old->destination_port);
+	__be32 new_ports = ports_word(ends->source_port, ends->destination_port);
+
+	if (packet->kind != PACKET_PIECE) {
+		__u32 change = checksum_change(old, &ends->source, &ends->destination);
+
+		if (checksum_set_transport(skb, packet, change, old_ports, new_ports))
+			return -1;
+		if (old_ports != new_ports && bpf_skb_store_bytes(skb, packet->l4, &new_ports, sizeof(new_ports), 0))
+			return -1;
+	}
+	return rewrite_addresses(skb, packet, &ends->source, &ends->destination, mode);
+}
+
+#endif

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Where a packet goes next, as the kernel's own routing would decide it: all tables, by the `ip rule`s, with the
+ * packet's mark, as if forwarded from the device that it came in by.
+ */
+#ifndef KUBELANE_ROUTE_H
+#define KUBELANE_ROUTE_H
+
+/* linux/bpf.h, of kernels newer than the headers that this may be built with. */
+enum {
+	FIB_LOOKUP_SRC = 1 << 4, /* 6.7 */
+	FIB_LOOKUP_MARK = 1 << 5, /* 6.10 */
+	MTU_LEAST = 1280, /* RFC 8200; kernels before 5.12 do not say which MTU was exceeded */
+};
+
+enum route_result {
+	ROUTE_FOUND = 0,
+	ROUTE_TOO_BIG = 1,
+	ROUTE_NONE = 2,
+	ROUTE_FORWARDING_OFF = 3,
+};
+
+struct route {
+	struct bpf_redir_neigh next;
+	__u32 interface;
+	__u32 mtu; /* ROUTE_TOO_BIG: what fits */
+};
+
+static __always_inline void fib_fill(struct bpf_fib_lookup *fib, struct __sk_buff *skb, const struct ends *ends,
+				     __u8 protocol, __u32 length)
+{
+	fib->l4_protocol = protocol;
+	fib->sport = ends->source_port;
+	fib->dport = ends->destination_port;
+	fib->tot_len = length;
+	fib->ifindex = skb->ifindex;
+	if (address_is_ip4(&ends->destination)) {
+		fib->family = FAMILY_INET;
+		/* An IPv4 wildcard is "none" just as it is for the kernel. */
+		fib->ipv4_src = address_words(&ends->source)->word[3];
+		fib->ipv4_dst = address_words(&ends->destination)->word[3];
+		return;
+	}
+	fib->family = FAMILY_INET6;
+	for (int i = 0; i < 4; i++) {
+		fib->ipv6_src[i] = address_words(&ends->source)->word[i];
+		fib->ipv6_dst[i] = address_words(&ends->destination)->word[i];
+	}
+}
+
+/* The mark is an input that shares its place with an output; kernels before 6.10 know no such flag and say -EINVAL. */
+static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_lookup *fib, __u32 flags)
+{
+	__u32 mark = skb->mark;
+	long result;
+
+	if (mark) {
+		__builtin_memcpy(fib->smac, &mark, sizeof(mark));
+		result = bpf_fib_lookup(skb, fib, sizeof(*fib), flags | FIB_LOOKUP_MARK);
+		if (result != -EINVAL)
+			return result;
+	}
+	return bpf_fib_lookup(skb, fib, sizeof(*fib), flags);
+}
+
+static __noinline int route_find(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
+				 struct route *route)
+{
+	struct bpf_fib_lookup fib = {};
+	/* More than 65535 does not fit, and fits no device either. */
+	__u32 length = packet->segment > 0xffff ? 0xffff : packet->segment;
+	long result;
+
+	fib_fill(&fib, skb, ends, packet->tuple.protocol, length);
+	result = fib_lookup(skb, &fib, 0);
+	/* "No neighbour" names the next hop: redirecting resolves it. */
+	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH) {
+		route->interface = fib.ifindex;
+		route->next.nh_family = fib.family;
+		for (int i = 0; i < 4; i++)
+			route->next.ipv6_nh[i] = fib.ipv6_dst[i];
+		return ROUTE_FOUND;
+	}
+	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
+		route->mtu = fib.mtu_result && fib.mtu_result < length ? fib.mtu_result : MTU_LEAST;
+		return ROUTE_TOO_BIG;
+	}
+	return result == BPF_FIB_LKUP_RET_FWD_DISABLED ? ROUTE_FORWARDING_OFF : ROUTE_NONE;
+}
+
+/* Before 6.7 the kernel does not name a source: that of the device, then, as the daemon has noted it. */
+static __always_inline int source_of_device(__u32 interface, struct ends *ends)
+{
+	struct device *device = bpf_map_lookup_elem(&devices, &interface);
+
+	if (!device)
+		return ROUTE_NONE;
+	if (address_is_ip4(&ends->destination))
+		ends->source = device->ip4;
+	else
+		ends->source = device->ip6;
+	return ROUTE_FOUND;
+}
+
+/* Sets ends->source to what this node would use towards ends->destination; it must be all zeros (IPv4: mapped). */
+static __noinline int route_source(struct __sk_buff *skb, struct ends *ends, __u8 protocol)
+{
+	struct bpf_fib_lookup fib = {};
+	long result;
+
+	/* Of length 1: whether the packet fits is judged later. */
+	fib_fill(&fib, skb, ends, protocol, 1);
+	result = fib_lookup(skb, &fib, FIB_LOOKUP_SRC);
+	if (result == -EINVAL) {
+		result = fib_lookup(skb, &fib, 0);
+		if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
+			return result == BPF_FIB_LKUP_RET_FWD_DISABLED ? ROUTE_FORWARDING_OFF : ROUTE_NONE;
+		return source_of_device(fib.ifindex, ends);
+	}
+	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED)
+		return ROUTE_FORWARDING_OFF;
+	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return ROUTE_NONE;
+	if (address_is_ip4(&ends->destination))
+		address_set_ip4(&ends->source, fib.ipv4_src);
+	else
+		address_set_words(&ends->source, fib.ipv6_src);
+	return ROUTE_FOUND;
+}
+
+#endif

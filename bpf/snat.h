@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * Choosing the ends that a backend sees, so that its replies belong to one flow only.
+ *
+ * A local backend sees the client as it is, or, where the client already reaches the same backend by another address
+ * of the Service and from the same port, with another port. A backend elsewhere sees this node's address and a port
+ * of the private range. Every backend has the whole range.
+ *
+ * The first port tried is the client's own plus a number that depends on the client's and the Service's addresses:
+ * one client's ports never meet each other, and a client that uses a port again is given the same one again, so that
+ * the backend sees what it would see from the client itself and its TIME_WAIT lets the SYN pass (RFC 6191).
+ */
+#ifndef KUBELANE_SNAT_H
+#define KUBELANE_SNAT_H
+
+enum {
+	SNAT_TRIES = 16,
+};
+
+enum place {
+	PLACE_FREE = 0,
+	PLACE_UNPROVED = 1, /* taken, by a flow that no end has proved */
+	PLACE_TAKEN = 2,
+};
+
+/* A 32-bit mixer (the finaliser of MurmurHash3). */
+static __always_inline __u32 snat_mix(__u32 value)
+{
+	value ^= value >> 16;
+	value *= 0x85ebca6b;
+	value ^= value >> 13;
+	value *= 0xc2b2ae35;
+	return value ^ value >> 16;
+}
+
+static __always_inline __u32 snat_hash(const struct flow_key *request)
+{
+	const struct address_words *client = address_words(&request->ends.source);
+	const struct address_words *service = address_words(&request->ends.destination);
+	__u32 hash = snat_mix(client->word[0] ^ service->word[0]);
+
+	hash = snat_mix(hash ^ client->word[1] ^ service->word[1]);
+	hash = snat_mix(hash ^ client->word[2] ^ service->word[2]);
+	hash = snat_mix(hash ^ client->word[3]);
+	hash = snat_mix(hash ^ service->word[3]);
+	return snat_mix(hash ^ request->ends.destination_port);
+}
+
+/* For how many seconds after its last packet a flow holds its place against others. */
+static __always_inline __u64 place_rest(const struct flow *flow, __u8 protocol)
+{
+	if (protocol != IPPROTO_TCP)
+		return FLOW_UDP_REPLIED;
+	if (flow->reset)
+		return FLOW_TCP_PORT_REST;
+	if (flow->client_closed && flow->backend_closed)
+		return flow->backend_first ? FLOW_TCP_TIME_WAIT : FLOW_TCP_PORT_REST;
+	return FLOW_TCP_ESTABLISHED;
+}
+
+/* May `request` have the replies of `reply`? *used: when the unproved flow that holds them was last used. */
+static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 *used)
+{
+	__u64 now = bpf_ktime_get_ns();
+	struct flow *flow = bpf_map_lookup_elem(&flows, reply);
+
+	if (flow) {
+		if (ends_are_reversed(&flow->ends, &request->ends) ||
+		    flow_idle(flow, now) > place_rest(flow, reply->protocol) * NANOSECONDS)
+			return PLACE_FREE;
+		return PLACE_TAKEN;
+	}
+	flow = bpf_map_lookup_elem(&new_flows, reply);
+	if (!flow || ends_are_reversed(&flow->ends, &request->ends) ||
+	    flow_idle(flow, now) > (__u64)FLOW_TCP_OPENING * NANOSECONDS)
+		return PLACE_FREE;
+	*used = flow->used_ns;
+	return PLACE_UNPROVED;
+}
+
+/*
+ * Sets reply->ends.destination_port so that the reply belongs to nobody else. When all ports that were tried are in
+ * use, the unproved flow that has waited the longest gives way: a flood of requests takes places from itself. Not 0:
+ * every port tried belongs to an established flow.
+ */
+static __noinline int snat_reserve(struct flow_key *reply, const struct flow_key *request, int keep_port)
+{
+	__u32 hash = snat_hash(request), step = 1 + (hash >> 17), port = hash + bpf_ntohs(request->ends.source_port);
+	__u64 oldest = ~0ULL;
+	__be16 candidate = 0;
+
+	for (int i = 0; i < SNAT_TRIES; i++) {
+		__u64 used = 0;
+		int state;
+
+		if (keep_port && i == 0)
+			reply->ends.destination_port = request->ends.source_port;
+		else
+			reply->ends.destination_port = bpf_htons(config.snat_first + port % config.snat_ports);
+		state = place_state(reply, request, &used);
+		if (state == PLACE_FREE) {
+			flow_remove(reply);
+			return 0;
+		}
+		if (state == PLACE_UNPROVED && used < oldest) {
+			oldest = used;
+			candidate = reply->ends.destination_port;
+		}
+		count(COUNTER_SNAT_RETRY);
+		port += step;
+	}
+	if (!candidate)
+		return -1;
+	reply->ends.destination_port = candidate;
+	flow_remove(reply);
+	count(COUNTER_SNAT_RECLAIMED);
+	return 0;
+}
+
+#endif

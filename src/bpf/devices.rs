@@ -1,0 +1,168 @@
+//! Outward devices: keeping the packet programs attached to each, across restarts and upgrades of the daemon.
+//!
+//! Where the kernel has tcx links (6.6) a pinned link holds each program and is updated in place. Elsewhere the program
+//! is a filter of the device's clsact qdisc, at a priority and handle of our own, beside which a pin of the program
+//! says that the filter is ours; replacing it is atomic as well. Other people's programs and filters stay as they are,
+//! and run after ours: what we do not drop or redirect goes on to them.
+//!
+//! Replies are attached before requests, and detached after them: no packet is translated whose answer would not be.
+
+use std::fs;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+
+use super::attach::Attached;
+use super::skeleton::KubelaneSkel;
+use super::{hook, pinned};
+use crate::abi::DeviceAddresses;
+use crate::model::Ipx;
+
+/// What comes before the IP header in a device's packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkLayer {
+    /// An Ethernet header: cards, bonds, VLANs, VXLAN.
+    Ethernet,
+    /// Nothing: IPIP, SIT, WireGuard, tun.
+    None,
+}
+
+/// Which way packets go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    In,
+    Out,
+}
+
+/// How programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// tcx links, from 6.6.
+    Tcx,
+    /// Filters of a clsact qdisc.
+    Clsact,
+}
+
+/// An outward device of the namespace that the daemon runs in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Interface index.
+    pub index: u32,
+    pub link_layer: LinkLayer,
+    /// Its first address, for kernels before 6.7 that do not name the source of a route.
+    pub ip4: Option<Ipv4Addr>,
+    /// As above; of global scope.
+    pub ip6: Option<Ipv6Addr>,
+}
+
+/// The packet programs, loaded, and where they are attached.
+pub struct Devices {
+    /// In and out, for each link layer.
+    ethernet: [OwnedFd; 2],
+    bare: [OwnedFd; 2],
+    addresses: MapHandle,
+    links: PathBuf,
+    method: Method,
+}
+
+impl Devices {
+    pub(super) fn new(skeleton: &KubelaneSkel<'_>, pin_path: &Path) -> Result<Devices> {
+        let own = |program: BorrowedFd<'_>| program.try_clone_to_owned().context("cannot keep a BPF program");
+        let programs = &skeleton.progs;
+        let ethernet = [own(programs.wire_in_ethernet.as_fd())?, own(programs.wire_out_ethernet.as_fd())?];
+        let method = if hook::has_tcx(ethernet[0].as_fd()) { Method::Tcx } else { Method::Clsact };
+        Ok(Devices {
+            ethernet,
+            bare: [own(programs.wire_in_bare.as_fd())?, own(programs.wire_out_bare.as_fd())?],
+            addresses: MapHandle::try_from(&skeleton.maps.devices).context("cannot keep the map devices")?,
+            links: pinned::links_directory(pin_path),
+            method,
+        })
+    }
+
+    /// How this kernel's programs are attached.
+    pub fn method(&self) -> Method {
+        self.method
+    }
+
+    /// Attaches as kernels before 6.6 do, although this one may have tcx.
+    #[cfg(feature = "lab")]
+    pub fn use_clsact(&mut self) {
+        self.method = Method::Clsact;
+    }
+
+    pub(super) fn program(&self, direction: Direction, link_layer: LinkLayer) -> &OwnedFd {
+        let pair = match link_layer {
+            LinkLayer::Ethernet => &self.ethernet,
+            LinkLayer::None => &self.bare,
+        };
+        match direction {
+            Direction::In => &pair[0],
+            Direction::Out => &pair[1],
+        }
+    }
+
+    /// Attaches both programs, or replaces those of an earlier daemon without a gap, and notes the device's addresses.
+    /// Call again when the addresses change. Fails with ENODEV in its chain when the device has vanished.
+    pub fn attach(&mut self, device: &Device) -> Result<Attached> {
+        self.note_addresses(device)?;
+        let mut outcome = Attached::Replaced;
+        for direction in [Direction::Out, Direction::In] {
+            let program = self.program(direction, device.link_layer).as_fd();
+            let attached = match self.method {
+                Method::Tcx => hook::attach_tcx(program, device.index, direction, &self.links),
+                Method::Clsact => hook::attach_filter(program, device.index, direction, &self.links),
+            };
+            if attached.with_context(|| format!("cannot attach to device {}", device.index))? == Attached::New {
+                outcome = Attached::New;
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Detaches from a device; nothing happens if it was not attached or has vanished.
+    pub fn detach(&mut self, index: u32) -> Result<()> {
+        for direction in [Direction::In, Direction::Out] {
+            for pin in [hook::tcx_pin(&self.links, index, direction), hook::filter_pin(&self.links, index, direction)] {
+                if pin.exists() {
+                    hook::remove_pin(&pin)?;
+                }
+            }
+        }
+        match self.addresses.delete(&index.to_ne_bytes()) {
+            Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+                Err(error).context("cannot delete from the map devices")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Interface indices of the devices that programs are pinned for, an earlier daemon's included; ascending.
+    pub fn attached(&self) -> Result<Vec<u32>> {
+        let entries = fs::read_dir(&self.links).with_context(|| format!("cannot read {}", self.links.display()))?;
+        let mut indices = Vec::new();
+        for entry in entries {
+            let path = entry.with_context(|| format!("cannot read {}", self.links.display()))?.path();
+            indices.extend(hook::device_of_pin(&path).map(|(index, _)| index));
+        }
+        indices.sort_unstable();
+        indices.dedup();
+        Ok(indices)
+    }
+
+    fn note_addresses(&self, device: &Device) -> Result<()> {
+        let row = DeviceAddresses {
+            ip4: device.ip4.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
+            ip6: device.ip6.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
+        };
+        if device.index == 0 {
+            bail!("an interface index is never 0");
+        }
+        self.addresses
+            .update(&device.index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY)
+            .context("cannot write the map devices")
+    }
+}

@@ -1,0 +1,271 @@
+//! Packets from the wire to a backend on another node: both ends are rewritten, the packet is routed here, and the
+//! replies are rewritten back where they come in. Programs run under BPF_PROG_TEST_RUN, in the real kernel.
+
+mod wire;
+
+use std::collections::HashSet;
+
+use kubelane::bpf::Direction;
+use kubelane::model::Protocol;
+use wire::frame::{ACK, FIN, Frame, Inside, SYN, parse_packet, tcp, udp};
+use wire::{
+    CLIENT4, CLIENT6, DROP, LOCAL4, NODE4, NODE6, Node, REDIRECT, REMOTE4, REMOTE6, TUNNEL_MTU, TUNNEL4, TUNNEL6, VIP4,
+    VIP6, ip_command,
+};
+
+/// Client, service address, frontend's address, backend, the node's address towards it.
+const ENDS: [(&str, &str, &str, &str, &str); 4] = [
+    (CLIENT4, NODE4, "0.0.0.0", REMOTE4, TUNNEL4),
+    (CLIENT6, NODE6, "::", REMOTE6, TUNNEL6),
+    (CLIENT4, VIP4, VIP4, REMOTE4, TUNNEL4),
+    (CLIENT6, VIP6, VIP6, REMOTE6, TUNNEL6),
+];
+
+fn node_with_remote_backends(protocol: Protocol) -> Node {
+    let mut node = Node::new();
+    node.backend(4, REMOTE4, 8080, protocol, false);
+    node.backend(6, REMOTE6, 8080, protocol, false);
+    for (_, _, frontend, backend, _) in ENDS {
+        node.frontend(frontend, 30080, protocol, &[if backend == REMOTE4 { 4 } else { 6 }]);
+    }
+    node
+}
+
+/// Sends a frame of the client's and returns the port that the backend sees.
+fn port_of(node: &mut Node, frame: &Frame) -> u16 {
+    let (action, seen) = node.uplink_in(frame);
+    assert_eq!(action, REDIRECT, "{frame:?}");
+    seen.ports().0
+}
+
+#[test]
+fn a_tcp_connection_gets_the_nodes_address_and_a_private_port_and_loses_a_hop_each_way() {
+    let mut node = node_with_remote_backends(Protocol::Tcp);
+    for (i, (client, service, _, backend, source)) in ENDS.into_iter().enumerate() {
+        let (from, to) = ((client, 40_000 + i as u16), (service, 30080));
+        let syn = tcp(from, to, SYN);
+        let port = port_of(&mut node, &syn);
+        assert!((1024..30_000).contains(&port), "{port}");
+        let (near, far) = ((source, port), (backend, 8080));
+        assert_eq!(node.uplink_in(&syn), (REDIRECT, syn.with_ends(near, far).living(60)));
+        let syn_ack = tcp(far, near, SYN | ACK).numbered(7000, 1001);
+        assert_eq!(node.tunnel_in(&syn_ack), (REDIRECT, syn_ack.with_ends(to, from).living(60)));
+        for size in [0, 1, 1000, 1301] {
+            let data = tcp(from, to, ACK).numbered(1001, 7001).carrying(size);
+            assert_eq!(node.uplink_in(&data), (REDIRECT, data.with_ends(near, far).living(60)));
+            let answer = tcp(far, near, ACK).numbered(7001, 1001).carrying(size);
+            assert_eq!(node.tunnel_in(&answer), (REDIRECT, answer.with_ends(to, from).living(60)));
+        }
+    }
+    assert_eq!((node.rows("flows"), node.rows("new_flows")), (8, 0));
+}
+
+#[test]
+fn udp_goes_both_ways_with_and_without_a_checksum() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    for (i, (client, service, _, backend, source)) in ENDS.into_iter().enumerate() {
+        for checked in [true, false] {
+            let with = |frame: Frame| if checked { frame } else { frame.unchecked() };
+            let (from, to) = ((client, 41_000 + 2 * i as u16 + u16::from(checked)), (service, 30080));
+            let query = with(udp(from, to, b"who?"));
+            let port = port_of(&mut node, &query);
+            let (near, far) = ((source, port), (backend, 8080));
+            let answer = with(udp(far, near, b"me."));
+            for _ in 0..3 {
+                assert_eq!(node.uplink_in(&query), (REDIRECT, query.with_ends(near, far).living(60)));
+                assert_eq!(node.tunnel_in(&answer), (REDIRECT, answer.with_ends(to, from).living(60)));
+            }
+        }
+    }
+    assert_eq!((node.rows("flows"), node.rows("new_flows")), (16, 0));
+}
+
+#[test]
+fn one_clients_ports_never_meet_and_a_port_used_again_is_given_the_same_one() {
+    let mut node = node_with_remote_backends(Protocol::Tcp);
+    let (_, counted) = node.counted(|node| {
+        let mut seen = HashSet::new();
+        for port in 32_768..=60_999u16 {
+            let syn = tcp((CLIENT4, port), (NODE4, 30080), SYN);
+            assert!(seen.insert(port_of(node, &syn)), "{port}");
+        }
+    });
+    assert_eq!((counted.get("snat_retry"), counted.get("flow_remote")), (None, Some(&28_232)));
+
+    // Closed by the backend: it has the connection in TIME_WAIT, where only the same client's SYN is welcome.
+    let from = (CLIENT4, 50_000);
+    let port = port_of(&mut node, &tcp(from, (NODE4, 30080), SYN));
+    let near = (TUNNEL4, port);
+    node.tunnel_in(&tcp((REMOTE4, 8080), near, SYN | ACK).numbered(7000, 1001));
+    node.uplink_in(&tcp(from, (NODE4, 30080), ACK).numbered(1001, 7001));
+    node.tunnel_in(&tcp((REMOTE4, 8080), near, FIN | ACK).numbered(7001, 1001));
+    node.uplink_in(&tcp(from, (NODE4, 30080), FIN | ACK).numbered(1001, 7002));
+    assert_eq!(port_of(&mut node, &tcp(from, (NODE4, 30080), SYN)), port);
+}
+
+#[test]
+fn many_clients_share_the_range_until_established_ones_fill_it() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    // Each flow is proved, so that none may be pushed out.
+    let ((), counted) = node.counted(|node| {
+        for n in 0..40_000u32 {
+            let client = format!("198.51.{}.{}", n >> 8 & 0xff, n & 0xff);
+            let query = udp((&client, 7000 + (n >> 16) as u16), (VIP4, 30080), b"?");
+            let (action, seen) = node.uplink_in(&query);
+            if action != REDIRECT {
+                continue;
+            }
+            node.tunnel_in(&udp((REMOTE4, 8080), (TUNNEL4, seen.ports().0), b"!"));
+            node.uplink_in(&query);
+        }
+    });
+    let flows = counted["flow_remote"];
+    assert!((25_000..=28_976).contains(&flows), "{counted:?}");
+    assert_eq!(counted["dropped_snat_exhausted"], 40_000 - flows);
+    assert_eq!(node.rows("flows") as u64, 2 * flows);
+}
+
+#[test]
+fn a_flood_of_unproved_flows_takes_places_from_itself_only() {
+    let mut node = node_with_remote_backends(Protocol::Tcp);
+    let from = (CLIENT4, 50_000);
+    let port = port_of(&mut node, &tcp(from, (VIP4, 30080), SYN));
+    node.tunnel_in(&tcp((REMOTE4, 8080), (TUNNEL4, port), SYN | ACK).numbered(7000, 1001));
+    node.uplink_in(&tcp(from, (VIP4, 30080), ACK).numbered(1001, 7001));
+    let ((), counted) = node.counted(|node| {
+        for n in 0..200_000u32 {
+            let client = format!("203.{}.{}.{}", n >> 16 & 0xff, n >> 8 & 0xff, n & 0xff);
+            let outcome = node.raw(Direction::In, node.uplink, &tcp((&client, 7), (VIP4, 30080), SYN).bytes());
+            assert_eq!(outcome.action, REDIRECT);
+        }
+    });
+    assert_eq!(counted.get("dropped_snat_exhausted"), None);
+    assert!(counted["snat_reclaimed"] > 0);
+    assert_eq!(node.rows("flows"), 2);
+    let data = tcp(from, (VIP4, 30080), ACK).numbered(1001, 7001).carrying(9);
+    assert_eq!(node.uplink_in(&data), (REDIRECT, data.with_ends((TUNNEL4, port), (REMOTE4, 8080)).living(60)));
+}
+
+/// What a router's answer says, and the packet that it quotes.
+fn answer_of(frame: &Frame) -> ((u8, u8, u32), Frame) {
+    let Inside::Icmp { kind, code, rest, data } = &frame.inside else { panic!("{frame:?}") };
+    ((*kind, *code, *rest), parse_packet(data, false))
+}
+
+#[test]
+fn what_does_not_fit_the_tunnel_is_answered_with_its_mtu_in_both_directions() {
+    let mut node = node_with_remote_backends(Protocol::Tcp);
+    for (client, service, _, backend, source) in ENDS {
+        let (from, to) = ((client, 40_000), (service, 30080));
+        let port = port_of(&mut node, &tcp(from, to, SYN));
+        let header = if client == CLIENT4 { 40 } else { 60 };
+        let fits = tcp(from, to, ACK).carrying(TUNNEL_MTU as usize - header);
+        assert_eq!(node.uplink_in(&fits).0, REDIRECT);
+        let big = tcp(from, to, ACK).carrying(TUNNEL_MTU as usize - header + 1);
+        let ((action, answer), counted) = node.counted(|n| n.uplink_in(&big));
+        assert_eq!((action, counted.get("icmp_too_big")), (REDIRECT, Some(&1)));
+        assert_eq!((answer.source, answer.destination), (big.destination, big.source));
+        let (said, quoted) = answer_of(&answer);
+        let expected = if client == CLIENT4 { (3, 4, TUNNEL_MTU) } else { (2, 0, TUNNEL_MTU) };
+        assert_eq!(said, expected);
+        assert_eq!((quoted.source, quoted.destination, quoted.ports()), (big.source, big.destination, big.ports()));
+
+        // The other way round: a reply too big for the uplink.
+        ip_command("link set up0 mtu 1400");
+        let big = tcp((backend, 8080), (source, port), ACK).carrying(1400 - header + 1);
+        let (action, answer) = node.tunnel_in(&big);
+        let (said, quoted) = answer_of(&answer);
+        assert_eq!((action, said.2), (REDIRECT, 1400));
+        assert_eq!((answer.source, answer.destination), (big.destination, big.source));
+        assert_eq!((quoted.source, quoted.ports()), (big.source, big.ports()));
+        ip_command("link set up0 mtu 1500");
+    }
+}
+
+#[test]
+fn a_packet_at_the_end_of_its_hops_is_answered_with_time_exceeded() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    for (client, service, ..) in ENDS {
+        for ttl in [0, 1] {
+            let probe = udp((client, 33_434), (service, 30080), b"traceroute").living(ttl);
+            let ((action, answer), counted) = node.counted(|n| n.uplink_in(&probe));
+            assert_eq!((action, counted.get("icmp_ttl_exceeded")), (REDIRECT, Some(&1)));
+            let (said, quoted) = answer_of(&answer);
+            assert_eq!(said, if client == CLIENT4 { (11, 0, 0) } else { (3, 0, 0) });
+            assert_eq!((quoted.source, quoted.ttl, quoted.ports()), (probe.source, ttl, probe.ports()));
+        }
+        assert_eq!(node.uplink_in(&udp((client, 33_434), (service, 30080), b"").living(2)).1.ttl, 1);
+    }
+}
+
+#[test]
+fn every_way_in_which_a_packet_cannot_go_on_is_counted() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    let query = |port| udp((CLIENT4, port), (NODE4, 30080), b"?");
+    let refused = |node: &mut Node, port: u16| {
+        let ((action, _), counted) = node.counted(|n| n.uplink_in(&query(port)));
+        assert_eq!(action, DROP);
+        counted.into_keys().collect::<Vec<_>>()
+    };
+    // A route that names a source which is no address of an outward device.
+    ip_command("addr add 10.99.0.1/32 dev lo");
+    ip_command("route add 10.244.1.5/32 dev over0 src 10.99.0.1");
+    assert_eq!(refused(&mut node, 1), ["dropped_snat_source"]);
+    ip_command("route del 10.244.1.5/32");
+    ip_command("route add blackhole 10.244.1.5/32");
+    assert_eq!(refused(&mut node, 2), ["dropped_no_route"]);
+    ip_command("route del blackhole 10.244.1.5/32");
+    // A flow whose route goes away.
+    assert_eq!(node.uplink_in(&query(3)).0, REDIRECT);
+    ip_command("route add unreachable 10.244.1.5/32");
+    assert_eq!(refused(&mut node, 3), ["dropped_no_route"]);
+    ip_command("route del unreachable 10.244.1.5/32");
+    assert_eq!(node.uplink_in(&query(3)).0, REDIRECT);
+    wire::set_sysctl("net/ipv4/conf/up0/forwarding", "0");
+    assert_eq!(refused(&mut node, 3), ["dropped_forwarding_off"]);
+    assert_eq!(refused(&mut node, 4), ["dropped_forwarding_off"]);
+}
+
+#[test]
+fn routing_rules_decide_by_source_and_not_the_main_table_alone() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    // As where each address of a node has its own gateway: the reply's new source chooses the device.
+    ip_command("rule add from 10.0.0.1 lookup 100");
+    ip_command("route add default via 10.244.0.9 dev over0 mtu lock 1300 table 100");
+    let query = udp((CLIENT4, 5000), (NODE4, 30080), b"?");
+    let port = port_of(&mut node, &query);
+    let answer = udp((REMOTE4, 8080), (TUNNEL4, port), b"").carrying(1290);
+    let (_, counted) = node.counted(|n| n.tunnel_in(&answer));
+    assert_eq!(counted.get("icmp_too_big"), Some(&1), "the rule's route has an MTU of its own");
+}
+
+#[test]
+fn a_backend_behind_the_uplink_itself_is_reached_through_it() {
+    let mut node = Node::new();
+    node.backend(1, "10.0.0.7", 80, Protocol::Tcp, false);
+    node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
+    let syn = tcp((CLIENT4, 5000), (NODE4, 30080), SYN);
+    let port = port_of(&mut node, &syn);
+    // The client may be the backend's own host: it still sees the node.
+    let own = tcp(("10.0.0.7", 5000), (NODE4, 30080), SYN);
+    let (_, seen) = node.uplink_in(&own);
+    assert_eq!((seen.source.to_string().as_str(), seen.destination.to_string().as_str()), (NODE4, "10.0.0.7"));
+    let answer = tcp(("10.0.0.7", 80), (NODE4, port), SYN | ACK);
+    assert_eq!(node.uplink_in(&answer), (REDIRECT, answer.with_ends((NODE4, 30080), (CLIENT4, 5000)).living(60)));
+    let (action, seen) = node.uplink_in(&tcp(("10.0.0.7", 80), (NODE4, seen.ports().0), SYN | ACK));
+    assert_eq!((action, seen.destination.to_string().as_str(), seen.ports()), (REDIRECT, "10.0.0.7", (30080, 5000)));
+}
+
+#[test]
+fn local_and_remote_backends_of_one_frontend_are_both_chosen() {
+    let mut node = Node::new();
+    node.backend(1, LOCAL4, 80, Protocol::Tcp, true);
+    node.backend(2, REMOTE4, 80, Protocol::Tcp, false);
+    node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1, 2]);
+    let mut local = 0;
+    for port in 1000..2000 {
+        local +=
+            usize::from(node.uplink_in(&tcp((CLIENT4, port), (NODE4, 30080), SYN)).1.destination.to_string() == LOCAL4);
+    }
+    assert!((400..600).contains(&local), "{local}");
+}

@@ -1,0 +1,225 @@
+//! Two nodes, a pod on each, and a client outside, in network namespaces: a LAN of bridged veths, and a VXLAN between
+//! the nodes whose MTU is 50 bytes smaller than anybody's device, so that nothing large passes without path-MTU
+//! discovery. The first node runs the packet programs; it filters strictly and forwards only what a CNI would allow.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
+
+pub const CLIENT: [&str; 2] = ["192.168.7.9", "fd07::9"];
+/// A second client, which the first node's policy bars from the pods.
+pub const BARRED: &str = "192.168.7.66";
+pub const NODE: [&str; 2] = ["192.168.7.1", "fd07::1"];
+pub const OVERLAY: [&str; 2] = ["10.1.0.1", "fd10::1"];
+pub const POD_HERE: [&str; 2] = ["10.1.1.5", "fd11::5"];
+pub const POD_THERE: [&str; 2] = ["10.1.2.5", "fd12::5"];
+pub const VIP: [&str; 2] = ["192.0.2.80", "2001:db8:80::80"];
+pub const POD_PORT: u16 = 8080;
+
+/// Namespaces, and their end.
+pub struct Cluster {
+    prefix: String,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for name in ["lan", "client", "near", "far", "podn", "podf"] {
+            let _ = Command::new("ip").args(["netns", "del", &self.name(name)]).output();
+        }
+    }
+}
+
+fn run(program: &str, words: &str) {
+    let out = Command::new(program).args(words.split_whitespace()).output().unwrap();
+    assert!(out.status.success(), "{program} {words}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+impl Cluster {
+    pub fn new() -> Cluster {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let prefix = format!("klw{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let cluster = Cluster { prefix };
+        for name in ["lan", "client", "near", "far", "podn", "podf"] {
+            run("ip", &format!("netns add {}", cluster.name(name)));
+            cluster.ip(name, "link set lo up");
+        }
+        cluster.ip("lan", "link add br0 type bridge");
+        cluster.ip("lan", "link set br0 up");
+        cluster.join_lan("client", CLIENT);
+        cluster.join_lan("near", NODE);
+        cluster.join_lan("far", ["192.168.7.2", "fd07::2"]);
+        cluster.ip("client", &format!("addr add {BARRED}/24 dev eth0"));
+        cluster.join_overlay("near", OVERLAY, ["192.168.7.2"]);
+        cluster.join_overlay("far", ["10.1.0.2", "fd10::2"], ["192.168.7.1"]);
+        cluster.add_pod("near", "podn", POD_HERE);
+        cluster.add_pod("far", "podf", POD_THERE);
+        for (node, net4, net6, via4, via6) in [
+            ("near", "10.1.2.0/24", "fd12::/64", "10.1.0.2", "fd10::2"),
+            ("far", "10.1.1.0/24", "fd11::/64", OVERLAY[0], OVERLAY[1]),
+        ] {
+            cluster.ip(node, &format!("route add {net4} via {via4}"));
+            cluster.ip(node, &format!("-6 route add {net6} via {via6}"));
+        }
+        cluster.ip("client", &format!("route add {} via {}", VIP[0], NODE[0]));
+        cluster.ip("client", &format!("-6 route add {} via {}", VIP[1], NODE[1]));
+        cluster.harden();
+        cluster
+    }
+
+    pub fn name(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    pub fn ip(&self, name: &str, words: &str) {
+        run("ip", &format!("-n {} {words}", self.name(name)));
+    }
+
+    fn join_lan(&self, name: &str, addresses: [&str; 2]) {
+        let (space, lan) = (self.name(name), self.name("lan"));
+        run("ip", &format!("-n {space} link add eth0 type veth peer name {name} netns {lan}"));
+        self.ip("lan", &format!("link set {name} master br0 up"));
+        self.ip(name, &format!("addr add {}/24 dev eth0", addresses[0]));
+        self.ip(name, &format!("addr add {}/64 dev eth0 nodad", addresses[1]));
+        self.ip(name, "link set eth0 up");
+    }
+
+    fn join_overlay(&self, name: &str, addresses: [&str; 2], [peer]: [&str; 1]) {
+        self.ip(name, &format!("link add vx0 mtu 1450 type vxlan id 7 remote {peer} dstport 8472 dev eth0"));
+        self.ip(name, &format!("addr add {}/24 dev vx0", addresses[0]));
+        self.ip(name, &format!("addr add {}/64 dev vx0 nodad", addresses[1]));
+        self.ip(name, "link set vx0 up");
+    }
+
+    /// A pod whose device has a larger MTU than the overlay.
+    fn add_pod(&self, node: &str, pod: &str, addresses: [&str; 2]) {
+        let space = self.name(pod);
+        self.ip(node, &format!("link add {pod} type veth peer name eth0 netns {space}"));
+        self.ip(node, "addr add 169.254.1.1/32 dev lo");
+        self.ip(node, &format!("link set {pod} up"));
+        self.ip(node, &format!("addr add fe80::1/64 dev {pod} nodad"));
+        self.ip(pod, &format!("addr add {}/32 dev eth0", addresses[0]));
+        self.ip(pod, &format!("addr add {}/128 dev eth0 nodad", addresses[1]));
+        self.ip(pod, "link set eth0 up");
+        self.ip(pod, "route add 169.254.1.1 dev eth0");
+        self.ip(pod, "route add default via 169.254.1.1");
+        self.ip(pod, "-6 route add default via fe80::1 dev eth0");
+        self.ip(node, &format!("route add {}/32 dev {pod}", addresses[0]));
+        self.ip(node, &format!("-6 route add {}/128 dev {pod}", addresses[1]));
+    }
+
+    /// Forwarding, strict reverse-path filtering, FORWARD policy DROP with a CNI's rules, and a network policy.
+    fn harden(&self) {
+        for node in ["near", "far"] {
+            self.inside(node, || {
+                for name in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding", "ipv4/conf/all/rp_filter"] {
+                    std::fs::write(format!("/proc/sys/net/{name}"), "1").unwrap();
+                }
+                for (tables, pods) in [("iptables", "10.1.0.0/16"), ("ip6tables", "fd10::/14")] {
+                    run(tables, "-P FORWARD DROP");
+                    run(tables, &format!("-A FORWARD -s {pods} -j ACCEPT"));
+                    run(tables, &format!("-A FORWARD -d {pods} -j ACCEPT"));
+                }
+                run("iptables", &format!("-I FORWARD -s {BARRED} -j DROP"));
+            });
+        }
+    }
+
+    /// Runs `work` on a thread inside a namespace.
+    pub fn inside<T: Send>(&self, name: &str, work: impl FnOnce() -> T + Send) -> T {
+        let space = File::open(format!("/run/netns/{}", self.name(name))).unwrap();
+        thread::scope(|scope| {
+            let inside = scope.spawn(|| {
+                setns(space.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+                work()
+            });
+            inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// TCP and UDP servers in both pods, both families. They end with the test's process.
+    pub fn serve(&self) {
+        for (pod, addresses) in [("podn", POD_HERE), ("podf", POD_THERE)] {
+            for address in addresses {
+                let at = SocketAddr::new(address.parse().unwrap(), POD_PORT);
+                let (listener, socket) =
+                    self.inside(pod, || (TcpListener::bind(at).unwrap(), UdpSocket::bind(at).unwrap()));
+                thread::spawn(move || serve_tcp(&listener));
+                thread::spawn(move || serve_udp(&socket));
+            }
+        }
+    }
+}
+
+/// Reads two lengths, reads as many bytes as the first says, answers with whom it saw and as many as the second says.
+fn serve_tcp(listener: &TcpListener) {
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        thread::spawn(move || -> std::io::Result<()> {
+            let mut lengths = [0u8; 16];
+            stream.read_exact(&mut lengths)?;
+            let upload = u64::from_be_bytes(lengths[..8].try_into().unwrap());
+            let download = u64::from_be_bytes(lengths[8..].try_into().unwrap());
+            std::io::copy(&mut (&stream).take(upload), &mut std::io::sink())?;
+            let seen = format!("{:<64}", stream.peer_addr()?);
+            stream.write_all(seen.as_bytes())?;
+            std::io::copy(&mut std::io::repeat(7).take(download), &mut stream)?;
+            Ok(())
+        });
+    }
+}
+
+/// Answers each datagram with whom it saw, made as long as the datagram.
+fn serve_udp(socket: &UdpSocket) {
+    let mut buffer = vec![0u8; 65_536];
+    while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+        let mut answer = format!("{from:<64}").into_bytes();
+        answer.resize(length.max(64), b'.');
+        let _ = socket.send_to(&answer, from);
+    }
+}
+
+fn address_in(answer: &[u8]) -> IpAddr {
+    let text = String::from_utf8_lossy(&answer[..64]);
+    text.trim().parse::<SocketAddr>().unwrap_or_else(|e| panic!("{text:?}: {e}")).ip()
+}
+
+/// Connects, sends and receives so many bytes; whom the server saw.
+pub fn transfer(to: SocketAddr, upload: u64, download: u64) -> std::io::Result<IpAddr> {
+    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(20)))?;
+    stream.write_all(&[upload.to_be_bytes(), download.to_be_bytes()].concat())?;
+    std::io::copy(&mut std::io::repeat(3).take(upload), &mut stream)?;
+    let mut seen = [0u8; 64];
+    stream.read_exact(&mut seen)?;
+    let received = std::io::copy(&mut (&stream).take(download), &mut std::io::sink())?;
+    assert_eq!(received, download);
+    Ok(address_in(&seen))
+}
+
+/// Sends a datagram of `length` bytes until one is answered whole; whom the server saw, and how many were sent.
+pub fn ask(to: SocketAddr, length: usize) -> (IpAddr, usize) {
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any).unwrap();
+    socket.connect(to).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let mut buffer = vec![0u8; 65_536];
+    for sent in 1..=8 {
+        // Too big for the path, as the last answer told: the kernel says so once.
+        if socket.send(&vec![5; length]).is_err() {
+            continue;
+        }
+        if let Ok(n) = socket.recv(&mut buffer) {
+            assert_eq!(n, length.max(64));
+            return (address_in(&buffer), sent);
+        }
+    }
+    panic!("no answer from {to} to {length} bytes");
+}

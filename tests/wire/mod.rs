@@ -1,0 +1,268 @@
+//! A node for packets: a network namespace with an uplink and a tunnel, the programs loaded, and rows in the maps.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+pub mod cluster;
+pub mod frame;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use frame::Frame;
+use kubelane::abi::{
+    Backend, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, backend_flag, backend_state, frontend_flag,
+    pool_empty, pool_member,
+};
+use kubelane::bpf::run::{Outcome, run};
+use kubelane::bpf::{Datapath, Direction, Settings};
+use kubelane::model::{IpRange, Ipx, Protocol};
+use kubelane::sync::{MapIo, MapName};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+/// tc actions (linux/pkt_cls.h).
+pub const PASS: i32 = -1;
+pub const DROP: i32 = 2;
+pub const REDIRECT: i32 = 7;
+
+/// The node's addresses on its uplink, and on its tunnel.
+pub const NODE4: &str = "10.0.0.1";
+pub const NODE6: &str = "fd00::1";
+pub const TUNNEL4: &str = "10.244.0.1";
+pub const TUNNEL6: &str = "fd44::1";
+/// Service addresses that nobody is bound to.
+pub const VIP4: &str = "192.0.2.80";
+pub const VIP6: &str = "2001:db8:80::80";
+pub const CLIENT4: &str = "198.51.100.7";
+pub const CLIENT6: &str = "2001:db8::7";
+/// Pods: here, and behind the tunnel.
+pub const LOCAL4: &str = "10.1.0.5";
+pub const LOCAL6: &str = "fd01::5";
+pub const REMOTE4: &str = "10.244.1.5";
+pub const REMOTE6: &str = "fd44::1:5";
+pub const TUNNEL_MTU: u32 = 1450;
+
+/// A BPF file system, a cgroup, and their end.
+pub struct Place {
+    bpffs: PathBuf,
+    cgroup: PathBuf,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("klwire-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let bpffs = std::env::temp_dir().join(&name);
+        fs::create_dir(&bpffs).unwrap();
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).expect("these tests need root and BPF");
+        let cgroup = cgroup2_mount().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        Place { bpffs, cgroup }
+    }
+
+    pub fn settings(&self) -> Settings {
+        Settings { pin_path: self.bpffs.join("kl"), cgroup: self.cgroup.clone(), max_endpoints: 1024, max_services: 64 }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&self.bpffs);
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+pub struct Node {
+    pub datapath: Datapath,
+    pub pin_path: PathBuf,
+    pub uplink: u32,
+    pub tunnel: u32,
+    next_slot: u32,
+    pub place: Place,
+}
+
+/// Runs `ip` with these words, in the calling thread's namespace.
+pub fn ip_command(words: &str) {
+    let out = Command::new("ip").args(words.split_whitespace()).output().unwrap();
+    assert!(out.status.success(), "ip {words}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+pub fn set_sysctl(name: &str, value: &str) {
+    fs::write(Path::new("/proc/sys").join(name), value).unwrap_or_else(|e| panic!("{name}: {e}"));
+}
+
+fn cgroup2_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let line = mounts.lines().find(|l| l.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+    Path::new(line.split(' ').nth(1).unwrap()).to_owned()
+}
+
+pub fn interface_index(name: &str) -> u32 {
+    nix::net::if_::if_nametoindex(name).unwrap()
+}
+
+/// Sets `local` up as one device of this node with a neighbour that need not exist.
+fn device(name: &str, address4: &str, address6: &str, mtu: u32, neighbours: &[&str]) -> u32 {
+    ip_command(&format!("link add {name} mtu {mtu} type veth peer name {name}-far mtu {mtu}"));
+    ip_command(&format!("addr add {address4} dev {name}"));
+    ip_command(&format!("addr add {address6} dev {name} nodad"));
+    ip_command(&format!("link set {name} up"));
+    ip_command(&format!("link set {name}-far up"));
+    for neighbour in neighbours {
+        ip_command(&format!("neigh add {neighbour} lladdr 02:00:00:00:00:fe dev {name} nud permanent"));
+    }
+    interface_index(name)
+}
+
+impl Node {
+    /// The calling thread moves into the node's namespace for good.
+    pub fn new() -> Node {
+        unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
+        ip_command("link set lo up");
+        for family in ["ipv4/conf", "ipv6/conf"] {
+            set_sysctl(&format!("net/{family}/all/forwarding"), "1");
+        }
+        let uplink = device("up0", "10.0.0.1/24", "fd00::1/64", 1500, &["10.0.0.254", "fd00::254"]);
+        let tunnel = device("over0", "10.244.0.1/16", "fd44::1/32", TUNNEL_MTU, &[REMOTE4, REMOTE6]);
+        ip_command("route add default via 10.0.0.254");
+        ip_command("-6 route add default via fd00::254");
+        let place = Place::new();
+        let datapath = Datapath::open(&place.settings()).unwrap();
+        let mut node = Node::with(datapath, place, uplink, tunnel);
+        for (address, flags) in [
+            (NODE4, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
+            (NODE6, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
+            (TUNNEL4, address_flag::ADDRESS_LOCAL),
+            (TUNNEL6, address_flag::ADDRESS_LOCAL),
+            (VIP4, address_flag::ADDRESS_SERVICE_VIP),
+            (VIP6, address_flag::ADDRESS_SERVICE_VIP),
+        ] {
+            node.address(address, flags);
+        }
+        node
+    }
+
+    /// A node whose namespace somebody else has made.
+    pub fn with(datapath: Datapath, place: Place, uplink: u32, tunnel: u32) -> Node {
+        Node { datapath, pin_path: place.settings().pin_path, uplink, tunnel, next_slot: 0, place }
+    }
+
+    pub fn write(&mut self, map: MapName, key: &[u8], value: &[u8]) {
+        let failures = self.datapath.maps().write(map, key, value, 1);
+        assert!(failures.is_empty(), "{failures:?}");
+    }
+
+    pub fn address(&mut self, address: &str, flags: u32) {
+        self.write(MapName::Addresses, &address.parse::<Ipx>().unwrap().0, &flags.to_ne_bytes());
+    }
+
+    /// Writes backend `id`, of service 1 and generation 1.
+    pub fn backend(&mut self, id: u32, address: &str, port: u16, protocol: Protocol, local: bool) {
+        self.backend_row(id, &backend(address, port, protocol, local));
+    }
+
+    pub fn backend_row(&mut self, id: u32, row: &Backend) {
+        self.write(MapName::Backends, &id.to_ne_bytes(), bytemuck::bytes_of(row));
+    }
+
+    /// A frontend whose outside pool has these backends; a NodePort's if the address is 0.0.0.0 or ::.
+    pub fn frontend(&mut self, address: &str, port: u16, protocol: Protocol, ids: &[u32]) -> Frontend {
+        let base = self.next_slot;
+        for id in ids {
+            self.write(MapName::Slots, &self.next_slot.to_ne_bytes(), &id.to_ne_bytes());
+            self.next_slot += 1;
+        }
+        let is_wildcard = ["0.0.0.0", "::"].contains(&address);
+        let flags = if is_wildcard { frontend_flag::FRONTEND_NODE_PORT } else { frontend_flag::FRONTEND_LOAD_BALANCER };
+        let row = Frontend {
+            service_id: 1,
+            flags,
+            outside: Pool { base, count: ids.len() as u32, member: pool_member::POOL_CLUSTER as u8, ..Pool::default() },
+            ..Frontend::default()
+        };
+        self.frontend_row(address, port, protocol, &row);
+        row
+    }
+
+    pub fn frontend_row(&mut self, address: &str, port: u16, protocol: Protocol, row: &Frontend) {
+        let key = FrontendKey::new(address.parse().unwrap(), port, protocol);
+        self.write(MapName::Frontends, bytemuck::bytes_of(&key), bytemuck::bytes_of(row));
+    }
+
+    pub fn pinned(&self, map: &str) -> MapHandle {
+        MapHandle::from_pinned_path(self.pin_path.join("v1/maps").join(map)).unwrap()
+    }
+
+    pub fn source_range(&self, service: u32, ip: &str, prefix: u8) {
+        let key = SourceRangeKey::new(service, IpRange { ip: ip.parse().unwrap(), prefix });
+        self.pinned("source_ranges").update(bytemuck::bytes_of(&key), &1u32.to_ne_bytes(), MapFlags::ANY).unwrap();
+    }
+
+    /// Rows of a map of flows.
+    pub fn rows(&self, map: &str) -> usize {
+        self.pinned(map).keys().count()
+    }
+
+    pub fn raw(&mut self, direction: Direction, interface: u32, bytes: &[u8]) -> Outcome {
+        run(self.datapath.devices(), direction, bytes, interface, 1).unwrap()
+    }
+
+    /// A packet that comes in by the uplink.
+    pub fn uplink_in(&mut self, frame: &Frame) -> (i32, Frame) {
+        let outcome = self.raw(Direction::In, self.uplink, &frame.bytes());
+        (outcome.action, frame::parse(&outcome.frame))
+    }
+
+    pub fn tunnel_in(&mut self, frame: &Frame) -> (i32, Frame) {
+        let outcome = self.raw(Direction::In, self.tunnel, &frame.bytes());
+        (outcome.action, frame::parse(&outcome.frame))
+    }
+
+    /// A packet that leaves by the uplink.
+    pub fn uplink_out(&mut self, frame: &Frame) -> (i32, Frame) {
+        let outcome = self.raw(Direction::Out, self.uplink, &frame.bytes());
+        (outcome.action, frame::parse(&outcome.frame))
+    }
+
+    pub fn counters(&mut self) -> BTreeMap<&'static str, u64> {
+        self.datapath.maps().read_counters().unwrap().into_iter().collect()
+    }
+
+    /// Which counters `work` moved, and by how much.
+    pub fn counted<T>(&mut self, work: impl FnOnce(&mut Node) -> T) -> (T, BTreeMap<&'static str, u64>) {
+        let before = self.counters();
+        let result = work(self);
+        let moved = self.counters().into_iter().map(|(name, n)| (name, n - before[name])).filter(|(_, n)| *n > 0);
+        (result, moved.collect())
+    }
+}
+
+pub fn backend(address: &str, port: u16, protocol: Protocol, local: bool) -> Backend {
+    Backend {
+        address: address.parse::<Ipx>().unwrap().0,
+        port_be: port.to_be_bytes(),
+        state: backend_state::BACKEND_ACTIVE as u8,
+        pools: pool_member::POOL_CLUSTER as u8,
+        generation: 1,
+        service_id: 1,
+        protocol: protocol as u8,
+        flags: if local { backend_flag::BACKEND_NODE_LOCAL as u8 } else { 0 },
+        zero: 0,
+    }
+}
+
+/// An empty pool of a Service whose policy is Local.
+pub fn empty_drop() -> Pool {
+    Pool { on_empty: pool_empty::EMPTY_DROP as u8, ..Pool::default() }
+}
+
+/// The text form that frames take their addresses in.
+pub fn text(ip: IpAddr) -> String {
+    ip.to_string()
+}

@@ -1,0 +1,116 @@
+//! Attaching the packet programs to devices: taken over without a gap, beside other people's, and gone after cleanup.
+
+mod wire;
+
+use std::process::Command;
+
+use kubelane::bpf::{self, Attached, Datapath, Device, Devices, LinkLayer, Method};
+use wire::{Node, Place, ip_command};
+
+fn device(index: u32) -> Device {
+    Device { index, link_layer: LinkLayer::Ethernet, ip4: Some("10.0.0.1".parse().unwrap()), ip6: None }
+}
+
+fn tc(words: &str) -> String {
+    let out = Command::new("tc").args(words.split_whitespace()).output().unwrap();
+    assert!(out.status.success(), "tc {words}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+type Choose = fn(&mut Devices);
+
+/// A method, how to choose it, and the file names that it pins.
+const METHODS: [(Method, Choose, &str); 2] =
+    [(Method::Tcx, |_| {}, "tcx"), (Method::Clsact, |d| d.use_clsact(), "filter")];
+
+#[test]
+fn programs_are_taken_over_by_the_next_daemon_and_gone_after_detaching() {
+    for (method, choose, word) in METHODS {
+        let mut node = Node::new();
+        if node.datapath.devices().method() == Method::Clsact && method == Method::Tcx {
+            continue;
+        }
+        let (uplink, tunnel) = (node.uplink, node.tunnel);
+        choose(node.datapath.devices());
+        assert_eq!(node.datapath.devices().attach(&device(uplink)).unwrap(), Attached::New, "{method:?}");
+        assert_eq!(node.datapath.devices().attach(&device(uplink)).unwrap(), Attached::Replaced, "{method:?}");
+        let settings = node.place.settings();
+        let Node { datapath, place: _place, .. } = node;
+        drop(datapath);
+        let mut datapath = Datapath::open(&settings).unwrap();
+        let devices = datapath.devices();
+        choose(devices);
+        assert_eq!(devices.attach(&device(uplink)).unwrap(), Attached::Replaced, "{method:?}");
+        assert_eq!(devices.attach(&device(tunnel)).unwrap(), Attached::New, "{method:?}");
+        assert_eq!(devices.attached().unwrap(), [uplink, tunnel]);
+        let pin = settings.pin_path.join(format!("v1/links/{word}_{uplink}_in"));
+        assert!(pin.exists());
+        devices.detach(uplink).unwrap();
+        devices.detach(uplink).unwrap();
+        assert!(!pin.exists());
+        assert_eq!(devices.attached().unwrap(), [tunnel]);
+        if method == Method::Clsact {
+            assert_eq!(tc("filter show dev up0 ingress"), "");
+            assert!(tc("filter show dev over0 egress").contains("wire_out"));
+        }
+    }
+}
+
+#[test]
+fn other_peoples_filters_stay_and_cleanup_takes_ours_only() {
+    for (method, choose, _) in METHODS {
+        let mut node = Node::new();
+        let uplink = node.uplink;
+        // Somebody else's filter: any program will do, at a priority of its own.
+        let other = Place::new();
+        let mut others = Datapath::open(&other.settings()).unwrap();
+        others.devices().use_clsact();
+        others.devices().attach(&device(uplink)).unwrap();
+        let program = other.settings().pin_path.join(format!("v1/links/filter_{uplink}_in"));
+        tc(&format!("filter add dev up0 ingress prio 5 bpf da pinned {}", program.display()));
+        others.devices().detach(uplink).unwrap();
+        choose(node.datapath.devices());
+        node.datapath.devices().attach(&device(uplink)).unwrap();
+        if method == Method::Clsact {
+            assert!(tc("filter show dev up0 ingress").contains("pref 27499"));
+        }
+        let Node { datapath, pin_path, place: _place, .. } = node;
+        drop(datapath);
+        bpf::cleanup(&pin_path).unwrap();
+        let left = tc("filter show dev up0 ingress");
+        assert!(left.contains("pref 5 ") && !left.contains("pref 27499"), "{method:?}: {left}");
+        assert_eq!(tc("filter show dev up0 egress"), "");
+        assert!(!pin_path.exists());
+    }
+}
+
+#[test]
+fn a_device_that_vanishes_disturbs_nothing() {
+    for (method, choose, _) in METHODS {
+        let mut node = Node::new();
+        let (uplink, tunnel) = (node.uplink, node.tunnel);
+        choose(node.datapath.devices());
+        node.datapath.devices().attach(&device(uplink)).unwrap();
+        node.datapath.devices().attach(&device(tunnel)).unwrap();
+        ip_command("link del over0");
+        let error = node.datapath.devices().attach(&device(tunnel)).unwrap_err();
+        assert!(format!("{error:#}").contains(&format!("device {tunnel}")), "{method:?}: {error:#}");
+        node.datapath.devices().detach(tunnel).unwrap();
+        assert_eq!(node.datapath.devices().attached().unwrap(), [uplink]);
+        assert_eq!(node.datapath.devices().attach(&device(uplink)).unwrap(), Attached::Replaced);
+    }
+}
+
+#[test]
+fn somebody_elses_filter_in_our_place_is_not_replaced() {
+    let mut node = Node::new();
+    let uplink = node.uplink;
+    node.datapath.devices().use_clsact();
+    node.datapath.devices().attach(&device(uplink)).unwrap();
+    // As another installation would see it: the filter is there, and no pin of its own.
+    let other = Place::new();
+    let mut datapath = Datapath::open(&other.settings()).unwrap();
+    datapath.devices().use_clsact();
+    let error = format!("{:#}", datapath.devices().attach(&device(uplink)).unwrap_err());
+    assert!(error.contains("somebody else"), "{error}");
+}
