@@ -150,8 +150,10 @@ impl<R: Rows> Table<R> {
     /// Notes that the kernel now has `value` at `key`. Called only after the write succeeded, or on what was read back.
     pub fn confirm(&mut self, key: R::Key, value: Option<R::Value>) {
         self.applied.put(key, value);
-        if self.pending.get(&key) == Some(&value) {
-            self.pending.remove(&key);
+        if let Some(wanted) = self.pending.remove(&key) {
+            if wanted != value {
+                self.pending.insert(key, wanted);
+            }
             // The first sync fills `pending` with every row there is; that memory is not kept.
             if self.pending.is_empty() && self.pending.capacity() > 1024 {
                 self.pending.shrink_to_fit();

@@ -10,6 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use libbpf_rs::Link;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
@@ -123,12 +124,22 @@ fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()>
             continue;
         }
         for pin in children(&directory)? {
+            if part == "links" {
+                detach(&pin)?;
+            }
             fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
             removed.push(pin.display().to_string());
         }
         fs::remove_dir(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
     }
     fs::remove_dir(version).with_context(|| format!("cannot remove {}", version.display()))
+}
+
+/// Detaches a pinned link now: a link that only loses its last reference is taken off the cgroup later, by a worker of
+/// the kernel's, and goes on translating until then. (BPF_LINK_DETACH is from 5.9.)
+fn detach(pin: &Path) -> Result<()> {
+    let link = Link::open(pin).with_context(|| format!("cannot open the pinned link {}", pin.display()))?;
+    link.detach().with_context(|| format!("cannot detach {}", pin.display()))
 }
 
 fn children(directory: &Path) -> Result<Vec<PathBuf>> {

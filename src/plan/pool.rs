@@ -85,6 +85,9 @@ fn allocate(needed: u32, current: u32, space: &mut Space) -> Option<(u32, u32)> 
 /// The new order: holes are filled with what came, then from the end; what is left over is appended.
 /// Ids of `current` that are not wanted, or there twice, are holes.
 fn arrange(current: Vec<u32>, wanted: &[u32]) -> Vec<u32> {
+    if current.is_empty() || current == wanted {
+        return wanted.to_vec();
+    }
     let mut open: HashSet<u32> = wanted.iter().copied().collect();
     let keep: Vec<bool> = current.iter().map(|id| open.remove(id)).collect();
     let mut coming = wanted.iter().copied().filter(|id| open.contains(id));

@@ -11,13 +11,13 @@ use anyhow::{Context as _, bail};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::support::client::Counts;
-use crate::support::daemon::{Daemon, PATIENCE};
+use crate::support::daemon::Daemon;
 use crate::support::lab::{Lab, Place, remove_own};
 use crate::support::load::{Load, failures, now_micros};
 use crate::support::manifests::{save_by_rename, without_endpoint};
+use crate::support::preflight;
 use crate::support::process::Process;
 use crate::support::wire::{Kind, LoadRecord};
-use crate::support::{eventually, preflight};
 
 /// As in manifests/demo.
 const WEB: [&str; 2] = ["10.96.0.80:80", "[fd96::80]:80"];
@@ -284,12 +284,9 @@ fn cleanup(lab: &Lab, report: &mut Report) -> anyhow::Result<()> {
         report.check(left == 0, &format!("{}: {left} pins left", node.name));
     }
     let mut client = lab.pod("client-1").client()?;
-    let mut counts = Counts::new();
     // Nothing translates any more, and nothing routes a cluster IP: no pod may answer.
-    let silent = eventually(PATIENCE, || {
-        counts = client.ask(Kind::Udp4, SocketAddr::from(([10, 96, 0, 7], 7)), 1);
-        !counts.keys().any(|name| ECHO_PODS.contains(&name.as_str()))
-    });
+    let counts = client.ask(Kind::Udp4, SocketAddr::from(([10, 96, 0, 7], 7)), 1);
+    let silent = !counts.keys().any(|name| ECHO_PODS.contains(&name.as_str()));
     report.check(silent, &format!("the cluster IP is an address like any other again: {}", sentence(&counts)));
     Ok(())
 }
