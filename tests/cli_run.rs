@@ -179,7 +179,7 @@ fn a_daemon_is_started_asked_stopped_started_again_and_cleaned_up() {
     assert_eq!(world.http(world.metrics, "/proxyMode"), Some((200, "kubelane".to_owned())));
     let refused = world.ask(&["cleanup"]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused.stderr).contains("another kubelane holds"), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("a running kubelane holds"), "{}", text(&refused.stderr));
     assert_eq!(daemon.terminate().code(), Some(0));
     assert!(world.log().contains("SIGTERM") && world.log().contains("go on serving"), "{}", world.log());
 
