@@ -74,3 +74,7 @@ format: setup ## Format Rust and C
 
 clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
 	cargo run --quiet --features lab --bin kubelane-lab -- sweep
+
+include tests/vm/vm.mk
+
+include tests/vm/vm.mk

@@ -121,9 +121,10 @@ static __always_inline void datagram_overflow_put(void *ctx, const struct origin
 	bpf_map_update_elem(&datagram_overflow, &key, origin, BPF_ANY);
 }
 
-/* The backend that this socket's datagrams to `service` went to before; 0 when there is none that still lives. */
+/* The backend that this socket's datagrams to `service` went to before; 0 when there is none that still lives, or when
+ * the destination is another Service's by now. */
 static __always_inline int datagram_recall(void *ctx, struct bpf_sock *sk, const struct frontend_key *service,
-					   struct origin *found)
+					   __u32 service_id, struct origin *found)
 {
 	struct datagram_table *table = bpf_sk_storage_get(&datagram_tables, sk, (void *)0, 0);
 
@@ -136,7 +137,7 @@ static __always_inline int datagram_recall(void *ctx, struct bpf_sock *sk, const
 		/* Refreshed: the latest service that was sent to is the one that replies are shown as. */
 		datagram_overflow_put(ctx, found);
 	}
-	return backend_get_living(found->backend_id, found->generation) != (void *)0;
+	return found->service_id == service_id && backend_get_living(found->backend_id, found->generation) != (void *)0;
 }
 
 static __always_inline void datagram_remember(void *ctx, struct bpf_sock *sk, const struct frontend_key *service,

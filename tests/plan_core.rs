@@ -218,7 +218,9 @@ fn a_full_map_is_warned_of_with_its_remedy_and_the_rest_goes_on() {
         report.warnings,
         [Warning {
             subject: "Service default/b".into(),
-            message: "1 endpoints are left out: the map backends is full; raise --max-endpoints and restart".into(),
+            message: "1 endpoints are left out: the map backends is full; stop kubelane, run `kubelane cleanup`, and \
+                      start it with a higher --max-endpoints"
+                .into(),
         }]
     );
     assert_eq!((bench.inside("10.96.0.1", 80).len(), bench.inside("10.96.0.2", 80).len()), (2, 1));

@@ -111,6 +111,30 @@ fn learns_that_its_pod_is_gone(cluster: &Cluster, kind: Kind, to: SocketAddr, fa
 }
 
 #[test]
+fn a_destination_that_becomes_another_services_takes_its_datagram_sockets_along() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("one", 10, json!({}), &cluster.ready(&["a"]));
+    cluster.put("two", 11, json!({}), &cluster.ready(&["b"]));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    let to = vip(10, 53)[0];
+    let mut connected = client.open(Udp4).unwrap();
+    connected.connect(to).unwrap();
+    assert_eq!(connected.ask().unwrap(), "a");
+    let connected = connected.number();
+    let mut unconnected = client.open(Udp4).unwrap();
+    assert_eq!(unconnected.ask_at(to).unwrap(), ("a".to_owned(), to));
+    let unconnected = unconnected.number();
+
+    // The two exchange their cluster IPs; both go on with the pods that they have.
+    cluster.put("one", 11, json!({}), &cluster.ready(&["a"]));
+    cluster.put("two", 10, json!({}), &cluster.ready(&["b"]));
+    assert!(eventually(PATIENCE, || cluster.client("other").ask(Udp4, to, 3) == all("b", 3)));
+    assert_eq!(client.socket(unconnected).ask_at(to).unwrap(), ("b".to_owned(), to));
+    assert!(eventually(PATIENCE, || client.socket(connected).ask().is_err()), "it still speaks to the former Service");
+}
+
+#[test]
 fn a_tcp_connection_runs_on_while_its_pod_still_answers() {
     let Some(cluster) = Cluster::or_skip() else { return };
     cluster.put("echo", 10, json!({}), &cluster.ready(&["a", "b"]));

@@ -185,7 +185,9 @@ impl<'m> Worker<'m> {
         self.measure(report);
         self.tell(report);
         let datagrams = |gone: &(Protocol, _)| gone.0 == Protocol::Udp;
-        if report.backends_gone.iter().any(|gone| self.inputs.destroy_tcp_sockets || datagrams(gone)) {
+        let gone = report.backends_gone.iter().any(|gone| self.inputs.destroy_tcp_sockets || datagrams(gone));
+        // An earlier daemon may have ended between a write and the pass that it called for.
+        if gone || report.datagram_frontends_changed_hands || !self.synced {
             self.inputs.stale.request();
         }
         if !self.synced {

@@ -319,7 +319,7 @@ async fn node_addresses_are_followed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn sockets_are_searched_when_a_udp_backend_goes() {
+async fn sockets_are_searched_at_the_start_and_when_a_udp_backend_goes() {
     for (protocol, destroy_tcp, expected) in
         [(Protocol::Udp, false, 1), (Protocol::Tcp, false, 0), (Protocol::Tcp, true, 1)]
     {
@@ -330,10 +330,33 @@ async fn sockets_are_searched_when_a_udp_backend_goes() {
         stage.send(world());
         stage.send([service(9, protocol), slice(9, protocol, 2)]);
         run_for(&mut worker, MOMENT).await;
-        assert_eq!(stage.passes.load(SeqCst), 0, "{protocol:?}: nothing is gone yet");
+        assert_eq!(stage.passes.swap(0, SeqCst), 1, "{protocol:?}: an earlier daemon may have left some");
         stage.send([slice(9, protocol, 1)]);
         run_for(&mut worker, MOMENT).await;
         assert_eq!(stage.passes.load(SeqCst), expected, "{protocol:?}, TCP too: {destroy_tcp}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn sockets_are_searched_when_a_udp_frontend_is_anothers_from_now_on() {
+    for (protocol, expected) in [(Protocol::Udp, 1), (Protocol::Tcp, 0)] {
+        let mut maps = Model::default();
+        let mut stage = Stage::new(&maps);
+        let mut worker = stage.worker(&mut maps);
+        let move_to = |to: u8, from: u8| match service(from, protocol) {
+            Change::Service(mut moved) => {
+                moved.cluster_ips = vec![format!("10.96.0.{to}").parse().unwrap()];
+                Change::Service(moved)
+            }
+            other => other,
+        };
+        stage.send(world());
+        stage.send([service(8, protocol), service(9, protocol)]);
+        run_for(&mut worker, MOMENT).await;
+        stage.passes.store(0, SeqCst);
+        stage.send([move_to(9, 8), move_to(8, 9)]);
+        run_for(&mut worker, MOMENT).await;
+        assert_eq!(stage.passes.load(SeqCst), expected, "{protocol:?}");
     }
 }
 

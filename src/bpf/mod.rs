@@ -2,6 +2,7 @@
 //! [`MapIo`](crate::sync::MapIo), probes of kernel features, and the search for sockets whose backend is gone.
 
 mod attach;
+mod btf;
 mod load;
 mod maps;
 pub mod memory;
@@ -11,6 +12,7 @@ mod privileges;
 pub mod probe;
 mod skeleton;
 mod stale;
+pub mod verifier;
 
 pub use load::{Datapath, Settings};
 pub use maps::Maps;

@@ -295,15 +295,18 @@ impl Layout {
         self.starved.insert(name.clone());
         let mut messages = Vec::new();
         if short.backends > 0 {
-            messages.push(format!("{} endpoints are left out: the map backends is full", short.backends));
+            let left_out = format!("{} endpoints are left out: the map backends is full", short.backends);
+            messages.push((left_out, "--max-endpoints"));
         }
         if short.slots > 0 {
-            messages.push(format!("{} endpoints get no connections: the map slots is full", short.slots));
+            let unreached = format!("{} endpoints get no connections: the map slots is full", short.slots);
+            messages.push((unreached, "--max-endpoints"));
         }
         if nameless > 0 {
-            messages.push(format!("{nameless} ports are not served: the map services is full"));
+            messages.push((format!("{nameless} ports are not served: the map services is full"), "--max-services"));
         }
-        let warning = |m| service_warning(name, format!("{m}; raise --max-endpoints and restart"));
+        let remedy = "stop kubelane, run `kubelane cleanup`, and start it with a higher";
+        let warning = |(problem, flag)| service_warning(name, format!("{problem}; {remedy} {flag}"));
         book.set(Origin::Capacity(name.clone()), messages.into_iter().map(warning).collect());
     }
 }

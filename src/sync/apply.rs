@@ -23,7 +23,7 @@ use bytemuck::Pod;
 use super::core::SyncReport;
 use super::{MapIo, MapName};
 use crate::abi::address_flag::ADDRESS_CLUSTER_IP;
-use crate::abi::{Backend, FrontendKey};
+use crate::abi::{Backend, Frontend, FrontendKey};
 use crate::model::{Ipx, Protocol, SocketAddrx, Warning};
 use crate::plan::layout::Layout;
 use crate::plan::tables::{Tables, is_gone};
@@ -103,6 +103,10 @@ impl<'a> Applier<'a> {
     fn write_frontends(&mut self) {
         let frontends = &self.layout.space.tables.frontends;
         let rows = collect(frontends, |_, row| row.is_some_and(|f| !self.is_blocked(f.service_id)));
+        let service_of = |row: Option<Frontend>| row.map(|f| f.service_id);
+        let changes_hands = |(key, row): &(FrontendKey, _)| service_of(frontends.applied(*key)) != service_of(*row);
+        let mut datagrams = rows.iter().filter(|(key, _)| key.protocol == Protocol::Udp as u8);
+        self.report.datagram_frontends_changed_hands |= datagrams.any(changes_hands);
         self.put(MapName::Frontends, |t| &mut t.frontends, rows);
     }
 

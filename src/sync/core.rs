@@ -43,6 +43,8 @@ pub struct SyncReport {
     pub resolved: Vec<Warning>,
     /// Backends that were marked gone: sockets connected to them are stale.
     pub backends_gone: Vec<(Protocol, SocketAddrx)>,
+    /// A UDP frontend is new or became another Service port's: sockets connected through it before are stale.
+    pub datagram_frontends_changed_hands: bool,
     pub duration: Duration,
 }
 
