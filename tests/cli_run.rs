@@ -212,7 +212,7 @@ fn a_port_that_is_taken_ends_the_daemon_before_anything_is_attached() {
     let mut daemon = world.start(&[]);
     assert_eq!(daemon.ended().code(), Some(1));
     let (log, address) = (world.log(), world.metrics.to_string());
-    assert!(log.contains(&format!("cannot listen on {address} (--metrics-bind-address)")), "{log}");
+    assert!(log.contains(&format!("--metrics-bind-address: cannot listen on {address}")), "{log}");
     assert!(!PathBuf::from(world.pins()).exists(), "something was pinned");
 
     let check = world.ask(&["check", "--metrics-bind-address", &address, "--healthz-bind-address", ""]);
