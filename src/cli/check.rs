@@ -167,7 +167,7 @@ fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding 
             "stop it before you start another",
         ),
         Some(process) => {
-            Finding::fail(what, format!("{address} is held by {process}"), format!("stop it, or choose another {flag}"))
+            Finding::fail(what, format!("{address} is held by {process}"), format!("choose another {flag}, or stop it"))
         }
         None => Finding::fail(what, format!("cannot listen on {address}: {error}"), format!("choose another {flag}")),
     }

@@ -65,7 +65,7 @@ pub async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener
             io::ErrorKind::AddrNotAvailable => "no device here has this address; give one of this node's, or 0.0.0.0",
             _ => "give another address, or \"\" (off)",
         };
-        anyhow!("{flag}: cannot listen on {address}: {error}: {remedy}")
+        anyhow!("{flag}: cannot listen on {address}: {error}; {remedy}")
     })
 }
 
