@@ -163,7 +163,9 @@ static __always_inline int datagram_reverse(void *ctx, struct bpf_sock *sk, cons
 		return 0;
 	if (datagram_table_reverse(table, backend, port, found))
 		return 1;
-	return table->overflowed && datagram_overflow_find(ctx, backend, port, DATAGRAM_FROM_BACKEND, found);
+	/* Compared, because an LRU row's memory may be another key's by now. */
+	return table->overflowed && datagram_overflow_find(ctx, backend, port, DATAGRAM_FROM_BACKEND, found) &&
+	       origin_is_of_backend(found, backend, port);
 }
 
 #endif
