@@ -138,7 +138,7 @@ fn a_second_daemon_takes_the_programs_and_rows_over_and_two_at_once_are_refused(
     assert!(first.maps().write(MapName::Frontends, &frontend_keys(3), &[1u8; 3 * 36], 3).is_empty());
 
     let refused = Datapath::open(&settings).err().expect("the directory is held").to_string();
-    assert!(refused.contains("another kubelane holds"), "{refused}");
+    assert!(refused.contains("a running kubelane holds"), "{refused}");
     drop(first);
     assert_eq!(world.attached_to_connect4(), 1, "stays attached without the daemon");
 

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use bench::{Bench, hosts, web};
 use kubelane::abi::{Backend, FrontendKey, ServiceName};
-use kubelane::model::{Protocol, TrafficPolicy};
-use kubelane::sync::MapName;
+use kubelane::model::{Ipx, Protocol, Service, ServicePort, TrafficPolicy};
+use kubelane::sync::{Core, CoreSettings, MapName};
 use model_kernel::ModelKernel;
-use objects::{ip, new_core, service, slice};
+use objects::{ip, new_core, port, ready, service, slice};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -62,6 +62,42 @@ fn orphans_of_a_former_world_go_with_the_first_sync() {
     assert_eq!(report.backends_gone.len(), 2);
     assert_eq!((bench.kernel.services.len(), bench.kernel.frontends.len(), bench.kernel.addresses.len()), (1, 1, 1));
     assert_eq!(bench.kernel.slots[&0], 1, "what stays keeps its place");
+}
+
+#[test]
+fn a_daemon_with_another_node_name_and_other_node_addresses_mends_what_differs_and_nothing_else() {
+    let local = Service {
+        internal_policy: TrafficPolicy::Local,
+        ports: vec![ServicePort { node_port: 30_080, ..port("http", Protocol::Tcp, 80) }],
+        ..service("web", "10.96.0.1")
+    };
+    let other = service("other", "10.96.0.2");
+    let slices =
+        [slice("web-1", "web", vec![ready("10.1.0.1@"), ready("10.1.0.2")]), slice("other-1", "other", hosts(5..9))];
+    let mut bench = Bench::with(&[local.clone(), other.clone()], &slices);
+    bench.core.set_node_addresses(vec![ip("198.51.100.1"), ip("198.51.100.2")], vec![]);
+    bench.sync();
+    assert_eq!(bench.inside("10.96.0.1", 80), ["10.1.0.1"]);
+    let untouched = *bench.row("10.96.0.2", 80).unwrap();
+
+    bench.core = Core::new(CoreSettings { node_name: "node-b".into() });
+    bench.core.adopt(&mut bench.kernel).unwrap();
+    objects::list(&mut bench.core, [local, other], slices);
+    bench.core.set_node_addresses(vec![ip("198.51.100.2"), ip("198.51.100.3")], vec![]);
+    let report = bench.sync();
+    assert_eq!((report.failures.len(), report.backends_gone.len(), bench.core.pending()), (0, 0, false));
+    assert_eq!(bench.inside("10.96.0.1", 80), ["10.1.0.2"]);
+    assert_eq!(bench.row("10.96.0.2", 80), Some(&untouched));
+    let node_flag = kubelane::abi::address_flag::ADDRESS_NODE;
+    let on_node: Vec<String> = bench
+        .kernel
+        .addresses
+        .iter()
+        .filter(|(_, flags)| **flags & node_flag != 0)
+        .map(|(a, _)| Ipx(*a).to_string())
+        .collect();
+    assert_eq!(on_node, ["198.51.100.2", "198.51.100.3"]);
+    assert_eq!(bench.calls(), ["backends 6", "slots 1", "addresses 1", "addresses 1"], "all of node-b is local now");
 }
 
 /// Something that no daemon wrote.

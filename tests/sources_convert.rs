@@ -276,3 +276,87 @@ fn only_the_own_node_counts_and_its_end_is_seen_coming() {
         assert!(node(leaving.clone()).unwrap().being_deleted, "{leaving}");
     }
 }
+
+#[test]
+fn a_port_that_is_no_number_costs_that_port_only_whatever_stands_in_its_place() {
+    let odd = [json!("80"), json!(0), json!(-1), json!(70_000), json!(80.5), json!(true), json!([80]), json!({"a": 1})];
+    for number in odd.into_iter().chain([json!(u64::MAX), json!(1e30), json!(null)]) {
+        let ports = json!([{"name": "odd", "port": number}, {"name": "good", "port": 81, "nodePort": number}, null]);
+        let (served, warnings) = service(json!({"ports": ports}));
+        assert_eq!(served.unwrap().ports.iter().map(|p| (p.port, p.node_port)).collect::<Vec<_>>(), [(81, 0)]);
+        assert!(warnings[0].contains("is not a port") && warnings[0].contains("odd"), "{number}: {warnings:?}");
+
+        let (used, warnings) = slice(json!({"ports": [{"name": "odd", "port": number}, {"name": "good", "port": 81}]}));
+        assert_eq!(used.unwrap().ports.len(), 1, "{number}");
+        assert_eq!(warnings.is_empty(), number.is_null(), "{number}: {warnings:?}");
+    }
+    let (served, warnings) = service(json!({
+        "sessionAffinity": "ClientIP",
+        "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": "an hour"}},
+        "externalTrafficPolicy": "Local", "healthCheckNodePort": "none",
+    }));
+    let served = served.unwrap();
+    assert_eq!((served.affinity_seconds, served.health_check_node_port, warnings.len()), (Some(10_800), 0, 2));
+}
+
+#[test]
+fn null_anywhere_is_the_same_as_nothing() {
+    let nothing = json!({"metadata": {"name": "web", "namespace": null, "labels": null, "annotations": null},
+        "spec": null, "status": null, "endpoints": null, "ports": null, "addressType": null});
+    assert!(matches!(convert::<wire::Service>(&nothing).0, Some(Change::ServiceGone(_))));
+    assert!(matches!(convert::<wire::EndpointSlice>(&nothing).0, Some(Change::SliceGone(_))));
+    assert_eq!(node(nothing), None);
+
+    let (served, warnings) = service(json!({
+        "clusterIPs": ["10.0.0.1", null], "externalIPs": [null, "192.0.2.1"], "sessionAffinityConfig": {"clientIP": null},
+        "loadBalancerSourceRanges": [null], "status": {"loadBalancer": {"ingress": [null, {"ip": null}, {"ip": "192.0.2.2"}]}},
+    }));
+    let served = served.unwrap();
+    assert_eq!((text(&served.cluster_ips).as_str(), text(&served.external_ips).as_str()), ("10.0.0.1", "192.0.2.1"));
+    assert_eq!((text(&served.load_balancer_ips).as_str(), served.source_ranges.len()), ("192.0.2.2", 0));
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+
+    let (used, warnings) = slice(json!({"endpoints": [
+        null, {"addresses": null}, {"addresses": [null]},
+        {"addresses": ["10.1.0.1"], "conditions": null, "hints": {"forZones": [null], "forNodes": null}, "nodeName": null},
+    ]}));
+    assert_eq!((used.unwrap().endpoints.len(), warnings.len()), (1, 3), "{warnings:?}");
+    let odd = json!({"metadata": {"name": "n1"}, "spec": {"taints": [null]}, "status": {"addresses": [null]}});
+    assert_eq!(node(odd).map(|n| n.internal_ips), Some(vec![]));
+}
+
+#[test]
+fn names_that_no_row_could_tell_apart_are_not_served() {
+    let long = "x".repeat(64);
+    for bad in [long.as_str(), "a:b", "a/b", "a b", "a\0b", "a\n"] {
+        let ports = json!([{"name": bad, "port": 80}, {"name": "good", "port": 81}]);
+        let (served, warnings) = service(json!({"ports": ports}));
+        assert_eq!(served.unwrap().ports.iter().map(|p| p.port).collect::<Vec<_>>(), [81], "{bad:?}");
+        assert!(warnings[0].contains("is not a name"), "{warnings:?}");
+        for (namespace, name) in [("shop", bad), (bad, "web")] {
+            let object =
+                json!({"metadata": {"name": name, "namespace": namespace}, "spec": {"clusterIPs": ["10.0.0.1"]}});
+            let (change, warnings) = convert::<wire::Service>(&object);
+            assert!(matches!(change, Some(Change::ServiceGone(_))), "{namespace:?}/{name:?}");
+            assert!(warnings[0].contains("the Service is not served"), "{warnings:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_absurdly_long_is_told_in_a_line() {
+    let long = "\u{e9}".repeat(1 << 20);
+    let fields = json!({
+        "clusterIPs": ["10.0.0.1", long], "externalIPs": [long], "sessionAffinity": long, "internalTrafficPolicy": long,
+        "externalTrafficPolicy": long, "loadBalancerSourceRanges": [long],
+        "ports": [{"name": long, "port": 80}, {"port": long}, {"port": 81, "protocol": long}],
+    });
+    let (served, warnings) = service(fields);
+    assert!(served.is_some());
+    let (used, more) = slice(json!({"addressType": long}));
+    let (_, most) = slice(json!({"endpoints": [{"addresses": [long]}], "ports": [{"name": long, "port": 0}]}));
+    assert!(used.is_none());
+    let all: Vec<String> = [warnings, more, most].concat();
+    assert_eq!(all.len(), 12, "{all:#?}");
+    assert!(all.iter().all(|w| w.len() < 500), "{:?}", all.iter().map(String::len).collect::<Vec<_>>());
+}

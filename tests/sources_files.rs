@@ -213,7 +213,7 @@ async fn only_what_changed_in_a_file_is_sent() {
 async fn a_broken_file_is_named_by_line_and_reason_and_its_last_good_state_stays() {
     let cases = [
         ("syntax", "apiVersion: v1\nkind: Service\nmetadata: {name: a\nspec:\n", 4),
-        ("type", "# head\napiVersion: v1\nkind: Service\nmetadata:\n  name: a\nspec:\n  ports:\n  - port: http\n", 8),
+        ("type", "# head\napiVersion: v1\nkind: Service\nmetadata:\n  name: a\nspec:\n  ports:\n  - name: [http]\n", 8),
         (
             "second document",
             "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: {clusterIP: 10.0.0.9}\n---\n\nkind: [\n",
@@ -226,6 +226,7 @@ async fn a_broken_file_is_named_by_line_and_reason_and_its_last_good_state_stays
         ),
         ("name", "kind: Pod\napiVersion: v1\n---\napiVersion: v1\nkind: Service\nmetadata: {}\n", 4),
         ("no object", "just text\n", 1),
+        ("a sequence", "- - - -\n", 1),
     ];
     for (what, text, line) in cases {
         let mut source =
@@ -297,12 +298,12 @@ async fn the_first_place_in_a_file_stays_first_when_it_is_edited() {
 
 #[tokio::test]
 async fn an_object_with_bad_fields_is_served_without_them_and_warned_of() {
-    let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  clusterIP: 10.0.0.1\n  externalIPs: [2001:db8::1, 010.0.0.1, 192.0.2.1]\n  sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 90000}}\n  ports:\n  - {name: ok, port: 80}\n  - {name: big, port: 70000}\n  - {name: odd, port: 81, protocol: QUIC}\n";
+    let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  clusterIP: 10.0.0.1\n  externalIPs: [2001:db8::1, 010.0.0.1, 192.0.2.1]\n  sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 90000}}\n  ports:\n  - {name: ok, port: 80}\n  - {name: big, port: 70000}\n  - {name: text, port: http}\n  -\n  - {name: odd, port: 81, protocol: QUIC}\n";
     let endpoints = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a-1, labels: {kubernetes.io/service-name: a}}\naddressType: IPv4\nports: [{port: 8080}, {name: all, port: null}, {name: zero, port: 0}]\nendpoints:\n- addresses: [10.1.0.1]\n- addresses: ['fd00::1']\n- addresses: [10.1.0.300]\n- addresses: []\n";
     let mut source = Source::start(&[("a.yaml", bad), ("b.yaml", endpoints)]).await;
     let a = &source.seen.services["default/a"];
     assert_eq!((a.ports.len(), a.external_ips.len(), a.affinity_seconds), (1, 1, Some(10_800)));
-    assert_eq!(source.seen.warnings["Service default/a"].len(), 5, "{:#?}", source.seen.warnings);
+    assert_eq!(source.seen.warnings["Service default/a"].len(), 7, "{:#?}", source.seen.warnings);
     let slice = &source.seen.slices["default/a-1"];
     assert_eq!((slice.endpoints.len(), slice.ports.len()), (1, 1));
     assert_eq!(source.seen.warnings["EndpointSlice default/a-1"].len(), 4, "{:#?}", source.seen.warnings);

@@ -351,7 +351,7 @@ async fn a_malformed_object_is_skipped_and_named_and_the_rest_goes_on() {
             server.refuse_streaming();
         }
         let mut bad = service("bad", "10.96.7.7");
-        bad["spec"]["ports"] = json!([{"port": "eighty"}]);
+        bad["spec"]["ports"] = json!("eighty");
         server.upsert(bad.clone());
         let mut source = Source::start(server.clone());
         source.listed().await;
@@ -366,6 +366,28 @@ async fn a_malformed_object_is_skipped_and_named_and_the_rest_goes_on() {
         assert!(source.seen.services.contains_key("test/bad") && source.seen.warnings.len() == 1);
         assert_eq!(source.seen.lists(Kind::Services), 1);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_warning_that_lasts_is_told_once_though_its_object_changes_and_an_object_without_a_name_is_skipped() {
+    let server = ApiServer::with_recorded_lists();
+    let mut source = Source::start(server.clone());
+    source.listed().await;
+    let mut bad = service("bad", "10.96.7.7");
+    bad["spec"]["ports"] = json!("eighty");
+    server.upsert(bad.clone());
+    source.until("the warning", |s| s.warnings.contains_key("Service test/bad")).await;
+    let said = source.seen.warnings["Service test/bad"].clone();
+    bad["metadata"]["annotations"] = json!({"padding": "moves the place of the mistake"});
+    server.upsert(bad);
+    // With a version: kube's watcher takes an object without one for the end of the watch, and lists again.
+    let nameless = json!({"metadata": {"resourceVersion": "2000000"}, "spec": {"clusterIP": "10.96.7.9"}});
+    server.inject(Resource::Services, &format!("{{\"type\":\"ADDED\",\"object\":{nameless}}}\n"));
+    server.upsert(service("next", "10.96.7.8"));
+    source.until("what follows", |s| s.services.contains_key("test/next")).await;
+    assert_eq!(source.seen.warnings["Service test/bad"], said);
+    assert!(source.seen.warnings["Service default/"][0].contains("no metadata.name"), "{:?}", source.seen.warnings);
+    assert!(!source.seen.services.contains_key("default/"));
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 
@@ -13,6 +13,7 @@ use super::btf::EmptyBtf;
 use super::devices::Devices;
 use super::flows::FlowCollector;
 use super::maps::Maps;
+use super::privileges::Privileges;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
 use super::{namespaces, pinned, ports, probe};
@@ -47,6 +48,12 @@ impl Datapath {
     /// was attached before is touched.
     pub fn open(settings: &Settings) -> Result<Datapath> {
         libbpf_rs::set_print(Some((PrintLevel::Warn, log_libbpf)));
+        let missing = Privileges::own().missing();
+        ensure!(
+            missing.is_empty(),
+            "{} missing: run kubelane as root, or give it these capabilities",
+            missing.join(", ")
+        );
         let cgroup = Cgroup::open(&settings.cgroup)?;
         let lock = pinned::prepare(&settings.pin_path)?;
         let mut storage = MaybeUninit::uninit();

@@ -13,6 +13,7 @@ pub mod memory;
 mod namespaces;
 pub mod pinned;
 mod ports;
+mod privileges;
 pub mod probe;
 #[cfg(feature = "lab")]
 pub mod run;
@@ -26,4 +27,5 @@ pub use flows::{FlowCollector, FlowPass};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
 pub use pinned::cleanup;
+pub use privileges::Privileges;
 pub use stale::{StalePass, StaleSockets};

@@ -61,7 +61,10 @@ fn unreadable(raw: &str, error: &serde_json::Error) -> Unreadable {
         resource_version: identity.resource_version.unwrap_or_default(),
         ..Metadata::default()
     };
-    Unreadable { metadata, reason: error.to_string() }
+    let text = error.to_string();
+    // The column moves with every version of the object, and a warning that lasts must read the same.
+    let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason).to_owned();
+    Unreadable { metadata, reason }
 }
 
 impl<W: Wire> Resource for Envelope<W> {
@@ -99,8 +102,7 @@ mod tests {
     use super::*;
     use kube::core::{ObjectList, WatchEvent};
 
-    const BAD: &str =
-        r#"{"metadata":{"name":"b","namespace":"x","resourceVersion":"7"},"spec":{"ports":[{"port":"http"}]}}"#;
+    const BAD: &str = r#"{"metadata":{"name":"b","namespace":"x","resourceVersion":"7"},"spec":{"ports":"http"}}"#;
 
     #[test]
     fn a_malformed_object_in_a_list_keeps_its_name_and_the_others() {

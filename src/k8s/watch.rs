@@ -165,6 +165,10 @@ impl Watch {
     async fn upsert<W: Convert>(&mut self, envelope: Envelope<W>) -> Result<(), Closed> {
         self.state.object();
         let object = match envelope.content {
+            Ok(object) if object.metadata().name.is_empty() => {
+                let reason = "it has no metadata.name".to_owned();
+                return self.skip::<W>(&Unreadable { metadata: object.metadata().clone(), reason }).await;
+            }
             Ok(object) => object,
             Err(unreadable) => return self.skip::<W>(&unreadable).await,
         };

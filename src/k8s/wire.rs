@@ -1,10 +1,13 @@
 //! Slim wire types: the fields of v1 Service, discovery.k8s.io/v1 EndpointSlice and v1 Node that a proxy needs, and
 //! nothing else. Unknown fields (managedFields above all) are skipped by the parser without becoming values. The same
-//! types read JSON and YAML. Numbers are wide, so that a port of 70000 is one bad port and not an unreadable object;
-//! every list and struct may be `null` or missing, as the API's Go types allow.
+//! types read JSON and YAML. A number may be anything, so that a port of 70000 or "http" is one bad port and not an
+//! unreadable object; every list, entry of a list and struct may be `null` or missing, as the API's Go types allow.
+
+use std::fmt;
+use std::marker::PhantomData;
 
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, IgnoredAny};
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// An object kind that can be listed and watched.
 pub trait Wire: DeserializeOwned + Clone + std::fmt::Debug + Send + 'static {
@@ -38,6 +41,109 @@ wire!(Node, "", "nodes");
 /// `null` and a missing field are the type's default.
 fn lenient<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// As [`lenient`], for the list and for each of its entries.
+fn list<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    Ok(Option::<List<T>>::deserialize(deserializer)?.map(|list| list.0).unwrap_or_default())
+}
+
+struct List<T>(Vec<T>);
+
+impl<'de, T: Default + Deserialize<'de>> Deserialize<'de> for List<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ListVisitor(PhantomData)).map(List)
+    }
+}
+
+struct ListVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Default + Deserialize<'de>> Visitor<'de> for ListVisitor<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element::<Option<T>>()? {
+            items.push(item.unwrap_or_default());
+        }
+        Ok(items)
+    }
+}
+
+/// A whole number, or what stands in its place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Number {
+    Is(i64),
+    /// As it is to be shown.
+    Not(String),
+}
+
+impl fmt::Display for Number {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Number::Is(number) => number.fmt(f),
+            Number::Not(text) => f.write_str(text),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NumberVisitor)
+    }
+}
+
+struct NumberVisitor;
+
+impl<'de> Visitor<'de> for NumberVisitor {
+    type Value = Number;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a number")
+    }
+
+    fn visit_i64<E>(self, number: i64) -> Result<Number, E> {
+        Ok(Number::Is(number))
+    }
+
+    fn visit_u64<E>(self, number: u64) -> Result<Number, E> {
+        Ok(i64::try_from(number).map_or_else(|_| Number::Not(number.to_string()), Number::Is))
+    }
+
+    fn visit_f64<E>(self, number: f64) -> Result<Number, E> {
+        Ok(Number::Not(number.to_string()))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Number, E> {
+        Ok(Number::Not(value.to_string()))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Number, E> {
+        Ok(Number::Not(quoted(text)))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Number, A::Error> {
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Number::Not("a list".into()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Number, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Number::Not("an object".into()))
+    }
+}
+
+/// Text for a message: in quotes, and no longer than a line can bear.
+pub fn quoted(text: &str) -> String {
+    const LONGEST: usize = 80;
+    match text.char_indices().nth(LONGEST) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}... ({} bytes)", &text[..end], text.len()),
+    }
 }
 
 /// True when the key is there, whatever its value.
@@ -98,20 +204,20 @@ pub struct ServiceSpec {
     pub r#type: Option<String>,
     #[serde(rename = "clusterIP")]
     pub cluster_ip: Option<String>,
-    #[serde(rename = "clusterIPs", default, deserialize_with = "lenient")]
+    #[serde(rename = "clusterIPs", default, deserialize_with = "list")]
     pub cluster_ips: Vec<String>,
-    #[serde(rename = "externalIPs", default, deserialize_with = "lenient")]
+    #[serde(rename = "externalIPs", default, deserialize_with = "list")]
     pub external_ips: Vec<String>,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub ports: Vec<ServicePort>,
     pub session_affinity: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
     pub session_affinity_config: SessionAffinityConfig,
     pub internal_traffic_policy: Option<String>,
     pub external_traffic_policy: Option<String>,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub load_balancer_source_ranges: Vec<String>,
-    pub health_check_node_port: Option<i64>,
+    pub health_check_node_port: Option<Number>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -119,8 +225,8 @@ pub struct ServiceSpec {
 pub struct ServicePort {
     pub name: Option<String>,
     pub protocol: Option<String>,
-    pub port: Option<i64>,
-    pub node_port: Option<i64>,
+    pub port: Option<Number>,
+    pub node_port: Option<Number>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -132,7 +238,7 @@ pub struct SessionAffinityConfig {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ClientIpConfig {
-    pub timeout_seconds: Option<i64>,
+    pub timeout_seconds: Option<Number>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -144,7 +250,7 @@ pub struct ServiceStatus {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct LoadBalancerStatus {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub ingress: Vec<Ingress>,
 }
 
@@ -163,16 +269,16 @@ pub struct EndpointSlice {
     pub metadata: Metadata,
     #[serde(default, deserialize_with = "lenient")]
     pub address_type: String,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub endpoints: Vec<Endpoint>,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub ports: Vec<SlicePort>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Endpoint {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub addresses: Vec<String>,
     #[serde(default, deserialize_with = "lenient")]
     pub conditions: Conditions,
@@ -190,9 +296,9 @@ pub struct Conditions {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EndpointHints {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub for_zones: Vec<Named>,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub for_nodes: Vec<Named>,
 }
 
@@ -205,7 +311,7 @@ pub struct Named {
 pub struct SlicePort {
     pub name: Option<String>,
     pub protocol: Option<String>,
-    pub port: Option<i64>,
+    pub port: Option<Number>,
 }
 
 /// v1 Node.
@@ -221,7 +327,7 @@ pub struct Node {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct NodeSpec {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub taints: Vec<Taint>,
 }
 
@@ -233,7 +339,7 @@ pub struct Taint {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct NodeStatus {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "list")]
     pub addresses: Vec<NodeAddress>,
 }
 

@@ -160,6 +160,24 @@ fn an_unconnected_udp_socket_may_talk_to_more_services_than_its_storage_holds() 
 }
 
 #[test]
+fn services_that_share_a_backend_are_told_apart_by_the_one_sent_to_last() {
+    on_a_node(|node| {
+        for (service, family) in SERVICES {
+            let ip: IpAddr = service.parse().unwrap();
+            let pods = pods(family, if ip.is_ipv4() { 9000 } else { 9100 });
+            for port in 1..=12 {
+                node.serve(ip, port, Protocol::Udp, &pods[..1], Options::default());
+            }
+            let socket = udp_socket(ip);
+            for port in (1..=12).chain([12, 3, 9, 3, 11, 8, 10]) {
+                let to = SocketAddr::new(ip, port);
+                assert_eq!(ask_udp_at(&socket, to).unwrap(), (pods[0], to));
+            }
+        }
+    });
+}
+
+#[test]
 fn a_service_without_endpoints_and_an_unknown_port_are_refused_at_once() {
     on_a_node(|node| {
         for (service, _) in SERVICES {

@@ -1,8 +1,8 @@
-//! The real `kubelane run` of a node, on a manifest directory of its own.
+//! The real `kubelane run` of a node, on a directory of manifests or an API server.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,6 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 pub struct Daemon<'a> {
     pub node: &'a Node,
-    manifests: PathBuf,
     process: Process,
     /// From the start of the process to the first 200 of /readyz.
     pub ready_after: Duration,
@@ -36,17 +35,22 @@ impl<'a> Daemon<'a> {
 
     /// As [`Daemon::start`], with more options.
     pub fn start_with(lab: &'a Lab, node: &str, manifests: &Path, options: &[&str]) -> anyhow::Result<Daemon<'a>> {
-        let node = lab.node(node);
         let source = format!("dir:{}", manifests.display());
+        Daemon::start_on(lab, node, &["--source", &source], options)
+    }
+
+    /// As [`Daemon::start_with`], on the source that these options name.
+    pub fn start_on(lab: &'a Lab, node: &str, source: &[&str], options: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        let node = lab.node(node);
         let cgroup = node.cgroup.display().to_string();
         let pins = node.pin_path.display().to_string();
-        let mut arguments = vec!["run", "--source", &source, "--hostname-override", &node.name, "--cgroup", &cgroup];
+        let mut arguments = vec!["run", "--hostname-override", &node.name, "--cgroup", &cgroup];
+        arguments.extend(source);
         arguments.extend(["--pin-path", &pins, "--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);
         arguments.extend(options);
         let began = Instant::now();
         let process = node.host.spawn(&kubelane_binary()?, &arguments)?;
-        let manifests = manifests.to_owned();
-        let mut daemon = Daemon { node, manifests, process, ready_after: Duration::ZERO };
+        let mut daemon = Daemon { node, process, ready_after: Duration::ZERO };
         daemon.wait_ready()?;
         daemon.ready_after = began.elapsed();
         Ok(daemon)
@@ -118,10 +122,6 @@ impl<'a> Daemon<'a> {
     /// Ends the daemon as a crash does.
     pub fn kill(mut self) {
         self.process.kill();
-    }
-
-    pub fn manifests(&self) -> &Path {
-        &self.manifests
     }
 
     pub fn log(&self) -> String {

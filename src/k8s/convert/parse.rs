@@ -2,12 +2,28 @@
 
 use k8s_openapi::jiff::Timestamp;
 
+use super::wire::{Number, quoted};
 use crate::model::{Family, IpRange, Ipx, Protocol};
+
+/// The longest name of a namespace, a Service or a port (a DNS label, RFC 1123).
+const LONGEST_NAME: usize = 63;
+
+/// A name that can stand in `namespace/name:port`. The API server's own rules are stricter; a directory has none.
+pub fn name(text: &str) -> Result<(), String> {
+    let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':');
+    match text.chars().find(|c| odd(*c)) {
+        Some(c) => Err(format!("{} is not a name: it has a {c:?}", quoted(text))),
+        None if text.len() > LONGEST_NAME => {
+            Err(format!("{} is not a name: it is longer than {LONGEST_NAME} bytes", quoted(text)))
+        }
+        None => Ok(()),
+    }
+}
 
 /// An address literal. IPv4 octets with leading zeros are refused (octal or decimal? CVE-2021-29923), and so are
 /// scoped IPv6 addresses: both are what the standard library does.
 pub fn ip(text: &str) -> Result<Ipx, String> {
-    text.parse().map_err(|_| format!("{text:?} is not an IP address"))
+    text.parse().map_err(|_| format!("{} is not an IP address", quoted(text)))
 }
 
 /// An address that may stand in a frontend. The wildcard is taken by node ports, and loopback and multicast are not
@@ -16,14 +32,14 @@ pub fn virtual_ip(text: &str) -> Result<Ipx, String> {
     let address = ip(text)?;
     let std = address.to_ip();
     match std.is_unspecified() || std.is_loopback() || std.is_multicast() {
-        true => Err(format!("{text:?} is an unspecified, loopback or multicast address")),
+        true => Err(format!("{} is an unspecified, loopback or multicast address", quoted(text))),
         false => Ok(address),
     }
 }
 
 /// A CIDR with blanks around it; host bits are cleared.
 pub fn cidr(text: &str) -> Result<IpRange, String> {
-    let bad = || format!("{text:?} is not a CIDR");
+    let bad = || format!("{} is not a CIDR", quoted(text));
     let (address, length) = text.trim().split_once('/').ok_or_else(bad)?;
     let address = ip(address).map_err(|_| bad())?;
     if length.is_empty() || !length.bytes().all(|b| b.is_ascii_digit()) {
@@ -40,10 +56,10 @@ pub fn cidr(text: &str) -> Result<IpRange, String> {
 }
 
 /// A port in 1..=65535.
-pub fn port(number: i64) -> Result<u16, String> {
-    match u16::try_from(number) {
-        Ok(port) if port > 0 => Ok(port),
-        _ => Err(format!("{number} is not a port (1 to 65535)")),
+pub fn port(number: &Number) -> Result<u16, String> {
+    match number {
+        Number::Is(number @ 1..=65_535) => Ok(*number as u16),
+        other => Err(format!("{other} is not a port (1 to 65535)")),
     }
 }
 
@@ -53,13 +69,13 @@ pub fn protocol(text: Option<&str>) -> Result<Protocol, String> {
         "TCP" | "" => Ok(Protocol::Tcp),
         "UDP" => Ok(Protocol::Udp),
         "SCTP" => Ok(Protocol::Sctp),
-        other => Err(format!("{other:?} is not a protocol (TCP, UDP or SCTP)")),
+        other => Err(format!("{} is not a protocol (TCP, UDP or SCTP)", quoted(other))),
     }
 }
 
 /// RFC 3339, as Unix time.
 pub fn time(text: &str) -> Result<Timestamp, String> {
-    text.parse().map_err(|_| format!("{text:?} is not an RFC 3339 time"))
+    text.parse().map_err(|_| format!("{} is not an RFC 3339 time", quoted(text)))
 }
 
 #[cfg(test)]

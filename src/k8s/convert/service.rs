@@ -1,5 +1,6 @@
 //! v1 Service.
 
+use super::wire::{Number, quoted};
 use super::{Convert, Converted, Converter, Notes, parse, wire};
 use crate::model::{Change, Family, IpRange, Ipx, Kind, Protocol, Service, ServicePort, TrafficPolicy};
 
@@ -37,6 +38,12 @@ fn serves(service: &wire::Service, converter: &Converter) -> bool {
 
 fn record(service: &wire::Service, converter: &mut Converter, notes: &mut Notes) -> Option<Service> {
     let spec = &service.spec;
+    if let Some(problem) =
+        [&service.metadata.namespace, &service.metadata.name].into_iter().find_map(|n| parse::name(n).err())
+    {
+        notes.add(format!("{problem}: the Service is not served"));
+        return None;
+    }
     let cluster_ips = cluster_ips(spec, notes);
     if cluster_ips.is_empty() {
         notes.add("it has no usable cluster IP (and nobody here allocates one): the Service is not served".into());
@@ -96,9 +103,10 @@ impl Families {
             match parse::virtual_ip(text) {
                 Ok(ip) if ips.contains(&ip) => {}
                 Ok(ip) if self.0.contains(&ip.family()) => ips.push(ip),
-                Ok(_) => {
-                    notes.add(format!("{what} {text:?} is of a family that the Service does not have: it is ignored"))
-                }
+                Ok(_) => notes.add(format!(
+                    "{what} {} is of a family that the Service does not have: it is ignored",
+                    quoted(text)
+                )),
                 Err(problem) => notes.add(format!("{what} {problem}: it is ignored")),
             }
         }
@@ -122,7 +130,7 @@ fn ports(wire: &[wire::ServicePort], converter: &mut Converter, notes: &mut Note
         let (protocol, port) = match port_of(entry) {
             Ok(parsed) => parsed,
             Err(problem) => {
-                notes.add(format!("port {name:?}: {problem}: the port is not served"));
+                notes.add(format!("port {}: {problem}: the port is not served", quoted(name)));
                 continue;
             }
         };
@@ -130,7 +138,7 @@ fn ports(wire: &[wire::ServicePort], converter: &mut Converter, notes: &mut Note
             notes.add(format!("port {name:?}: {port}/{} is there twice: the first one is served", protocol.as_str()));
             continue;
         }
-        let node_port = match entry.node_port.filter(|n| *n != 0).map(parse::port).transpose() {
+        let node_port = match nonzero(&entry.node_port).map(parse::port).transpose() {
             Ok(node_port) => node_port.unwrap_or(0),
             Err(problem) => {
                 notes.add(format!("port {name:?}: nodePort {problem}: the port is served without it"));
@@ -143,15 +151,22 @@ fn ports(wire: &[wire::ServicePort], converter: &mut Converter, notes: &mut Note
 }
 
 fn port_of(entry: &wire::ServicePort) -> Result<(Protocol, u16), String> {
-    Ok((parse::protocol(entry.protocol.as_deref())?, parse::port(entry.port.unwrap_or(0))?))
+    parse::name(entry.name.as_deref().unwrap_or_default())?;
+    let number = entry.port.as_ref().unwrap_or(&Number::Is(0));
+    Ok((parse::protocol(entry.protocol.as_deref())?, parse::port(number)?))
+}
+
+/// In Go's types, and so in the API, 0 and nothing are the same.
+fn nonzero(number: &Option<Number>) -> Option<&Number> {
+    number.as_ref().filter(|n| **n != Number::Is(0))
 }
 
 fn affinity(spec: &wire::ServiceSpec, notes: &mut Notes) -> Option<u32> {
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => None,
-        Some("ClientIP") => Some(match spec.session_affinity_config.client_ip.timeout_seconds {
+        Some("ClientIP") => Some(match &spec.session_affinity_config.client_ip.timeout_seconds {
             None => AFFINITY_DEFAULT,
-            Some(seconds @ 1..=AFFINITY_MAX) => seconds as u32,
+            Some(Number::Is(seconds @ 1..=AFFINITY_MAX)) => *seconds as u32,
             Some(seconds) => {
                 notes.add(format!(
                     "affinity timeout {seconds} is not in 1 to {AFFINITY_MAX} seconds: {AFFINITY_DEFAULT} is used"
@@ -160,7 +175,7 @@ fn affinity(spec: &wire::ServiceSpec, notes: &mut Notes) -> Option<u32> {
             }
         }),
         Some(other) => {
-            notes.add(format!("sessionAffinity {other:?} is unknown: the Service has no affinity"));
+            notes.add(format!("sessionAffinity {} is unknown: the Service has no affinity", quoted(other)));
             None
         }
     }
@@ -171,7 +186,7 @@ fn policy(field: &str, value: Option<&str>, notes: &mut Notes) -> TrafficPolicy 
         None | Some("" | "Cluster") => TrafficPolicy::Cluster,
         Some("Local") => TrafficPolicy::Local,
         Some(other) => {
-            notes.add(format!("{field} {other:?} is unknown: Cluster is used"));
+            notes.add(format!("{field} {} is unknown: Cluster is used", quoted(other)));
             TrafficPolicy::Cluster
         }
     }
@@ -197,7 +212,7 @@ fn source_ranges(texts: &[String], notes: &mut Notes) -> Vec<IpRange> {
 
 /// Served for externalTrafficPolicy Local only, as kube-proxy does.
 fn health_port(spec: &wire::ServiceSpec, external: TrafficPolicy, notes: &mut Notes) -> u16 {
-    let number = spec.health_check_node_port.filter(|n| *n != 0 && external == TrafficPolicy::Local);
+    let number = nonzero(&spec.health_check_node_port).filter(|_| external == TrafficPolicy::Local);
     number.map_or(Ok(0), parse::port).unwrap_or_else(|problem| {
         notes.add(format!("healthCheckNodePort {problem}: health checks are not answered"));
         0

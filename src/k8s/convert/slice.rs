@@ -1,5 +1,6 @@
 //! discovery.k8s.io/v1 EndpointSlice.
 
+use super::wire::quoted;
 use super::{Convert, Converted, Converter, Notes, parse, wire};
 use crate::model::{Change, Endpoint, Family, Hints, Ipx, Kind, Slice, SlicePort};
 use std::sync::Arc;
@@ -28,7 +29,7 @@ fn record(slice: &wire::EndpointSlice, converter: &mut Converter, notes: &mut No
         // Names are for others to resolve; a proxy has nothing to do with them.
         "FQDN" => return None,
         other => {
-            notes.add(format!("addressType {other:?} is unknown: the slice is not used"));
+            notes.add(format!("addressType {} is unknown: the slice is not used", quoted(other)));
             return None;
         }
     };
@@ -61,12 +62,12 @@ fn ports(wire: &[wire::SlicePort], converter: &mut Converter, notes: &mut Notes)
     let mut ports = Vec::with_capacity(wire.len());
     for entry in wire {
         // A missing number means "all ports", which a proxy cannot serve and other consumers may.
-        let Some(number) = entry.port else { continue };
+        let Some(number) = &entry.port else { continue };
         let name = entry.name.as_deref().unwrap_or_default();
         match (parse::protocol(entry.protocol.as_deref()), parse::port(number)) {
             (Ok(protocol), Ok(port)) => ports.push(SlicePort { name: converter.names.name(name), protocol, port }),
             (Err(problem), _) | (_, Err(problem)) => {
-                notes.add(format!("port {name:?}: {problem}: the port is not used"));
+                notes.add(format!("port {}: {problem}: the port is not used", quoted(name)));
             }
         }
     }
