@@ -14,7 +14,7 @@
  *   origin.h     connected sockets: what was asked for, which backend it got
  *   datagram.h   unconnected sockets: the same, for each destination
  *   socket.h     the verdict on connect() and sendmsg(), the reverse for recvmsg() and getpeername()
- *   stale.h      the iterator that finds connected sockets whose backend is gone
+ *   stale.h      the iterator that finds connected sockets that go where they should not any more
  *
  * and, for packets from and to the wire, which share abi.h to backend.h with them:
  *
@@ -173,7 +173,8 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	return ANSWER_GO_ON;
 }
 
-/* Read by the daemon after a backend has gone: prints a struct stale_socket for each socket still connected to one. */
+/* Read by the daemon after a backend has gone or a frontend has changed hands: prints a struct stale_socket for each
+ * socket that is still connected the old way. */
 SEC("iter/bpf_sk_storage_map")
 int find_stale_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 {

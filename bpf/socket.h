@@ -173,7 +173,7 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 		count(COUNTER_REFUSED_UNKNOWN_PORT);
 		return fail_with(ECONNREFUSED);
 	}
-	if (!datagram_recall(ctx, sk, &request->target, &origin)) {
+	if (!datagram_recall(ctx, sk, &request->target, lookup.frontend->service_id, &origin)) {
 		if (!lookup.frontend->inside.count)
 			return fail_empty(&lookup.frontend->inside, request->target.protocol);
 		choice = choose_backend(ctx, lookup.frontend, &lookup.frontend->inside);

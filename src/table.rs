@@ -1,1 +1,224 @@
-//! (in work)
+//! A map's rows as they are wanted and as the kernel has them. Only what differs is kept twice: `pending` holds the
+//! rows still to be written, so that a change costs what changed and an idle table costs one copy.
+
+use std::hash::Hash;
+
+use bytemuck::Pod;
+
+/// A hash map with a fast hash; keys come from the API server, so the seed is random per process.
+pub type HashMap<K, V> = foldhash::HashMap<K, V>;
+/// The set that belongs to [`HashMap`].
+pub type HashSet<K> = foldhash::HashSet<K>;
+
+/// Where a table keeps the rows that the kernel has.
+pub trait Rows: Default {
+    type Key: Copy + Ord + Hash + Pod;
+    type Value: Copy + PartialEq + Pod;
+
+    fn get(&self, key: Self::Key) -> Option<Self::Value>;
+    fn put(&mut self, key: Self::Key, value: Option<Self::Value>);
+    /// Number of rows.
+    fn len(&self) -> usize;
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Rows of a kernel hash map.
+#[derive(Debug)]
+pub struct Hashed<K, V>(HashMap<K, V>);
+
+impl<K, V> Default for Hashed<K, V> {
+    fn default() -> Self {
+        Hashed(HashMap::default())
+    }
+}
+
+impl<K: Copy + Ord + Hash + Pod, V: Copy + PartialEq + Pod> Rows for Hashed<K, V> {
+    type Key = K;
+    type Value = V;
+
+    fn get(&self, key: K) -> Option<V> {
+        self.0.get(&key).copied()
+    }
+
+    fn put(&mut self, key: K, value: Option<V>) {
+        match value {
+            Some(value) => self.0.insert(key, value),
+            None => self.0.remove(&key),
+        };
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// Rows with small numbers as keys. As in the kernel's arrays, a row of zeros is no row.
+#[derive(Debug)]
+pub struct Indexed<V> {
+    rows: Vec<V>,
+    used: usize,
+}
+
+impl<V> Default for Indexed<V> {
+    fn default() -> Self {
+        Indexed { rows: Vec::new(), used: 0 }
+    }
+}
+
+impl<V: Copy + PartialEq + Pod> Rows for Indexed<V> {
+    type Key = u32;
+    type Value = V;
+
+    fn get(&self, key: u32) -> Option<V> {
+        self.rows.get(key as usize).copied().filter(|row| *row != V::zeroed())
+    }
+
+    fn put(&mut self, key: u32, value: Option<V>) {
+        let index = key as usize;
+        let value = value.unwrap_or(V::zeroed());
+        let had = self.get(key).is_some();
+        if index >= self.rows.len() {
+            if value == V::zeroed() {
+                return;
+            }
+            self.rows.resize(index + 1, V::zeroed());
+        }
+        self.rows[index] = value;
+        self.used = self.used + usize::from(value != V::zeroed()) - usize::from(had);
+    }
+
+    fn len(&self) -> usize {
+        self.used
+    }
+}
+
+/// One kernel map: `applied` is what the kernel is known to have, `pending` what is wanted instead.
+/// Invariant: no pending entry equals the applied row.
+#[derive(Debug)]
+pub struct Table<R: Rows> {
+    applied: R,
+    pending: HashMap<R::Key, Option<R::Value>>,
+}
+
+impl<R: Rows> Default for Table<R> {
+    fn default() -> Self {
+        Table { applied: R::default(), pending: HashMap::default() }
+    }
+}
+
+impl<R: Rows> Table<R> {
+    /// Wants `value` at `key`.
+    pub fn set(&mut self, key: R::Key, value: R::Value) {
+        self.want(key, Some(value));
+    }
+
+    /// Wants no row at `key`.
+    pub fn unset(&mut self, key: R::Key) {
+        self.want(key, None);
+    }
+
+    /// Is content with what the kernel has at `key`.
+    pub fn forget(&mut self, key: R::Key) {
+        if !self.pending.is_empty() {
+            self.pending.remove(&key);
+        }
+    }
+
+    fn want(&mut self, key: R::Key, value: Option<R::Value>) {
+        if self.applied.get(key) == value {
+            self.forget(key);
+        } else {
+            self.pending.insert(key, value);
+        }
+    }
+
+    /// The row as wanted.
+    pub fn desired(&self, key: R::Key) -> Option<R::Value> {
+        match self.pending.get(&key) {
+            Some(value) => *value,
+            None => self.applied.get(key),
+        }
+    }
+
+    /// The row as the kernel has it.
+    pub fn applied(&self, key: R::Key) -> Option<R::Value> {
+        self.applied.get(key)
+    }
+
+    /// Notes that the kernel now has `value` at `key`. Called only after the write succeeded, or on what was read back.
+    pub fn confirm(&mut self, key: R::Key, value: Option<R::Value>) {
+        self.applied.put(key, value);
+        if let Some(wanted) = self.pending.remove(&key) {
+            if wanted != value {
+                self.pending.insert(key, wanted);
+            }
+            // The first sync fills `pending` with every row there is; that memory is not kept.
+            if self.pending.is_empty() && self.pending.capacity() > 1024 {
+                self.pending.shrink_to_fit();
+            }
+        }
+    }
+
+    /// The rows still to be written (`Some`) or deleted (`None`), in no order.
+    pub fn pending(&self) -> impl Iterator<Item = (R::Key, Option<R::Value>)> + '_ {
+        self.pending.iter().map(|(key, value)| (*key, *value))
+    }
+
+    pub fn is_clean(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// The rows the kernel has.
+    pub fn rows(&self) -> &R {
+        &self.applied
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Small = Table<Indexed<u32>>;
+
+    #[test]
+    fn a_row_counts_as_applied_only_after_it_was_confirmed() {
+        let mut table = Small::default();
+        table.set(3, 7);
+        assert_eq!((table.applied(3), table.desired(3)), (None, Some(7)));
+        table.confirm(3, Some(7));
+        assert_eq!((table.applied(3), table.desired(3), table.is_clean()), (Some(7), Some(7), true));
+    }
+
+    #[test]
+    fn wanting_what_the_kernel_has_leaves_nothing_to_write() {
+        let mut table = Small::default();
+        table.confirm(3, Some(7));
+        table.set(3, 8);
+        table.set(3, 7);
+        assert!(table.is_clean());
+        table.unset(3);
+        table.forget(3);
+        assert!(table.is_clean());
+    }
+
+    #[test]
+    fn a_value_between_leaves_the_wanted_one_pending() {
+        let mut table = Table::<Hashed<u32, u32>>::default();
+        table.confirm(1, Some(3));
+        table.set(1, 6);
+        table.confirm(1, Some(2));
+        assert_eq!(table.pending().collect::<Vec<_>>(), [(1, Some(6))]);
+    }
+
+    #[test]
+    fn a_row_of_zeros_in_an_array_is_no_row() {
+        let mut rows = Indexed::<u32>::default();
+        rows.put(9, None);
+        rows.put(2, Some(5));
+        assert_eq!((rows.len(), rows.get(9), rows.get(2)), (1, None, Some(5)));
+        rows.put(2, None);
+        assert!(rows.is_empty());
+    }
+}

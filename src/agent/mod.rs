@@ -1,1 +1,223 @@
-//! (in work)
+//! The daemon: puts the parts together in an order in which nothing is attached before everything else is known to
+//! work, and ends with the first part that ends.
+
+mod retry;
+mod source;
+mod stale;
+mod worker;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+pub use source::SourceSettings;
+
+use crate::abi;
+use crate::bpf::{self, Datapath, Maps};
+use crate::k8s::{self, SourceStatus};
+use crate::netdev::{self, NodePortAddresses};
+use crate::serve::{self, App, HEALTHZ_FLAG, METRICS_FLAG, Metrics, Sample};
+use crate::sync::{Core, CoreSettings};
+use source::Source;
+use stale::{Pass, StaleSocketPasses};
+use worker::{Inputs, Worker};
+
+/// Changes that a source may be ahead of the worker.
+const CHANGES_AHEAD: usize = 4096;
+/// How long a part that has ended may take to say why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Everything the daemon is told at its start.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub source: SourceSettings,
+    pub node_name: String,
+    pub service_proxy_name: Option<String>,
+    pub datapath: bpf::Settings,
+    /// Where health is served; `None`: nowhere.
+    pub healthz: Option<SocketAddr>,
+    /// Where metrics are served; `None`: nowhere.
+    pub metrics: Option<SocketAddr>,
+    pub nodeport_addresses: NodePortAddresses,
+    pub destroy_tcp_sockets: bool,
+}
+
+/// Runs until SIGTERM or SIGINT, and leaves the datapath serving. `started`: when the process did.
+///
+/// # Errors
+/// When a part cannot start, or ends.
+pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
+    let mut signals = Signals::listen()?;
+    let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
+    let mut parts = JoinSet::new();
+    let servers = [
+        (HEALTHZ_FLAG, listen(HEALTHZ_FLAG, settings.healthz).await?, serve::health_router(app.clone())),
+        (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics).await?, serve::metrics_router(app.clone())),
+    ];
+    let source = Source::prepare(&settings.source).await?;
+    let addresses = netdev::watch().await.context("reading the node's addresses")?;
+
+    let mut datapath = Datapath::open(&settings.datapath)?;
+    let status = Arc::new(SourceStatus::default());
+    register_counters(&app.metrics, &settings.datapath.pin_path)?;
+    register_watches(&app.metrics, &status)?;
+    let stale = StaleSocketPasses::new(stale_pass(&datapath, settings.destroy_tcp_sockets));
+
+    for (name, listener, router) in servers {
+        if let Some(listener) = listener {
+            parts.spawn(async move { (name, serve::run(listener, router).await) });
+        }
+    }
+    let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
+    let for_source =
+        k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
+    parts.spawn(async move { ("--source", source.run(for_source, sender, status).await) });
+
+    let inputs = Inputs {
+        changes,
+        addresses,
+        nodeport_addresses: settings.nodeport_addresses,
+        stale,
+        destroy_tcp_sockets: settings.destroy_tcp_sockets,
+        app,
+        started,
+    };
+    let core = Core::new(CoreSettings { node_name: settings.node_name });
+    let mut worker = Worker::new(core, datapath.maps(), inputs)?;
+    tokio::select! {
+        signal = signals.next() => {
+            info!("{signal}: the daemon ends; programs stay attached and go on serving (`kubelane cleanup` removes them)");
+            Ok(())
+        }
+        ended = parts.join_next() => Err(why(ended)),
+        result = worker.run() => {
+            result?;
+            // The worker ends when the source did, and the source knows better why.
+            Err(why(tokio::time::timeout(LAST_WORDS, parts.join_next()).await.unwrap_or_default()))
+        }
+    }
+}
+
+async fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+    let Some(address) = address else { return Ok(None) };
+    let listener = serve::bind(flag, address).await?;
+    info!("{flag}: listening on {address}");
+    Ok(Some(listener))
+}
+
+/// The reason for the daemon's end, from the part that ended first. None of them ever should.
+fn why(ended: Option<Result<(&'static str, anyhow::Result<()>), tokio::task::JoinError>>) -> anyhow::Error {
+    match ended {
+        Some(Ok((part, Ok(())))) => anyhow!("{part}: ended, though it never should; the daemon has to start again"),
+        Some(Ok((part, Err(error)))) => error.context(format!("{part} failed")),
+        Some(Err(error)) => anyhow!("a part of the daemon broke off: {error}"),
+        None => anyhow!("the source ended and said nothing"),
+    }
+}
+
+/// A second set of handles on the maps: counters are read by whoever scrapes, while the worker writes.
+fn register_counters(metrics: &Metrics, pin_path: &Path) -> anyhow::Result<()> {
+    let maps = Mutex::new(Maps::open(pin_path)?);
+    let read = move || -> Vec<Sample> {
+        let counters = maps.lock().unwrap_or_else(PoisonError::into_inner).read_counters().unwrap_or_else(|error| {
+            warn!("the datapath's counters cannot be read: {error:#}");
+            Vec::new()
+        });
+        counters.into_iter().map(|(verdict, count)| (vec![verdict.to_owned()], count as f64)).collect()
+    };
+    let meanings: Vec<String> =
+        abi::counter::NAMES.iter().map(|(name, meaning)| format!("{name}: {meaning}")).collect();
+    let help = format!("What the datapath decided. {}", meanings.join("; "));
+    metrics.read_counters("kubelane_datapath_verdicts_total", &help, &["verdict"], read)
+}
+
+/// What a metric shows of a watch.
+type Of = fn(&k8s::WatchState) -> f64;
+
+fn register_watches(metrics: &Metrics, status: &Arc<SourceStatus>) -> anyhow::Result<()> {
+    let read = |status: &Arc<SourceStatus>, of: Of| {
+        let status = Arc::clone(status);
+        move || -> Vec<Sample> { status.all().map(|(kind, watch)| (vec![kind.to_owned()], of(watch))).into() }
+    };
+    metrics.read_gauges(
+        "kubelane_source_connected",
+        "1 while the last thing heard of the source was not an error, by kind",
+        &["kind"],
+        read(status, |watch| f64::from(u8::from(watch.connected()))),
+    )?;
+    metrics.read_gauges(
+        "kubelane_source_last_event_timestamp_seconds",
+        "Unix time of the last event or list, by kind; 0 before the first",
+        &["kind"],
+        read(status, |watch| watch.last_event() as f64),
+    )?;
+    let counters: [(&str, &str, Of); 3] = [
+        ("kubelane_source_events_total", "Objects received, by kind", |watch| watch.events() as f64),
+        ("kubelane_source_errors_total", "Failures of the source, by kind", |watch| watch.errors() as f64),
+        ("kubelane_source_lists_total", "Lists completed, by kind; all but the first are relists", |watch| {
+            watch.lists() as f64
+        }),
+    ];
+    for (name, help, of) in counters {
+        metrics.read_counters(name, help, &["kind"], read(status, of))?;
+    }
+    Ok(())
+}
+
+fn stale_pass(datapath: &Datapath, with_tcp: bool) -> Option<Pass> {
+    let Some(sockets) = datapath.stale_sockets() else {
+        warn!("this kernel has no BTF: connected UDP sockets keep a removed backend until they fail by themselves");
+        return None;
+    };
+    Some(Arc::new(move || sockets.destroy(with_tcp)))
+}
+
+/// The signals that end the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("listening for signals");
+        Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_any_part_is_a_failure_that_names_it() {
+        type Part = fn() -> anyhow::Result<()>;
+        let table: [(Part, &str); 3] = [
+            (|| Ok(()), "--source: ended, though it never should"),
+            (|| Err(anyhow!("the directory is gone")), "--source failed: the directory is gone"),
+            (|| panic!("index out of bounds"), "index out of bounds"),
+        ];
+        for (part, expected) in table {
+            let mut parts = JoinSet::new();
+            parts.spawn(async move { ("--source", part()) });
+            let reason = format!("{:#}", why(parts.join_next().await));
+            assert!(reason.contains(expected), "{reason}");
+        }
+        assert!(why(None).to_string().contains("the source ended"));
+    }
+}

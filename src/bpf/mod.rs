@@ -3,6 +3,7 @@
 //! devices, the collection of ended flows, and the search for sockets whose backend is gone.
 
 mod attach;
+mod btf;
 mod devices;
 mod flows;
 mod hook;
@@ -12,11 +13,13 @@ pub mod memory;
 mod namespaces;
 pub mod pinned;
 mod ports;
+mod privileges;
 pub mod probe;
 #[cfg(feature = "lab")]
 pub mod run;
 mod skeleton;
 mod stale;
+pub mod verifier;
 
 pub use attach::Attached;
 pub use devices::{Device, Devices, Direction, LinkLayer, Method};
@@ -24,4 +27,5 @@ pub use flows::{FlowCollector, FlowPass};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
 pub use pinned::cleanup;
+pub use privileges::Privileges;
 pub use stale::{StalePass, StaleSockets};

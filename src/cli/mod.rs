@@ -1,1 +1,108 @@
-//! (in work)
+//! The command line: parses it, runs the subcommand, and turns errors into messages and exit codes (1: it failed,
+//! 2: it was asked for something it does not know).
+
+mod check;
+mod flags;
+mod get;
+mod host;
+mod leftovers;
+mod log;
+mod run;
+mod snapshot;
+mod table;
+
+use std::fmt;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser as _;
+
+use crate::abi::abi_version::ABI_VERSION;
+use crate::bpf;
+use crate::chain::chain;
+use flags::{CleanupFlags, Cli, Command};
+
+const USAGE_EXIT_CODE: u8 = 2;
+
+/// A command line that cannot be meant: exit code 2, as clap's own errors.
+#[derive(Debug)]
+struct UsageError(String);
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// The whole program. `started`: when the process did.
+pub fn main(started: Instant) -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(flags) => run::run(*flags, started),
+        Command::Check(flags) if check::run(&flags) => Ok(()),
+        Command::Check(_) => return ExitCode::FAILURE,
+        Command::Get(flags) => get::run(&flags),
+        Command::Cleanup(flags) => cleanup(&flags),
+        Command::Version => {
+            println!("kubelane {} (map ABI {ABI_VERSION})", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tell(&error);
+            if error.is::<UsageError>() { ExitCode::from(USAGE_EXIT_CODE) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// Once the log is set up, the reason of the end belongs there, in its format.
+fn tell(error: &anyhow::Error) {
+    let mut text = chain(error.as_ref());
+    if was_refused(&text) && !nix::unistd::geteuid().is_root() {
+        text.push_str(" (this process is not root)");
+    }
+    if tracing::dispatcher::has_been_set() {
+        tracing::error!("{text}");
+    } else {
+        eprintln!("error: {text}");
+    }
+}
+
+/// Whether the kernel refused something, EPERM or EACCES: by its words, because a library may have wrapped the error.
+fn was_refused(text: &str) -> bool {
+    ["(os error 1)", "(os error 13)", "EPERM", "EACCES"].iter().any(|refusal| text.contains(refusal))
+}
+
+fn cleanup(flags: &CleanupFlags) -> anyhow::Result<()> {
+    let pin_path = &flags.pins.pin_path;
+    let removed = bpf::cleanup(pin_path)?;
+    for what in &removed {
+        println!("removed {what}");
+    }
+    match removed.len() {
+        0 => println!("nothing of kubelane below {}", pin_path.display()),
+        n => println!("{n} removed: kubelane is gone from {}", pin_path.display()),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_refusal_of_the_kernel_is_recognised_however_it_is_wrapped() {
+        for (number, refused) in
+            [(libc::EPERM, true), (libc::EACCES, true), (libc::ENOENT, false), (libc::EINTR, false)]
+        {
+            let error = anyhow::Error::new(io::Error::from_raw_os_error(number)).context("cannot open it");
+            assert_eq!(was_refused(&chain(error.as_ref())), refused, "{error:#}");
+        }
+        assert!(was_refused(&nix::errno::Errno::EPERM.to_string()));
+    }
+}

@@ -1,1 +1,14 @@
-//! (in work)
+//! From records to rows, without a kernel: `world` holds what the sources say, `select` and `compile` define what a
+//! Service means, `layout` gives it ids and a place in the maps.
+
+pub mod claims;
+pub mod compile;
+pub mod ids;
+pub mod layout;
+pub mod pool;
+pub mod port;
+pub mod region;
+pub mod select;
+pub mod tables;
+pub mod warnings;
+pub mod world;

@@ -1,1 +1,172 @@
-//! (in work)
+//! The daemon's HTTP servers: health for load balancers and the kubelet, metrics for Prometheus.
+
+mod health;
+mod metrics;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use anyhow::{Context as _, anyhow};
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+
+pub use health::{Health, UPDATE_TIMEOUT};
+pub use metrics::{Metrics, Sample, SyncSample, Totals};
+
+use health::Answer;
+
+/// The flag that says where [`health_router`] is served.
+pub const HEALTHZ_FLAG: &str = "--healthz-bind-address";
+/// The flag that says where [`metrics_router`] is served.
+pub const METRICS_FLAG: &str = "--metrics-bind-address";
+
+/// What the handlers know.
+#[derive(Clone)]
+pub struct App {
+    pub health: Arc<Health>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// `/healthz`, `/livez`, `/readyz`.
+pub fn health_router(app: App) -> Router {
+    Router::new()
+        .route("/healthz", get(healthz))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .with_state(app)
+}
+
+/// `/metrics`, `/healthz`, `/proxyMode`.
+pub fn metrics_router(app: App) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics_text))
+        .route("/healthz", get(healthz))
+        .route("/proxyMode", get(async || "kubelane"))
+        .with_state(app)
+}
+
+/// Listens on `address`; `flag` is named in the error.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "is kube-proxy or another kubelane running? `kubelane check` names the process; \
+                 stop it, or give another port or \"\" (off)"
+            }
+            io::ErrorKind::AddrNotAvailable => "no device here has this address; give one of this node's, or 0.0.0.0",
+            _ => "give another address, or \"\" (off)",
+        };
+        anyhow!("{flag}: cannot listen on {address}: {error}; {remedy}")
+    })
+}
+
+/// Serves until the process ends.
+///
+/// # Errors
+/// When the listener breaks.
+pub async fn run(listener: TcpListener, router: Router) -> anyhow::Result<()> {
+    axum::serve(listener, router).await.context("HTTP server")
+}
+
+async fn healthz(State(app): State<App>) -> Response {
+    let answer = app.health.facts().healthz(Instant::now(), SystemTime::now());
+    app.metrics.healthz_answered(code(&answer).as_u16());
+    json(answer)
+}
+
+async fn livez(State(app): State<App>) -> Response {
+    let answer = app.health.facts().livez(Instant::now(), SystemTime::now());
+    app.metrics.livez_answered(code(&answer).as_u16());
+    json(answer)
+}
+
+async fn readyz(State(app): State<App>) -> Response {
+    let answer = app.health.facts().readyz();
+    (code(&answer), answer.body).into_response()
+}
+
+async fn metrics_text(State(app): State<App>) -> Response {
+    match app.metrics.text() {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")).into_response(),
+    }
+}
+
+fn code(answer: &Answer) -> StatusCode {
+    if answer.ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+fn json(answer: Answer) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    (code(&answer), headers, answer.body).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::Request;
+    use http_body_util::BodyExt as _;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    async fn get(router: &Router, path: &str) -> (u16, String, String) {
+        let request = Request::get(path).body(Body::empty()).unwrap();
+        let response = router.clone().oneshot(request).await.unwrap();
+        let status = response.status().as_u16();
+        let kind = response.headers().get("content-type").map(|v| v.to_str().unwrap().to_owned()).unwrap_or_default();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, kind, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_endpoints_answer_as_the_health_says() {
+        let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new().unwrap()) };
+        let (health, metrics) = (health_router(app.clone()), metrics_router(app.clone()));
+        assert_eq!(get(&health, "/healthz").await.0, 503);
+        assert_eq!(get(&health, "/readyz").await.0, 503);
+        assert_eq!(get(&health, "/livez").await.0, 200);
+
+        app.health.up_to_date(SystemTime::now());
+        let (status, kind, body) = get(&health, "/healthz").await;
+        assert_eq!((status, kind.as_str()), (200, "application/json"));
+        assert!(body.contains("\"nodeEligible\":true"), "{body}");
+        assert_eq!(get(&health, "/readyz").await, (200, "text/plain; charset=utf-8".into(), "ok\n".into()));
+
+        app.health.node_leaves(true);
+        assert_eq!(get(&health, "/healthz").await.0, 503);
+        assert_eq!(get(&metrics, "/healthz").await.0, 503);
+        assert_eq!(get(&health, "/livez").await.0, 200);
+
+        let (status, kind, text) = get(&metrics, "/metrics").await;
+        assert_eq!((status, kind.as_str()), (200, "text/plain; version=0.0.4; charset=utf-8"));
+        assert!(text.contains("kubeproxy_proxy_healthz_total{code=\"503\"} 3\n"), "{text}");
+        assert!(text.contains("kubeproxy_proxy_livez_total{code=\"200\"} 2\n"), "{text}");
+        assert_eq!(get(&metrics, "/proxyMode").await.2, "kubelane");
+        assert_eq!(get(&health, "/metrics").await.0, 404);
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_named_with_its_flag() {
+        let first = bind("--healthz-bind-address", ([127, 0, 0, 1], 0).into()).await.unwrap();
+        let taken = first.local_addr().unwrap();
+        let error = format!("{:#}", bind("--healthz-bind-address", taken).await.unwrap_err());
+        assert!(error.contains(&taken.to_string()) && error.contains("--healthz-bind-address"), "{error}");
+        assert!(error.contains("`kubelane check` names the process"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_address_that_the_node_does_not_have_is_not_blamed_on_another_process() {
+        let error = format!("{:#}", bind("--metrics-bind-address", ([192, 0, 2, 1], 1).into()).await.unwrap_err());
+        assert!(error.contains("no device here has this address") && !error.contains("kube-proxy"), "{error}");
+    }
+}

@@ -1,0 +1,80 @@
+# kubelane: what a checkout needs, on a Debian machine with cargo. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# ip, bpftool and iptables are administrators' tools: su(1) without a dash leaves their directories out.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+# A command or file that must be there, and the Debian package that brings it.
+NEEDED := \
+	command:cc:gcc \
+	command:clang:clang \
+	command:clang-format:clang-format \
+	command:llvm-strip:llvm \
+	command:pkg-config:pkg-config \
+	command:ip:iproute2 \
+	command:iptables:iptables \
+	command:bpftool:bpftool \
+	file:/usr/include/libelf.h:libelf-dev \
+	file:/usr/include/zlib.h:zlib1g-dev \
+	file:/usr/include/linux/bpf.h:linux-libc-dev
+
+# Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
+TEST_THREADS ?= 2
+
+.PHONY: help setup build demo test lint format clean-lab
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: ## Install what is missing (apt-get, as root)
+	@missing=(); \
+	for entry in $(NEEDED); do \
+		IFS=: read -r kind name package <<< "$$entry"; \
+		case $$kind in \
+			command) command -v "$$name" > /dev/null || missing+=("$$package") ;; \
+			file) [[ -e $$name ]] || missing+=("$$package") ;; \
+		esac; \
+	done; \
+	command -v cargo > /dev/null || { echo "cargo is missing: install Rust (https://rustup.rs)" >&2; exit 1; }; \
+	if (( $${#missing[@]} == 0 )); then exit 0; fi; \
+	if (( EUID != 0 )) || ! command -v apt-get > /dev/null; then \
+		echo "Missing packages (Debian names): $${missing[*]}" >&2; \
+		echo "Install them as root: apt-get update && apt-get install $${missing[*]}" >&2; \
+		exit 1; \
+	fi; \
+	echo "Installing: $${missing[*]}"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -q < /dev/null; \
+	apt-get install -q -y --no-install-recommends "$${missing[@]}" < /dev/null
+
+build: setup ## Build the daemon in release mode
+	cargo build --release
+
+demo: setup ## Two nodes in network namespaces, Services on both, requests while backends change (root)
+	cargo build --release --features lab
+	target/release/kubelane-lab demo --manifests manifests/demo
+
+# What cannot run here says so by itself on stderr, and is counted at the end.
+test: setup ## Run every test (those that need namespaces or BPF need root)
+	@if (( EUID != 0 )); then echo "Not root: tests that make namespaces, cgroups or BPF programs will be skipped." >&2; fi
+	@skips=$$(mktemp); trap 'rm -f "$$skips"' EXIT; \
+	KUBELANE_SKIPS="$$skips" cargo test --features lab -- --test-threads=$(TEST_THREADS) < /dev/null; \
+	count=$$(wc -l < "$$skips"); \
+	echo "All tests passed; $$count skipped for want of something on this machine."; \
+	cat "$$skips"
+
+lint: setup ## Check formatting and lints
+	cargo fmt --check
+	cargo clippy --all-targets --features lab -- -D warnings
+	clang-format --dry-run -Werror bpf/*.c bpf/*.h
+
+format: setup ## Format Rust and C
+	cargo fmt
+	clang-format -i bpf/*.c bpf/*.h
+
+clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
+	cargo run --quiet --features lab --bin kubelane-lab -- sweep
+
+include tests/vm/vm.mk

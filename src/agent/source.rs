@@ -1,0 +1,66 @@
+//! Where changes come from: an API server or a directory, prepared before anything is attached, then run as a task.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::ensure;
+use tokio::sync::mpsc;
+
+use crate::files;
+use crate::k8s::{self, SourceStatus};
+use crate::model::Change;
+
+/// Which source, as the command line has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSettings {
+    Kubernetes {
+        kubeconfig: Option<PathBuf>,
+        /// URL of the API server.
+        master: Option<String>,
+    },
+    Directory(PathBuf),
+}
+
+/// A source that could be reached for, if not yet reached.
+pub(super) enum Source {
+    Kubernetes(kube::Client),
+    Directory(PathBuf),
+}
+
+impl Source {
+    /// Reads the configuration.
+    ///
+    /// # Errors
+    /// When the kubeconfig or the service account cannot be used, or the directory does not exist. That the API server
+    /// does not answer is no error: it may come back.
+    pub async fn prepare(settings: &SourceSettings) -> anyhow::Result<Self> {
+        match settings {
+            SourceSettings::Kubernetes { kubeconfig, master } => {
+                let config = k8s::config(kubeconfig.as_deref(), master.as_deref()).await?;
+                tracing::info!("source: the API server at {}", config.cluster_url);
+                Ok(Source::Kubernetes(k8s::client(config)?))
+            }
+            SourceSettings::Directory(path) => {
+                ensure!(path.is_dir(), "--source dir:{}: not a directory", path.display());
+                tracing::info!("source: the directory {}", path.display());
+                Ok(Source::Directory(path.clone()))
+            }
+        }
+    }
+
+    /// Runs for as long as the receiver of `changes` lives; an earlier end is a failure.
+    pub async fn run(
+        self,
+        settings: k8s::Settings,
+        changes: mpsc::Sender<Change>,
+        status: Arc<SourceStatus>,
+    ) -> anyhow::Result<()> {
+        match self {
+            Source::Kubernetes(client) => {
+                k8s::run(client, settings, changes, status).await;
+                Ok(())
+            }
+            Source::Directory(path) => files::run(path, settings, changes, status).await,
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Ending sockets whose backend is gone, beside the agent: a pass walks every translated socket of the node, and must
+//! not keep the next change waiting.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::task::JoinHandle;
+
+use crate::bpf::StalePass;
+
+/// One pass; blocks.
+pub type Pass = Arc<dyn Fn() -> anyhow::Result<StalePass> + Send + Sync>;
+
+/// At most one pass runs and one more waits: a pass that has not begun sees every backend that went before it.
+pub struct StaleSocketPasses {
+    /// `None`: the kernel cannot.
+    pass: Option<Pass>,
+    running: Option<JoinHandle<anyhow::Result<StalePass>>>,
+    again: bool,
+}
+
+impl StaleSocketPasses {
+    pub fn new(pass: Option<Pass>) -> Self {
+        StaleSocketPasses { pass, running: None, again: false }
+    }
+
+    /// Backends went: have a pass begin after now.
+    pub fn request(&mut self) {
+        let Some(pass) = &self.pass else { return };
+        if self.running.is_some() {
+            self.again = true;
+            return;
+        }
+        let pass = Arc::clone(pass);
+        self.running = Some(tokio::task::spawn_blocking(move || pass()));
+    }
+
+    /// Waits for the running pass, says what it did, and begins the one that waits. Never returns while none runs.
+    pub async fn finished(&mut self) {
+        let Some(running) = &mut self.running else { return std::future::pending().await };
+        let result = running.await.context("the search for sockets of removed backends broke off").flatten();
+        self.running = None;
+        report(result);
+        if std::mem::take(&mut self.again) {
+            self.request();
+        }
+    }
+}
+
+fn report(result: anyhow::Result<StalePass>) {
+    match result {
+        Ok(StalePass { found: 0, .. }) => {}
+        Ok(StalePass { found, destroyed, unreachable: 0 }) => {
+            tracing::info!(found, destroyed, "ended sockets of removed backends");
+        }
+        Ok(StalePass { found, destroyed, unreachable }) => {
+            tracing::warn!(
+                found,
+                destroyed,
+                unreachable,
+                "some sockets of removed backends are in network namespaces that cannot be found: share the host's PID \
+                 namespace and have CAP_SYS_PTRACE, or its /run/netns"
+            );
+        }
+        Err(error) => tracing::warn!("sockets of removed backends were not ended: {error:#}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn requests_during_a_pass_become_one_more_pass() {
+        let (release, gate) = mpsc::channel::<()>();
+        let gate = Mutex::new(gate);
+        let ran = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&ran);
+        let mut passes = StaleSocketPasses::new(Some(Arc::new(move || {
+            gate.lock().unwrap().recv_timeout(Duration::from_secs(10))?;
+            count.fetch_add(1, SeqCst);
+            Ok(StalePass::default())
+        })));
+        for _ in 0..5 {
+            passes.request();
+        }
+        release.send(()).unwrap();
+        release.send(()).unwrap();
+        passes.finished().await;
+        passes.finished().await;
+        assert_eq!(ran.load(SeqCst), 2);
+        assert!(timeout(Duration::from_millis(50), passes.finished()).await.is_err(), "a third pass ran");
+    }
+
+    #[tokio::test]
+    async fn a_pass_that_fails_or_panics_does_not_stop_the_next() {
+        let ran = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&ran);
+        let mut passes = StaleSocketPasses::new(Some(Arc::new(move || match count.fetch_add(1, SeqCst) {
+            0 => anyhow::bail!("no iterator"),
+            1 => panic!("a test's panic"),
+            _ => Ok(StalePass::default()),
+        })));
+        for _ in 0..3 {
+            passes.request();
+            passes.finished().await;
+        }
+        assert_eq!(ran.load(SeqCst), 3);
+    }
+}

@@ -1,0 +1,277 @@
+//! The one task that owns the world: it drains every event that waits, applies all, and syncs. The first event waits
+//! for nothing; what comes while a sync runs is drained together afterwards, so that a burst coalesces by itself.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info, warn};
+
+use super::retry::Retry;
+use super::stale::StaleSocketPasses;
+use crate::bpf;
+use crate::model::{Change, Ipx, Kind, Protocol};
+use crate::netdev::NodePortAddresses;
+use crate::serve::{App, SyncSample, Totals};
+use crate::sync::{Core, MapIo, MapName, SyncReport};
+
+/// Events applied before the next sync, so that a flood cannot keep writes waiting for ever. A relist that is split
+/// this way is safe: nothing is swept before its end.
+const DRAIN: usize = 4096;
+/// How long the first sync waits for the Node object, which may choose other endpoints (its zone) and NodePort
+/// addresses (`primary`). The Node may be missing, or not be ours to read.
+const NODE_GRACE: Duration = Duration::from_secs(5);
+/// A sync of this many rows, or of this length, is worth a line in the log.
+const NOTABLE_ROWS: usize = 100;
+const NOTABLE_DURATION: Duration = Duration::from_millis(50);
+
+/// What the worker listens to, and what it serves.
+pub struct Inputs {
+    pub changes: mpsc::Receiver<Change>,
+    /// Every address bound on the node (see [`crate::netdev::watch`]).
+    pub addresses: watch::Receiver<Vec<Ipx>>,
+    pub nodeport_addresses: NodePortAddresses,
+    pub stale: StaleSocketPasses,
+    /// Whether a pass ends TCP sockets, too.
+    pub destroy_tcp_sockets: bool,
+    pub app: App,
+    /// When the process started.
+    pub started: Instant,
+}
+
+/// Owner of the core and the maps.
+pub struct Worker<'m> {
+    core: Core,
+    maps: &'m mut dyn MapIo,
+    inputs: Inputs,
+    buffer: Vec<Change>,
+    retry: Retry,
+    /// The addresses that the core knows: for NodePorts, and all.
+    addresses: (Vec<Ipx>, Vec<Ipx>),
+    node_listed: bool,
+    /// When the first sync waits for the Node no longer; set when all else is there.
+    node_deadline: Option<Instant>,
+    synced: bool,
+    warnings: usize,
+}
+
+impl<'m> Worker<'m> {
+    /// Takes over what the maps hold.
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    pub fn new(mut core: Core, maps: &'m mut dyn MapIo, inputs: Inputs) -> anyhow::Result<Self> {
+        let found = core.adopt(maps).context("reading the pinned maps")?;
+        if found.frontends > 0 {
+            inputs.app.health.state_adopted();
+            info!(
+                services = found.services,
+                frontends = found.frontends,
+                backends = found.backends,
+                unusable = found.unusable,
+                "took over the state of an earlier daemon; it serves"
+            );
+        }
+        Ok(Worker {
+            core,
+            maps,
+            inputs,
+            buffer: Vec::with_capacity(DRAIN),
+            retry: Retry::default(),
+            addresses: Default::default(),
+            node_listed: false,
+            node_deadline: None,
+            synced: false,
+            warnings: 0,
+        })
+    }
+
+    /// Works until the source's end of `changes` is dropped.
+    ///
+    /// # Errors
+    /// When the watch of the node's addresses ended.
+    pub async fn run(&mut self) -> anyhow::Result<()> {
+        loop {
+            let wake = self.wake_at();
+            tokio::select! {
+                received = self.inputs.changes.recv_many(&mut self.buffer, DRAIN) => {
+                    if received == 0 {
+                        return Ok(());
+                    }
+                }
+                changed = self.inputs.addresses.changed() => {
+                    changed.context("the watch of the node's addresses ended")?;
+                }
+                () = sleep_until(wake) => {}
+                () = self.inputs.stale.finished() => continue,
+            }
+            self.round(tokio::time::Instant::now().into_std());
+        }
+    }
+
+    /// Applies what was drained, and syncs.
+    fn round(&mut self, now: Instant) {
+        self.apply(now);
+        self.follow_addresses();
+        if !self.core.ready() {
+            self.inputs.app.health.not_ready("Services and EndpointSlices have not been listed yet");
+        } else if !self.node_is_known_or_late(now) {
+            self.inputs.app.health.not_ready("the Node object has not been read yet");
+            return;
+        }
+        let report = self.core.sync(self.maps, now);
+        self.tell_warnings(&report);
+        if self.core.ready() {
+            self.after_sync(&report, now);
+        }
+    }
+
+    fn apply(&mut self, now: Instant) {
+        if self.buffer.is_empty() {
+            return;
+        }
+        for change in self.buffer.drain(..) {
+            self.node_listed |= change == Change::ListEnd(Kind::Node);
+            self.core.apply(change);
+        }
+        let App { health, metrics } = &self.inputs.app;
+        metrics.queued(SystemTime::now());
+        // Before that it is the source that is waited for, and a restart would not help.
+        if self.core.ready() {
+            health.update_waits(now);
+        }
+        health.node_leaves(self.core.node().is_some_and(|node| node.being_deleted));
+    }
+
+    fn follow_addresses(&mut self) {
+        let bound = self.inputs.addresses.borrow_and_update();
+        let internal_ips = self.core.node().map_or(&[][..], |node| &node.internal_ips);
+        let nodeport = self.inputs.nodeport_addresses.select(&bound, internal_ips);
+        if self.addresses.0 == nodeport && self.addresses.1 == *bound {
+            return;
+        }
+        self.addresses = (nodeport, bound.clone());
+        drop(bound);
+        debug!(nodeport = ?self.addresses.0, bound = ?self.addresses.1, "node addresses");
+        self.core.set_node_addresses(self.addresses.0.clone(), self.addresses.1.clone());
+    }
+
+    fn node_is_known_or_late(&mut self, now: Instant) -> bool {
+        if self.synced || self.node_listed || self.core.node().is_some() {
+            return true;
+        }
+        let late = now >= *self.node_deadline.get_or_insert(now + NODE_GRACE);
+        if late {
+            warn!("this node's Node object could not be read in {} s: going on without it", NODE_GRACE.as_secs());
+        }
+        late
+    }
+
+    fn after_sync(&mut self, report: &SyncReport, now: Instant) {
+        let tell = self.retry.due().is_none_or(|due| now >= due);
+        if self.core.pending() {
+            self.retry.failed(now);
+            self.inputs.app.health.update_waits(now);
+            self.inputs.app.health.not_ready("the kernel does not take every row; see the log");
+        } else {
+            self.retry.succeeded();
+            self.inputs.app.health.up_to_date(SystemTime::now());
+            self.inputs.app.metrics.up_to_date(SystemTime::now());
+        }
+        if let Some((map, error)) = report.failures.first().filter(|_| tell) {
+            let failed = report.failures.len();
+            warn!(failed, "the kernel did not take {failed} rows (map {}: {error}); trying again", map.as_str());
+        }
+        self.measure(report);
+        self.tell(report);
+        let datagrams = |gone: &(Protocol, _)| gone.0 == Protocol::Udp;
+        let gone = report.backends_gone.iter().any(|gone| self.inputs.destroy_tcp_sockets || datagrams(gone));
+        // An earlier daemon may have ended between a write and the pass that it called for.
+        if gone || report.datagram_frontends_changed_hands || !self.synced {
+            self.inputs.stale.request();
+        }
+        if !self.synced {
+            self.synced = true;
+            // The first sync holds a whole cluster's objects at once; nothing after it needs as much.
+            bpf::memory::release();
+        }
+    }
+
+    fn measure(&self, report: &SyncReport) {
+        let metrics = &self.inputs.app.metrics;
+        metrics.synced(SyncSample {
+            duration: report.duration,
+            rows_written: report.rows_written as u64,
+            rows_deleted: report.rows_deleted as u64,
+            calls: report.calls as u64,
+            failures: report.failures.len() as u64,
+        });
+        let counts = self.core.counts();
+        metrics.set_totals(Totals {
+            services: counts.services as u64,
+            endpoints: counts.endpoints as u64,
+            frontends: counts.frontends as u64,
+        });
+        let maps = [
+            (MapName::Frontends, counts.frontends),
+            (MapName::Backends, counts.backends),
+            (MapName::Slots, counts.slots),
+        ];
+        for (map, entries) in maps {
+            metrics.set_map(map.as_str(), entries as u64, self.maps.capacity(map).into());
+        }
+    }
+
+    fn tell(&self, report: &SyncReport) {
+        let (written, deleted, calls) = (report.rows_written, report.rows_deleted, report.calls);
+        let took = report.duration;
+        if !self.synced {
+            let counts = self.core.counts();
+            info!(
+                after_start = ?self.inputs.started.elapsed(),
+                services = counts.services,
+                endpoints = counts.endpoints,
+                frontends = counts.frontends,
+                written,
+                deleted,
+                calls,
+                ?took,
+                "first sync"
+            );
+        } else if written + deleted >= NOTABLE_ROWS || took >= NOTABLE_DURATION {
+            info!(services = report.services, written, deleted, calls, ?took, "sync");
+        } else if report.services > 0 || calls > 0 {
+            debug!(services = report.services, written, deleted, calls, ?took, "sync");
+        }
+    }
+
+    fn tell_warnings(&mut self, report: &SyncReport) {
+        for warning in &report.warnings {
+            warn!("{}: {}", warning.subject, warning.message);
+        }
+        for warning in &report.resolved {
+            info!("{}: resolved: {}", warning.subject, warning.message);
+        }
+        self.warnings = (self.warnings + report.warnings.len()).saturating_sub(report.resolved.len());
+        self.inputs.app.metrics.set_warnings(self.warnings);
+    }
+
+    /// When the next round is due without an event.
+    fn wake_at(&self) -> Option<Instant> {
+        if !self.synced {
+            return self.node_deadline;
+        }
+        [self.retry.due(), self.core.next_due()].into_iter().flatten().min()
+    }
+}
+
+async fn sleep_until(wake: Option<Instant>) {
+    match wake {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

@@ -1,0 +1,276 @@
+//! `kubelane check`: would the daemon run here? One line per condition, with a remedy where something is missing.
+
+use std::fmt;
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+
+use super::flags::CheckFlags;
+use super::host::find_cgroup;
+use super::leftovers::{kube_proxy_chains, listener_on};
+use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
+use crate::bpf::{Privileges, probe};
+use crate::netdev::IPVS_DEVICE;
+use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG};
+
+/// kubelane serves the sockets of the node; what comes from outside is kube-proxy's for as long as it runs.
+const KUBE_PROXY_REMEDY: &str =
+    "fine beside a running kube-proxy, which serves traffic from outside; without one, run `kube-proxy --cleanup`";
+
+/// How a condition stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Ok,
+    /// Something is missing or in the way; the daemon runs nevertheless.
+    Warn,
+    /// The daemon would not run.
+    Fail,
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Finding {
+    level: Level,
+    what: &'static str,
+    detail: String,
+    remedy: String,
+}
+
+impl Finding {
+    fn ok(what: &'static str, detail: impl Into<String>) -> Self {
+        Finding { level: Level::Ok, what, detail: detail.into(), remedy: String::new() }
+    }
+
+    fn warn(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Finding { level: Level::Warn, what, detail: detail.into(), remedy: remedy.into() }
+    }
+
+    fn fail(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Finding { level: Level::Fail, what, detail: detail.into(), remedy: remedy.into() }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let level = match self.level {
+            Level::Ok => "ok",
+            Level::Warn => "warn",
+            Level::Fail => "FAIL",
+        };
+        write!(f, "{level:<5} {:<36} {}", self.what, self.detail)?;
+        if !self.remedy.is_empty() {
+            write!(f, " -> {}", self.remedy)?;
+        }
+        Ok(())
+    }
+}
+
+/// Prints the findings; true when the daemon would run.
+pub fn run(flags: &CheckFlags) -> bool {
+    let pin_path = &flags.node.pins.pin_path;
+    let own = Privileges::own();
+    let mut findings = vec![privileges(own)];
+    findings.extend(features(own));
+    findings.push(cgroup(flags.node.cgroup.as_deref()));
+    findings.push(bpffs(pin_path));
+    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz_bind_address.0));
+    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics_bind_address.0));
+    findings.push(chains());
+    findings.push(ipvs_device());
+    findings.push(own_pins(pin_path));
+    for finding in &findings {
+        println!("{finding}");
+    }
+    let failed = findings.iter().filter(|f| f.level == Level::Fail).count();
+    match failed {
+        0 => println!("kubelane would run here."),
+        1 => println!("kubelane would not run here: 1 condition fails."),
+        n => println!("kubelane would not run here: {n} conditions fail."),
+    }
+    failed == 0
+}
+
+fn privileges(own: Privileges) -> Finding {
+    const WHAT: &str = "privileges";
+    const REMEDY: &str = "run as root, or give kubelane the capabilities";
+    let missing = own.missing();
+    if !missing.is_empty() {
+        return Finding::fail(WHAT, format!("missing {}", missing.join(", ")), REMEDY);
+    }
+    if !own.has_sys_admin() {
+        let detail = "no CAP_SYS_ADMIN: sockets of pods whose backend is gone cannot be ended";
+        return Finding::warn(WHAT, detail, REMEDY);
+    }
+    Finding::ok(WHAT, "CAP_SYS_ADMIN and CAP_NET_ADMIN")
+}
+
+/// Without privileges the kernel answers "no" to every question, which says nothing of the kernel.
+fn features(own: Privileges) -> Vec<Finding> {
+    if own.missing().is_empty() {
+        return kernel_features();
+    }
+    vec![Finding::warn("kernel features", "not checked: privileges are missing", "run the check as root")]
+}
+
+fn kernel_features() -> Vec<Finding> {
+    let finding = |feature: probe::Feature| {
+        let needed = format!("needed for {}", feature.needed_for);
+        match (feature.found, feature.required) {
+            (true, _) => Finding::ok(feature.name, feature.needed_for),
+            (false, true) => Finding::fail(feature.name, format!("not found; {needed}"), feature.without),
+            (false, false) => Finding::warn(feature.name, format!("not found; {needed}"), feature.without),
+        }
+    };
+    probe::features().into_iter().map(finding).collect()
+}
+
+fn cgroup(wanted: Option<&Path>) -> Finding {
+    const WHAT: &str = "cgroup2";
+    match find_cgroup(wanted) {
+        Ok(cgroup) if cgroup.is_root => Finding::ok(WHAT, format!("{} (every process)", cgroup.path.display())),
+        Ok(cgroup) if wanted.is_some() => {
+            Finding::ok(WHAT, format!("{} (processes in it and below)", cgroup.path.display()))
+        }
+        Ok(cgroup) => Finding::warn(
+            WHAT,
+            format!("{} is not the root of the hierarchy: processes elsewhere are not served", cgroup.path.display()),
+            "in a container: mount the host's /sys/fs/cgroup and name it with --cgroup",
+        ),
+        Err(error) => Finding::fail(WHAT, format!("{error:#}"), ""),
+    }
+}
+
+fn bpffs(pin_path: &Path) -> Finding {
+    const WHAT: &str = "BPF filesystem";
+    let path = pin_path.display();
+    if is_on_bpffs(pin_path) {
+        return Finding::ok(WHAT, format!("at {path}"));
+    }
+    if pin_path.starts_with(BPFFS) {
+        return Finding::warn(WHAT, format!("none at {BPFFS} yet"), "`kubelane run` mounts it");
+    }
+    Finding::fail(
+        WHAT,
+        format!("--pin-path {path} is not on one"),
+        format!("mkdir -p {path} && mount -t bpf bpf {path}"),
+    )
+}
+
+/// Whether a server could listen there.
+fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding {
+    let Some(address) = address else { return Finding::ok(what, format!("off ({flag})")) };
+    let Err(error) = TcpListener::bind(address) else { return Finding::ok(what, format!("{address} is free")) };
+    match listener_on(address.port()) {
+        Some(process) if process.starts_with("kubelane ") => Finding::warn(
+            what,
+            format!("{address} is held by {process}: a daemon is running already"),
+            "stop it before you start another",
+        ),
+        Some(process) => {
+            Finding::fail(what, format!("{address} is held by {process}"), format!("choose another {flag}, or stop it"))
+        }
+        None => Finding::fail(what, format!("cannot listen on {address}: {error}"), format!("choose another {flag}")),
+    }
+}
+
+fn chains() -> Finding {
+    const WHAT: &str = "kube-proxy's packet filter rules";
+    const SHOWN: usize = 3;
+    match kube_proxy_chains() {
+        None => Finding::warn(
+            WHAT,
+            "not checked: neither nft nor iptables-save works here",
+            "run `nft list chains` as root on the node and look for KUBE-",
+        ),
+        Some(found) if found.is_empty() => Finding::ok(WHAT, "none"),
+        Some(found) => {
+            let some: Vec<&str> = found.iter().take(SHOWN).map(String::as_str).collect();
+            let more = if found.len() > SHOWN { ", ..." } else { "" };
+            let detail = format!("{} found ({}{more})", found.len(), some.join(", "));
+            Finding::warn(WHAT, detail, KUBE_PROXY_REMEDY)
+        }
+    }
+}
+
+fn ipvs_device() -> Finding {
+    const WHAT: &str = "kube-proxy's IPVS device";
+    match nix::net::if_::if_nametoindex(IPVS_DEVICE) {
+        Ok(_) => Finding::warn(
+            WHAT,
+            format!("{IPVS_DEVICE} found; its addresses are ignored"),
+            format!("{KUBE_PROXY_REMEDY} or `ip link del {IPVS_DEVICE}`"),
+        ),
+        Err(_) => Finding::ok(WHAT, "none"),
+    }
+}
+
+fn own_pins(pin_path: &Path) -> Finding {
+    const WHAT: &str = "kubelane's own state";
+    let path = pin_path.display();
+    match abi_directory(pin_path).try_exists() {
+        Ok(false) => {}
+        Ok(true) => {
+            let detail = format!("found in {path}; `kubelane run` takes it over, `kubelane cleanup` removes it");
+            return Finding::ok(WHAT, detail);
+        }
+        Err(error) => {
+            return Finding::warn(WHAT, format!("cannot look into {path}: {error}"), "run the check as root");
+        }
+    }
+    let others = fs::read_dir(pin_path).is_ok_and(|mut entries| entries.next().is_some());
+    if others {
+        return Finding::warn(WHAT, format!("{path} has another version's"), "`kubelane run` replaces it");
+    }
+    Finding::ok(WHAT, format!("none in {path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_privileges_fail_and_leave_the_kernel_unjudged() {
+        let table = [
+            ("CapEff:\t000001ffffffffff", Level::Ok, "CAP_SYS_ADMIN and"),
+            ("CapEff:\t000000c000001000", Level::Warn, "no CAP_SYS_ADMIN"),
+            ("CapEff:\t0000000000001000", Level::Fail, "missing CAP_BPF, CAP_PERFMON"),
+        ];
+        for (status, level, detail) in table {
+            let finding = privileges(Privileges::in_status(status));
+            assert_eq!(finding.level, level, "{status}");
+            assert!(finding.detail.starts_with(detail), "{finding}");
+            assert_eq!(finding.remedy.is_empty(), level == Level::Ok, "{finding}");
+        }
+        let unjudged = features(Privileges::in_status(""));
+        assert_eq!(unjudged.len(), 1);
+        assert!(unjudged[0].level == Level::Warn && unjudged[0].detail.starts_with("not checked"), "{}", unjudged[0]);
+    }
+
+    #[test]
+    fn a_port_that_is_taken_fails_and_names_the_process_and_the_flag() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let taken = port("health port", HEALTHZ_FLAG, Some(address));
+        let pid = format!("(pid {})", std::process::id());
+        // The test runner's own name begins with "kubelane", too, but not with the daemon's.
+        assert!(taken.level != Level::Ok && taken.detail.contains(&pid), "{taken}");
+        drop(listener);
+        assert_eq!(port("health port", HEALTHZ_FLAG, Some(address)).level, Level::Ok);
+        assert_eq!(port("health port", HEALTHZ_FLAG, None).level, Level::Ok);
+    }
+
+    #[test]
+    fn a_line_has_its_level_its_subject_and_its_remedy() {
+        let finding = Finding::fail("cgroup2", "not mounted", "mount it");
+        assert_eq!(finding.to_string(), format!("FAIL  {:<36} not mounted -> mount it", "cgroup2"));
+    }
+
+    #[test]
+    fn a_directory_of_another_kind_is_no_bpf_filesystem() {
+        let directory = tempfile::tempdir().unwrap();
+        let finding = bpffs(directory.path());
+        assert_eq!(finding.level, Level::Fail);
+        assert!(finding.remedy.contains("mount -t bpf"), "{finding}");
+        assert_eq!(own_pins(directory.path()).level, Level::Ok);
+    }
+}

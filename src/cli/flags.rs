@@ -1,0 +1,289 @@
+//! The command line's shape: subcommands, flags, their values, defaults and help.
+//!
+//! Flags have kube-proxy's own names where the meaning is the same. A value that is not known is refused here, with the
+//! flag and the allowed values in the message, before anything is attached.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::builder::{NonEmptyStringValueParser, RangedU64ValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::netdev::NodePortAddresses;
+
+pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
+const HEALTHZ_PORT: u16 = 10256;
+const METRICS_PORT: u16 = 10249;
+
+const EXAMPLES: &str = "\
+Examples:
+  On a cluster (in a DaemonSet, or with a kubeconfig):
+      kubelane run --kubeconfig /etc/kubelane/kubeconfig
+  Without a cluster, from a directory of Service, EndpointSlice and Node YAML:
+      kubelane run --source dir:/etc/kubelane --hostname-override node-a
+  Would it run here? What does it do right now?
+      kubelane check
+      kubelane get services -o wide
+  Remove every trace, after the daemon was stopped:
+      kubelane cleanup";
+
+/// A kube-proxy replacement in eBPF that runs beside any CNI.
+///
+/// One daemon per node watches Services and EndpointSlices and makes their cluster IPs, NodePorts and other addresses
+/// work. Its state lives in the kernel: the daemon can stop, crash or be upgraded, and traffic never notices.
+#[derive(Parser, Debug)]
+#[command(name = "kubelane", version, max_term_width = 100, after_help = EXAMPLES, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run the daemon (in the foreground; SIGTERM ends it and leaves the datapath serving)
+    Run(Box<RunFlags>),
+    /// Say whether the daemon would run on this node, one line per condition, with a remedy
+    ///
+    /// Exit code 0: it would run. Exit code 1: it would not; the lines that begin with FAIL say why.
+    Check(CheckFlags),
+    /// Show what is programmed in the kernel (works while the daemon is down)
+    Get(GetFlags),
+    /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
+    ///
+    /// Refused while a daemon runs on that pin path. Service addresses stop working on this node at once.
+    Cleanup(CleanupFlags),
+    /// Print the version
+    Version,
+}
+
+/// Where the daemon lives in the kernel.
+#[derive(Args, Clone, Debug)]
+pub struct PinFlags {
+    /// Directory for pinned maps and links, on a BPF filesystem. Daemons of one machine need one each
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_PIN_PATH)]
+    pub pin_path: PathBuf,
+}
+
+/// What `run` and `check` share.
+#[derive(Args, Clone, Debug)]
+pub struct NodeFlags {
+    #[command(flatten)]
+    pub pins: PinFlags,
+
+    /// Directory in a cgroup2 hierarchy: sockets of processes in it and below are served [default: the root of the
+    /// cgroup2 mount, which is every process of the node]
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+
+    /// IP:PORT of /healthz, /livez and /readyz; "" or port 0 turns them off
+    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:10256", value_parser = healthz_address)]
+    pub healthz_bind_address: BindAddress,
+
+    /// IP:PORT of /metrics, /healthz and /proxyMode; "" or port 0 turns them off
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10249", value_parser = metrics_address)]
+    pub metrics_bind_address: BindAddress,
+}
+
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Source")]
+pub struct SourceFlags {
+    /// Where Services and EndpointSlices come from: `kubernetes`, or `dir:PATH` for a directory of YAML or JSON files
+    /// that is followed live [default: kubernetes, when in a cluster or when --kubeconfig or --master is given]
+    #[arg(long, value_name = "SOURCE", value_parser = source)]
+    pub source: Option<Source>,
+
+    /// Kubeconfig file that says how to reach the API server [default: the pod's service account]
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+
+    /// URL of the API server; overrides the kubeconfig's
+    #[arg(long, value_name = "URL", value_parser = NonEmptyStringValueParser::new())]
+    pub master: Option<String>,
+
+    /// Name of this node, as its Node object has it [default: the host name in lower case]
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    pub hostname_override: Option<String>,
+
+    /// Serve the Services whose label service.kubernetes.io/service-proxy-name has this value [default: those without]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub service_proxy_name: Option<String>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct RunFlags {
+    #[command(flatten)]
+    pub source: SourceFlags,
+
+    #[command(flatten, next_help_heading = "Node")]
+    pub node: NodeFlags,
+
+    /// Addresses of this node that serve NodePorts: CIDRs separated by commas, or `primary` for the Node object's
+    /// first InternalIP of each family. A family without a CIDR is not restricted [default: all addresses]
+    #[arg(long, value_name = "CIDRS", default_value = "", hide_default_value = true, help_heading = "Node")]
+    pub nodeport_addresses: NodePortAddresses,
+
+    /// Destroy TCP sockets, too, when their backend is removed, so that clients reconnect at once (UDP always is)
+    #[arg(long, help_heading = "Node")]
+    pub destroy_tcp_sockets: bool,
+
+    /// Service ports that the maps can hold. Counts when the maps are first made
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = capacity(1 << 20), help_heading = "Capacity")]
+    pub max_services: u32,
+
+    /// Endpoints, summed over all Service ports, that the maps can hold. Counts when the maps are first made
+    #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
+    pub max_endpoints: u32,
+
+    #[command(flatten, next_help_heading = "Logging")]
+    pub log: LogFlags,
+}
+
+#[derive(Args, Clone, Copy, Debug)]
+pub struct LogFlags {
+    /// Format of the log on standard error
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Human)]
+    pub log_format: LogFormat,
+
+    /// Verbosity: 0 warnings, 1-3 what happens, 4-5 every sync, 6 and more everything. RUST_LOG overrides it
+    #[arg(short = 'v', long = "v", value_name = "N", default_value_t = 2)]
+    pub verbosity: u8,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct CheckFlags {
+    #[command(flatten)]
+    pub node: NodeFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct GetFlags {
+    /// What to show
+    #[arg(value_enum, value_name = "WHAT")]
+    pub what: What,
+
+    /// Output format [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub output: Option<Output>,
+
+    #[command(flatten)]
+    pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct CleanupFlags {
+    #[command(flatten)]
+    pub pins: PinFlags,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    Kubernetes,
+    Directory(PathBuf),
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One line of text per event
+    Human,
+    /// One JSON object per event
+    Json,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// Frontends: what clients can connect to
+    #[value(aliases = ["service", "svc"])]
+    Services,
+    /// Backends: where connections go
+    #[value(alias = "backend")]
+    Backends,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    Json,
+    Yaml,
+    /// The table with more columns
+    Wide,
+}
+
+/// Where a server listens; `None`: nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BindAddress(pub Option<SocketAddr>);
+
+fn source(text: &str) -> Result<Source, String> {
+    match text.split_once(':') {
+        None if text == "kubernetes" => Ok(Source::Kubernetes),
+        Some(("dir", path)) if !path.is_empty() => Ok(Source::Directory(path.into())),
+        _ => Err("allowed are `kubernetes` and `dir:PATH`".to_owned()),
+    }
+}
+
+fn capacity(most: u64) -> RangedU64ValueParser<u32> {
+    RangedU64ValueParser::new().range(1..=most)
+}
+
+fn healthz_address(text: &str) -> Result<BindAddress, String> {
+    bind_address(text, HEALTHZ_PORT)
+}
+
+fn metrics_address(text: &str) -> Result<BindAddress, String> {
+    bind_address(text, METRICS_PORT)
+}
+
+/// As kube-proxy reads it: IP:PORT, IP alone (the default port), :PORT (every IPv4 address), or nothing.
+fn bind_address(text: &str, default_port: u16) -> Result<BindAddress, String> {
+    if text.is_empty() {
+        return Ok(BindAddress(None));
+    }
+    let any = || text.strip_prefix(':')?.parse().ok().map(|port| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
+    let alone = || {
+        let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+        bare.parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, default_port))
+    };
+    let address = text.parse().ok().or_else(any).or_else(alone);
+    let address = address.ok_or("allowed are IP:PORT, [IPv6]:PORT, IP, :PORT, or \"\" for none")?;
+    Ok(BindAddress(Some(address).filter(|a| a.port() != 0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn clap_finds_no_mistake_in_the_definitions() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bind_addresses_are_read_as_kube_proxy_reads_them() {
+        let table = [
+            ("", None),
+            ("0.0.0.0:10256", Some("0.0.0.0:10256")),
+            ("0.0.0.0:0", None),
+            ("127.0.0.1", Some("127.0.0.1:10256")),
+            (":8080", Some("0.0.0.0:8080")),
+            ("[::]:8080", Some("[::]:8080")),
+            ("::1", Some("[::1]:10256")),
+            ("[fd00::1]", Some("[fd00::1]:10256")),
+        ];
+        for (text, expected) in table {
+            let expected = BindAddress(expected.map(|e| e.parse().unwrap()));
+            assert_eq!(healthz_address(text), Ok(expected), "{text}");
+        }
+        for bad in ["localhost:1", "1.2.3.4:99999", "1.2.3:80", "10256", "[::"] {
+            assert!(healthz_address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_source_is_kubernetes_or_a_directory() {
+        assert_eq!(source("kubernetes"), Ok(Source::Kubernetes));
+        assert_eq!(source("dir:/etc/a:b"), Ok(Source::Directory("/etc/a:b".into())));
+        for bad in ["", "dir", "dir:", "Kubernetes", "kubernetes:", "file:/x"] {
+            assert!(source(bad).is_err(), "{bad}");
+        }
+    }
+}

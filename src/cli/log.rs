@@ -1,0 +1,50 @@
+//! Logs: to standard error, for people or as JSON.
+
+use std::io::{self, IsTerminal as _};
+
+use tracing_subscriber::EnvFilter;
+
+use super::flags::{LogFlags, LogFormat};
+
+/// Sets the process' log up.
+///
+/// # Errors
+/// When $RUST_LOG is not a filter.
+pub fn start(flags: LogFlags) -> anyhow::Result<()> {
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => {
+            EnvFilter::try_new(&text).map_err(|e| anyhow::anyhow!("$RUST_LOG is {text:?}: {e}"))?
+        }
+        _ => EnvFilter::new(filter(flags.verbosity)),
+    };
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    let result = match flags.log_format {
+        LogFormat::Human => builder.with_ansi(io::stderr().is_terminal()).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).with_target(true).try_init(),
+    };
+    result.map_err(|error| anyhow::anyhow!("setting the log up: {error}"))
+}
+
+/// Libraries speak only when asked for everything: kube logs each request at debug, and repeats each failed one, which
+/// the sources explain once, at error.
+fn filter(verbosity: u8) -> &'static str {
+    match verbosity {
+        0 => "warn,kube_client=off,kube_runtime=off",
+        1..=3 => "warn,kubelane=info,kube_client=off,kube_runtime=off",
+        4..=5 => "warn,kubelane=debug,kube_client=off,kube_runtime=off",
+        6..=9 => "info,kubelane=trace,kube_client=debug,kube_runtime=debug",
+        _ => "trace",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_verbosity_is_a_valid_filter() {
+        for verbosity in 0..=20 {
+            EnvFilter::try_new(filter(verbosity)).unwrap();
+        }
+    }
+}

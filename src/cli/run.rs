@@ -1,0 +1,134 @@
+//! `kubelane run`: from flags to settings, and a runtime for the agent.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tracing::{info, warn};
+
+use super::UsageError;
+use super::flags::{RunFlags, Source, SourceFlags};
+use super::{host, log};
+use crate::agent::{self, Settings, SourceSettings};
+use crate::bpf;
+
+/// Health, metrics and watches; the agent itself has the main thread.
+const WORKER_THREADS: usize = 2;
+/// What still runs at the end (a pass over sockets) does not hold the process up for longer.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
+/// Runs the daemon until a signal (Ok) or a failure. `started`: when the process did.
+///
+/// # Errors
+/// A [`UsageError`] before anything is touched; anything that keeps the daemon from its work.
+pub fn run(flags: RunFlags, started: Instant) -> anyhow::Result<()> {
+    let source = choose_source(&flags.source, in_cluster())?;
+    log::start(flags.log).map_err(|error| UsageError(format!("{error:#}")))?;
+    let settings = settings(flags, source)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let result = runtime.block_on(agent::run(settings, started));
+    runtime.shutdown_timeout(LAST_WORK);
+    result
+}
+
+fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings> {
+    let node_name = host::node_name(flags.source.hostname_override.as_deref())?;
+    let cgroup = host::find_cgroup(flags.node.cgroup.as_deref())?;
+    if !cgroup.is_root && flags.node.cgroup.is_none() {
+        warn!(
+            "{} is not the root of the cgroup2 hierarchy: processes elsewhere are not served; in a container, mount \
+             the host's /sys/fs/cgroup and name it with --cgroup",
+            cgroup.path.display()
+        );
+    }
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = node_name,
+        cgroup = %cgroup.path.display(),
+        pins = %flags.node.pins.pin_path.display(),
+        "kubelane starts"
+    );
+    Ok(Settings {
+        source,
+        node_name,
+        service_proxy_name: flags.source.service_proxy_name,
+        datapath: bpf::Settings {
+            pin_path: flags.node.pins.pin_path,
+            cgroup: cgroup.path,
+            max_endpoints: flags.max_endpoints,
+            max_services: flags.max_services,
+        },
+        healthz: flags.node.healthz_bind_address.0,
+        metrics: flags.node.metrics_bind_address.0,
+        nodeport_addresses: flags.nodeport_addresses,
+        destroy_tcp_sockets: flags.destroy_tcp_sockets,
+    })
+}
+
+/// Where Kubernetes mounts a pod's credentials.
+fn in_cluster() -> bool {
+    std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
+        && Path::new("/var/run/secrets/kubernetes.io/serviceaccount/token").exists()
+}
+
+fn choose_source(flags: &SourceFlags, in_cluster: bool) -> Result<SourceSettings, UsageError> {
+    let kubernetes =
+        || SourceSettings::Kubernetes { kubeconfig: flags.kubeconfig.clone(), master: flags.master.clone() };
+    let to_api_server = flags.kubeconfig.is_some() || flags.master.is_some();
+    match &flags.source {
+        Some(Source::Kubernetes) => Ok(kubernetes()),
+        Some(Source::Directory(_)) if to_api_server => {
+            Err(UsageError("--kubeconfig and --master have no meaning with --source dir:PATH".to_owned()))
+        }
+        Some(Source::Directory(path)) => Ok(SourceSettings::Directory(path.clone())),
+        None if to_api_server || in_cluster => Ok(kubernetes()),
+        None => Err(UsageError(
+            "--source is needed outside a cluster: allowed are `kubernetes` (with --kubeconfig FILE or --master URL) \
+             and `dir:PATH`"
+                .to_owned(),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn the_source_follows_from_the_flags_and_the_place() {
+        let none = SourceFlags {
+            source: None,
+            kubeconfig: None,
+            master: None,
+            hostname_override: None,
+            service_proxy_name: None,
+        };
+        let config = SourceFlags { kubeconfig: Some("k".into()), ..none.clone() };
+        let master = SourceFlags { master: Some("m".into()), ..none.clone() };
+        let directory = SourceFlags { source: Some(Source::Directory("d".into())), ..none.clone() };
+        let named = SourceFlags { source: Some(Source::Kubernetes), ..none.clone() };
+        let both = SourceFlags { master: Some("m".into()), ..directory.clone() };
+        let kubernetes = |kubeconfig: Option<&str>, master: Option<&str>| {
+            let (kubeconfig, master) = (kubeconfig.map(PathBuf::from), master.map(str::to_owned));
+            Some(SourceSettings::Kubernetes { kubeconfig, master })
+        };
+        let table = [
+            ("nothing, outside a cluster", &none, false, None),
+            ("nothing, in a cluster", &none, true, kubernetes(None, None)),
+            ("a kubeconfig", &config, false, kubernetes(Some("k"), None)),
+            ("a master", &master, true, kubernetes(None, Some("m"))),
+            ("kubernetes by name", &named, false, kubernetes(None, None)),
+            ("a directory in a cluster", &directory, true, Some(SourceSettings::Directory("d".into()))),
+            ("a directory and a master", &both, false, None),
+        ];
+        for (name, flags, in_cluster, expected) in table {
+            assert_eq!(choose_source(flags, in_cluster).ok(), expected, "{name}");
+        }
+    }
+}

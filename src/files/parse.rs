@@ -1,0 +1,307 @@
+//! Reads a file into domain changes. A file counts as a whole: one piece that cannot be read is a fault of the file,
+//! told by line and reason, and nothing of that version of the file is used.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+use super::split::{self, Identity, Piece, Shape};
+use crate::k8s::convert::{Convert, Converter};
+use crate::k8s::wire;
+use crate::model::{Change, ObjectName, Warning};
+
+/// A file above this size is refused: a directory of objects is not a place for disk images.
+const LARGEST_FILE: u64 = 256 << 20;
+/// From this many bytes a file is worth a second thread.
+const WORTH_A_THREAD: usize = 512 << 10;
+
+/// Why a file cannot be used, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// From 1; 0 when the fault is not in a line.
+    pub line: usize,
+    pub reason: String,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => f.write_str(&self.reason),
+            line => write!(f, "line {line}: {}", self.reason),
+        }
+    }
+}
+
+impl Fault {
+    fn new(line: usize, reason: impl Into<String>) -> Self {
+        Fault { line, reason: reason.into() }
+    }
+
+    /// `first` is the line of the file on which the parsed text begins.
+    pub fn json(error: &serde_json::Error, first: usize) -> Self {
+        let text = error.to_string();
+        let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason);
+        Fault::new(first + error.line().max(1) - 1, reason)
+    }
+
+    fn yaml(error: &serde_norway::Error, first: usize) -> Self {
+        let text = error.to_string();
+        let reason = text.split(" at line ").next().unwrap_or_default();
+        Fault::new(first + error.location().map_or(1, |l| l.line()) - 1, reason)
+    }
+}
+
+/// What an object is known by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Key {
+    Service(ObjectName),
+    Slice(ObjectName),
+    Node,
+}
+
+/// One object of a file.
+#[derive(Debug)]
+pub struct Object {
+    pub key: Key,
+    pub subject: String,
+    pub change: Change,
+    pub warnings: Vec<Warning>,
+}
+
+/// One piece of a file.
+#[derive(Debug)]
+pub struct Parsed {
+    pub hash: u64,
+    /// `None` for a piece whose hash is known already.
+    pub objects: Option<Vec<Object>>,
+}
+
+/// Reads the file at `path`; pieces with a `known` hash are not parsed.
+///
+/// # Errors
+/// `Ok(None)` when there is no such file (any more); a fault when it cannot be used.
+pub fn file(path: &Path, known: &HashSet<u64>, converter: &mut Converter) -> Result<Option<Vec<Parsed>>, Fault> {
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Fault::new(0, error.to_string())),
+    };
+    if !metadata.is_file() {
+        return Ok(None);
+    }
+    if metadata.len() > LARGEST_FILE {
+        return Err(Fault::new(0, format!("the file is larger than {} MiB", LARGEST_FILE >> 20)));
+    }
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Fault::new(0, error.to_string())),
+    };
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
+        Fault::new(line, "the text is not UTF-8")
+    })?;
+    let json = path.extension().is_some_and(|e| e == "json");
+    let pieces = split::split(&text, json)?;
+    parse_all(&pieces, text.len(), known, converter).map(Some)
+}
+
+/// Parses the pieces, on two threads when there is much of them.
+fn parse_all(
+    pieces: &[Piece<'_>],
+    bytes: usize,
+    known: &HashSet<u64>,
+    converter: &mut Converter,
+) -> Result<Vec<Parsed>, Fault> {
+    if bytes < WORTH_A_THREAD || pieces.len() < 2 {
+        return pieces.iter().map(|p| parse(p, known, converter)).collect();
+    }
+    let (front, back) = pieces.split_at(pieces.len() / 2);
+    let mut second = Converter::new(converter.settings().clone());
+    std::thread::scope(|scope| {
+        let back = scope.spawn(|| back.iter().map(|p| parse(p, known, &mut second)).collect::<Result<Vec<_>, _>>());
+        let mut all: Vec<Parsed> = front.iter().map(|p| parse(p, known, converter)).collect::<Result<_, _>>()?;
+        all.extend(back.join().map_err(|_| Fault::new(0, "the parser panicked"))??);
+        Ok(all)
+    })
+}
+
+fn parse(piece: &Piece<'_>, known: &HashSet<u64>, converter: &mut Converter) -> Result<Parsed, Fault> {
+    let hash = piece.hash();
+    let objects = match known.contains(&hash) {
+        true => None,
+        false => Some(objects(piece, converter)?),
+    };
+    Ok(Parsed { hash, objects })
+}
+
+/// The objects of a piece: one, none (another kind, another node), or those of a list that could not be cut.
+pub fn objects(piece: &Piece<'_>, converter: &mut Converter) -> Result<Vec<Object>, Fault> {
+    let probe;
+    let identity = match (split::identity(piece).filter(|_| piece.shape != Shape::Json), piece.listed) {
+        (Some(identity), _) => identity,
+        (None, listed) => {
+            probe = read::<Probe>(piece)?;
+            let default = listed.unwrap_or_default();
+            Identity {
+                api_version: probe.api_version.as_deref().unwrap_or(default.api_version),
+                kind: probe.kind.as_deref().unwrap_or(default.kind),
+            }
+        }
+    };
+    match (identity.api_version, identity.kind) {
+        ("v1", "Service") => one::<wire::Service>(piece, converter),
+        ("discovery.k8s.io/v1", "EndpointSlice") => one::<wire::EndpointSlice>(piece, converter),
+        ("v1", "Node") => one::<wire::Node>(piece, converter),
+        (_, kind) if split::is_list(kind) => uncut(piece, identity, converter),
+        ("", _) | (_, "") => {
+            Err(Fault::new(piece.line, "this is not a Kubernetes object: it has no apiVersion or no kind"))
+        }
+        (version, kind) => {
+            tracing::debug!(version, kind, "not a kind that kubelane reads: ignored");
+            Ok(Vec::new())
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Probe {
+    api_version: Option<String>,
+    kind: Option<String>,
+}
+
+fn read<T: DeserializeOwned>(piece: &Piece<'_>) -> Result<T, Fault> {
+    match piece.shape {
+        Shape::Yaml => serde_norway::from_str(piece.text).map_err(|e| Fault::yaml(&e, piece.line)),
+        Shape::YamlItem => {
+            serde_norway::from_str::<(T,)>(piece.text).map(|t| t.0).map_err(|e| Fault::yaml(&e, piece.line))
+        }
+        Shape::Json => serde_json::from_str(piece.text).map_err(|e| Fault::json(&e, piece.line)),
+    }
+}
+
+fn one<W: Convert + Keyed>(piece: &Piece<'_>, converter: &mut Converter) -> Result<Vec<Object>, Fault> {
+    object(read::<W>(piece)?, piece.line, converter).map(|object| object.into_iter().collect())
+}
+
+fn object<W: Convert + Keyed>(wire: W, line: usize, converter: &mut Converter) -> Result<Option<Object>, Fault> {
+    if wire.metadata().name.is_empty() {
+        return Err(Fault::new(line, format!("{} without metadata.name", W::KIND)));
+    }
+    let subject = W::subject(wire.metadata());
+    let key = W::key(converter.object_name(wire.metadata()));
+    let converted = wire.convert(converter);
+    Ok(converted.change.map(|change| Object { key, subject, change, warnings: converted.warnings }))
+}
+
+/// How an object is found again.
+trait Keyed {
+    fn key(name: ObjectName) -> Key;
+}
+
+impl Keyed for wire::Service {
+    fn key(name: ObjectName) -> Key {
+        Key::Service(name)
+    }
+}
+
+impl Keyed for wire::EndpointSlice {
+    fn key(name: ObjectName) -> Key {
+        Key::Slice(name)
+    }
+}
+
+impl Keyed for wire::Node {
+    fn key(_: ObjectName) -> Key {
+        Key::Node
+    }
+}
+
+/// A list that was not cut (flow style, anchors): its entries pass one by one, and no more than one is kept as a value.
+fn uncut(piece: &Piece<'_>, list: Identity<'_>, converter: &mut Converter) -> Result<Vec<Object>, Fault> {
+    let mut entries = Entries { line: piece.line, list, converter, objects: Vec::new(), fault: None };
+    let result = match piece.shape {
+        Shape::Json => Err(Fault::new(piece.line, "a list inside a list")),
+        _ => (&mut entries)
+            .deserialize(serde_norway::Deserializer::from_str(piece.text))
+            .map_err(|e| Fault::yaml(&e, piece.line)),
+    };
+    match entries.fault {
+        Some(fault) => Err(fault),
+        None => result.map(|()| entries.objects),
+    }
+}
+
+/// Walks a list document to its items, and through them.
+struct Entries<'a> {
+    line: usize,
+    list: Identity<'a>,
+    converter: &'a mut Converter,
+    objects: Vec<Object>,
+    fault: Option<Fault>,
+}
+
+impl Entries<'_> {
+    fn take(&mut self, value: serde_norway::Value) -> Result<(), Fault> {
+        let text = |key: &str| value.get(key).and_then(|v| v.as_str()).map(str::to_owned);
+        let default = self.list.kind.strip_suffix("List").unwrap_or_default().to_owned();
+        let version = text("apiVersion").unwrap_or_else(|| self.list.api_version.to_owned());
+        let object = match (version.as_str(), text("kind").unwrap_or(default).as_str()) {
+            ("v1", "Service") => object(self.value::<wire::Service>(value)?, self.line, self.converter)?,
+            ("discovery.k8s.io/v1", "EndpointSlice") => {
+                object(self.value::<wire::EndpointSlice>(value)?, self.line, self.converter)?
+            }
+            ("v1", "Node") => object(self.value::<wire::Node>(value)?, self.line, self.converter)?,
+            _ => None,
+        };
+        self.objects.extend(object);
+        Ok(())
+    }
+
+    fn value<W: DeserializeOwned>(&self, value: serde_norway::Value) -> Result<W, Fault> {
+        serde_norway::from_value(value).map_err(|e| Fault::yaml(&e, self.line))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for &mut Entries<'_> {
+    type Value = ();
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Entries<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of objects")
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            match key.as_str() {
+                "items" => map.next_value_seed(&mut *self)?,
+                _ => map.next_value::<IgnoredAny>().map(|_| ())?,
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while let Some(value) = seq.next_element::<serde_norway::Value>()? {
+            if let Err(fault) = self.take(value) {
+                self.fault.get_or_insert(fault);
+            }
+        }
+        Ok(())
+    }
+}

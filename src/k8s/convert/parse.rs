@@ -1,0 +1,114 @@
+//! Scalars as the API writes them: addresses, CIDRs, ports, protocols, times.
+
+use k8s_openapi::jiff::Timestamp;
+
+use super::wire::{Number, quoted};
+use crate::model::{Family, IpRange, Ipx, Protocol};
+
+/// The longest name of a namespace, a Service or a port (a DNS label, RFC 1123).
+const LONGEST_NAME: usize = 63;
+
+/// A name that can stand in `namespace/name:port`. The API server's own rules are stricter; a directory has none.
+pub fn name(text: &str) -> Result<(), String> {
+    let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':');
+    match text.chars().find(|c| odd(*c)) {
+        Some(c) => Err(format!("{} is not a name: it has a {c:?}", quoted(text))),
+        None if text.len() > LONGEST_NAME => {
+            Err(format!("{} is not a name: it is longer than {LONGEST_NAME} bytes", quoted(text)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// An address literal. IPv4 octets with leading zeros are refused (octal or decimal? CVE-2021-29923), and so are
+/// scoped IPv6 addresses: both are what the standard library does.
+pub fn ip(text: &str) -> Result<Ipx, String> {
+    text.parse().map_err(|_| format!("{} is not an IP address", quoted(text)))
+}
+
+/// An address that may stand in a frontend. The wildcard is taken by node ports, and loopback and multicast are not
+/// service addresses (the API server's own rule for externalIPs).
+pub fn virtual_ip(text: &str) -> Result<Ipx, String> {
+    let address = ip(text)?;
+    let std = address.to_ip();
+    match std.is_unspecified() || std.is_loopback() || std.is_multicast() {
+        true => Err(format!("{} is an unspecified, loopback or multicast address", quoted(text))),
+        false => Ok(address),
+    }
+}
+
+/// A CIDR with blanks around it; host bits are cleared.
+pub fn cidr(text: &str) -> Result<IpRange, String> {
+    let bad = || format!("{} is not a CIDR", quoted(text));
+    let (address, length) = text.trim().split_once('/').ok_or_else(bad)?;
+    let address = ip(address).map_err(|_| bad())?;
+    if length.is_empty() || !length.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(bad());
+    }
+    let prefix: u8 = length.parse().map_err(|_| bad())?;
+    let mapped = match address.family() {
+        Family::Ipv4 if prefix <= 32 => prefix + 96,
+        Family::Ipv6 if prefix <= 128 => prefix,
+        _ => return Err(bad()),
+    };
+    let mask = u128::MAX.checked_shl(128 - u32::from(mapped)).unwrap_or(0);
+    Ok(IpRange { ip: Ipx((u128::from_be_bytes(address.0) & mask).to_be_bytes()), prefix })
+}
+
+/// A port in 1..=65535.
+pub fn port(number: &Number) -> Result<u16, String> {
+    match number {
+        Number::Is(number @ 1..=65_535) => Ok(*number as u16),
+        other => Err(format!("{other} is not a port (1 to 65535)")),
+    }
+}
+
+/// A transport protocol; the API's default is TCP.
+pub fn protocol(text: Option<&str>) -> Result<Protocol, String> {
+    match text.unwrap_or("TCP") {
+        "TCP" | "" => Ok(Protocol::Tcp),
+        "UDP" => Ok(Protocol::Udp),
+        "SCTP" => Ok(Protocol::Sctp),
+        other => Err(format!("{} is not a protocol (TCP, UDP or SCTP)", quoted(other))),
+    }
+}
+
+/// RFC 3339, as Unix time.
+pub fn time(text: &str) -> Result<Timestamp, String> {
+    text.parse().map_err(|_| format!("{} is not an RFC 3339 time", quoted(text)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_bits_of_a_range_are_cleared_and_blanks_trimmed() {
+        for (text, ip, prefix) in [
+            ("198.51.100.7/24", "198.51.100.0", 24),
+            (" 203.0.113.0/24 ", "203.0.113.0", 24),
+            ("2001:db8:1::1/48", "2001:db8:1::", 48),
+            ("0.0.0.0/0", "0.0.0.0", 0),
+            ("::/0", "::", 0),
+            ("192.0.2.1/32", "192.0.2.1", 32),
+            ("2001:db8::1/128", "2001:db8::1", 128),
+        ] {
+            let expected = IpRange { ip: ip.parse().unwrap(), prefix };
+            assert_eq!(cidr(text).unwrap(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_range_is_refused() {
+        for text in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0.0/", "010.0.0.0/8", "::/129", "a/8"] {
+            assert!(cidr(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn octets_with_leading_zeros_are_not_addresses() {
+        for text in ["010.0.0.1", "10.00.0.1", "1.2.3", "fe80::1%eth0", "10.0.0.256", " 10.0.0.1"] {
+            assert!(ip(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What kube's watcher leaves open, closed one layer below it: a deadline for the answer to begin, one for silence in
+//! the middle of an answer, and a pace for watches that end as soon as they were opened (the watcher would open them
+//! again at once, for ever). Bookmarks pass here too, so this is where a quiet watch shows that it lives.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use futures::{Stream, StreamExt};
+use http::{Request, Response};
+use kube::client::Body as KubeBody;
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::backoff::Backoff;
+use super::status::WatchState;
+
+/// The API server starts to answer a list or a watch in this time, or the request counts as failed.
+const ANSWER: Duration = Duration::from_secs(30);
+/// The longest silence inside a list.
+const LIST_SILENCE: Duration = Duration::from_secs(30);
+/// The longest silence of a watch. Bookmarks come about once a minute, so two minutes without one is a dead connection
+/// (or a server without bookmarks); the watch is then opened again where it was, which costs one request.
+const WATCH_SILENCE: Duration = Duration::from_secs(120);
+/// A watch that ends sooner than this after it was opened counts as a failure.
+const TOO_SHORT: Duration = Duration::from_secs(5);
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// `client` with the deadlines and the pace of one watch.
+pub fn guarded(client: kube::Client, state: Arc<WatchState>) -> kube::Client {
+    let pace = Arc::new(Mutex::new(Pace::default()));
+    let service = tower::service_fn(move |request: Request<KubeBody>| {
+        let (client, state, pace) = (client.clone(), state.clone(), pace.clone());
+        async move { send(client, request, state, pace).await }
+    });
+    kube::Client::new(service, "default")
+}
+
+async fn send(
+    client: kube::Client,
+    request: Request<KubeBody>,
+    state: Arc<WatchState>,
+    pace: Arc<Mutex<Pace>>,
+) -> Result<Response<Body>, BoxError> {
+    let watch = request.uri().query().is_some_and(|q| q.split('&').any(|p| p == "watch=true"));
+    if watch {
+        let not_before = pace.lock().unwrap_or_else(PoisonError::into_inner).not_before;
+        if let Some(instant) = not_before {
+            tokio::time::sleep_until(instant).await;
+        }
+    }
+    let response = match tokio::time::timeout(ANSWER, client.send(request)).await {
+        Ok(response) => response?,
+        Err(_) => return Err(format!("no answer in {} s", ANSWER.as_secs()).into()),
+    };
+    let success = response.status().is_success();
+    let (parts, body) = response.into_parts();
+    let body = Body::new(body).into_data_stream().map(|chunk| chunk.map_err(BoxError::from));
+    let body = match watch && success {
+        true => Body::from_stream(watched(body, Watch { opened: Instant::now(), state, pace })),
+        false => Body::from_stream(impatient(body)),
+    };
+    Ok(Response::from_parts(parts, body))
+}
+
+/// The body of a list or of an error: silence in the middle is an error.
+fn impatient(
+    body: impl Stream<Item = Result<Bytes, BoxError>> + Send + Unpin,
+) -> impl Stream<Item = Result<Bytes, BoxError>> + Send {
+    futures::stream::unfold(body, |mut body| async {
+        match tokio::time::timeout(LIST_SILENCE, body.next()).await {
+            Ok(chunk) => chunk.map(|c| (c, body)),
+            Err(_) => {
+                let error = format!("the answer broke off: nothing for {} s", LIST_SILENCE.as_secs());
+                Some((Err(error.into()), body))
+            }
+        }
+    })
+}
+
+/// One open watch.
+struct Watch {
+    opened: Instant,
+    state: Arc<WatchState>,
+    pace: Arc<Mutex<Pace>>,
+}
+
+/// The body of a watch: silence and breaks are its end, and the watcher resumes from the last version that it saw.
+fn watched(
+    body: impl Stream<Item = Result<Bytes, BoxError>> + Send + Unpin,
+    watch: Watch,
+) -> impl Stream<Item = Result<Bytes, BoxError>> + Send {
+    futures::stream::unfold((body, watch), |(mut body, watch)| async {
+        let chunk = match tokio::time::timeout(WATCH_SILENCE, body.next()).await {
+            Ok(chunk) => chunk,
+            Err(_) => {
+                tracing::debug!("watch silent for {} s: opening it again", WATCH_SILENCE.as_secs());
+                None
+            }
+        };
+        match chunk {
+            Some(Ok(bytes)) => {
+                if watch.opened.elapsed() >= TOO_SHORT {
+                    watch.state.heard();
+                }
+                Some((Ok(bytes), (body, watch)))
+            }
+            Some(Err(error)) => {
+                watch.ended(Some(error));
+                None
+            }
+            None => {
+                watch.ended(None);
+                None
+            }
+        }
+    })
+}
+
+impl Watch {
+    /// Notes how the watch ended. One that ended early delays the next, and twice in a row is worth telling.
+    fn ended(&self, error: Option<BoxError>) {
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.opened.elapsed() >= TOO_SHORT {
+            *pace = Pace::default();
+            return;
+        }
+        pace.short += 1;
+        pace.not_before = Some(Instant::now() + pace.backoff.next());
+        if pace.short < 2 {
+            return;
+        }
+        let problem = "watches end as soon as they are opened";
+        if self.state.failed(problem) {
+            let error = error.map(|e| e.to_string()).unwrap_or_default();
+            warn!(error, "{problem}; retrying: look at the API server and at proxies in front of it");
+        }
+    }
+}
+
+/// When the next watch may be opened.
+#[derive(Default)]
+struct Pace {
+    short: u32,
+    not_before: Option<Instant>,
+    backoff: Backoff,
+}

@@ -1,0 +1,89 @@
+//! What an error of the API server means to the person who has to mend it.
+
+use kube::runtime::watcher::Error;
+
+use crate::chain::chain;
+
+/// An error, explained.
+pub struct Trouble {
+    /// Stable while the trouble is the same: told once.
+    pub what: String,
+    /// What the server said, or the error in full.
+    pub detail: String,
+    pub remedy: &'static str,
+    /// The version is too old (410): not a failure, the list is made again.
+    pub expired: bool,
+}
+
+/// The server understood the request for a streaming list and will not have it (feature gate off, or too old).
+pub fn refuses_streaming(error: &Error) -> bool {
+    matches!(error, Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
+}
+
+pub fn explain(error: &Error) -> Trouble {
+    let code = code(error);
+    let (what, remedy) = match code {
+        Some(401) => (
+            "the API server does not know us (401 Unauthorized)",
+            "check the service account token or the kubeconfig's credentials",
+        ),
+        Some(403) => (
+            "the API server forbids the watch (403 Forbidden)",
+            "apply manifests/rbac.yaml: kubelane may have to list and watch services, endpointslices.discovery.k8s.io and nodes",
+        ),
+        Some(404) => (
+            "the API server does not have this resource (404 Not Found)",
+            "check the server's address; discovery.k8s.io/v1 needs Kubernetes 1.21",
+        ),
+        Some(400 | 422) => (
+            "the API server refuses the request (400 Bad Request)",
+            "the server is too old or is not a Kubernetes API server",
+        ),
+        Some(410) => ("the watch is too old", "the list is made again"),
+        Some(429) => ("the API server is overloaded (429 Too Many Requests)", "it will be asked less often"),
+        Some(500..) => ("the API server fails (5xx)", "look at its logs, and at etcd"),
+        _ => transport(error),
+    };
+    Trouble { what: what.to_owned(), detail: detail(error), remedy, expired: code == Some(410) }
+}
+
+fn code(error: &Error) -> Option<u16> {
+    match error {
+        Error::WatchError(status) => Some(status.code),
+        Error::InitialListFailed(kube::Error::Api(status))
+        | Error::WatchStartFailed(kube::Error::Api(status))
+        | Error::WatchFailed(kube::Error::Api(status)) => Some(status.code),
+        _ => None,
+    }
+}
+
+fn transport(error: &Error) -> (&'static str, &'static str) {
+    match error {
+        Error::NoResourceVersion => {
+            ("an object without a resourceVersion arrived", "the server is not a Kubernetes API server")
+        }
+        Error::InitialListFailed(kube::Error::SerdeError(_)) | Error::WatchFailed(kube::Error::SerdeError(_)) => {
+            ("the API server's answer cannot be read", "look at proxies in front of the API server")
+        }
+        Error::InitialListFailed(kube::Error::Auth(_)) | Error::WatchStartFailed(kube::Error::Auth(_)) => {
+            ("no credentials for the API server", "check the service account token or the kubeconfig's credentials")
+        }
+        Error::WatchFailed(_) => ("the watch broke off", "look at the network between this node and the API server"),
+        _ => ("the API server cannot be reached", "check its address, and the network between this node and it"),
+    }
+}
+
+/// What the server said, or the error with its causes, each once.
+fn detail(error: &Error) -> String {
+    match error {
+        Error::WatchError(status)
+        | Error::InitialListFailed(kube::Error::Api(status))
+        | Error::WatchStartFailed(kube::Error::Api(status))
+        | Error::WatchFailed(kube::Error::Api(status))
+            if !status.message.is_empty() =>
+        {
+            status.message.clone()
+        }
+        _ => chain(error),
+    }
+}

@@ -1,0 +1,117 @@
+//! Which of the node's addresses serve NodePorts: `--nodeport-addresses`, as a pure function.
+
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+
+use crate::model::{Family, Ipx};
+
+/// The value of `--nodeport-addresses`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// Every address of the node.
+    #[default]
+    All,
+    /// The first InternalIP of each family of the Node object.
+    Primary,
+    /// Addresses inside one of these. As in kube-proxy, a family with no range in the list is not restricted.
+    Ranges(Vec<IpNet>),
+}
+
+impl NodePortAddresses {
+    /// Picks from `bound` (the node's addresses) those that serve NodePorts. Link-local addresses never do: they mean
+    /// nothing outside their link. `internal_ips` are the Node object's, in its order; while they are not known,
+    /// `Primary` serves all.
+    pub fn select(&self, bound: &[Ipx], internal_ips: &[Ipx]) -> Vec<Ipx> {
+        let mut picked: Vec<Ipx> = bound.iter().copied().filter(|ip| !is_link_local(*ip)).collect();
+        match self {
+            NodePortAddresses::All => {}
+            NodePortAddresses::Primary => {
+                let primary = primary_of_each_family(internal_ips);
+                if !primary.is_empty() {
+                    picked.retain(|ip| primary.contains(ip));
+                }
+            }
+            NodePortAddresses::Ranges(ranges) => picked.retain(|ip| in_ranges(ranges, ip.to_ip())),
+        }
+        picked
+    }
+}
+
+impl FromStr for NodePortAddresses {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = text.trim();
+        match text {
+            "" => return Ok(NodePortAddresses::All),
+            "primary" => return Ok(NodePortAddresses::Primary),
+            _ => {}
+        }
+        let parse = |part: &str| {
+            part.trim().parse::<IpNet>().map(|net| net.trunc()).map_err(|_| {
+                format!("{:?} is not a CIDR; allowed are `primary` or CIDRs separated by commas, such as 10.0.0.0/8,fd00::/8", part.trim())
+            })
+        };
+        Ok(NodePortAddresses::Ranges(text.split(',').map(parse).collect::<Result<_, _>>()?))
+    }
+}
+
+fn primary_of_each_family(internal_ips: &[Ipx]) -> Vec<Ipx> {
+    let first = |family| internal_ips.iter().copied().find(|ip| ip.family() == family);
+    [Family::Ipv4, Family::Ipv6].into_iter().filter_map(first).collect()
+}
+
+fn in_ranges(ranges: &[IpNet], ip: IpAddr) -> bool {
+    let mut of_family = ranges.iter().filter(|net| net.addr().is_ipv4() == ip.is_ipv4()).peekable();
+    of_family.peek().is_none() || of_family.any(|net| net.contains(&ip))
+}
+
+fn is_link_local(ip: Ipx) -> bool {
+    match ip.to_ip() {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ips(text: &str) -> Vec<Ipx> {
+        text.split_whitespace().map(|t| t.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn node_ports_are_served_where_the_flag_says() {
+        let bound = "10.0.0.5 10.0.0.6 169.254.20.10 192.168.1.1 fd00::5 fe80::1";
+        let node = "10.0.0.6 10.0.0.5 fd00::5 fd00::6";
+        let table = [
+            ("", node, "10.0.0.5 10.0.0.6 192.168.1.1 fd00::5"),
+            ("primary", node, "10.0.0.6 fd00::5"),
+            ("primary", "10.0.0.5", "10.0.0.5"),
+            // The Node object is not known yet.
+            ("primary", "", "10.0.0.5 10.0.0.6 192.168.1.1 fd00::5"),
+            // A family without a range is not restricted (kube-proxy).
+            ("192.168.0.0/16", node, "192.168.1.1 fd00::5"),
+            ("10.0.0.5/32, fd00::6/128", node, "10.0.0.5"),
+            // Host bits are ignored.
+            ("10.0.0.77/24,fd99::/16", node, "10.0.0.5 10.0.0.6"),
+            // A range cannot bring link-local addresses back.
+            ("169.254.0.0/16,fe80::/10", node, ""),
+        ];
+        for (flag, internal, expected) in table {
+            let selection: NodePortAddresses = flag.parse().unwrap();
+            assert_eq!(selection.select(&ips(bound), &ips(internal)), ips(expected), "{flag:?} with Node {internal:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_neither_primary_nor_a_cidr_is_refused_by_name() {
+        for bad in ["Primary", "10.0.0.1", "10.0.0.0/33", "10.0.0.0/8,", "primary,10.0.0.0/8"] {
+            let error = bad.parse::<NodePortAddresses>().unwrap_err();
+            assert!(error.contains("is not a CIDR") && error.contains("primary"), "{bad}: {error}");
+        }
+    }
+}

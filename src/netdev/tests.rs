@@ -1,0 +1,107 @@
+//! Real addresses in a network namespace that the test makes (root only; said aloud otherwise).
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, unshare};
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::{Handle, LinkBridge};
+use tokio::time::timeout;
+
+use super::*;
+
+/// Runs `body` on a thread with a network namespace of its own, which goes when the thread ends.
+fn in_new_namespace<F: Future<Output = ()> + 'static>(body: fn(Handle) -> F) {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: needs root: it makes a network namespace");
+        return;
+    }
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection().unwrap();
+            tokio::spawn(connection);
+            timeout(Duration::from_secs(20), body(handle)).await.expect("the test ends in time");
+        });
+    });
+    thread.join().unwrap();
+}
+
+async fn add_bridge(handle: &Handle, name: &str) -> u32 {
+    handle.link().add(LinkBridge::new(name).up().build()).execute().await.unwrap();
+    let mut links = handle.link().get().match_name(name).execute();
+    links.try_next().await.unwrap().unwrap().header.index
+}
+
+async fn add(handle: &Handle, device: u32, address: &str) {
+    let ip: IpAddr = address.parse().unwrap();
+    // Host prefixes: with a shared subnet, removing the first IPv4 address takes the others with it.
+    handle.address().add(device, ip, if ip.is_ipv4() { 32 } else { 128 }).execute().await.unwrap();
+}
+
+async fn remove(handle: &Handle, address: &str) {
+    let ip: Ipx = address.parse().unwrap();
+    let all: Vec<AddressMessage> = handle.address().get().execute().try_collect().await.unwrap();
+    let message = all.into_iter().find(|m| own_address(m) == Some(ip)).expect("the address is there");
+    assert_ne!(message.header.family, AddressFamily::Unspec);
+    handle.address().del(message).execute().await.unwrap();
+}
+
+/// Waits until the channel holds exactly these, link-local ones aside (bridges make them when they please).
+async fn expect(receiver: &mut watch::Receiver<Vec<Ipx>>, expected: &str) {
+    let mut expected: Vec<Ipx> = expected.split_whitespace().map(|t| t.parse().unwrap()).collect();
+    expected.sort_unstable();
+    let matches = |known: &Vec<Ipx>| NodePortAddresses::All.select(known, &[]) == expected;
+    let waited = timeout(Duration::from_secs(5), receiver.wait_for(matches)).await.map(|r| r.map(|_| ()));
+    assert!(waited.is_ok_and(|r| r.is_ok()), "expected {expected:?}, got {:?}", *receiver.borrow());
+}
+
+#[test]
+fn addresses_of_the_namespace_are_followed_while_they_come_and_go() {
+    in_new_namespace(|handle| async move {
+        let lan = add_bridge(&handle, "lan0").await;
+        add(&handle, lan, "192.0.2.5").await;
+        let mut receiver = watch().await.unwrap();
+        expect(&mut receiver, "192.0.2.5").await;
+
+        add(&handle, lan, "192.0.2.7").await;
+        add(&handle, lan, "2001:db8::5").await;
+        expect(&mut receiver, "192.0.2.5 192.0.2.7 2001:db8::5").await;
+
+        remove(&handle, "192.0.2.5").await;
+        expect(&mut receiver, "192.0.2.7 2001:db8::5").await;
+
+        handle.link().del(lan).execute().await.unwrap();
+        expect(&mut receiver, "").await;
+    });
+}
+
+#[test]
+fn loopback_addresses_and_the_ipvs_device_are_left_out() {
+    in_new_namespace(|handle| async move {
+        let mut receiver = watch().await.unwrap();
+        let ipvs = add_bridge(&handle, IPVS_DEVICE).await;
+        add(&handle, ipvs, "10.96.0.1").await;
+        add(&handle, 1, "127.0.0.99").await;
+        // An address on lo that is not a loopback address is the node's (BGP hosts announce such ones).
+        add(&handle, 1, "198.51.100.1").await;
+        expect(&mut receiver, "198.51.100.1").await;
+    });
+}
+
+#[test]
+fn many_changes_at_once_end_in_the_right_set() {
+    in_new_namespace(|handle| async move {
+        let lan = add_bridge(&handle, "lan0").await;
+        let mut receiver = watch().await.unwrap();
+        for last in 1..=250 {
+            add(&handle, lan, &format!("192.0.2.{last}")).await;
+        }
+        for last in 1..=248 {
+            remove(&handle, &format!("192.0.2.{last}")).await;
+        }
+        expect(&mut receiver, "192.0.2.249 192.0.2.250").await;
+    });
+}

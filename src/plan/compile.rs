@@ -1,0 +1,245 @@
+//! What one Service asks of the kernel, as a pure function of the Service, its EndpointSlices and where this node is.
+//! This is the only definition of the desired state; ids and places are added by `layout`.
+
+use std::sync::Arc;
+
+use super::select::{Candidate, Place, merge_duplicates, select};
+use super::warnings::service_warning;
+use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
+use crate::abi::frontend_flag::{
+    FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_PORT,
+};
+use crate::abi::pool_empty::{EMPTY_DROP, EMPTY_REFUSE};
+use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
+use crate::abi::{FrontendKey, backend_flag, backend_state};
+use crate::model::{Family, Ipx, Protocol, Service, ServicePort, Slice, SocketAddrx, TrafficPolicy, Warning};
+use crate::table::HashSet;
+
+/// What all Services are compiled against.
+#[derive(Clone, Copy, Debug)]
+pub struct Context<'a> {
+    pub place: Place<'a>,
+    /// Addresses bound on this node's own devices: a cluster IP among them is left alone (a node-local DNS cache).
+    pub bound: &'a HashSet<Ipx>,
+}
+
+/// One Service's share of the maps, without ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compiled {
+    /// As `Service::created`.
+    pub created: i64,
+    pub ports: Vec<CompiledPort>,
+    /// Bits of `abi::address_flag`, sorted by address.
+    pub addresses: Vec<(Ipx, u32)>,
+    pub warnings: Vec<Warning>,
+}
+
+/// One Service port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompiledPort {
+    pub name: Arc<str>,
+    pub protocol: Protocol,
+    /// 0: no affinity.
+    pub affinity_seconds: u32,
+    /// Every endpoint that deserves a backend row, sorted by address and port.
+    pub endpoints: Vec<CompiledEndpoint>,
+    /// Sorted by key.
+    pub frontends: Vec<CompiledFrontend>,
+}
+
+/// An endpoint with the fields of its backend row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompiledEndpoint {
+    pub at: SocketAddrx,
+    /// One of `abi::backend_state`, never gone.
+    pub state: u8,
+    /// Bits of `abi::pool_member`.
+    pub pools: u8,
+    /// Bits of `abi::backend_flag`.
+    pub flags: u8,
+}
+
+/// A frontend; its pools are named by the set, the family is that of the key's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompiledFrontend {
+    pub key: FrontendKey,
+    /// Bits of `abi::frontend_flag`.
+    pub flags: u8,
+    pub inside: PoolUse,
+    pub outside: PoolUse,
+}
+
+/// Which set a frontend uses, and what a client gets when it is empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolUse {
+    /// One of `abi::pool_member`.
+    pub member: u8,
+    /// One of `abi::pool_empty`.
+    pub on_empty: u8,
+}
+
+/// Compiles one Service. `slices` are its EndpointSlices; their order decides nothing.
+pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compiled {
+    let mut warnings = Vec::new();
+    let mut ports: Vec<CompiledPort> = Vec::with_capacity(service.ports.len());
+    for port in &service.ports {
+        if ports.iter().any(|p| p.name == port.name) {
+            warnings.push(format!("port {}: another port has this name already: left out", port_label(port)));
+            continue;
+        }
+        if port.protocol == Protocol::Sctp {
+            warnings.push(format!("port {}: SCTP is not served yet", port_label(port)));
+        }
+        if names_no_slice_port(port, slices) {
+            let protocol = port.protocol.as_str();
+            warnings.push(format!(
+                "Service port {}: no EndpointSlice has a {protocol} port of that name",
+                port_label(port)
+            ));
+        }
+        ports.push(compile_port(service, port, slices, context));
+    }
+    let warnings = warnings.into_iter().map(|message| service_warning(&service.name, message)).collect();
+    Compiled { created: service.created, ports, addresses: addresses(service, context), warnings }
+}
+
+fn port_label(port: &ServicePort) -> String {
+    if port.name.is_empty() { port.port.to_string() } else { port.name.to_string() }
+}
+
+/// Slices without endpoints say nothing about ports, so that an empty Service is not warned of.
+fn names_no_slice_port(port: &ServicePort, slices: &[&Slice]) -> bool {
+    let mut speaking = slices.iter().filter(|s| !s.endpoints.is_empty()).peekable();
+    speaking.peek().is_some()
+        && !speaking.any(|s| s.ports.iter().any(|p| p.name == port.name && p.protocol == port.protocol))
+}
+
+/// The cluster IPs that kubelane serves on this node.
+fn cluster_ips<'a>(service: &'a Service, context: Context<'a>) -> impl Iterator<Item = Ipx> + 'a {
+    service.cluster_ips.iter().copied().filter(move |ip| !context.bound.contains(ip))
+}
+
+fn addresses(service: &Service, context: Context) -> Vec<(Ipx, u32)> {
+    let vips = service.external_ips.iter().chain(&service.load_balancer_ips).map(|ip| (*ip, ADDRESS_SERVICE_VIP));
+    let mut all: Vec<(Ipx, u32)> =
+        cluster_ips(service, context).map(|ip| (ip, ADDRESS_CLUSTER_IP)).chain(vips).collect();
+    all.sort_unstable();
+    all.dedup_by(|next, kept| {
+        let same = next.0 == kept.0;
+        kept.1 |= if same { next.1 } else { 0 };
+        same
+    });
+    all
+}
+
+fn compile_port(service: &Service, port: &ServicePort, slices: &[&Slice], context: Context) -> CompiledPort {
+    let mut frontends = frontends(service, port, context);
+    let mut endpoints = Vec::new();
+    for family in [Family::Ipv4, Family::Ipv6] {
+        let mut every_ip = service.cluster_ips.iter().chain(&service.external_ips).chain(&service.load_balancer_ips);
+        if !every_ip.any(|ip| ip.family() == family) {
+            continue;
+        }
+        let of_family = |f: &&mut CompiledFrontend| f.key.ip().family() == family;
+        let needed = frontends.iter_mut().filter(of_family).fold(0, |set, f| set | f.inside.member | f.outside.member);
+        let first = endpoints.len();
+        compile_endpoints(port, slices, family, context.place, needed, &mut endpoints);
+
+        // Endpoints elsewhere are enough for a drop: a load balancer moves on, where a refusal would reach the client.
+        let local_is_empty = endpoints[first..].iter().all(|e| u32::from(e.pools) & POOL_LOCAL == 0);
+        let on_empty = if local_is_empty && endpoints.len() > first { EMPTY_DROP } else { EMPTY_REFUSE };
+        for frontend in frontends.iter_mut().filter(of_family) {
+            for pool in [&mut frontend.inside, &mut frontend.outside] {
+                if u32::from(pool.member) == POOL_LOCAL {
+                    pool.on_empty = on_empty as u8;
+                }
+            }
+        }
+    }
+    endpoints.sort_unstable_by_key(|e| e.at);
+    let affinity_seconds = service.affinity_seconds.unwrap_or(0);
+    CompiledPort { name: port.name.clone(), protocol: port.protocol, affinity_seconds, endpoints, frontends }
+}
+
+/// The frontends of one port, sorted by key. One address in two roles is one frontend with both flags: the first role
+/// (cluster IP before the others) decides for clients on this node, the last for packets from the wire.
+fn frontends(service: &Service, port: &ServicePort, context: Context) -> Vec<CompiledFrontend> {
+    let pool = |policy| {
+        let member = if policy == TrafficPolicy::Local { POOL_LOCAL } else { POOL_CLUSTER };
+        PoolUse { member: member as u8, on_empty: EMPTY_REFUSE as u8 }
+    };
+    let internal = pool(service.internal_policy);
+    let (cluster, external) = (pool(TrafficPolicy::Cluster), pool(service.external_policy));
+    let mut all = Vec::new();
+    let mut add = |ip: Ipx, number: u16, flag: u32, inside: PoolUse, outside: PoolUse| {
+        all.push(CompiledFrontend {
+            key: FrontendKey::new(ip, number, port.protocol),
+            flags: flag as u8,
+            inside,
+            outside,
+        });
+    };
+    for ip in cluster_ips(service, context) {
+        add(ip, port.port, FRONTEND_CLUSTER_IP, internal, internal);
+    }
+    for ip in &service.external_ips {
+        add(*ip, port.port, FRONTEND_EXTERNAL_IP, cluster, external);
+    }
+    for ip in &service.load_balancer_ips {
+        add(*ip, port.port, FRONTEND_LOAD_BALANCER, cluster, external);
+    }
+    if port.node_port != 0 {
+        for family in [Family::Ipv4, Family::Ipv6] {
+            if service.cluster_ips.iter().any(|ip| ip.family() == family) {
+                add(Ipx::any(family), port.node_port, FRONTEND_NODE_PORT, cluster, external);
+            }
+        }
+    }
+    all.sort_by_key(|f| f.key);
+    all.dedup_by(|next, kept| {
+        let same = next.key == kept.key;
+        if same {
+            kept.flags |= next.flags;
+            kept.outside = next.outside;
+        }
+        same
+    });
+    all
+}
+
+/// Adds the usable endpoints of one family.
+fn compile_endpoints(
+    port: &ServicePort,
+    slices: &[&Slice],
+    family: Family,
+    place: Place,
+    needed: u8,
+    into: &mut Vec<CompiledEndpoint>,
+) {
+    let mut candidates = Vec::with_capacity(slices.iter().map(|s| s.endpoints.len()).sum());
+    for slice in slices {
+        for target in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
+            for endpoint in slice.endpoints.iter().filter(|e| e.ip.family() == family) {
+                candidates.push(Candidate {
+                    at: SocketAddrx { ip: endpoint.ip, port: target.port },
+                    ready: endpoint.ready,
+                    serving: endpoint.serving,
+                    terminating: endpoint.terminating,
+                    node_local: endpoint.node.as_deref() == Some(place.node),
+                    hints: endpoint.hints.as_deref(),
+                });
+            }
+        }
+    }
+    merge_duplicates(&mut candidates);
+    let sets = select(&candidates, place, needed.into());
+    into.extend(candidates.iter().zip(sets).filter(|(c, _)| c.is_usable()).map(|(candidate, pools)| {
+        let state = if candidate.ready { backend_state::BACKEND_ACTIVE } else { backend_state::BACKEND_TERMINATING };
+        let flags = if candidate.node_local { backend_flag::BACKEND_NODE_LOCAL } else { 0 };
+        CompiledEndpoint { at: candidate.at, state: state as u8, pools, flags: flags as u8 }
+    }));
+}
+
+#[cfg(test)]
+#[path = "compile_tests.rs"]
+mod tests;

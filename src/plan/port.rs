@@ -1,0 +1,222 @@
+//! One Service port in the kernel: which backend ids its endpoints have, which pools they stand in, and what it has
+//! left behind and may give back once nothing in the kernel leads there.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::compile::{CompiledEndpoint, CompiledFrontend, CompiledPort, PoolUse};
+use super::pool::Pool;
+use super::tables::{Space, is_gone};
+use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
+use crate::abi::{self, Backend, Frontend, ServiceName};
+use crate::model::{Family, ObjectName, Protocol, SocketAddrx};
+
+/// An endpoint and its backend id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    pub at: SocketAddrx,
+    pub id: u32,
+    /// Bits of `abi::pool_member`.
+    pub pools: u8,
+}
+
+/// A Service port with the id that is its index in `Layout`.
+#[derive(Debug)]
+pub struct Port {
+    pub service: ObjectName,
+    pub name: Arc<str>,
+    /// Unknown only after adoption, when no row told.
+    pub protocol: Option<Protocol>,
+    /// As `Service::created`. Of an adopted port not yet compiled: before all others, so that it keeps what it has.
+    pub created: i64,
+    pub affinity_seconds: u32,
+    /// Sorted by address and port.
+    pub tenants: Vec<Tenant>,
+    /// By [`pool_index`].
+    pub pools: [Pool; 4],
+    /// Sorted by key. Those it does not own (contested) included.
+    pub frontends: Vec<CompiledFrontend>,
+    /// Backends to be marked gone, or so marked and not yet resting.
+    pub leaving: Vec<Tenant>,
+    /// Regions that a frontend may still lead to.
+    pub retired: Vec<Range<u32>>,
+    /// What did not fit.
+    pub short: Shortage,
+    /// The Service port is no more; only what it leaves behind is left.
+    pub removed: bool,
+}
+
+/// What did not fit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shortage {
+    pub backends: usize,
+    pub slots: usize,
+}
+
+/// Where in `Port::pools` the pool of `family` and set `member` is.
+pub fn pool_index(family: Family, member: u8) -> usize {
+    usize::from(family == Family::Ipv6) * 2 + usize::from(u32::from(member) == POOL_LOCAL)
+}
+
+/// "namespace/name:port", or "namespace/name" for an unnamed port.
+pub fn row_name(service: &ObjectName, port: &str) -> ServiceName {
+    let separator = if port.is_empty() { "" } else { ":" };
+    ServiceName::new(&format!("{service}{separator}{port}"))
+}
+
+impl Port {
+    pub fn new(service: ObjectName, name: Arc<str>) -> Self {
+        Port {
+            service,
+            name,
+            protocol: None,
+            created: i64::MIN,
+            affinity_seconds: 0,
+            tenants: Vec::new(),
+            pools: [Pool::default(); 4],
+            frontends: Vec::new(),
+            leaving: Vec::new(),
+            retired: Vec::new(),
+            short: Shortage::default(),
+            removed: false,
+        }
+    }
+
+    /// Brings the backends to what `wanted` says. The pools follow once the owners of the frontends are known.
+    pub fn update(&mut self, id: u32, created: i64, wanted: &CompiledPort, space: &mut Space) {
+        self.created = created;
+        self.protocol = Some(wanted.protocol);
+        self.affinity_seconds = wanted.affinity_seconds;
+        space.tables.services.set(id, row_name(&self.service, &self.name));
+        self.short.backends = self.seat(id, wanted, space);
+    }
+
+    /// Leaves every backend, region and the name.
+    pub fn remove(&mut self, id: u32, space: &mut Space) {
+        self.removed = true;
+        for tenant in std::mem::take(&mut self.tenants) {
+            self.dismiss(tenant, space);
+        }
+        for mut pool in std::mem::take(&mut self.pools) {
+            pool.retire(space, &mut self.retired);
+        }
+        space.tables.services.unset(id);
+    }
+
+    /// True while something is left behind.
+    pub fn is_unsettled(&self) -> bool {
+        self.removed || !self.leaving.is_empty() || !self.retired.is_empty()
+    }
+
+    /// The row of a frontend that this port owns.
+    pub fn row(&self, id: u32, frontend: &CompiledFrontend) -> Frontend {
+        let family = frontend.key.ip().family();
+        let pool = |r#use: PoolUse| {
+            let pool = self.pools[pool_index(family, r#use.member)];
+            abi::Pool { base: pool.base, count: pool.count, member: r#use.member, on_empty: r#use.on_empty, zero: 0 }
+        };
+        Frontend {
+            service_id: id,
+            flags: frontend.flags.into(),
+            affinity_seconds: self.affinity_seconds,
+            inside: pool(frontend.inside),
+            outside: pool(frontend.outside),
+        }
+    }
+
+    /// Gives every endpoint a backend id and row, and dismisses those that are no longer wanted. Returns how many
+    /// endpoints found no id.
+    fn seat(&mut self, service_id: u32, wanted: &CompiledPort, space: &mut Space) -> usize {
+        let mut before = std::mem::take(&mut self.tenants).into_iter().peekable();
+        let mut seated = Vec::with_capacity(wanted.endpoints.len());
+        let mut missing = 0;
+        for endpoint in &wanted.endpoints {
+            while let Some(tenant) = before.next_if(|t| t.at < endpoint.at) {
+                self.dismiss(tenant, space);
+            }
+            let known =
+                before.next_if(|t| t.at == endpoint.at).map(|t| t.id).or_else(|| self.recall(endpoint.at, space));
+            match known.or_else(|| space.backend_ids.allocate()) {
+                Some(id) => {
+                    let row = backend_row(service_id, id, known.is_none(), wanted.protocol, endpoint, space);
+                    space.tables.backends.set(id, row);
+                    seated.push(Tenant { at: endpoint.at, id, pools: endpoint.pools });
+                }
+                None => missing += 1,
+            }
+        }
+        for tenant in before {
+            self.dismiss(tenant, space);
+        }
+        self.tenants = seated;
+        missing
+    }
+
+    /// A backend that was to go and comes back before the kernel heard of it keeps its id and generation.
+    fn recall(&mut self, at: SocketAddrx, space: &Space) -> Option<u32> {
+        let lives = |id| space.tables.backends.applied(id).is_some_and(|row| !is_gone(&row));
+        let index = self.leaving.iter().position(|t| t.at == at && lives(t.id))?;
+        Some(self.leaving.swap_remove(index).id)
+    }
+
+    fn dismiss(&mut self, tenant: Tenant, space: &mut Space) {
+        let backends = &mut space.tables.backends;
+        match backends.applied(tenant.id).filter(|row| !is_gone(row)) {
+            Some(row) => {
+                let state = abi::backend_state::BACKEND_GONE as u8;
+                backends.set(tenant.id, Backend { state, pools: 0, ..row });
+            }
+            // The kernel never saw this tenant.
+            None => backends.forget(tenant.id),
+        }
+        self.leaving.push(tenant);
+    }
+
+    /// Brings the pools to what the backends say. A pool has a region only while a frontend that this port `owns` uses
+    /// it: whoever adopts the maps learns of pools by frontends.
+    pub fn fill_pools(&mut self, owns: impl Fn(&CompiledFrontend) -> bool, space: &mut Space) {
+        let mut used = [false; 4];
+        for frontend in self.frontends.iter().filter(|f| owns(f)) {
+            let family = frontend.key.ip().family();
+            used[pool_index(family, frontend.inside.member)] = true;
+            used[pool_index(family, frontend.outside.member)] = true;
+        }
+        self.short.slots = 0;
+        for family in [Family::Ipv4, Family::Ipv6] {
+            for member in [POOL_CLUSTER as u8, POOL_LOCAL as u8] {
+                let index = pool_index(family, member);
+                let holds = |t: &&Tenant| used[index] && t.pools & member != 0 && t.at.ip.family() == family;
+                let wanted: Vec<u32> = self.tenants.iter().filter(holds).map(|t| t.id).collect();
+                self.short.slots += self.pools[index].hold(&wanted, space, &mut self.retired);
+            }
+        }
+    }
+}
+
+/// A new tenant of an id starts the next generation, so that records of the former one are known as such.
+fn backend_row(
+    service_id: u32,
+    id: u32,
+    new: bool,
+    protocol: Protocol,
+    endpoint: &CompiledEndpoint,
+    space: &Space,
+) -> Backend {
+    let backends = &space.tables.backends;
+    let generation = match new {
+        true => backends.applied(id).map_or(1, |row| row.generation.wrapping_add(1).max(1)),
+        // A row on its way (never applied) or in place; either has the tenant's generation.
+        false => backends.desired(id).map_or(1, |row| row.generation),
+    };
+    Backend {
+        address: endpoint.at.ip.0,
+        port_be: endpoint.at.port.to_be_bytes(),
+        state: endpoint.state,
+        pools: endpoint.pools,
+        generation,
+        service_id,
+        protocol: protocol as u8,
+        flags: endpoint.flags,
+        zero: 0,
+    }
+}

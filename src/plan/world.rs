@@ -1,0 +1,236 @@
+//! The cluster as the sources tell it: Services with their EndpointSlices, and this node. Applies changes one by one,
+//! sweeps after relists, and knows which Services have to be compiled again.
+
+use std::mem;
+
+use super::compile::{Compiled, Context, compile};
+use super::select::Place;
+use super::warnings::{Origin, WarningBook};
+use crate::model::{Change, Ipx, Kind, Node, ObjectName, Service, Slice};
+use crate::table::{HashMap, HashSet};
+
+/// A relist's state: what was not stamped with the current epoch when the list ends is gone.
+#[derive(Debug, Default)]
+struct Listing {
+    epoch: u32,
+    open: bool,
+    listed: bool,
+}
+
+impl Listing {
+    fn begin(&mut self) {
+        self.epoch += 1;
+        self.open = true;
+    }
+
+    /// True when there is something to sweep.
+    fn end(&mut self) -> bool {
+        self.listed = true;
+        mem::take(&mut self.open)
+    }
+}
+
+/// A Service and its slices; either may come first.
+#[derive(Debug, Default)]
+struct Entry {
+    service: Option<Box<Service>>,
+    stamp: u32,
+    slices: Vec<(u32, Box<Slice>)>,
+}
+
+/// Everything known of the cluster.
+#[derive(Debug, Default)]
+pub struct World {
+    node_name: Box<str>,
+    node: Option<Box<Node>>,
+    node_seen: bool,
+    entries: HashMap<ObjectName, Entry>,
+    /// Which Service (of the slice's namespace) each slice belongs to.
+    owners: HashMap<ObjectName, ObjectName>,
+    services: Listing,
+    slices: Listing,
+    nodes: Listing,
+    bound: HashSet<Ipx>,
+    dirty: HashSet<ObjectName>,
+    service_count: usize,
+    endpoint_count: usize,
+}
+
+impl World {
+    /// `node_name`: this node, as endpoints and hints name it.
+    pub fn new(node_name: &str) -> Self {
+        World { node_name: node_name.into(), ..World::default() }
+    }
+
+    /// Applies one event of a source.
+    pub fn apply(&mut self, change: Change, book: &mut WarningBook) {
+        match change {
+            Change::Service(service) => self.service(service),
+            Change::ServiceGone(name) => self.service_gone(&name),
+            Change::Slice(slice) => self.slice(slice),
+            Change::SliceGone(name) => self.slice_gone(&name),
+            Change::Node(node) => {
+                // A source may hold other nodes' objects too (a directory); they say nothing about this one.
+                if *node.name == *self.node_name {
+                    self.node_seen = true;
+                    self.set_node(Some(node));
+                }
+            }
+            Change::NodeGone => self.set_node(None),
+            Change::ListBegin(kind) => self.begin(kind),
+            Change::ListEnd(kind) => self.end(kind),
+            Change::Warnings { subject, warnings } => book.set(Origin::Source(subject.into()), warnings),
+        }
+    }
+
+    /// Services and EndpointSlices have both listed once.
+    pub fn ready(&self) -> bool {
+        self.services.listed && self.slices.listed
+    }
+
+    pub fn node(&self) -> Option<&Node> {
+        self.node.as_deref()
+    }
+
+    /// Numbers of Services, EndpointSlices and endpoints in these.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.service_count, self.owners.len(), self.endpoint_count)
+    }
+
+    /// All addresses bound on this node's devices. Services whose cluster IP came or went among them are dirty.
+    pub fn set_bound(&mut self, bound: HashSet<Ipx>) {
+        let old = mem::replace(&mut self.bound, bound);
+        let changed: HashSet<Ipx> = old.symmetric_difference(&self.bound).copied().collect();
+        if changed.is_empty() {
+            return;
+        }
+        let touched =
+            |entry: &Entry| entry.service.as_ref().is_some_and(|s| s.cluster_ips.iter().any(|ip| changed.contains(ip)));
+        self.dirty.extend(self.entries.iter().filter(|(_, e)| touched(e)).map(|(name, _)| name.clone()));
+    }
+
+    /// Marks a Service to be compiled again.
+    pub fn mark(&mut self, name: ObjectName) {
+        self.dirty.insert(name);
+    }
+
+    /// The Services to be compiled, sorted; none of them is dirty any more.
+    pub fn take_dirty(&mut self) -> Vec<ObjectName> {
+        let mut names: Vec<ObjectName> = mem::take(&mut self.dirty).into_iter().collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// What the Service of this name asks for now; `None` when there is no such Service.
+    pub fn compile(&self, name: &ObjectName) -> Option<Compiled> {
+        let entry = self.entries.get(name)?;
+        let service = entry.service.as_deref()?;
+        let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
+        let zone = self.node.as_ref().and_then(|node| node.zone.as_deref());
+        let place = Place { node: &self.node_name, zone };
+        Some(compile(service, &slices, Context { place, bound: &self.bound }))
+    }
+
+    fn service(&mut self, service: Box<Service>) {
+        let entry = self.entries.entry(service.name.clone()).or_default();
+        entry.stamp = self.services.epoch;
+        if entry.service.as_ref() == Some(&service) {
+            return;
+        }
+        self.service_count += usize::from(entry.service.is_none());
+        self.dirty.insert(service.name.clone());
+        entry.service = Some(service);
+    }
+
+    fn service_gone(&mut self, name: &ObjectName) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        if entry.service.take().is_some() {
+            self.service_count -= 1;
+            self.dirty.insert(name.clone());
+        }
+        if entry.slices.is_empty() {
+            self.entries.remove(name);
+        }
+    }
+
+    fn slice(&mut self, slice: Box<Slice>) {
+        let owner = ObjectName { namespace: slice.name.namespace.clone(), name: slice.service.clone() };
+        if self.owners.get(&slice.name).is_some_and(|before| *before != owner) {
+            self.slice_gone(&slice.name.clone());
+        }
+        let stamp = self.slices.epoch;
+        let entry = self.entries.entry(owner.clone()).or_default();
+        if let Some((old_stamp, old)) = entry.slices.iter_mut().find(|(_, s)| s.name == slice.name) {
+            *old_stamp = stamp;
+            if old.ports != slice.ports || old.endpoints != slice.endpoints {
+                self.dirty.insert(owner);
+            }
+            self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
+            *old = slice;
+            return;
+        }
+        self.endpoint_count += slice.endpoints.len();
+        self.owners.insert(slice.name.clone(), owner.clone());
+        self.dirty.insert(owner);
+        entry.slices.push((stamp, slice));
+    }
+
+    fn slice_gone(&mut self, name: &ObjectName) {
+        let Some(owner) = self.owners.remove(name) else { return };
+        let Some(entry) = self.entries.get_mut(&owner) else { return };
+        if let Some(at) = entry.slices.iter().position(|(_, slice)| slice.name == *name) {
+            let (_, slice) = entry.slices.swap_remove(at);
+            self.endpoint_count -= slice.endpoints.len();
+        }
+        if entry.slices.is_empty() && entry.service.is_none() {
+            self.entries.remove(&owner);
+        }
+        self.dirty.insert(owner);
+    }
+
+    /// The zone decides which endpoints are hinted for this node, so that a new one touches every Service.
+    fn set_node(&mut self, node: Option<Box<Node>>) {
+        let zone_of = |node: &Option<Box<Node>>| node.as_ref().and_then(|n| n.zone.clone());
+        let moved = zone_of(&node) != zone_of(&self.node);
+        self.node = node;
+        if moved {
+            self.dirty.extend(self.entries.keys().cloned());
+        }
+    }
+
+    fn begin(&mut self, kind: Kind) {
+        match kind {
+            Kind::Services => self.services.begin(),
+            Kind::EndpointSlices => self.slices.begin(),
+            Kind::Node => {
+                self.nodes.begin();
+                self.node_seen = false;
+            }
+        }
+    }
+
+    fn end(&mut self, kind: Kind) {
+        match kind {
+            Kind::Services if self.services.end() => {
+                let epoch = self.services.epoch;
+                let stale = |entry: &Entry| entry.service.is_some() && entry.stamp != epoch;
+                let gone: Vec<ObjectName> =
+                    self.entries.iter().filter(|(_, e)| stale(e)).map(|(name, _)| name.clone()).collect();
+                gone.iter().for_each(|name| self.service_gone(name));
+            }
+            Kind::EndpointSlices if self.slices.end() => {
+                let epoch = self.slices.epoch;
+                let all = self.entries.values().flat_map(|entry| &entry.slices);
+                let gone: Vec<ObjectName> =
+                    all.filter(|(stamp, _)| *stamp != epoch).map(|(_, slice)| slice.name.clone()).collect();
+                gone.iter().for_each(|name| self.slice_gone(name));
+            }
+            Kind::Node if self.nodes.end() && !self.node_seen => self.set_node(None),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "world_tests.rs"]
+mod tests;

@@ -1,0 +1,146 @@
+//! The control plane's heart as the agent sees it: changes in, rows out. One owner, no locks, no clock of its own.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::adopt::{AdoptReport, adopt};
+use super::apply::Applier;
+use super::{MapIo, MapName};
+use crate::model::{Change, Ipx, Node, Protocol, SocketAddrx, Warning};
+use crate::plan::layout::Layout;
+use crate::plan::warnings::WarningBook;
+use crate::plan::world::World;
+
+/// What does not change while the daemon runs.
+#[derive(Clone, Debug)]
+pub struct CoreSettings {
+    /// This node, as endpoints, hints and the Node object name it.
+    pub node_name: String,
+}
+
+/// World, layout and tables.
+#[derive(Debug)]
+pub struct Core {
+    world: World,
+    layout: Layout,
+    book: WarningBook,
+}
+
+/// What one sync did.
+#[derive(Debug, Default)]
+pub struct SyncReport {
+    /// Services compiled.
+    pub services: usize,
+    pub rows_written: usize,
+    pub rows_deleted: usize,
+    /// Calls of `MapIo::write` and `MapIo::delete`.
+    pub calls: usize,
+    /// Rows that the kernel did not take, with its words.
+    pub failures: Vec<(MapName, String)>,
+    /// Warnings that appeared, and those that hold no longer.
+    pub warnings: Vec<Warning>,
+    pub resolved: Vec<Warning>,
+    /// Backends that were marked gone: sockets connected to them are stale.
+    pub backends_gone: Vec<(Protocol, SocketAddrx)>,
+    /// A UDP frontend is new or became another Service port's: sockets connected through it before are stale.
+    pub datagram_frontends_changed_hands: bool,
+    pub duration: Duration,
+}
+
+/// Sizes for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub services: usize,
+    pub slices: usize,
+    /// In slices, usable or not.
+    pub endpoints: usize,
+    /// Rows in the kernel.
+    pub frontends: usize,
+    /// Backend ids in use.
+    pub backends: usize,
+    /// Slots in use.
+    pub slots: usize,
+}
+
+impl Core {
+    pub fn new(settings: CoreSettings) -> Core {
+        Core { world: World::new(&settings.node_name), layout: Layout::default(), book: WarningBook::default() }
+    }
+
+    /// Takes over what the pinned maps hold. Called once, before the first sync; without it the maps must be empty.
+    ///
+    /// # Errors
+    /// A map could not be read to its end.
+    pub fn adopt(&mut self, io: &mut dyn MapIo) -> Result<AdoptReport> {
+        self.set_capacity(io);
+        let (report, names) = adopt(&mut self.layout, io)?;
+        for name in names {
+            self.world.mark(name);
+        }
+        Ok(report)
+    }
+
+    /// Applies one event of a source. Nothing is written before `sync`.
+    pub fn apply(&mut self, change: Change) {
+        self.world.apply(change, &mut self.book);
+    }
+
+    /// `nodeport`: the addresses that serve NodePorts. `bound`: every address bound on this node's devices.
+    pub fn set_node_addresses(&mut self, nodeport: Vec<Ipx>, bound: Vec<Ipx>) {
+        self.layout.set_node_addresses(nodeport.into_iter().collect());
+        self.world.set_bound(bound.into_iter().collect());
+    }
+
+    /// Services and EndpointSlices have both listed once.
+    pub fn ready(&self) -> bool {
+        self.world.ready()
+    }
+
+    /// Compiles what changed and writes what differs. Before `ready` it writes nothing and only hands out warnings.
+    /// `now` never goes back.
+    pub fn sync(&mut self, io: &mut dyn MapIo, now: Instant) -> SyncReport {
+        let started = Instant::now();
+        let mut report = SyncReport::default();
+        if self.ready() {
+            self.set_capacity(io);
+            for name in self.layout.release(now) {
+                self.world.mark(name);
+            }
+            for name in self.world.take_dirty() {
+                let compiled = self.world.compile(&name);
+                self.layout.place(&name, compiled.as_ref(), &mut self.book);
+                report.services += usize::from(compiled.is_some());
+            }
+            Applier::new(io, &mut self.layout, &mut self.book, &mut report).run(now);
+        }
+        (report.warnings, report.resolved) = self.book.take();
+        report.duration = started.elapsed();
+        report
+    }
+
+    /// Something that the last sync wanted is not in the kernel: sync again later.
+    pub fn pending(&self) -> bool {
+        !self.layout.space.tables.is_clean()
+    }
+
+    /// When ids or regions will have rested that a Service waits for.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.layout.next_due()
+    }
+
+    pub fn node(&self) -> Option<&Node> {
+        self.world.node()
+    }
+
+    pub fn counts(&self) -> Counts {
+        let (services, slices, endpoints) = self.world.counts();
+        let (frontends, backends, slots) = self.layout.counts();
+        Counts { services, slices, endpoints, frontends, backends, slots }
+    }
+
+    fn set_capacity(&mut self, io: &dyn MapIo) {
+        let of = |map| io.capacity(map);
+        self.layout.set_capacity(of(MapName::Services), of(MapName::Backends), of(MapName::Slots));
+    }
+}

@@ -1,0 +1,138 @@
+//! The binary's manners: what it says about a command line that it cannot follow, and what --help tells.
+
+use std::process::{Command, Output};
+
+fn kubelane(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kubelane"));
+    for variable in ["KUBERNETES_SERVICE_HOST", "NODE_NAME", "RUST_LOG"] {
+        command.env_remove(variable);
+    }
+    command.args(arguments).output().expect("the binary runs")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("output is UTF-8")
+}
+
+#[test]
+fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
+    // arguments, then what the message must contain
+    let table: [(&[&str], &[&str]); 15] = [
+        (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
+        (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
+        (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
+        (&["run", "--source", "dir:/x", "--master", "http://x"], &["--master", "dir:PATH"]),
+        (&["run", "--source", "dir:/x", "--log-format", "xml"], &["--log-format", "xml", "human", "json"]),
+        (
+            &["run", "--source", "dir:/x", "--nodeport-addresses", "10.0.0.1"],
+            &["--nodeport-addresses", "10.0.0.1", "CIDR"],
+        ),
+        (&["run", "--source", "dir:/x", "--healthz-bind-address", "here:1"], &["--healthz-bind-address", "IP:PORT"]),
+        (&["run", "--source", "dir:/x", "--metrics-bind-address", "1"], &["--metrics-bind-address", "IP:PORT"]),
+        (&["run", "--source", "dir:/x", "--max-services", "0"], &["--max-services", "0", "1..=1048576"]),
+        (&["run", "--source", "dir:/x", "--max-endpoints", "many"], &["--max-endpoints", "many"]),
+        (&["run", "--source", "dir:/x", "-v", "loud"], &["--v", "loud"]),
+        (&["run", "--frobnicate"], &["--frobnicate"]),
+        (&["get", "pods"], &["pods", "services", "backends"]),
+        (&["get", "services", "-o", "xml"], &["--output", "xml", "json", "yaml", "wide"]),
+        (&["frobnicate"], &["frobnicate"]),
+    ];
+    for (arguments, expected) in table {
+        let output = kubelane(arguments);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+        for part in expected {
+            assert!(message.contains(part), "{arguments:?}: no {part:?} in {message}");
+        }
+        assert!(output.stdout.is_empty(), "{arguments:?}: something on standard output");
+    }
+}
+
+#[test]
+fn what_cannot_be_done_ends_with_1_and_names_the_cause() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().to_str().unwrap();
+    let missing = directory.path().join("missing");
+    let source = format!("dir:{}", missing.display());
+    let quiet = ["--healthz-bind-address", "", "--metrics-bind-address", ""];
+    let run = |more: &[&str]| kubelane(&[&["run"], &quiet[..], more].concat());
+    let table = [
+        (run(&["--source", &source]), "missing: not a directory"),
+        (run(&["--source", &format!("dir:{path}"), "--cgroup", path]), "not in a cgroup2 hierarchy"),
+        (run(&["--kubeconfig", missing.to_str().unwrap()]), "missing"),
+        (run(&["--master", "http://"]), "--master"),
+        (kubelane(&["get", "services", "--pin-path", missing.to_str().unwrap()]), "the daemon has not run"),
+    ];
+    for (output, expected) in table {
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.to_lowercase().contains("error") && message.contains(expected), "no {expected:?} in {message}");
+    }
+}
+
+#[test]
+fn rust_log_that_is_no_filter_is_refused() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kubelane"));
+    let output = command.args(["run", "--source", "dir:/"]).env("RUST_LOG", "a=b=c").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("RUST_LOG"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn help_names_every_subcommand_and_flag_with_its_default() {
+    let help = text(&kubelane(&["--help"]).stdout);
+    for part in ["run", "check", "get", "cleanup", "version", "Examples:", "dir:/etc/kubelane"] {
+        assert!(help.contains(part), "no {part:?} in {help}");
+    }
+    let table: [(&str, &[&str]); 4] = [
+        (
+            "run",
+            &[
+                "--source",
+                "--kubeconfig",
+                "--master",
+                "--hostname-override",
+                "NODE_NAME",
+                "--service-proxy-name",
+                "--pin-path",
+                "[default: /sys/fs/bpf/kubelane]",
+                "--cgroup",
+                "--healthz-bind-address",
+                "[default: 0.0.0.0:10256]",
+                "--metrics-bind-address",
+                "[default: 127.0.0.1:10249]",
+                "--nodeport-addresses",
+                "--destroy-tcp-sockets",
+                "--max-services",
+                "[default: 65536]",
+                "--max-endpoints",
+                "[default: 262144]",
+                "--log-format",
+                "-v, --v",
+            ],
+        ),
+        ("check", &["--pin-path", "--cgroup", "--healthz-bind-address", "--metrics-bind-address"]),
+        ("get", &["services", "backends", "-o, --output", "json", "yaml", "wide", "--pin-path"]),
+        ("cleanup", &["--pin-path"]),
+    ];
+    for (command, parts) in table {
+        let output = kubelane(&[command, "--help"]);
+        let help = text(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{command}");
+        for part in parts {
+            assert!(help.contains(part), "{command}: no {part:?} in {help}");
+        }
+    }
+}
+
+#[test]
+fn version_and_an_empty_cleanup_succeed() {
+    let version = kubelane(&["version"]);
+    assert_eq!(version.status.code(), Some(0));
+    assert!(text(&version.stdout).starts_with(concat!("kubelane ", env!("CARGO_PKG_VERSION"), " (map ABI ")));
+    let directory = tempfile::tempdir().unwrap();
+    let nothing = directory.path().join("nothing");
+    let cleanup = kubelane(&["cleanup", "--pin-path", nothing.to_str().unwrap()]);
+    assert_eq!(cleanup.status.code(), Some(0));
+    assert!(text(&cleanup.stdout).starts_with("nothing of kubelane below "), "{}", text(&cleanup.stdout));
+}

@@ -1,0 +1,237 @@
+//! The daemon as an operator meets it: started, asked, stopped, started again, cleaned up. Each test has a BPF file
+//! system, an empty cgroup and ports of its own, so that no socket of the machine is touched.
+#![cfg(feature = "lab")]
+
+mod support;
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::{cgroup, eventually, preflight, skip};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const MANIFEST: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: default}
+spec:
+  type: NodePort
+  clusterIP: 10.96.0.10
+  clusterIPs: [10.96.0.10]
+  ipFamilies: [IPv4]
+  ports: [{name: http, port: 80, targetPort: 8080, nodePort: 30080, protocol: TCP}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: web-abc, namespace: default, labels: {kubernetes.io/service-name: web}}
+addressType: IPv4
+ports: [{name: http, port: 8080, protocol: TCP}]
+endpoints: [{addresses: [10.244.1.2]}, {addresses: [10.244.2.2]}]
+";
+
+/// A BPF file system, a cgroup without processes, manifests, two ports; and their end.
+struct World {
+    directory: tempfile::TempDir,
+    cgroup: PathBuf,
+    healthz: SocketAddr,
+    metrics: SocketAddr,
+}
+
+impl World {
+    fn or_skip() -> Option<World> {
+        if let Err(reason) = preflight() {
+            skip(&format!("{reason:#}"));
+            return None;
+        }
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("klcli-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("bpf")).unwrap();
+        fs::create_dir(directory.path().join("manifests")).unwrap();
+        fs::write(directory.path().join("manifests/web.yaml"), MANIFEST).unwrap();
+        mount(Some("bpf"), &directory.path().join("bpf"), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+        let cgroup = cgroup::mount_point().unwrap().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        let free = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let (healthz, metrics) = (free(), free());
+        let (healthz, metrics) = (healthz.local_addr().unwrap(), metrics.local_addr().unwrap());
+        Some(World { directory, cgroup, healthz, metrics })
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).display().to_string()
+    }
+
+    fn pins(&self) -> String {
+        self.path("bpf/kl")
+    }
+
+    /// A subcommand on this world's pin path, to its end.
+    fn ask(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kubelane"));
+        command.args(arguments).args(["--pin-path", &self.pins()]).stdin(Stdio::null()).output().unwrap()
+    }
+
+    fn start(&self, more: &[&str]) -> Daemon<'_> {
+        let log = self.path("log");
+        let child = Command::new(env!("CARGO_BIN_EXE_kubelane"))
+            .args(["run", "--source", &format!("dir:{}", self.path("manifests")), "--hostname-override", "Node-A"])
+            .args(["--pin-path", &self.pins(), "--cgroup", &self.cgroup.display().to_string()])
+            .args(["--healthz-bind-address", &self.healthz.to_string()])
+            .args(["--metrics-bind-address", &self.metrics.to_string()])
+            .args(["--max-services", "256", "--max-endpoints", "4096"])
+            .args(more)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Daemon { world: self, child }
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// Status and body; `None` when nothing answers.
+    fn http(&self, address: SocketAddr, path: &str) -> Option<(u16, String)> {
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.ask(&["cleanup"]);
+        let _ = umount2(&self.directory.path().join("bpf"), MntFlags::MNT_DETACH);
+        let _ = cgroup::remove(&self.cgroup);
+    }
+}
+
+struct Daemon<'w> {
+    world: &'w World,
+    child: Child,
+}
+
+impl Daemon<'_> {
+    fn wait_ready(&self) {
+        let world = self.world;
+        let ready = || world.http(world.healthz, "/readyz").is_some_and(|(status, _)| status == 200);
+        assert!(eventually(PATIENCE, ready), "not ready: {}", world.log());
+    }
+
+    fn metric(&self, sample: &str) -> f64 {
+        let (_, text) = self.world.http(self.world.metrics, "/metrics").unwrap();
+        let value = text.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
+        value.unwrap_or_else(|| panic!("no {sample} in {text}")).parse().unwrap()
+    }
+
+    fn ended(&mut self) -> ExitStatus {
+        let mut status = None;
+        let ended = eventually(PATIENCE, || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        assert!(ended, "it does not end: {}", self.world.log());
+        status.unwrap()
+    }
+
+    fn terminate(mut self) -> ExitStatus {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+        self.ended()
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn a_daemon_is_started_asked_stopped_started_again_and_cleaned_up() {
+    let Some(world) = World::or_skip() else { return };
+    let daemon = world.start(&[]);
+    daemon.wait_ready();
+    assert_eq!(daemon.metric("kubelane_services"), 1.0);
+    assert_eq!(daemon.metric("kubelane_map_entries{map=\"backends\"}"), 2.0);
+    assert_eq!(daemon.metric("kubelane_source_connected{kind=\"services\"}"), 1.0);
+    assert!(daemon.metric("kubelane_sync_rows_total{operation=\"write\"}") > 0.0);
+    assert_eq!(world.http(world.metrics, "/proxyMode"), Some((200, "kubelane".to_owned())));
+    let refused = world.ask(&["cleanup"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text(&refused.stderr).contains("a running kubelane holds"), "{}", text(&refused.stderr));
+    assert_eq!(daemon.terminate().code(), Some(0));
+    assert!(world.log().contains("SIGTERM") && world.log().contains("go on serving"), "{}", world.log());
+
+    let services = text(&world.ask(&["get", "services"]).stdout);
+    let expected =
+        ["default     web    http   TCP        10.96.0.10:80   ClusterIP   2", "0.0.0.0:30080   NodePort    2"];
+    assert!(expected.iter().all(|row| services.contains(row)), "{services}");
+    let backends: serde_json::Value =
+        serde_json::from_slice(&world.ask(&["get", "backends", "-o", "json"]).stdout).unwrap();
+    assert_eq!(backends["items"][1]["address"], "10.244.2.2:8080");
+
+    let again = world.start(&[]);
+    again.wait_ready();
+    assert!(world.log().contains("took over the state"), "{}", world.log());
+    for operation in ["write", "delete"] {
+        assert_eq!(again.metric(&format!("kubelane_sync_rows_total{{operation=\"{operation}\"}}")), 0.0, "{operation}");
+    }
+    drop(again);
+    let cleanup = world.ask(&["cleanup"]);
+    assert_eq!(cleanup.status.code(), Some(0), "{}", text(&cleanup.stderr));
+    assert!(text(&cleanup.stdout).contains("/links/connect4"), "{}", text(&cleanup.stdout));
+    assert!(!PathBuf::from(world.pins()).exists());
+    assert_eq!(world.ask(&["get", "services"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_port_that_is_taken_ends_the_daemon_before_anything_is_attached() {
+    let Some(world) = World::or_skip() else { return };
+    let _taken = TcpListener::bind(world.metrics).unwrap();
+    let mut daemon = world.start(&[]);
+    assert_eq!(daemon.ended().code(), Some(1));
+    let (log, address) = (world.log(), world.metrics.to_string());
+    assert!(log.contains(&format!("--metrics-bind-address: cannot listen on {address}")), "{log}");
+    assert!(!PathBuf::from(world.pins()).exists(), "something was pinned");
+
+    let check = world.ask(&["check", "--metrics-bind-address", &address, "--healthz-bind-address", ""]);
+    let said = text(&check.stdout);
+    assert_eq!(check.status.code(), Some(1), "{said}");
+    let line = said.lines().find(|line| line.contains("metrics port")).unwrap();
+    assert!(line.starts_with("FAIL") && line.contains(&format!("(pid {})", std::process::id())), "{line}");
+}
+
+#[test]
+fn json_logs_are_one_object_a_line_and_tell_of_the_first_sync() {
+    let Some(world) = World::or_skip() else { return };
+    let daemon = world.start(&["--log-format", "json"]);
+    daemon.wait_ready();
+    assert_eq!(daemon.terminate().code(), Some(0));
+    let lines: Vec<serde_json::Value> =
+        world.log().lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect();
+    let first_sync = lines.iter().find(|line| line["message"] == "first sync").expect("the first sync is told");
+    assert_eq!((&first_sync["services"], &first_sync["frontends"]), (&1.into(), &2.into()));
+    assert!(first_sync["after_start"].as_str().is_some_and(|time| time.ends_with('s')), "{first_sync}");
+    assert!(lines.iter().any(|line| line["node"] == "node-a"), "the node's name is told, in lower case");
+}

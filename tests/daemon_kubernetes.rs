@@ -1,0 +1,194 @@
+//! The real daemon on a Kubernetes API server: a kubeconfig, TCP, watch streams, and connections that follow them. The
+//! server is the tests' double, on the loopback device of a node of the laboratory.
+#![cfg(feature = "lab")]
+
+mod apiserver;
+mod support;
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use apiserver::{Answer, ApiServer, Resource, Verb};
+use support::client::Counts;
+use support::cluster::{Cluster, all, names, vip};
+use support::daemon::{Daemon, PATIENCE};
+use support::eventually;
+use support::manifests::{port, service, slice};
+use support::wire::Kind::Tcp4;
+
+/// A cluster whose node1 can reach an API server. The server's task ends with the runtime.
+struct Site {
+    cluster: Cluster,
+    server: ApiServer,
+    kubeconfig: PathBuf,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Site {
+    /// The recorded objects, this laboratory's node, and the Service `echo` on pods `a` and `b`.
+    fn or_skip() -> Option<Site> {
+        let cluster = Cluster::or_skip()?;
+        let server = ApiServer::with_recorded_lists();
+        let labels = json!({"topology.kubernetes.io/zone": "zone-1"});
+        server.upsert(json!({"kind": "Node", "apiVersion": "v1", "metadata": {"name": "node1", "labels": labels}}));
+        let kubeconfig = cluster.lab.dir.join("kubeconfig");
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let site = Site { cluster, server, kubeconfig, runtime };
+        site.listen();
+        site.put_service("echo", 10);
+        site.put_slice("echo", &["a", "b"]);
+        Some(site)
+    }
+
+    /// A socket belongs to the namespace in which it was made, whoever serves it.
+    fn listen(&self) {
+        let host = &self.cluster.lab.node("node1").host;
+        let listener = host.inside(|| Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?)).unwrap();
+        let at = listener.local_addr().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let server = self.server.clone();
+        self.runtime.spawn(async move { server.serve(tokio::net::TcpListener::from_std(listener).unwrap()).await });
+        let config = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "node"}}],
+            "clusters": [{"name": "lab", "cluster": {"server": format!("http://{at}")}}],
+            "users": [{"name": "node", "user": {"token": "a-token"}}],
+        });
+        fs::write(&self.kubeconfig, config.to_string()).unwrap();
+    }
+
+    fn start(&self) -> Daemon<'_> {
+        let kubeconfig = self.kubeconfig.to_str().unwrap();
+        Daemon::start_on(&self.cluster.lab, "node1", &["--kubeconfig", kubeconfig], &[]).expect("the daemon starts")
+    }
+
+    fn put_service(&self, name: &str, number: u8) {
+        let address = vip(number, 0)[0].ip();
+        let spec = json!({"clusterIP": address, "clusterIPs": [address], "ports": [port("tcp", "TCP", 90)]});
+        self.server.upsert(service(name, spec));
+    }
+
+    fn put_slice(&self, of: &str, pods: &[&str]) {
+        let endpoints: Vec<_> =
+            self.cluster.ready(pods).into_iter().filter(|endpoint| endpoint.address().is_ipv4()).collect();
+        self.server.upsert(slice(&format!("{of}-1"), of, &[("tcp", "TCP", 9000)], &endpoints));
+    }
+
+    fn address(&self, pod: &str) -> IpAddr {
+        self.cluster.lab.pod(pod).v4.into()
+    }
+
+    /// Who answers at the cluster IP of `number`.
+    fn ask(&self, number: u8) -> Counts {
+        self.cluster.client("client").ask(Tcp4, vip(number, 90)[0], 40)
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.cluster.lab.dir.join("node1.log")).unwrap()
+    }
+}
+
+#[test]
+fn connections_follow_what_the_api_server_says() {
+    let Some(site) = Site::or_skip() else { return };
+    let daemon = site.start();
+    assert_eq!(daemon.metric("kubelane_services").unwrap(), 17.0, "the recorded Services and echo");
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+    site.put_slice("echo", &["b", "c"]);
+    assert!(eventually(PATIENCE, || names(&site.ask(10)) == ["b", "c"]));
+
+    // The slice is another Service's from now on: its label decides.
+    site.put_service("other", 11);
+    let endpoints = [support::manifests::Endpoint::ready(site.address("c"), "node2")];
+    let mut moved = slice("echo-1", "other", &[("tcp", "TCP", 9000)], &endpoints);
+    site.server.upsert(moved.clone());
+    assert!(eventually(PATIENCE, || site.ask(11) == all("c", 40)));
+    assert_eq!(site.ask(10), all("ECONNREFUSED", 40));
+    moved["metadata"]["labels"]["service.kubernetes.io/headless"] = json!("");
+    site.server.upsert(moved);
+    assert!(eventually(PATIENCE, || site.ask(11) == all("ECONNREFUSED", 40)));
+    site.server.delete(Resource::Services, "default", "other");
+    site.put_slice("echo", &["a"]);
+    assert!(eventually(PATIENCE, || site.ask(10) == all("a", 40)));
+    assert!(site.server.requests().iter().all(|request| request.user_agent.starts_with("kubelane/")));
+}
+
+#[test]
+fn bad_objects_are_warned_of_once_and_everything_else_goes_on() {
+    let Some(site) = Site::or_skip() else { return };
+    let _daemon = site.start();
+    let bad_ports = json!([port("tcp", "TCP", 90), {"name": "bad", "port": 70_000}, {"name": "worse", "port": "http"}]);
+    let put_bad = |ip: &str, padding: u32| {
+        let spec = json!({"clusterIP": ip, "clusterIPs": [ip], "externalIPs": ["2001:db8::1"], "ports": bad_ports});
+        let mut object = service("bad", spec);
+        object["metadata"]["annotations"] = json!({"padding": padding.to_string()});
+        site.server.upsert(object);
+        let mut unreadable = service("unreadable", json!("no spec at all"));
+        unreadable["metadata"]["annotations"] = json!({"padding": padding.to_string()});
+        site.server.upsert(unreadable);
+    };
+    (0..3).for_each(|n| put_bad("10.96.0.12", 10u32.pow(n)));
+    // Bad again after the relist that follows a 410.
+    site.server.compact();
+    site.server.break_watches();
+    put_bad("10.96.0.12", 7);
+    site.put_slice("bad", &["b"]);
+    site.put_slice("echo", &["a"]);
+    assert!(eventually(PATIENCE, || site.ask(10) == all("a", 40)));
+    assert!(eventually(PATIENCE, || site.ask(12) == all("b", 40)));
+    let log = site.log();
+    for told in ["70000 is not a port", "\"http\" is not a port", "2001:db8::1", "Service default/unreadable"] {
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains("WARN") && line.contains(told)).collect();
+        assert_eq!(lines.len(), 1, "{told}: {lines:#?}");
+    }
+}
+
+#[test]
+fn an_outage_changes_nothing_and_what_happened_meanwhile_is_caught_up_with() {
+    let Some(site) = Site::or_skip() else { return };
+    let daemon = site.start();
+    site.server.set_down(true);
+    assert!(eventually(PATIENCE, || daemon.metric("kubelane_source_connected").unwrap() == 0.0), "{}", daemon.log());
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+    // A daemon that starts now serves what it finds, and removes nothing.
+    drop(daemon);
+    site.put_slice("echo", &["c"]);
+    site.server.delete(Resource::Services, "shop", "cart");
+    site.server.compact();
+    let forbidden = apiserver::recorded("error-403-forbidden.json");
+    site.server.script(Resource::Services, Verb::StreamingList, [Answer::Body(403, forbidden.clone())]);
+    site.server.script(Resource::EndpointSlices, Verb::StreamingList, [Answer::Body(500, "{}".into())]);
+    let (kubeconfig, server) = (site.kubeconfig.to_str().unwrap().to_owned(), site.server.clone());
+    let back = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        server.set_down(false);
+    });
+    let before = site.cluster.lab.node("node1").get("services", &[]).unwrap();
+    assert!(before.contains("cart"), "{before}");
+    let daemon = Daemon::start_on(&site.cluster.lab, "node1", &["--kubeconfig", &kubeconfig], &[]).unwrap();
+    back.join().unwrap();
+    assert!(eventually(PATIENCE, || site.ask(10) == all("c", 40)), "{}", daemon.log());
+    let after = || site.cluster.lab.node("node1").get("services", &[]).unwrap();
+    assert!(eventually(PATIENCE, || !after().contains("cart")), "{}", after());
+    assert_eq!(names(&site.ask(10)), ["c"]);
+}
+
+#[test]
+fn a_restart_with_an_unchanged_world_writes_nothing() {
+    let Some(site) = Site::or_skip() else { return };
+    let rows = |daemon: &Daemon| daemon.metric("kubelane_sync_rows_total").unwrap();
+    let first = site.start();
+    assert!(rows(&first) > 40.0);
+    let node = site.cluster.lab.node("node1");
+    let maps = || ["services", "backends"].map(|what| node.get(what, &["-o", "json"]).unwrap());
+    let before = maps();
+    first.terminate().unwrap();
+    let again = site.start();
+    assert_eq!(again.metric("kubelane_services").unwrap(), 17.0, "it has synced");
+    assert_eq!((rows(&again), again.metric("kubelane_sync_calls_total").unwrap()), (0.0, 0.0));
+    assert_eq!(maps(), before);
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+}

@@ -1,0 +1,157 @@
+//! `kubelane-lab client`: real sockets, moved step by step by the requests on stdin.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead as _, Read as _, Write as _};
+use std::net::{SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::http;
+use crate::support::wire::{Answer, Kind, Reply, Request};
+
+/// How long connect() of a stream may take.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How long an answer may take.
+const RECEIVE: Duration = Duration::from_secs(2);
+
+/// Serves requests until stdin closes.
+pub fn run() -> anyhow::Result<()> {
+    let mut sockets = Sockets::default();
+    let mut out = io::stdout().lock();
+    for line in io::stdin().lock().lines() {
+        let line = line.context("reading stdin")?;
+        let request: Request = serde_json::from_str(&line).with_context(|| format!("understanding {line}"))?;
+        let began = Instant::now();
+        let reply = sockets.perform(&request);
+        let micros = began.elapsed().as_micros().try_into()?;
+        let reply = reply.unwrap_or_else(|error| Reply::Failed { errno: http::error_name(&error) });
+        serde_json::to_writer(&mut out, &Answer { micros, reply })?;
+        out.write_all(b"\n")?;
+        out.flush()?;
+    }
+    Ok(())
+}
+
+/// The open sockets, by number.
+#[derive(Default)]
+struct Sockets {
+    open: BTreeMap<u32, (Kind, Socket)>,
+    next: u32,
+}
+
+impl Sockets {
+    fn perform(&mut self, request: &Request) -> io::Result<Reply> {
+        match request {
+            Request::Open { kind } => {
+                self.next += 1;
+                self.open.insert(self.next, (*kind, open(*kind)?));
+                return Ok(Reply::Socket { socket: self.next });
+            }
+            Request::Bind { socket, to } => self.get(*socket)?.1.bind(&(*to).into())?,
+            Request::Connect { socket, to } => {
+                let (kind, socket) = self.get(*socket)?;
+                connect(*kind, socket, *to)?;
+            }
+            Request::Send { socket } => drop(self.get(*socket)?.1.send(b"?")?),
+            Request::SendTo { socket, to } => drop(self.get(*socket)?.1.send_to(b"?", &(*to).into())?),
+            Request::Receive { socket } => {
+                let (kind, socket) = self.get(*socket)?;
+                let (text, from) = receive(*kind, socket)?;
+                return Ok(Reply::Text { text, from });
+            }
+            Request::Peer { socket } => return address(self.get(*socket)?.1.peer_addr()?),
+            Request::Local { socket } => return address(self.get(*socket)?.1.local_addr()?),
+            Request::Close { socket } => drop(self.open.remove(socket)),
+            Request::Ask { kind, to, times, unconnected } => {
+                return Ok(counts(*times, || if *unconnected { ask_at(*kind, *to) } else { ask(*kind, *to) }));
+            }
+            Request::Http { to, times } => return Ok(counts(*times, || http::get(*to))),
+        }
+        Ok(Reply::Done)
+    }
+
+    fn get(&self, socket: u32) -> io::Result<&(Kind, Socket)> {
+        self.open.get(&socket).ok_or_else(|| io::Error::other(format!("no socket {socket}")))
+    }
+}
+
+fn open(kind: Kind) -> io::Result<Socket> {
+    let domain = if kind.is_ipv6() { Domain::IPV6 } else { Domain::IPV4 };
+    let socket_type = if kind.is_stream() { Type::STREAM } else { Type::DGRAM };
+    let protocol = match kind {
+        Kind::Tcp4 | Kind::Tcp6 => Protocol::TCP,
+        Kind::Udp4 | Kind::Udp6 => Protocol::UDP,
+        Kind::UdpLite4 | Kind::UdpLite6 => Protocol::from(libc::IPPROTO_UDPLITE),
+        Kind::Mptcp4 | Kind::Mptcp6 => Protocol::from(libc::IPPROTO_MPTCP),
+    };
+    let socket = Socket::new(domain, socket_type, Some(protocol))?;
+    if kind.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_read_timeout(Some(RECEIVE))?;
+    Ok(socket)
+}
+
+/// A stream's connect() is bounded; when the bound is reached the error has no errno and reads "connection timed out",
+/// which tells it from the kernel's ETIMEDOUT.
+fn connect(kind: Kind, socket: &Socket, to: SocketAddr) -> io::Result<()> {
+    if kind.is_stream() { socket.connect_timeout(&to.into(), CONNECT) } else { socket.connect(&to.into()) }
+}
+
+fn receive(kind: Kind, socket: &Socket) -> io::Result<(String, Option<SocketAddr>)> {
+    let mut buffer = [0; 2048];
+    let (length, from) = if kind.is_stream() {
+        let mut stream = socket;
+        (stream.read(&mut buffer)?, None)
+    } else {
+        // A second descriptor of the same socket: the standard library's type for it reads source addresses.
+        let (length, from) = UdpSocket::from(socket.try_clone()?).recv_from(&mut buffer)?;
+        (length, Some(from))
+    };
+    if length == 0 {
+        return Err(io::Error::other("connection closed"));
+    }
+    Ok((String::from_utf8_lossy(&buffer[..length]).into_owned(), from))
+}
+
+fn address(address: SockAddr) -> io::Result<Reply> {
+    let address = address.as_socket().ok_or_else(|| io::Error::other("not an IP address"))?;
+    Ok(Reply::Address { address })
+}
+
+/// Repeats an exchange and counts who answered.
+fn counts(times: u32, mut exchange: impl FnMut() -> io::Result<String>) -> Reply {
+    let mut counts = BTreeMap::new();
+    for _ in 0..times {
+        let name = exchange().unwrap_or_else(|error| http::error_name(&error));
+        *counts.entry(name).or_insert(0) += 1;
+    }
+    Reply::Counts { counts }
+}
+
+/// One exchange on a new connected socket, whose peer has to be what was asked for.
+fn ask(kind: Kind, to: SocketAddr) -> io::Result<String> {
+    let socket = open(kind)?;
+    connect(kind, &socket, to)?;
+    socket.send(b"?")?;
+    let (name, _) = receive(kind, &socket)?;
+    let peer = socket.peer_addr()?.as_socket();
+    // The name of an MPTCP socket's peer is its first subflow's, and that one's record is not the socket's.
+    if peer != Some(to) && !matches!(kind, Kind::Mptcp4 | Kind::Mptcp6) {
+        return Err(io::Error::other(format!("getpeername says {peer:?}")));
+    }
+    Ok(name)
+}
+
+/// One exchange on a new unconnected socket, whose answer has to come from where the question went.
+fn ask_at(kind: Kind, to: SocketAddr) -> io::Result<String> {
+    let socket = open(kind)?;
+    socket.send_to(b"?", &to.into())?;
+    let (name, from) = receive(kind, &socket)?;
+    if from != Some(to) {
+        return Err(io::Error::other(format!("the answer came from {from:?}")));
+    }
+    Ok(name)
+}

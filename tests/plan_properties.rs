@@ -1,0 +1,301 @@
+//! The four invariants of the control plane, over any sequence of events: incremental equals full rebuild, a restart
+//! writes nothing, failures heal, and every single write leaves the kernel valid (the model kernel judges that).
+
+#[path = "support/model_kernel.rs"]
+mod model_kernel;
+#[path = "support/objects.rs"]
+mod objects;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use kubelane::model::{Change, Endpoint, Ipx, Kind, Node, ObjectName, Protocol, Service, Slice, TrafficPolicy};
+use kubelane::sync::{Core, SyncReport};
+use model_kernel::ModelKernel;
+use objects::{NODE, ip, name, new_core, port, ready, service, slice, zones};
+use proptest::prelude::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The cluster as the test knows it: what a fresh daemon would be told.
+#[derive(Clone, Debug, Default)]
+struct Truth {
+    services: BTreeMap<ObjectName, Service>,
+    slices: BTreeMap<ObjectName, Slice>,
+    node: Option<Node>,
+    nodeport: BTreeSet<Ipx>,
+    bound: BTreeSet<Ipx>,
+}
+
+impl Truth {
+    fn tell(&self, core: &mut Core) {
+        objects::list(core, self.services.values().cloned(), self.slices.values().cloned());
+        core.apply(Change::ListBegin(Kind::Node));
+        self.node.iter().for_each(|node| core.apply(Change::Node(Box::new(node.clone()))));
+        core.apply(Change::ListEnd(Kind::Node));
+        core.set_node_addresses(self.nodeport.iter().copied().collect(), self.bound.iter().copied().collect());
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Service(Service),
+    ServiceGone(u8),
+    Slice(Slice),
+    SliceGone(u8),
+    Node(Option<u8>),
+    NodeGone,
+    Addresses(u8, u8),
+    /// Both kinds are listed again; what the masks have was deleted while nobody watched.
+    Relist(u8, u8),
+    Sync,
+    /// Syncs while every n-th row fails, as the numbers say.
+    FailingSync(u64),
+    Restart,
+    Wait(u16),
+}
+
+fn any_service() -> impl Strategy<Value = Service> {
+    let shape = (0u8..5, 0u8..4, any::<bool>(), any::<bool>(), any::<bool>(), 0u8..6);
+    let more = (prop::option::of(Just(60u32)), 0i64..3, any::<bool>());
+    (shape, more).prop_map(|((which, ips, internal, external, vip, ports), (affinity, created, node_port))| {
+        let local = |is| if is { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+        let mut all = service(&format!("s{which}"), &format!("10.96.0.{which}"));
+        match ips {
+            0 => {}
+            1 => all.cluster_ips = vec![ip(&format!("fd00::{which}"))],
+            _ => all.cluster_ips.push(ip(&format!("fd00::{which}"))),
+        }
+        if vip && ips != 1 {
+            // Contested by all that have it.
+            all.external_ips = vec![ip("192.0.2.1")];
+            all.load_balancer_ips = vec![ip("192.0.2.2")];
+        }
+        all.ports = match ports {
+            0 => vec![port("http", Protocol::Tcp, 80), port("dns", Protocol::Udp, 53)],
+            1 => vec![port("http", Protocol::Udp, 80)],
+            2 => vec![port("dns", Protocol::Tcp, 80), port("http", Protocol::Tcp, 81)],
+            _ => vec![port("http", Protocol::Tcp, 80)],
+        };
+        if node_port {
+            all.ports[0].node_port = 30000 + u16::from(which % 3);
+        }
+        (all.affinity_seconds, all.created) = (affinity, created);
+        (all.internal_policy, all.external_policy) = (local(internal), local(external));
+        all
+    })
+}
+
+fn any_slice() -> impl Strategy<Value = Slice> {
+    let endpoint = (0u8..24, 0u8..6, any::<bool>(), 0u8..4);
+    (0u8..8, 0u8..5, any::<bool>(), prop::collection::vec(endpoint, 0..12)).prop_map(|(which, of, six, ends)| {
+        let mut seen = BTreeSet::new();
+        let endpoints = ends.into_iter().filter(|e| seen.insert(e.0)).map(|(host, kind, here, hint)| {
+            let at = if six { format!("fd01::{host}") } else { format!("10.1.0.{host}") };
+            let mut end: Endpoint = ready(&format!("{at}{}", if here { "@" } else { "" }));
+            match kind {
+                0 => (end.ready, end.serving) = (false, false),
+                1 | 2 => (end.ready, end.terminating) = (false, true),
+                _ => {}
+            }
+            end.hints = match hint {
+                0 | 1 => zones(&["z0"]),
+                2 => zones(&["z1", "z0"]),
+                _ => None,
+            };
+            end
+        });
+        let mut all = slice(&format!("e{which}"), &format!("s{of}"), endpoints.collect());
+        let mut dns = all.ports[0].clone();
+        (dns.name, dns.protocol, dns.port) = ("dns".into(), Protocol::Udp, 5353);
+        let mut http_over_udp = dns.clone();
+        http_over_udp.name = "http".into();
+        all.ports.extend([dns, http_over_udp]);
+        all
+    })
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        6 => any_service().prop_map(Event::Service),
+        2 => (0u8..5).prop_map(Event::ServiceGone),
+        12 => any_slice().prop_map(Event::Slice),
+        3 => (0u8..8).prop_map(Event::SliceGone),
+        2 => prop::option::of(0u8..3).prop_map(Event::Node),
+        1 => Just(Event::NodeGone),
+        2 => (0u8..8, 0u8..8).prop_map(|(a, b)| Event::Addresses(a, b)),
+        2 => (any::<u8>(), any::<u8>()).prop_map(|(a, b)| Event::Relist(a, b)),
+        8 => Just(Event::Sync),
+        5 => any::<u64>().prop_map(Event::FailingSync),
+        2 => Just(Event::Restart),
+        4 => (0u16..1500).prop_map(Event::Wait),
+    ]
+}
+
+struct Bench {
+    kernel: ModelKernel,
+    core: Core,
+    truth: Truth,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Bench::with(ModelKernel::default())
+    }
+
+    fn with(kernel: ModelKernel) -> Self {
+        let mut bench = Bench { kernel, core: new_core(), truth: Truth::default() };
+        bench.truth.tell(&mut bench.core);
+        bench
+    }
+
+    fn sync(&mut self) -> SyncReport {
+        let now = self.kernel.now;
+        self.core.sync(&mut self.kernel, now)
+    }
+
+    fn play(&mut self, event: Event) {
+        match event {
+            Event::Service(service) => {
+                self.truth.services.insert(service.name.clone(), service.clone());
+                self.core.apply(Change::Service(Box::new(service)));
+            }
+            Event::ServiceGone(which) => {
+                let gone = name(&format!("s{which}"));
+                self.truth.services.remove(&gone);
+                self.core.apply(Change::ServiceGone(gone));
+            }
+            Event::Slice(slice) => {
+                self.truth.slices.insert(slice.name.clone(), slice.clone());
+                self.core.apply(Change::Slice(Box::new(slice)));
+            }
+            Event::SliceGone(which) => {
+                let gone = name(&format!("e{which}"));
+                self.truth.slices.remove(&gone);
+                self.core.apply(Change::SliceGone(gone));
+            }
+            Event::Node(zone) => {
+                let zone = zone.map(|z| format!("z{z}").into());
+                let node = Node { name: NODE.into(), zone, ..Node::default() };
+                self.truth.node = Some(node.clone());
+                self.core.apply(Change::Node(Box::new(node)));
+            }
+            Event::NodeGone => {
+                self.truth.node = None;
+                self.core.apply(Change::NodeGone);
+            }
+            Event::Addresses(nodeport, bound) => self.addresses(nodeport, bound),
+            Event::Relist(services, slices) => {
+                let kept = |mask: u8| move |at: usize| mask >> (at % 8) & 1 == 0;
+                keep(&mut self.truth.services, kept(services));
+                keep(&mut self.truth.slices, kept(slices));
+                self.truth.tell(&mut self.core);
+            }
+            Event::Sync => {
+                let report = self.sync();
+                assert_eq!((report.failures.len(), self.core.pending()), (0, false));
+            }
+            Event::FailingSync(seed) => {
+                let mut state = seed | 1;
+                self.kernel.fails = Box::new(move |_| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    state >> 62 == 0
+                });
+                let failures = self.sync().failures.len();
+                self.kernel.never_fails();
+                // A failed row is not always pending: a later phase may have written what is wanted.
+                assert!(failures > 0 || !self.core.pending());
+            }
+            Event::Restart => self.restart(),
+            Event::Wait(milliseconds) => self.kernel.now += Duration::from_millis(milliseconds.into()),
+        }
+    }
+
+    fn addresses(&mut self, nodeport: u8, bound: u8) {
+        let pick = |mask: u8, from: [&str; 3]| {
+            (0..3).filter(|bit| mask >> bit & 1 == 1).map(|bit| ip(from[bit])).collect::<BTreeSet<_>>()
+        };
+        self.truth.nodeport = pick(nodeport, ["198.51.100.1", "198.51.100.2", "192.0.2.1"]);
+        self.truth.bound = pick(bound, ["10.96.0.0", "10.96.0.1", "fd00::1"]);
+        let (nodeport, bound) = (&self.truth.nodeport, &self.truth.bound);
+        self.core.set_node_addresses(nodeport.iter().copied().collect(), bound.iter().copied().collect());
+    }
+
+    fn restart(&mut self) {
+        self.core = new_core();
+        let truth = self.truth.clone();
+        // The agent may know the node's addresses before or after it adopts.
+        if truth.services.len().is_multiple_of(2) {
+            truth.tell(&mut self.core);
+            self.core.adopt(&mut self.kernel).unwrap();
+        } else {
+            self.core.adopt(&mut self.kernel).unwrap();
+            truth.tell(&mut self.core);
+        }
+    }
+
+    /// The state after a clean sync is what a fresh daemon on empty maps would make of the truth.
+    fn assert_equals_full_rebuild(&mut self) {
+        self.play(Event::Sync);
+        let mut fresh = Bench::new();
+        self.truth.tell(&mut fresh.core);
+        fresh.play(Event::Sync);
+        assert_eq!(self.kernel.meaning(), fresh.kernel.meaning());
+
+        // A restart, and so a recompile of everything, writes nothing.
+        self.restart();
+        let report = self.sync();
+        assert_eq!(report.calls, 0, "{report:?}");
+        assert!(!self.core.pending());
+    }
+}
+
+fn keep<V>(all: &mut BTreeMap<ObjectName, V>, kept: impl Fn(usize) -> bool) {
+    let mut at = 0;
+    all.retain(|_, _| {
+        at += 1;
+        kept(at - 1)
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_history_ends_where_a_full_rebuild_would_and_a_restart_there_writes_nothing(
+        events in prop::collection::vec(any_event(), 1..60),
+    ) {
+        let mut bench = Bench::new();
+        for event in events {
+            bench.play(event);
+        }
+        bench.assert_equals_full_rebuild();
+    }
+
+    #[test]
+    fn everything_that_was_given_up_can_be_used_again_after_its_rest_even_where_room_is_scarce(
+        events in prop::collection::vec(any_event(), 1..40),
+        scarce in any::<bool>(),
+    ) {
+        let kernel = if scarce { ModelKernel::with_capacity(6, 14, 21) } else { ModelKernel::default() };
+        let mut bench = Bench::with(kernel);
+        for event in events {
+            bench.play(event);
+        }
+        bench.play(Event::Relist(255, 255));
+        bench.play(Event::Addresses(0, 0));
+        for _ in 0..3 {
+            bench.play(Event::Sync);
+            bench.kernel.now += SECOND;
+        }
+        // All is free: the same small world gets the same low ids whatever came before.
+        let (services, slices) = ([service("s1", "10.96.0.1")], [slice("e1", "s1", vec![ready("10.1.0.1")])]);
+        objects::list(&mut bench.core, services, slices);
+        bench.play(Event::Sync);
+        let row = bench.kernel.frontends.values().next().unwrap();
+        // Of 21 slots the single one at the end is the best fit.
+        let base = if scarce { 20 } else { 0 };
+        prop_assert_eq!((row.service_id, row.inside.base, bench.kernel.slots[&base]), (1, base, 1));
+        prop_assert_eq!(bench.core.counts().backends, 1);
+    }
+}

@@ -1,0 +1,242 @@
+//! What changes under a client's feet: pods that go, daemons that stop, crash and come back, and cleanup.
+#![cfg(feature = "lab")]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::json;
+
+use support::cluster::{Cluster, PODS, all, mapped, names, vip};
+use support::daemon::PATIENCE;
+use support::load::{Load, failures};
+use support::manifests::Endpoint;
+use support::wire::Kind::{self, *};
+use support::{eventually, skip};
+
+/// The other pod of the two that these tests use.
+fn other(pod: &str) -> &'static str {
+    if pod == "a" { "b" } else { "a" }
+}
+
+#[test]
+fn an_unconnected_socket_moves_at_once_when_its_pod_goes_and_is_refused_when_the_last_goes() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    for (kind, family) in [(Udp4, 0), (Udp6, 1)] {
+        let to = vip(10, 53)[family];
+        cluster.put("echo", 10, json!({}), &cluster.ready(&["a", "b"]));
+        let daemon = cluster.start();
+        let mut client = cluster.client("client");
+        let mut socket = client.open(kind).unwrap();
+        let (first, _) = socket.ask_at(to).unwrap();
+        cluster.put("echo", 10, json!({}), &cluster.ready(&[other(&first)]));
+        cluster.wait_for_backend(cluster.lab.pod(&first).addresses()[family], false);
+        for _ in 0..10 {
+            assert_eq!(socket.ask_at(to).unwrap(), (other(&first).to_owned(), to), "{kind:?}");
+        }
+        cluster.put("echo", 10, json!({}), &[]);
+        cluster.wait_for_backend(cluster.lab.pod(other(&first)).addresses()[family], false);
+        assert_eq!(socket.send_to(to), Err("ECONNREFUSED".to_owned()), "{kind:?}");
+        daemon.terminate().unwrap();
+    }
+}
+
+#[test]
+fn an_unconnected_socket_stays_with_its_terminating_pod_only_while_no_other_is_ready() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a"]));
+    let _daemon = cluster.start();
+    let to = vip(10, 53)[0];
+    let mut client = cluster.client("client");
+    let mut socket = client.open(Udp4).unwrap();
+    assert_eq!(socket.ask_at(to).unwrap().0, "a");
+    let leaving = cluster.endpoints(Endpoint::terminating, &["a"]);
+    cluster.put("echo", 10, json!({}), &[leaving.clone(), cluster.endpoints(Endpoint::unready, &["b"])].concat());
+    for _ in 0..50 {
+        assert_eq!(socket.ask_at(to).unwrap().0, "a", "no other pod is ready");
+    }
+    cluster.put("echo", 10, json!({}), &[leaving, cluster.ready(&["b"])].concat());
+    cluster.wait_for_backend(cluster.lab.pod("b").v4.into(), true);
+    assert!(eventually(PATIENCE, || cluster.client("other").ask(Udp4, to, 10) == all("b", 10)), "new sockets go to b");
+}
+
+#[test]
+fn a_connected_datagram_socket_learns_that_its_pod_is_gone() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let [v4, v6] = vip(10, 53);
+    learns_that_its_pod_is_gone(&cluster, Udp4, v4, 0);
+    learns_that_its_pod_is_gone(&cluster, Udp6, v6, 1);
+    learns_that_its_pod_is_gone(&cluster, Udp6, mapped(v4), 0);
+}
+
+fn learns_that_its_pod_is_gone(cluster: &Cluster, kind: Kind, to: SocketAddr, family: usize) {
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a", "b"]));
+    let daemon = cluster.start();
+    // In a pod and on the node: the socket is found in whichever namespace it is.
+    for mut client in [cluster.client("client"), cluster.host_client()] {
+        cluster.put("echo", 10, json!({}), &cluster.ready(&["a", "b"]));
+        for pod in ["a", "b"] {
+            cluster.wait_for_backend(cluster.lab.pod(pod).addresses()[family], true);
+        }
+        let mut socket = client.open(kind).unwrap();
+        socket.connect(to).unwrap();
+        let first = socket.ask().unwrap();
+        // A socket of the same process that is connected to the pod that stays.
+        let number = socket.number();
+        let mut bystander = None;
+        for _ in 0..60 {
+            let mut candidate = client.open(kind).unwrap();
+            candidate.connect(to).unwrap();
+            if candidate.ask().unwrap() != first {
+                bystander = Some(candidate.number());
+                break;
+            }
+        }
+        let bystander = bystander.expect("sixty sockets reach both pods");
+        cluster.put("echo", 10, json!({}), &cluster.ready(&[other(&first)]));
+        let mut asked = Ok(String::new());
+        eventually(PATIENCE, || {
+            asked = client.socket(number).ask();
+            asked.is_err()
+        });
+        let asked = asked.expect_err("the socket no longer speaks to the pod that is gone");
+        // A send on the disconnected socket fails in its own way; the next receive says what happened.
+        let told = asked == "ECONNABORTED" || client.socket(number).receive() == Err("ECONNABORTED".to_owned());
+        assert!(told, "{kind:?} to {to}: {asked}");
+        assert_eq!(client.ask(kind, to, 20), all(other(&first), 20), "{kind:?} to {to}: connected anew");
+        assert_eq!(client.socket(bystander).ask().unwrap(), other(&first), "{kind:?} to {to}: not its business");
+    }
+    daemon.terminate().unwrap();
+}
+
+#[test]
+fn a_destination_that_becomes_another_services_takes_its_datagram_sockets_along() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("one", 10, json!({}), &cluster.ready(&["a"]));
+    cluster.put("two", 11, json!({}), &cluster.ready(&["b"]));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    let to = vip(10, 53)[0];
+    let mut connected = client.open(Udp4).unwrap();
+    connected.connect(to).unwrap();
+    assert_eq!(connected.ask().unwrap(), "a");
+    let connected = connected.number();
+    let mut unconnected = client.open(Udp4).unwrap();
+    assert_eq!(unconnected.ask_at(to).unwrap(), ("a".to_owned(), to));
+    let unconnected = unconnected.number();
+
+    // The two exchange their cluster IPs; both go on with the pods that they have.
+    cluster.put("one", 11, json!({}), &cluster.ready(&["a"]));
+    cluster.put("two", 10, json!({}), &cluster.ready(&["b"]));
+    assert!(eventually(PATIENCE, || cluster.client("other").ask(Udp4, to, 3) == all("b", 3)));
+    assert_eq!(client.socket(unconnected).ask_at(to).unwrap(), ("b".to_owned(), to));
+    assert!(eventually(PATIENCE, || client.socket(connected).ask().is_err()), "it still speaks to the former Service");
+}
+
+#[test]
+fn a_tcp_connection_runs_on_while_its_pod_still_answers() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a", "b"]));
+    let _daemon = cluster.start();
+    let to = vip(10, 90)[0];
+    let mut client = cluster.client("client");
+    let mut socket = client.open(Tcp4).unwrap();
+    socket.connect(to).unwrap();
+    let first = socket.ask().unwrap();
+    let number = socket.number();
+    cluster.put("echo", 10, json!({}), &cluster.ready(&[other(&first)]));
+    cluster.wait_for_backend(cluster.lab.pod(&first).v4.into(), false);
+    for _ in 0..5 {
+        assert_eq!(client.socket(number).ask().unwrap(), first);
+        assert_eq!(client.socket(number).peer().unwrap(), to);
+    }
+    assert_eq!(client.ask(Tcp4, to, 30), all(other(&first), 30), "new connections go elsewhere");
+}
+
+#[test]
+fn endpoints_and_services_come_and_go_while_the_daemon_runs() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    let to = vip(10, 90)[0];
+    cluster.put("echo", 10, json!({}), &[]);
+    assert!(eventually(PATIENCE, || client.open(Tcp4).unwrap().connect(to) == Err("ECONNREFUSED".to_owned())));
+    for pods in [&PODS[..1], &PODS, &PODS[1..2]] {
+        cluster.put("echo", 10, json!({}), &cluster.ready(pods));
+        let spread = eventually(PATIENCE, || names(&client.ask(Tcp4, to, 60)) == pods);
+        assert!(spread, "{pods:?}: {:?}", client.ask(Tcp4, to, 60));
+    }
+    cluster.manifests.delete("echo");
+    assert!(eventually(PATIENCE, || client.ask_unconnected(Udp4, vip(10, 53)[0], 1) == all("EAGAIN", 1)));
+    let services = cluster.lab.node("node1").get("services", &["-o", "json"]).unwrap();
+    assert!(!services.contains("default/echo") && !services.contains("\"echo\""), "{services}");
+}
+
+#[test]
+fn a_daemon_that_stops_crashes_and_comes_back_is_not_missed() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&PODS));
+    let daemon = cluster.start();
+    let node = cluster.lab.node("node1");
+    let backends = node.get("backends", &["-o", "json"]).unwrap();
+    let loads: Vec<Load> = vip(10, 80).iter().map(|to| Load::start(cluster.lab.pod("client"), *to).unwrap()).collect();
+    let mut client = cluster.client("client");
+    let mut socket = client.open(Udp4).unwrap();
+    let sticky = socket.ask_at(vip(10, 53)[0]).unwrap();
+
+    let status = daemon.terminate().unwrap();
+    assert!(status.success(), "{status}");
+    std::thread::sleep(Duration::from_millis(200));
+    cluster.start().kill();
+    std::thread::sleep(Duration::from_millis(200));
+    let _daemon = cluster.start();
+    std::thread::sleep(Duration::from_millis(200));
+
+    assert_eq!(socket.ask_at(vip(10, 53)[0]).unwrap(), sticky, "a flow outlives its daemon");
+    assert_eq!(node.get("backends", &["-o", "json"]).unwrap(), backends, "nothing was renumbered");
+    for load in loads {
+        let records = load.finish().unwrap();
+        assert!(records.len() > 50, "{} requests", records.len());
+        assert_eq!(failures(&records), Vec::<&String>::new());
+    }
+}
+
+#[test]
+fn what_changed_while_no_daemon_ran_is_caught_up_with() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a", "b"]));
+    cluster.put("gone", 11, json!({}), &cluster.ready(&["c"]));
+    cluster.start().kill();
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["c"]));
+    cluster.manifests.delete("gone");
+    cluster.put("new", 12, json!({}), &cluster.ready(&["b"]));
+    let mut client = cluster.client("client");
+    assert_eq!(names(&client.ask(Tcp4, vip(10, 90)[0], 60)), ["a", "b"], "the dead daemon's state still serves");
+    let _daemon = cluster.start();
+    assert_eq!(client.ask(Tcp4, vip(10, 90)[0], 30), all("c", 30));
+    assert_eq!(client.ask(Tcp4, vip(12, 90)[0], 30), all("b", 30));
+    assert_eq!(client.ask_unconnected(Udp4, vip(11, 53)[0], 1), all("EAGAIN", 1));
+}
+
+#[test]
+fn cleanup_removes_every_trace() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&PODS));
+    cluster.start().terminate().unwrap();
+    let node = cluster.lab.node("node1");
+    let mut client = cluster.client("client");
+    assert_eq!(names(&client.ask(Udp4, vip(10, 53)[0], 60)), PODS, "served until cleanup");
+    node.cleanup().unwrap();
+    let pins = std::fs::read_dir(&node.pin_path).map_or(0, Iterator::count);
+    assert_eq!(pins, 0, "pins in {}", node.pin_path.display());
+    assert_eq!(client.ask(Udp4, vip(10, 53)[0], 1), all("EAGAIN", 1), "nothing translates any more, at once");
+    if support::process::in_path("bpftool") {
+        let output = std::process::Command::new("bpftool").args(["cgroup", "tree"]).arg(&node.cgroup).output().unwrap();
+        let tree = String::from_utf8_lossy(&output.stdout);
+        assert!(!tree.contains("connect4") && !tree.contains("sendmsg"), "{tree}");
+    } else {
+        skip("bpftool is not installed: programs left on the cgroup would go unseen");
+    }
+    node.cleanup().expect("a second cleanup has nothing to do and says so by success");
+}

@@ -1,0 +1,146 @@
+//! The real `kubelane run` of a node, on a directory of manifests or an API server.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+
+use super::kubelane_binary;
+use super::lab::{Lab, Node};
+use super::process::Process;
+
+/// Health and metrics addresses, in the node's own namespace.
+const HEALTH: &str = "127.0.0.1:10256";
+const METRICS: &str = "127.0.0.1:10249";
+/// How long a daemon may take to get ready or to follow a change on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running daemon. Dropping it kills it; its maps and programs stay, as after a crash, until the laboratory goes.
+#[derive(Debug)]
+pub struct Daemon<'a> {
+    pub node: &'a Node,
+    process: Process,
+    /// From the start of the process to the first 200 of /readyz.
+    pub ready_after: Duration,
+}
+
+impl<'a> Daemon<'a> {
+    /// Starts the node's daemon on the directory `manifests` and waits until its first sync is in the kernel.
+    pub fn start(lab: &'a Lab, node: &str, manifests: &Path) -> anyhow::Result<Daemon<'a>> {
+        Daemon::start_with(lab, node, manifests, &[])
+    }
+
+    /// As [`Daemon::start`], with more options.
+    pub fn start_with(lab: &'a Lab, node: &str, manifests: &Path, options: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        let source = format!("dir:{}", manifests.display());
+        Daemon::start_on(lab, node, &["--source", &source], options)
+    }
+
+    /// As [`Daemon::start_with`], on the source that these options name.
+    pub fn start_on(lab: &'a Lab, node: &str, source: &[&str], options: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        let node = lab.node(node);
+        let cgroup = node.cgroup.display().to_string();
+        let pins = node.pin_path.display().to_string();
+        let mut arguments = vec!["run", "--hostname-override", &node.name, "--cgroup", &cgroup];
+        arguments.extend(source);
+        arguments.extend(["--pin-path", &pins, "--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);
+        arguments.extend(options);
+        let began = Instant::now();
+        let process = node.host.spawn(&kubelane_binary()?, &arguments)?;
+        let mut daemon = Daemon { node, process, ready_after: Duration::ZERO };
+        daemon.wait_ready()?;
+        daemon.ready_after = began.elapsed();
+        Ok(daemon)
+    }
+
+    fn wait_ready(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.process.ended() {
+                bail!("the daemon of {} ended with {status}; {}", self.node.name, self.node.host.log_tail());
+            }
+            if self.get(HEALTH, "/readyz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the daemon of {} is not ready after {PATIENCE:?}; {}",
+                    self.node.name,
+                    self.node.host.log_tail()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// One HTTP request to the daemon, from its own namespace: status line, headers and body.
+    fn get(&self, address: &str, path: &str) -> anyhow::Result<String> {
+        let address: SocketAddr = address.parse()?;
+        self.node.host.inside(|| {
+            let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
+            stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        })
+    }
+
+    /// Status line, headers and body of a path behind the health address.
+    pub fn health(&self, path: &str) -> anyhow::Result<String> {
+        self.get(HEALTH, path)
+    }
+
+    /// The text of /metrics.
+    pub fn metrics(&self) -> anyhow::Result<String> {
+        self.get(METRICS, "/metrics")
+    }
+
+    /// The sum of a metric's samples, by the start of their lines.
+    pub fn metric(&self, sample: &str) -> anyhow::Result<f64> {
+        let text = self.metrics()?;
+        let lines = text.lines().filter(|line| line.starts_with(sample));
+        let values: Vec<f64> = lines.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+        if values.is_empty() {
+            bail!("no metric {sample} in:\n{text}");
+        }
+        Ok(values.iter().sum())
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Ends the daemon with SIGTERM.
+    pub fn terminate(mut self) -> anyhow::Result<ExitStatus> {
+        self.process.terminate(Duration::from_secs(10)).with_context(|| self.node.host.log_tail())
+    }
+
+    /// Ends the daemon as a crash does.
+    pub fn kill(mut self) {
+        self.process.kill();
+    }
+
+    pub fn log(&self) -> String {
+        self.node.host.log_tail()
+    }
+}
+
+impl Node {
+    /// `kubelane get services|backends` of this node, from the live maps.
+    pub fn get(&self, what: &str, options: &[&str]) -> anyhow::Result<String> {
+        let pins = self.pin_path.display().to_string();
+        let mut arguments = vec!["get", what, "--pin-path", &pins];
+        arguments.extend(options);
+        self.kubelane(&arguments)
+    }
+
+    /// `kubelane cleanup` of this node.
+    pub fn cleanup(&self) -> anyhow::Result<String> {
+        let pins = self.pin_path.display().to_string();
+        self.kubelane(&["cleanup", "--pin-path", &pins])
+    }
+}

@@ -1,0 +1,376 @@
+//! A laboratory: nodes with pods on an underlay, all in namespaces and cgroups of their own.
+//!
+//! ```text
+//!  underlay   br0 172.31.0.1, fd31::1  (answers nothing, forwards nothing)
+//!              |                  |
+//!  node N     eth0 172.31.0.1N, fd31::1N
+//!             cbr0 10.244.N.1, fd44:0:0:N::1
+//!              |        |
+//!  pod K      eth0 10.244.N.1K, fd44:0:0:N::1K   (K counts the node's pods from 0)
+//! ```
+
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context as _, bail};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::client::Client;
+use super::process::Process;
+use super::{cgroup, kubelane_binary, lab_binary, netns};
+
+/// Directory of all laboratories: one directory each, and `ID.lock`, locked while the owner lives.
+const RUN: &str = "/run/kubelane-lab";
+/// Names of namespaces begin with this and the id.
+const NETNS_PREFIX: &str = "kllab-";
+/// Names of cgroups begin with this and the id.
+const CGROUP_PREFIX: &str = "kubelane-lab-";
+
+/// Ids of this process's laboratories, for [`remove_own`].
+static OWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Where processes run: a namespace, and a cgroup in the node's. A pod, or a node's host side.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub name: String,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+    netns: PathBuf,
+    cgroup: PathBuf,
+    log: PathBuf,
+}
+
+impl Place {
+    /// Starts a program here.
+    pub fn spawn(&self, program: &Path, arguments: &[&str]) -> anyhow::Result<Process> {
+        Process::spawn(&self.netns, &self.cgroup, &self.log, program, arguments)
+    }
+
+    /// Starts a server that answers everything with the place's name, and waits until it listens. `listen` are options
+    /// of `kubelane-lab serve`: `--http 8080 --udp 5353`.
+    pub fn serve(&self, listen: &str) -> anyhow::Result<Process> {
+        self.serve_as(&self.name, listen)
+    }
+
+    /// As [`Place::serve`], answering with another name.
+    pub fn serve_as(&self, name: &str, listen: &str) -> anyhow::Result<Process> {
+        let mut arguments = vec!["serve", "--name", name];
+        arguments.extend(listen.split_whitespace());
+        let mut server = self.spawn(&lab_binary()?, &arguments)?;
+        server.wait_ready(name).with_context(|| self.log_tail())?;
+        Ok(server)
+    }
+
+    /// A client whose sockets belong to this place.
+    pub fn client(&self) -> anyhow::Result<Client> {
+        Client::new(self.spawn(&lab_binary()?, &["client"])?)
+    }
+
+    /// Both addresses, IPv4 first.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+
+    /// Runs `work` on a thread in this namespace. Its sockets do NOT belong to the place's cgroup.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        netns::inside(&self.netns, work)
+    }
+
+    /// Runs `ip` commands in this namespace.
+    pub fn ip(&self, commands: &[&str]) -> anyhow::Result<()> {
+        let name = self.netns.file_name().and_then(|name| name.to_str());
+        netns::ip(name, &commands.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>())
+    }
+
+    /// The end of what this place's processes logged.
+    pub fn log_tail(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        format!("log of {}:\n{}", self.name, lines[lines.len().saturating_sub(40)..].join("\n"))
+    }
+}
+
+/// A node: its host side, its pods, and what its daemon is given.
+#[derive(Debug)]
+pub struct Node {
+    pub name: String,
+    /// The node's own namespace. Processes here are in the node's cgroup, beside the pods.
+    pub host: Place,
+    pub pods: Vec<Place>,
+    /// For `kubelane run --cgroup`: everything of this node is below.
+    pub cgroup: PathBuf,
+    /// For `--pin-path`: a directory on the laboratory's own bpffs.
+    pub pin_path: PathBuf,
+}
+
+/// A running laboratory. Dropping it removes every trace.
+#[derive(Debug)]
+pub struct Lab {
+    id: String,
+    pub dir: PathBuf,
+    pub nodes: Vec<Node>,
+    _lock: File,
+}
+
+impl Lab {
+    /// Lays out one node per `(name, pods)`; names are unique in the laboratory. Removes what dead owners left first.
+    pub fn new(nodes: &[(&str, &[&str])]) -> anyhow::Result<Lab> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        sweep()?;
+        let id = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let dir = Path::new(RUN).join(&id);
+        let guard = global_lock()?;
+        let lock = File::create(dir.with_extension("lock")).context("creating the laboratory's lock")?;
+        lock.lock().context("locking the laboratory")?;
+        drop(guard);
+        OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(id.clone());
+
+        let mut lab = Lab { id, dir, nodes: Vec::new(), _lock: lock };
+        let mount_point = cgroup::mount_point()?;
+        for (index, (name, pods)) in nodes.iter().enumerate() {
+            let node = lab.plan(&mount_point, index + 1, name, pods)?;
+            lab.nodes.push(node);
+        }
+        lab.build()?;
+        Ok(lab)
+    }
+
+    pub fn node(&self, name: &str) -> &Node {
+        self.nodes.iter().find(|node| node.name == name).unwrap_or_else(|| panic!("no node {name}"))
+    }
+
+    /// The pod of that name, on whichever node it is.
+    pub fn pod(&self, name: &str) -> &Place {
+        let mut pods = self.nodes.iter().flat_map(|node| &node.pods);
+        pods.find(|pod| pod.name == name).unwrap_or_else(|| panic!("no pod {name}"))
+    }
+
+    /// Name of the node that the pod is on.
+    pub fn node_of(&self, pod: &str) -> &str {
+        let mut nodes = self.nodes.iter();
+        let node = nodes.find(|node| node.pods.iter().any(|place| place.name == pod));
+        &node.unwrap_or_else(|| panic!("no pod {pod}")).name
+    }
+
+    fn netns_name(&self, place: &str) -> String {
+        format!("{NETNS_PREFIX}{}-{place}", self.id)
+    }
+
+    /// Decides names and addresses.
+    fn plan(&self, mount_point: &Path, number: usize, name: &str, pods: &[&str]) -> anyhow::Result<Node> {
+        let number = u8::try_from(number).context("too many nodes")?;
+        let cgroup = mount_point.join(format!("{CGROUP_PREFIX}{}", self.id)).join(name);
+        let place = |place: &str, group: PathBuf, v4: Ipv4Addr, v6: Ipv6Addr| Place {
+            name: place.to_owned(),
+            v4,
+            v6,
+            netns: netns::path(&self.netns_name(place)),
+            cgroup: group,
+            log: self.dir.join(format!("{place}.log")),
+        };
+        let on_underlay = 10 + number;
+        let host = place(
+            name,
+            cgroup.join("host"),
+            Ipv4Addr::new(172, 31, 0, on_underlay),
+            // Written as in decimal, so that .11 and ::11 are the same node.
+            format!("fd31::{on_underlay}").parse()?,
+        );
+        let mut node = Node { name: name.to_owned(), host, pods: Vec::new(), pin_path: self.dir.join("bpf"), cgroup };
+        node.pin_path.push(name);
+        for (index, pod) in pods.iter().enumerate() {
+            if pod.len() > 13 {
+                bail!("pod name {pod} is too long for a device name");
+            }
+            let last = 10 + u8::try_from(index).context("too many pods")?;
+            let v6 = format!("fd44:0:0:{number}::{last}").parse()?;
+            let group = node.cgroup.join("pods").join(pod);
+            node.pods.push(place(pod, group, Ipv4Addr::new(10, 244, number, last), v6));
+        }
+        Ok(node)
+    }
+
+    fn build(&self) -> anyhow::Result<()> {
+        let bpffs = self.dir.join("bpf");
+        fs::create_dir_all(&bpffs).with_context(|| format!("creating {}", bpffs.display()))?;
+        mount(Some("bpffs"), &bpffs, Some("bpf"), MsFlags::empty(), None::<&str>).context("mounting a bpffs")?;
+        let underlay = self.netns_name("underlay");
+        let mut names = vec![underlay.clone()];
+        for place in self.places() {
+            names.push(self.netns_name(&place.name));
+            fs::create_dir_all(&place.cgroup).with_context(|| format!("creating {}", place.cgroup.display()))?;
+        }
+        netns::ip(None, &names.iter().map(|name| format!("netns add {name}")).collect::<Vec<_>>())?;
+        for name in &names {
+            let forward = if *name == underlay { "0" } else { "1" };
+            netns::sysctl(
+                &netns::path(name),
+                &[
+                    ("ipv6/conf/all/accept_dad", "0"),
+                    ("ipv6/conf/default/accept_dad", "0"),
+                    ("ipv4/ip_forward", forward),
+                    ("ipv6/conf/all/forwarding", forward),
+                ],
+            )?;
+        }
+        netns::ip(None, &self.links(&underlay))?;
+        let mut lines = vec!["link set lo up".to_owned(), "link set br0 up".to_owned()];
+        lines.push("address add 172.31.0.1/24 dev br0".to_owned());
+        lines.push("address add fd31::1/64 dev br0 nodad".to_owned());
+        lines.extend(self.nodes.iter().map(|node| format!("link set dev {} master br0 up", node.name)));
+        netns::ip(Some(&underlay), &lines)?;
+        for node in &self.nodes {
+            netns::ip(Some(&self.netns_name(&node.name)), &self.node_addresses(node))?;
+            for pod in &node.pods {
+                netns::ip(Some(&self.netns_name(&pod.name)), &pod_addresses(pod))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn places(&self) -> impl Iterator<Item = &Place> {
+        self.nodes.iter().flat_map(|node| std::iter::once(&node.host).chain(&node.pods))
+    }
+
+    /// Bridges and cables; each device is born in its namespace, none ever in the machine's.
+    ///
+    /// Two traps that cost IPv6 its first second: a bridge that snoops multicast loses the first neighbour
+    /// solicitations; and the kernel takes a veth whose number equals its peer's for a plain device and lets its
+    /// carrier wait (linkwatch_urgent_event), so the outer ends are numbered from 100.
+    fn links(&self, underlay: &str) -> Vec<String> {
+        let mut lines = vec![format!("link add name br0 netns {underlay} type bridge mcast_snooping 0")];
+        let cable = |outer: &str, number: usize, outside: &str, inside: &str| {
+            let number = 100 + number;
+            format!("link add name {outer} index {number} netns {outside} type veth peer name eth0 netns {inside}")
+        };
+        for (index, node) in self.nodes.iter().enumerate() {
+            let host = self.netns_name(&node.name);
+            lines.push(format!("link add name cbr0 netns {host} type bridge mcast_snooping 0"));
+            lines.push(cable(&node.name, index, underlay, &host));
+            for (index, pod) in node.pods.iter().enumerate() {
+                lines.push(cable(&pod.name, index, &host, &self.netns_name(&pod.name)));
+            }
+        }
+        lines
+    }
+
+    fn node_addresses(&self, node: &Node) -> Vec<String> {
+        let mut lines = vec!["link set lo up".to_owned(), "link set cbr0 up".to_owned()];
+        lines.push(format!("address add {}/24 dev eth0", node.host.v4));
+        lines.push(format!("address add {}/64 dev eth0 nodad", node.host.v6));
+        lines.push("link set eth0 up".to_owned());
+        for (index, other) in self.nodes.iter().enumerate() {
+            let number = index + 1;
+            if other.name == node.name {
+                lines.push(format!("address add 10.244.{number}.1/24 dev cbr0"));
+                lines.push(format!("address add fd44:0:0:{number}::1/64 dev cbr0 nodad"));
+            } else {
+                lines.push(format!("route add 10.244.{number}.0/24 via {}", other.host.v4));
+                lines.push(format!("route add fd44:0:0:{number}::/64 via {}", other.host.v6));
+            }
+        }
+        lines.push("route add default via 172.31.0.1".to_owned());
+        lines.push("route add default via fd31::1".to_owned());
+        lines.extend(node.pods.iter().map(|pod| format!("link set dev {} master cbr0 up", pod.name)));
+        lines
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        remove_and_tell(&self.id);
+    }
+}
+
+fn pod_addresses(pod: &Place) -> Vec<String> {
+    let number = pod.v4.octets()[2];
+    vec![
+        "link set lo up".to_owned(),
+        "link set eth0 up".to_owned(),
+        format!("address add {}/24 dev eth0", pod.v4),
+        format!("address add {}/64 dev eth0 nodad", pod.v6),
+        format!("route add default via 10.244.{number}.1"),
+        format!("route add default via fd44:0:0:{number}::1"),
+    ]
+}
+
+impl Node {
+    /// Runs the `kubelane` binary in the node's namespace to its end: its stdout, or an error with all it said.
+    pub fn kubelane(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        use std::io::Read as _;
+        let mut process = self.host.spawn(&kubelane_binary()?, arguments)?;
+        let mut said = String::new();
+        process.stdout()?.read_to_string(&mut said).context("reading what kubelane says")?;
+        let status = process.wait()?;
+        if !status.success() {
+            bail!("kubelane {} ended with {status}: {said}\n{}", arguments.join(" "), self.host.log_tail());
+        }
+        Ok(said)
+    }
+}
+
+/// Taken for the short times in which laboratories appear or are swept, so that a new one is never taken for a dead one.
+fn global_lock() -> anyhow::Result<File> {
+    // The parent directory is what is locked: RUN itself comes and goes with the laboratories.
+    let file = File::open("/run").context("opening /run")?;
+    file.lock().context("locking /run")?;
+    fs::create_dir_all(RUN).with_context(|| format!("creating {RUN}"))?;
+    Ok(file)
+}
+
+/// Removes everything that carries the id of a laboratory whose owner is dead; returns the ids.
+pub fn sweep() -> anyhow::Result<Vec<String>> {
+    let _guard = global_lock()?;
+    let mut swept = Vec::new();
+    for entry in fs::read_dir(RUN).with_context(|| format!("reading {RUN}"))?.flatten() {
+        let path = entry.path();
+        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { continue };
+        if path.extension().is_none_or(|extension| extension != "lock") {
+            continue;
+        }
+        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        // The kernel drops a lock with its owner, however it ended.
+        if file.try_lock().is_ok() {
+            remove(id)?;
+            swept.push(id.to_owned());
+        }
+    }
+    // Succeeds when no laboratory is left.
+    let _ = fs::remove_dir(RUN);
+    Ok(swept)
+}
+
+/// Removes a laboratory of this process, and the directory of all when it was the last.
+fn remove_and_tell(id: &str) {
+    if let Err(error) = remove(id) {
+        eprintln!("the laboratory {id} was not removed: {error:#}");
+    }
+    if let Ok(_guard) = global_lock() {
+        let _ = fs::remove_dir(RUN);
+    }
+}
+
+/// Removes this process's laboratories: for a signal handler thread, which then ends the process.
+pub fn remove_own() {
+    let ids = OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
+    for id in ids {
+        remove_and_tell(&id);
+    }
+}
+
+/// Processes first, so that nothing is in use; the lock last, so that a failure is found by the next sweep.
+fn remove(id: &str) -> anyhow::Result<()> {
+    let dir = Path::new(RUN).join(id);
+    cgroup::remove(&cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{id}")))?;
+    let _ = umount2(&dir.join("bpf"), MntFlags::MNT_DETACH);
+    netns::delete(&netns::with_prefix(&format!("{NETNS_PREFIX}{id}-")));
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
+    }
+    let _ = fs::remove_file(dir.with_extension("lock"));
+    OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).retain(|own| own != id);
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! Network namespaces: made and wired by the `ip` command, entered with setns(2).
+//!
+//! Never `ip netns exec`: it remounts /sys, which hides bpffs and the cgroups.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, bail};
+use nix::sched::{CloneFlags, setns};
+
+/// Where `ip netns add` puts its names.
+const DIRECTORY: &str = "/run/netns";
+
+/// The path that names a namespace, for setns(2).
+pub fn path(name: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(name)
+}
+
+/// All namespaces whose name begins with `prefix`.
+pub fn with_prefix(prefix: &str) -> Vec<String> {
+    let entries = fs::read_dir(DIRECTORY).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.starts_with(prefix)).collect()
+}
+
+/// Runs `ip` commands, one a line, in the namespace called `inside` or in this process's own.
+pub fn ip(inside: Option<&str>, commands: &[String]) -> anyhow::Result<()> {
+    let mut command = Command::new("ip");
+    if let Some(name) = inside {
+        command.args(["-n", name]);
+    }
+    command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().context("running ip")?;
+    let mut script = commands.join("\n");
+    script.push('\n');
+    child.stdin.take().context("ip has a stdin")?.write_all(script.as_bytes()).context("talking to ip")?;
+    let output = child.wait_with_output().context("waiting for ip")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let place = inside.unwrap_or("the machine's namespace");
+        bail!("ip in {place} failed: {}\ncommands:\n{script}", said.trim());
+    }
+    Ok(())
+}
+
+/// Moves the calling thread into the namespace at `path`.
+pub fn enter(path: &Path) -> anyhow::Result<()> {
+    let file = File::open(path).with_context(|| format!("opening the namespace {}", path.display()))?;
+    setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("entering the namespace {}", path.display()))
+}
+
+/// Runs `work` in the namespace at `path`, on a thread of its own: a thread that entered a namespace never returns.
+pub fn inside<T: Send>(path: &Path, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            enter(path)?;
+            work()
+        });
+        thread.join().unwrap_or_else(|_| bail!("the work in {} panicked", path.display()))
+    })
+}
+
+/// Sets sysctls below /proc/sys/net in the namespace at `path`.
+pub fn sysctl(path: &Path, settings: &[(&str, &str)]) -> anyhow::Result<()> {
+    inside(path, || {
+        for (name, value) in settings {
+            fs::write(Path::new("/proc/sys/net").join(name), value).with_context(|| format!("sysctl net/{name}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// Deletes namespaces; those that are gone already do not matter.
+pub fn delete(names: &[String]) {
+    for name in names {
+        let _ = ip(None, &[format!("netns delete {name}")]);
+    }
+}
