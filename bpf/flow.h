@@ -108,7 +108,7 @@ static __noinline int flow_change_state(struct flow *flow, const struct packet *
 			flow->backend_closed = 1;
 		}
 	}
-	flow->used_ns = bpf_ktime_get_ns();
+	flow->used_ns = clock_ns();
 	flow_key_reverse(&partner_key, &flow->ends, packet->tuple.protocol);
 	if (proved)
 		partner = bpf_map_lookup_elem(&flows, &partner_key);

@@ -11,26 +11,38 @@ enum rewrite_mode {
 	REWRITE_QUOTED = 2, /* inside an ICMP error */
 };
 
-/* TTL, protocol, checksum and both addresses lie side by side and are written at once. */
+enum {
+	IP4_TAIL = 8, /* where TTL, protocol, checksum and both addresses lie side by side, to be written at once */
+};
+
+struct ip4_tail {
+	__u16 ttl_protocol;
+	__u16 check;
+	__be32 source;
+	__be32 destination;
+};
+
+static __always_inline void ip4_tail_fill(struct ip4_tail *tail, const struct packet *packet,
+					  const struct address *source, const struct address *destination, __u32 mode)
+{
+	__u16 before = bpf_htons((__u16)packet->ttl << 8 | packet->tuple.protocol);
+	__u8 ttl = packet->ttl - (mode == REWRITE_HOP);
+	__u64 sum = (__u16)~packet->ip4_check;
+
+	tail->ttl_protocol = bpf_htons((__u16)ttl << 8 | packet->tuple.protocol);
+	tail->source = address_words(source)->word[3];
+	tail->destination = address_words(destination)->word[3];
+	sum += (__u16)~before + tail->ttl_protocol;
+	tail->check = (__u16)~checksum_fold16(sum + checksum_change(&packet->tuple.ends, source, destination));
+}
+
 static __always_inline int rewrite_ip4(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
 				       const struct address *destination, __u32 mode)
 {
-	struct {
-		__u16 ttl_protocol;
-		__u16 check;
-		__be32 source;
-		__be32 destination;
-	} tail = {};
-	__u32 sum = (__u16)~packet->ip4_check;
-	__u16 before = bpf_htons((__u16)packet->ttl << 8 | packet->tuple.protocol);
-	__u8 ttl = packet->ttl - (mode == REWRITE_HOP);
+	struct ip4_tail tail;
 
-	tail.ttl_protocol = bpf_htons((__u16)ttl << 8 | packet->tuple.protocol);
-	tail.source = address_words(source)->word[3];
-	tail.destination = address_words(destination)->word[3];
-	tail.check = (__u16)~checksum_fold16((__u64)sum + (__u16)~before + tail.ttl_protocol +
-					     checksum_change(&packet->tuple.ends, source, destination));
-	return bpf_skb_store_bytes(skb, packet->l3 + 8, &tail, sizeof(tail), 0);
+	ip4_tail_fill(&tail, packet, source, destination, mode);
+	return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
 }
 
 static __always_inline int rewrite_ip6(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
@@ -58,6 +70,19 @@ static __noinline int rewrite_addresses(struct __sk_buff *skb, const struct pack
 	return rewrite_ip4(skb, packet, source, destination, mode);
 }
 
+/* Without options an IPv4 packet's ports follow its addresses, and one call writes both. */
+static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const struct packet *packet,
+					     const struct ends *ends, __be32 ports, __u32 mode)
+{
+	struct {
+		struct ip4_tail ip;
+		__be32 ports;
+	} tail = {.ports = ports};
+
+	ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, mode);
+	return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
+}
+
 /* Gives a TCP or UDP packet, or a piece of one, new ends. Not 0: the kernel refused. */
 static __noinline int rewrite_packet(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
 				     __u32 mode)
@@ -71,10 +96,14 @@ static __noinline int rewrite_packet(struct __sk_buff *skb, const struct packet 
 
 		if (checksum_set_transport(skb, packet, change, old_ports, new_ports))
 			return -1;
+		if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr))
+			return rewrite_plain_ip4(skb, packet, ends, new_ports, mode);
 		if (old_ports != new_ports && bpf_skb_store_bytes(skb, packet->l4, &new_ports, sizeof(new_ports), 0))
 			return -1;
 	}
-	return rewrite_addresses(skb, packet, &ends->source, &ends->destination, mode);
+	if (packet->is_ip6)
+		return rewrite_ip6(skb, packet, &ends->source, &ends->destination, mode);
+	return rewrite_ip4(skb, packet, &ends->source, &ends->destination, mode);
 }
 
 #endif

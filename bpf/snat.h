@@ -61,7 +61,7 @@ static __always_inline __u64 place_rest(const struct flow *flow, __u8 protocol)
 /* May `request` have the replies of `reply`? *used: when the unproved flow that holds them was last used. */
 static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 *used)
 {
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = clock_ns();
 	struct flow *flow = bpf_map_lookup_elem(&flows, reply);
 
 	if (flow) {

@@ -173,7 +173,7 @@ static __noinline int flow_open(struct __sk_buff *skb, const struct packet *pack
 		return VERDICT_DROP;
 	}
 	flow.ends.source_port = reply.ends.destination_port;
-	flow.used_ns = bpf_ktime_get_ns();
+	flow.used_ns = clock_ns();
 	if (local && table)
 		table->replies[bpf_ntohs(backend->port)] = 1;
 	if (flow_store(&packet->tuple, &flow)) {
@@ -245,7 +245,7 @@ static __always_inline struct flow *flow_recall(const struct packet *packet, __u
 
 static __always_inline int wire_packet(struct __sk_buff *skb, struct packet *packet, __u32 roles)
 {
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = clock_ns();
 	struct flow *flow = (void *)0;
 	struct choice choice = {};
 	int verdict;
@@ -363,7 +363,7 @@ static __noinline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 		return TC_ACT_UNSPEC;
 	if (!proved)
 		flow_note_reply(flow, &packet);
-	flow_track(flow, &packet, proved, bpf_ktime_get_ns());
+	flow_track(flow, &packet, proved, clock_ns());
 	if (rewrite_packet(skb, &packet, &flow->ends, REWRITE_HOST)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return TC_ACT_SHOT;

@@ -151,32 +151,27 @@ pub(super) fn attach_filter(
     Ok(if existed { Attached::Replaced } else { Attached::New })
 }
 
-/// Takes a pin of the directory of links away, and before it what it stands for.
+/// Takes a pin of `links` away and with it what it stands for, of a device or of a cgroup.
+///
+/// Links are detached now: one that only loses its last reference is taken off its hook later, by a worker of the
+/// kernel's, and goes on translating until then (BPF_LINK_DETACH is from 5.9). Filters have to be removed by name. Their
+/// qdisc stays, as others may have filters there.
 pub(super) fn remove_pin(path: &Path) -> Result<()> {
-    if path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"filter_")) {
-        remove_filter(path)?;
-    } else {
-        detach_link(path)?;
-    }
-    fs::remove_file(path).with_context(|| format!("cannot remove the pin {}", path.display()))
-}
-
-/// Detaches a pinned link now: a link that only loses its last reference is taken off its hook later, by a worker of
-/// the kernel's, and goes on translating until then. (BPF_LINK_DETACH is from 5.9.)
-fn detach_link(path: &Path) -> Result<()> {
-    let link = Link::open(path).with_context(|| format!("cannot open the pinned link {}", path.display()))?;
-    link.detach().with_context(|| format!("cannot detach {}", path.display()))
-}
-
-/// No link holds a filter: it goes only if it is taken away. The qdisc stays, as others may have filters there.
-fn remove_filter(path: &Path) -> Result<()> {
-    if let Some((index, direction)) = device_of_pin(path) {
-        let program = Program::fd_from_pinned_path(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let mut filter = filter(program.as_fd(), index, direction, false);
-        // A device that vanished has taken its filters along.
-        if filter.query().is_ok() {
-            filter.detach().with_context(|| format!("cannot detach the filter of {}", path.display()))?;
+    let is_filter = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"filter_"));
+    match device_of_pin(path) {
+        Some((index, direction)) if is_filter => {
+            let program =
+                Program::fd_from_pinned_path(path).with_context(|| format!("cannot open {}", path.display()))?;
+            let mut filter = filter(program.as_fd(), index, direction, false);
+            // A device that vanished has taken its filters along.
+            if filter.query().is_ok() {
+                filter.detach().with_context(|| format!("cannot detach the filter of {}", path.display()))?;
+            }
+        }
+        _ => {
+            let link = Link::open(path).with_context(|| format!("cannot open the pinned link {}", path.display()))?;
+            link.detach().with_context(|| format!("cannot detach {}", path.display()))?;
         }
     }
-    Ok(())
+    fs::remove_file(path).with_context(|| format!("cannot remove the pin {}", path.display()))
 }

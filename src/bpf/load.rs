@@ -136,6 +136,7 @@ pub(super) fn open_object<'o>(
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();
+    rodata.config.has_coarse_clock = probe::has_coarse_clock().into();
     let snat = ports::snat_range();
     rodata.config.snat_first = *snat.start();
     // At most 64512: the range starts at 1024 or later.

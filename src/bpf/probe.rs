@@ -29,6 +29,12 @@ pub fn has_set_retval() -> bool {
     has_helper(ProgramType::CgroupSockAddr, libbpf_sys::BPF_FUNC_set_retval)
 }
 
+/// bpf_ktime_get_coarse_ns (5.11).
+pub fn has_coarse_clock() -> bool {
+    has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_ktime_get_coarse_ns)
+        && has_helper(ProgramType::CgroupSockAddr, libbpf_sys::BPF_FUNC_ktime_get_coarse_ns)
+}
+
 /// BTF of the running kernel, which the socket iterator is relocated against.
 pub fn has_kernel_btf() -> bool {
     Path::new("/sys/kernel/btf/vmlinux").exists()
