@@ -9,7 +9,9 @@ mod objects;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use kubelane::model::{Change, Endpoint, Ipx, Kind, Node, ObjectName, Protocol, Service, Slice, TrafficPolicy};
+use kubelane::model::{
+    Change, Endpoint, IpRange, Ipx, Kind, Node, ObjectName, Protocol, Service, Slice, TrafficPolicy,
+};
 use kubelane::sync::{Core, SyncReport};
 use model_kernel::ModelKernel;
 use objects::{NODE, ip, name, new_core, port, ready, service, slice, zones};
@@ -34,6 +36,7 @@ impl Truth {
         self.node.iter().for_each(|node| core.apply(Change::Node(Box::new(node.clone()))));
         core.apply(Change::ListEnd(Kind::Node));
         core.set_node_addresses(self.nodeport.iter().copied().collect(), self.bound.iter().copied().collect());
+        core.set_outward_addresses(self.bound.iter().copied().collect());
     }
 }
 
@@ -57,8 +60,8 @@ enum Event {
 
 fn any_service() -> impl Strategy<Value = Service> {
     let shape = (0u8..5, 0u8..4, any::<bool>(), any::<bool>(), any::<bool>(), 0u8..6);
-    let more = (prop::option::of(Just(60u32)), 0i64..3, any::<bool>());
-    (shape, more).prop_map(|((which, ips, internal, external, vip, ports), (affinity, created, node_port))| {
+    let more = (prop::option::of(Just(60u32)), 0i64..3, any::<bool>(), 0u8..5);
+    (shape, more).prop_map(|((which, ips, internal, external, vip, ports), (affinity, created, node_port, ranges))| {
         let local = |is| if is { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
         let mut all = service(&format!("s{which}"), &format!("10.96.0.{which}"));
         match ips {
@@ -69,7 +72,14 @@ fn any_service() -> impl Strategy<Value = Service> {
         if vip && ips != 1 {
             // Contested by all that have it.
             all.external_ips = vec![ip("192.0.2.1")];
-            all.load_balancer_ips = vec![ip("192.0.2.2")];
+            all.load_balancer_ips = vec![ip("192.0.2.2"), ip("fd02::2")];
+            let range = |at: &str, prefix| IpRange { ip: ip(at), prefix };
+            all.source_ranges = match ranges {
+                0 | 1 => vec![],
+                2 => vec![range("10.0.0.0", 8)],
+                3 => vec![range("10.0.0.0", 8), range("10.1.0.0", 16)],
+                _ => vec![range("::", 0), range("10.1.0.0", 16)],
+            };
         }
         all.ports = match ports {
             0 => vec![port("http", Protocol::Tcp, 80), port("dns", Protocol::Udp, 53)],
@@ -219,6 +229,7 @@ impl Bench {
         self.truth.bound = pick(bound, ["10.96.0.0", "10.96.0.1", "fd00::1"]);
         let (nodeport, bound) = (&self.truth.nodeport, &self.truth.bound);
         self.core.set_node_addresses(nodeport.iter().copied().collect(), bound.iter().copied().collect());
+        self.core.set_outward_addresses(bound.iter().copied().collect());
     }
 
     fn restart(&mut self) {

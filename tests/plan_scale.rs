@@ -43,7 +43,7 @@ impl MapIo for Sink {
         match map {
             MapName::Services => 20_000,
             MapName::Slots => 524_288,
-            MapName::Backends | MapName::Frontends | MapName::Addresses => 131_072,
+            MapName::Backends | MapName::Frontends | MapName::Addresses | MapName::SourceRanges => 131_072,
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The daemon: puts the parts together in an order in which nothing is attached before everything else is known to
 //! work, and ends with the first part that ends.
 
+mod flows;
 mod retry;
 mod source;
 mod stale;
+mod wire;
 mod worker;
 
 use std::net::SocketAddr;
@@ -23,11 +25,12 @@ pub use source::SourceSettings;
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, SourceStatus};
-use crate::netdev::{self, NodePortAddresses};
+use crate::netdev::{self, DeviceSelection, NodePortAddresses};
 use crate::serve::{self, App, HEALTHZ_FLAG, METRICS_FLAG, Metrics, Sample};
 use crate::sync::{Core, CoreSettings};
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
+use wire::Wire;
 use worker::{Inputs, Worker};
 
 /// Changes that a source may be ahead of the worker.
@@ -47,6 +50,7 @@ pub struct Settings {
     /// Where metrics are served; `None`: nowhere.
     pub metrics: Option<SocketAddr>,
     pub nodeport_addresses: NodePortAddresses,
+    pub devices: DeviceSelection,
     pub destroy_tcp_sockets: bool,
 }
 
@@ -63,7 +67,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics).await?, serve::metrics_router(app.clone())),
     ];
     let source = Source::prepare(&settings.source).await?;
-    let addresses = netdev::watch().await.context("reading the node's addresses")?;
+    let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
     let mut datapath = Datapath::open(&settings.datapath)?;
     let status = Arc::new(SourceStatus::default());
@@ -76,6 +80,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             parts.spawn(async move { (name, serve::run(listener, router).await) });
         }
     }
+    let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
+    parts.spawn(async move { ("flows", flows::collect(collector, metrics).await) });
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
         k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
@@ -83,15 +89,17 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
 
     let inputs = Inputs {
         changes,
-        addresses,
+        network,
         nodeport_addresses: settings.nodeport_addresses,
+        devices: settings.devices,
         stale,
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
         started,
     };
     let core = Core::new(CoreSettings { node_name: settings.node_name });
-    let mut worker = Worker::new(core, datapath.maps(), inputs)?;
+    let (maps, devices) = datapath.parts();
+    let mut worker = Worker::new(core, maps, Wire::new(devices), inputs)?;
     tokio::select! {
         signal = signals.next() => {
             info!("{signal}: the daemon ends; programs stay attached and go on serving (`kubelane cleanup` removes them)");

@@ -9,9 +9,10 @@ use tracing::{debug, info, warn};
 
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
+use super::wire::Wire;
 use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Protocol};
-use crate::netdev::NodePortAddresses;
+use crate::netdev::{DeviceSelection, Network, NodePortAddresses};
 use crate::serve::{App, SyncSample, Totals};
 use crate::sync::{Core, MapIo, MapName, SyncReport};
 
@@ -28,9 +29,9 @@ const NOTABLE_DURATION: Duration = Duration::from_millis(50);
 /// What the worker listens to, and what it serves.
 pub struct Inputs {
     pub changes: mpsc::Receiver<Change>,
-    /// Every address bound on the node (see [`crate::netdev::watch`]).
-    pub addresses: watch::Receiver<Vec<Ipx>>,
+    pub network: watch::Receiver<Network>,
     pub nodeport_addresses: NodePortAddresses,
+    pub devices: DeviceSelection,
     pub stale: StaleSocketPasses,
     /// Whether a pass ends TCP sockets, too.
     pub destroy_tcp_sockets: bool,
@@ -39,15 +40,23 @@ pub struct Inputs {
     pub started: Instant,
 }
 
+/// The addresses that the core knows.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Addresses {
+    nodeport: Vec<Ipx>,
+    outward: Vec<Ipx>,
+    bound: Vec<Ipx>,
+}
+
 /// Owner of the core and the maps.
 pub struct Worker<'m> {
     core: Core,
     maps: &'m mut dyn MapIo,
+    wire: Wire<'m>,
     inputs: Inputs,
     buffer: Vec<Change>,
     retry: Retry,
-    /// The addresses that the core knows: for NodePorts, and all.
-    addresses: (Vec<Ipx>, Vec<Ipx>),
+    addresses: Addresses,
     node_listed: bool,
     /// When the first sync waits for the Node no longer; set when all else is there.
     node_deadline: Option<Instant>,
@@ -60,7 +69,7 @@ impl<'m> Worker<'m> {
     ///
     /// # Errors
     /// When a map cannot be read.
-    pub fn new(mut core: Core, maps: &'m mut dyn MapIo, inputs: Inputs) -> anyhow::Result<Self> {
+    pub fn new(mut core: Core, maps: &'m mut dyn MapIo, wire: Wire<'m>, inputs: Inputs) -> anyhow::Result<Self> {
         let found = core.adopt(maps).context("reading the pinned maps")?;
         if found.frontends > 0 {
             inputs.app.health.state_adopted();
@@ -75,10 +84,11 @@ impl<'m> Worker<'m> {
         Ok(Worker {
             core,
             maps,
+            wire,
             inputs,
             buffer: Vec::with_capacity(DRAIN),
             retry: Retry::default(),
-            addresses: Default::default(),
+            addresses: Addresses::default(),
             node_listed: false,
             node_deadline: None,
             synced: false,
@@ -99,7 +109,7 @@ impl<'m> Worker<'m> {
                         return Ok(());
                     }
                 }
-                changed = self.inputs.addresses.changed() => {
+                changed = self.inputs.network.changed() => {
                     changed.context("the watch of the node's addresses ended")?;
                 }
                 () = sleep_until(wake) => {}
@@ -122,6 +132,7 @@ impl<'m> Worker<'m> {
         let report = self.core.sync(self.maps, now);
         self.tell_warnings(&report);
         if self.core.ready() {
+            self.follow_devices(now);
             self.after_sync(&report, now);
         }
     }
@@ -144,16 +155,31 @@ impl<'m> Worker<'m> {
     }
 
     fn follow_addresses(&mut self) {
-        let bound = self.inputs.addresses.borrow_and_update();
+        let network = self.inputs.network.borrow_and_update();
         let internal_ips = self.core.node().map_or(&[][..], |node| &node.internal_ips);
-        let nodeport = self.inputs.nodeport_addresses.select(&bound, internal_ips);
-        if self.addresses.0 == nodeport && self.addresses.1 == *bound {
+        let outward = self.inputs.devices.select(&network.devices, internal_ips);
+        let addresses = Addresses {
+            nodeport: self.inputs.nodeport_addresses.select(&network.addresses, internal_ips),
+            outward: outward.iter().flat_map(|device| &device.addresses).copied().collect(),
+            bound: network.addresses.clone(),
+        };
+        drop(network);
+        if self.addresses == addresses {
             return;
         }
-        self.addresses = (nodeport, bound.clone());
-        drop(bound);
-        debug!(nodeport = ?self.addresses.0, bound = ?self.addresses.1, "node addresses");
-        self.core.set_node_addresses(self.addresses.0.clone(), self.addresses.1.clone());
+        debug!(?addresses, "node addresses");
+        self.core.set_node_addresses(addresses.nodeport.clone(), addresses.bound.clone());
+        self.core.set_outward_addresses(addresses.outward.clone());
+        self.addresses = addresses;
+    }
+
+    /// After the rows are there: packets that the programs meet find their Services. The addresses of a new device are
+    /// in the kernel before its programs, and those of one that goes are taken away first; until then its packets
+    /// are none of a Service's.
+    fn follow_devices(&mut self, now: Instant) {
+        let network = self.inputs.network.borrow();
+        let internal_ips = self.core.node().map_or(&[][..], |node| &node.internal_ips);
+        self.wire.follow(&self.inputs.devices.select(&network.devices, internal_ips), now);
     }
 
     fn node_is_known_or_late(&mut self, now: Instant) -> bool {
@@ -261,7 +287,7 @@ impl<'m> Worker<'m> {
         if !self.synced {
             return self.node_deadline;
         }
-        [self.retry.due(), self.core.next_due()].into_iter().flatten().min()
+        [self.retry.due(), self.core.next_due(), self.wire.due()].into_iter().flatten().min()
     }
 }
 

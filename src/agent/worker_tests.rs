@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::time::timeout;
 
+use super::super::wire::Hooks;
 use super::*;
 use crate::abi::address_flag;
-use crate::bpf::StalePass;
+use crate::bpf::{Attached, Device, StalePass};
 use crate::model::{Endpoint, Node, ObjectName, Service, ServicePort, Slice, SlicePort};
 use crate::serve::Metrics;
 use crate::sync::{CoreSettings, Failure};
@@ -88,11 +89,32 @@ impl MapIo for Model {
     }
 }
 
+/// No device at all.
+struct NoHooks;
+
+impl Hooks for NoHooks {
+    fn attach(&mut self, device: &Device) -> anyhow::Result<Attached> {
+        panic!("{device:?} was attached")
+    }
+
+    fn detach(&mut self, index: u32) -> anyhow::Result<()> {
+        panic!("{index} was detached")
+    }
+
+    fn attached(&self) -> anyhow::Result<Vec<u32>> {
+        Ok(vec![])
+    }
+}
+
+fn with_addresses(addresses: &[&str]) -> Network {
+    Network { addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(), devices: vec![] }
+}
+
 /// The worker's surroundings.
 struct Stage {
     maps: Model,
     changes: mpsc::Sender<Change>,
-    addresses: watch::Sender<Vec<Ipx>>,
+    network: watch::Sender<Network>,
     app: App,
     passes: Arc<AtomicUsize>,
     inputs: Option<Inputs>,
@@ -101,7 +123,7 @@ struct Stage {
 impl Stage {
     fn new(maps: &Model) -> Self {
         let (changes, receiver) = mpsc::channel(100_000);
-        let (addresses, watched) = watch::channel(vec!["192.0.2.5".parse().unwrap()]);
+        let (network, watched) = watch::channel(with_addresses(&["192.0.2.5"]));
         let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new().unwrap()) };
         let passes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&passes);
@@ -111,19 +133,21 @@ impl Stage {
         };
         let inputs = Inputs {
             changes: receiver,
-            addresses: watched,
+            network: watched,
             nodeport_addresses: NodePortAddresses::All,
+            devices: DeviceSelection::Found,
             stale: StaleSocketPasses::new(Some(Arc::new(pass))),
             destroy_tcp_sockets: false,
             app: app.clone(),
             started: Instant::now(),
         };
-        Stage { maps: maps.clone(), changes, addresses, app, passes, inputs: Some(inputs) }
+        Stage { maps: maps.clone(), changes, network, app, passes, inputs: Some(inputs) }
     }
 
     fn worker<'m>(&mut self, maps: &'m mut Model) -> Worker<'m> {
         let core = Core::new(CoreSettings { node_name: "node-a".into() });
-        Worker::new(core, maps, self.inputs.take().unwrap()).unwrap()
+        let wire = Wire::new(Box::leak(Box::new(NoHooks)));
+        Worker::new(core, maps, wire, self.inputs.take().unwrap()).unwrap()
     }
 
     fn send(&self, changes: impl IntoIterator<Item = Change>) {
@@ -311,7 +335,7 @@ async fn node_addresses_are_followed() {
     };
     run_for(&mut worker, MOMENT).await;
     assert_eq!(node_rows(), ["192.0.2.5"]);
-    stage.addresses.send(vec!["192.0.2.7".parse().unwrap(), "2001:db8::1".parse().unwrap()]).unwrap();
+    stage.network.send(with_addresses(&["192.0.2.7", "2001:db8::1"])).unwrap();
     run_for(&mut worker, MOMENT).await;
     let mut rows = node_rows();
     rows.sort();
@@ -365,14 +389,14 @@ async fn the_worker_ends_with_its_source() {
     let mut maps = Model::default();
     let mut stage = Stage::new(&maps);
     let mut worker = stage.worker(&mut maps);
-    let Stage { changes, addresses, .. } = stage;
+    let Stage { changes, network, .. } = stage;
     drop(changes);
     timeout(Duration::from_secs(1), worker.run()).await.unwrap().unwrap();
-    drop(addresses);
+    drop(network);
     let mut maps = Model::default();
     let mut stage = Stage::new(&maps);
     let mut worker = stage.worker(&mut maps);
-    stage.addresses = watch::channel(vec![]).0;
+    stage.network = watch::channel(Network::default()).0;
     let error = timeout(Duration::from_secs(1), worker.run()).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("addresses ended"), "{error}");
 }

@@ -87,6 +87,11 @@ impl Datapath {
         &mut self.maps
     }
 
+    /// Both, for an owner that writes to one and attaches with the other.
+    pub fn parts(&mut self) -> (&mut Maps, &mut Devices) {
+        (&mut self.maps, &mut self.devices)
+    }
+
     /// Whether an earlier daemon's programs were found attached, and replaced without a gap.
     pub fn adopted(&self) -> bool {
         self.adopted

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use libbpf_rs::{MapCore, MapHandle};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::pinned;
 use crate::abi::counter;
@@ -17,7 +17,7 @@ use crate::sync::{Failure, MapIo, MapName};
 /// Rows in one system call: the kernel copies them one by one, so that more would only hold more memory.
 const BATCH: usize = 4096;
 
-/// The five maps that the daemon fills, and the counters.
+/// The maps that the daemon fills, and the counters.
 pub struct Maps {
     handles: Vec<(MapName, MapHandle)>,
     counters: MapHandle,
@@ -62,6 +62,56 @@ impl Maps {
     fn handle(&self, map: MapName) -> &MapHandle {
         // Every name is in the list: `open` made it from MapName::ALL, which is in the order of the enum.
         &self.handles[map as usize].1
+    }
+
+    /// For tries, which have no batches before 5.16.
+    fn one_by_one(
+        &mut self,
+        map: MapName,
+        rows: usize,
+        mut call: impl FnMut(&MapHandle, usize) -> libbpf_rs::Result<()>,
+    ) -> Vec<Failure> {
+        self.syscalls += rows as u64;
+        let handle = self.handle(map);
+        let failed = |row| {
+            let error = call(handle, row).err()?;
+            // The errno is at the bottom of libbpf-rs's chain.
+            let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+            let mut errno = None;
+            while let Some(this) = cause {
+                errno = this.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).or(errno);
+                cause = this.source();
+            }
+            let error = errno.map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error);
+            Some(Failure { row, error })
+        };
+        (0..rows).filter_map(failed).collect()
+    }
+
+    /// Also for tries. Nobody else writes them while the daemon holds the pins, so that no key vanishes in between.
+    fn dump_by_keys(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
+        let handle = self.handle(map);
+        let fd = handle.as_fd().as_raw_fd();
+        let mut key = vec![0u8; handle.key_size() as usize];
+        let mut next = key.clone();
+        let mut calls = 0;
+        loop {
+            let input = if calls > 0 { key.as_ptr().cast() } else { std::ptr::null() };
+            // SAFETY: `key` and `next` have the map's key size and outlive the call.
+            let result = unsafe { libbpf_sys::bpf_map_get_next_key(fd, input, next.as_mut_ptr().cast()) };
+            calls += 1;
+            if result == -libc::ENOENT {
+                break;
+            }
+            if result != 0 {
+                return Err(io::Error::from_raw_os_error(-result));
+            }
+            std::mem::swap(&mut key, &mut next);
+            let value = handle.lookup(&key, MapFlags::ANY).map_err(io::Error::other)?;
+            each(&key, &value.ok_or_else(|| io::Error::other("a row vanished while the map was read"))?);
+        }
+        self.syscalls += 2 * calls;
+        Ok(())
     }
 
     /// One batch; returns how many leading rows the kernel took, and the error that stopped it.
@@ -130,6 +180,12 @@ impl MapIo for Maps {
     fn write(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> Vec<Failure> {
         let (key_size, value_size) = (self.handle(map).key_size() as usize, self.handle(map).value_size() as usize);
         assert!(keys.len() == rows * key_size && values.len() == rows * value_size, "{map:?}: rows of another size");
+        if map == MapName::SourceRanges {
+            return self.one_by_one(map, rows, |handle, row| {
+                let (key, value) = (&keys[row * key_size..][..key_size], &values[row * value_size..][..value_size]);
+                handle.update(key, value, MapFlags::ANY)
+            });
+        }
         let batch = |first: usize, n: usize| {
             let (keys, values) =
                 (&keys[first * key_size..][..n * key_size], &values[first * value_size..][..n * value_size]);
@@ -141,11 +197,22 @@ impl MapIo for Maps {
     fn delete(&mut self, map: MapName, keys: &[u8], rows: usize) -> Vec<Failure> {
         let key_size = self.handle(map).key_size() as usize;
         assert!(keys.len() == rows * key_size, "{map:?}: keys of another size");
+        if map == MapName::SourceRanges {
+            return self.one_by_one(map, rows, |handle, row| {
+                match handle.delete(&keys[row * key_size..][..key_size]) {
+                    Err(error) if error.kind() == libbpf_rs::ErrorKind::NotFound => Ok(()),
+                    result => result,
+                }
+            });
+        }
         let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);
         in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT))
     }
 
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
+        if map == MapName::SourceRanges {
+            return self.dump_by_keys(map, each);
+        }
         let is_array = matches!(map, MapName::Backends | MapName::Slots);
         let handle = self.handle(map);
         let (key_size, value_size) = (handle.key_size() as usize, handle.value_size() as usize);

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::builder::{NonEmptyStringValueParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::netdev::NodePortAddresses;
+use crate::netdev::{DeviceSelection, NodePortAddresses};
 
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
 const HEALTHZ_PORT: u16 = 10256;
@@ -121,6 +121,11 @@ pub struct RunFlags {
     /// first InternalIP of each family. A family without a CIDR is not restricted [default: all addresses]
     #[arg(long, value_name = "CIDRS", default_value = "", hide_default_value = true, help_heading = "Node")]
     pub nodeport_addresses: NodePortAddresses,
+
+    /// Devices whose packets are looked at for NodePorts, load balancer and external IPs: names separated by commas, *
+    /// and ? as in file names [default: those with a default route or the Node's InternalIPs, tunnels, VLANs on these]
+    #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true, help_heading = "Node")]
+    pub devices: DeviceSelection,
 
     /// Destroy TCP sockets, too, when their backend is removed, so that clients reconnect at once (UDP always is)
     #[arg(long, help_heading = "Node")]

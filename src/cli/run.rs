@@ -65,6 +65,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         healthz: flags.node.healthz_bind_address.0,
         metrics: flags.node.metrics_bind_address.0,
         nodeport_addresses: flags.nodeport_addresses,
+        devices: flags.devices,
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
     })
 }

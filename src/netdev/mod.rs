@@ -1,8 +1,10 @@
-//! The addresses of the daemon's own network namespace, live, over rtnetlink.
+//! The addresses and devices of the daemon's own network namespace, live, over rtnetlink.
 //!
 //! There is no incremental state to get wrong: a notice of any kind, a lost one (ENOBUFS) included, leads to a new dump.
 //! Notices come on a socket of their own, subscribed before the first dump, so that no change falls between the two.
 
+mod dump;
+mod outward;
 mod selection;
 #[cfg(test)]
 mod tests;
@@ -10,11 +12,10 @@ mod tests;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::StreamExt as _;
 use futures::channel::mpsc::UnboundedReceiver;
-use futures::{StreamExt as _, TryStreamExt as _};
-use rtnetlink::packet_core::NetlinkMessage;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::sys::SocketAddr;
 use rtnetlink::{Handle, MulticastGroup};
 use tokio::sync::watch;
@@ -22,6 +23,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
+pub use outward::{DeviceSelection, Layer, NetDevice};
 pub use selection::NodePortAddresses;
 
 use crate::model::Ipx;
@@ -34,17 +36,25 @@ const DUMP_GAP: Duration = Duration::from_millis(100);
 /// Pause before a broken netlink socket is opened again.
 const REOPEN_PAUSE: Duration = Duration::from_secs(1);
 
-/// Reads the addresses once and follows them from then on, in a task that ends with the last receiver.
-///
-/// The channel holds every address on any device, sorted and without duplicates, except loopback addresses (loopback
-/// NodePorts are the datapath's own rule) and those of [`IPVS_DEVICE`]. Tentative IPv6 addresses count: they are about
-/// to be the node's, and a datagram to them is answered as soon as they are. A value is sent only when it differs.
+/// What the daemon knows of its network namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    /// Every address on any device, sorted and without duplicates, except loopback addresses (loopback NodePorts are
+    /// the datapath's own rule) and those of [`IPVS_DEVICE`]. Tentative IPv6 addresses count: they are about to be the
+    /// node's, and a datagram to them is answered as soon as they are.
+    pub addresses: Vec<Ipx>,
+    /// Every device, sorted by index.
+    pub devices: Vec<NetDevice>,
+}
+
+/// Reads all once and follows it from then on, in a task that ends with the last receiver. A value is sent only when it
+/// differs.
 ///
 /// # Errors
 /// When the kernel refuses the first subscription or dump.
-pub async fn watch() -> anyhow::Result<watch::Receiver<Vec<Ipx>>> {
+pub async fn watch() -> anyhow::Result<watch::Receiver<Network>> {
     let session = Session::open()?;
-    let (sender, receiver) = watch::channel(session.dump().await?);
+    let (sender, receiver) = watch::channel(dump::network(&session.handle).await?);
     tokio::spawn(async move {
         tokio::select! {
             () = follow(session, &sender) => {}
@@ -54,10 +64,10 @@ pub async fn watch() -> anyhow::Result<watch::Receiver<Vec<Ipx>>> {
     Ok(receiver)
 }
 
-async fn follow(mut session: Session, sender: &watch::Sender<Vec<Ipx>>) {
+async fn follow(mut session: Session, sender: &watch::Sender<Network>) {
     loop {
         let Err(error) = session.follow(sender).await;
-        warn!("node addresses: {error:#}; opening netlink again (the last known addresses stay in force)");
+        warn!("node addresses: {error:#}; opening netlink again (what was known last stays in force)");
         session = loop {
             sleep(REOPEN_PAUSE).await;
             match Session::open() {
@@ -80,10 +90,10 @@ struct Session {
 
 impl Session {
     fn open() -> anyhow::Result<Self> {
-        // Device changes need no group of their own: the kernel announces each address that a vanishing device loses.
-        let groups = [MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
-        let (listener, _, notices) =
-            rtnetlink::new_multicast_connection(&groups).context("subscribing to address changes (netlink)")?;
+        use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv6Ifaddr, Ipv6Route, Link};
+        let groups = [Link, Ipv4Ifaddr, Ipv6Ifaddr, Ipv4Route, Ipv6Route];
+        let (listener, _, notices) = rtnetlink::new_multicast_connection(&groups)
+            .context("subscribing to changes of addresses, devices and routes (netlink)")?;
         let (asker, handle, _) = rtnetlink::new_connection().context("opening a netlink socket")?;
         let mut connections = JoinSet::new();
         connections.spawn(listener);
@@ -92,53 +102,30 @@ impl Session {
     }
 
     /// Sends each change; returns only when a socket broke.
-    async fn follow(&mut self, sender: &watch::Sender<Vec<Ipx>>) -> anyhow::Result<std::convert::Infallible> {
+    async fn follow(&mut self, sender: &watch::Sender<Network>) -> anyhow::Result<std::convert::Infallible> {
         loop {
-            let addresses = self.dump().await?;
+            let network = dump::network(&self.handle).await?;
             sender.send_if_modified(|known| {
-                let changed = *known != addresses;
+                let changed = *known != network;
                 if changed {
-                    debug!(?addresses, "the node's addresses changed");
-                    *known = addresses;
+                    debug!(?network, "the node's addresses or devices changed");
+                    *known = network;
                 }
                 changed
             });
             sleep(DUMP_GAP).await;
-            self.notices.next().await.context("the netlink socket for address changes broke")?;
+            while !matters(&self.notices.next().await.context("the netlink socket for changes broke")?.0) {}
             while self.notices.try_recv().is_ok() {}
-        }
-    }
-
-    async fn dump(&self) -> anyhow::Result<Vec<Ipx>> {
-        let ipvs = self.index_of(IPVS_DEVICE).await?;
-        let messages: Vec<AddressMessage> =
-            self.handle.address().get().execute().try_collect().await.context("listing addresses (netlink)")?;
-        let own = messages.iter().filter(|m| Some(m.header.index) != ipvs).filter_map(own_address);
-        let mut addresses: Vec<Ipx> = own.filter(|ip| !ip.to_ip().is_loopback()).collect();
-        addresses.sort_unstable();
-        addresses.dedup();
-        Ok(addresses)
-    }
-
-    async fn index_of(&self, device: &str) -> anyhow::Result<Option<u32>> {
-        let mut links = self.handle.link().get().match_name(device).execute();
-        match links.try_next().await {
-            Ok(link) => Ok(link.map(|l| l.header.index)),
-            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -nix::libc::ENODEV => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("looking up device {device} (netlink)")),
         }
     }
 }
 
-/// IFA_LOCAL where there is one: on point-to-point devices IFA_ADDRESS is the peer's (rtnetlink(7)).
-fn own_address(message: &AddressMessage) -> Option<Ipx> {
-    let local = message.attributes.iter().find_map(|a| match a {
-        AddressAttribute::Local(ip) => Some(*ip),
-        _ => None,
-    });
-    let address = message.attributes.iter().find_map(|a| match a {
-        AddressAttribute::Address(ip) => Some(*ip),
-        _ => None,
-    });
-    local.or(address).map(Ipx::from)
+/// Of routes only default ones matter; a router may change thousands of others in a second.
+fn matters(notice: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    match &notice.payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route)) => {
+            route.header.destination_prefix_length == 0
+        }
+        _ => true,
+    }
 }

@@ -68,7 +68,7 @@ fn in_ranges(ranges: &[IpNet], ip: IpAddr) -> bool {
     of_family.peek().is_none() || of_family.any(|net| net.contains(&ip))
 }
 
-fn is_link_local(ip: Ipx) -> bool {
+pub(super) fn is_link_local(ip: Ipx) -> bool {
     match ip.to_ip() {
         IpAddr::V4(v4) => v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),

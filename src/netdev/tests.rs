@@ -1,14 +1,18 @@
 //! Real addresses in a network namespace that the test makes (root only; said aloud otherwise).
 
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
+use futures::TryStreamExt as _;
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::{Handle, LinkBridge};
+use rtnetlink::packet_route::address::AddressMessage;
+use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::time::timeout;
 
+use super::dump::own_address;
 use super::*;
 
 /// Runs `body` on a thread with a network namespace of its own, which goes when the thread ends.
@@ -50,10 +54,10 @@ async fn remove(handle: &Handle, address: &str) {
 }
 
 /// Waits until the channel holds exactly these, link-local ones aside (bridges make them when they please).
-async fn expect(receiver: &mut watch::Receiver<Vec<Ipx>>, expected: &str) {
+async fn expect(receiver: &mut watch::Receiver<Network>, expected: &str) {
     let mut expected: Vec<Ipx> = expected.split_whitespace().map(|t| t.parse().unwrap()).collect();
     expected.sort_unstable();
-    let matches = |known: &Vec<Ipx>| NodePortAddresses::All.select(known, &[]) == expected;
+    let matches = |known: &Network| NodePortAddresses::All.select(&known.addresses, &[]) == expected;
     let waited = timeout(Duration::from_secs(5), receiver.wait_for(matches)).await.map(|r| r.map(|_| ()));
     assert!(waited.is_ok_and(|r| r.is_ok()), "expected {expected:?}, got {:?}", *receiver.borrow());
 }
@@ -103,5 +107,48 @@ fn many_changes_at_once_end_in_the_right_set() {
             remove(&handle, &format!("192.0.2.{last}")).await;
         }
         expect(&mut receiver, "192.0.2.249 192.0.2.250").await;
+    });
+}
+
+/// Waits until exactly these devices face outwards.
+async fn expect_outward(receiver: &mut watch::Receiver<Network>, expected: &[&str]) {
+    let names = |known: &Network| -> Vec<String> {
+        DeviceSelection::Found.select(&known.devices, &[]).iter().map(|d| d.name.clone()).collect()
+    };
+    let waited = timeout(Duration::from_secs(5), receiver.wait_for(|known| names(known) == expected)).await;
+    let arrived = waited.is_ok_and(|r| r.is_ok());
+    assert!(arrived, "expected {expected:?}, got {:?}", names(&receiver.borrow()));
+}
+
+#[test]
+fn a_device_faces_outwards_while_it_has_a_default_route_and_until_it_vanishes() {
+    in_new_namespace(|handle| async move {
+        let mut receiver = watch().await.unwrap();
+        expect_outward(&mut receiver, &[]).await;
+        handle.link().add(LinkVeth::new("up0", "far0").up().build()).execute().await.unwrap();
+        let mut links = handle.link().get().match_name("up0").execute();
+        let up = links.try_next().await.unwrap().unwrap().header.index;
+        let far = LinkUnspec::new_with_name("far0").up().build();
+        handle.link().set(far).execute().await.unwrap();
+        handle.address().add(up, "192.0.2.5".parse().unwrap(), 24).execute().await.unwrap();
+        expect_outward(&mut receiver, &[]).await;
+
+        let route = || -> RouteMessage {
+            RouteMessageBuilder::<Ipv4Addr>::new().output_interface(up).gateway([192, 0, 2, 1].into()).build()
+        };
+        handle.route().add(route()).execute().await.unwrap();
+        expect_outward(&mut receiver, &["up0"]).await;
+        {
+            let known = receiver.borrow();
+            let device = known.devices.iter().find(|d| d.index == up).unwrap();
+            assert_eq!(device.layer, Layer::Ethernet);
+            assert_eq!(device.addresses, ["192.0.2.5".parse::<Ipx>().unwrap()]);
+        }
+        handle.route().del(route()).execute().await.unwrap();
+        expect_outward(&mut receiver, &[]).await;
+        handle.route().add(route()).execute().await.unwrap();
+        expect_outward(&mut receiver, &["up0"]).await;
+        handle.link().del(up).execute().await.unwrap();
+        expect_outward(&mut receiver, &[]).await;
     });
 }

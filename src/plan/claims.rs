@@ -2,7 +2,7 @@
 //! claims are kept, so that the next in line takes over when the owner goes.
 
 use crate::abi::FrontendKey;
-use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
+use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
 use crate::table::HashMap;
 
 /// Service ids by frontend.
@@ -58,6 +58,7 @@ struct Roles {
     cluster_ip: u32,
     service_vip: u32,
     node: bool,
+    outward: bool,
 }
 
 /// Roles by address.
@@ -71,6 +72,7 @@ impl AddressRoles {
             roles.cluster_ip += u32::from(flags & ADDRESS_CLUSTER_IP != 0);
             roles.service_vip += u32::from(flags & ADDRESS_SERVICE_VIP != 0);
             roles.node |= flags & ADDRESS_NODE != 0;
+            roles.outward |= flags & ADDRESS_LOCAL != 0;
         })
     }
 
@@ -80,6 +82,7 @@ impl AddressRoles {
             roles.cluster_ip = roles.cluster_ip.saturating_sub(u32::from(flags & ADDRESS_CLUSTER_IP != 0));
             roles.service_vip = roles.service_vip.saturating_sub(u32::from(flags & ADDRESS_SERVICE_VIP != 0));
             roles.node &= flags & ADDRESS_NODE == 0;
+            roles.outward &= flags & ADDRESS_LOCAL == 0;
         })
     }
 
@@ -89,7 +92,8 @@ impl AddressRoles {
         let flag = |is: bool, flag: u32| if is { flag } else { 0 };
         let flags = flag(roles.cluster_ip > 0, ADDRESS_CLUSTER_IP)
             | flag(roles.service_vip > 0, ADDRESS_SERVICE_VIP)
-            | flag(roles.node, ADDRESS_NODE);
+            | flag(roles.node, ADDRESS_NODE)
+            | flag(roles.outward, ADDRESS_LOCAL);
         if flags == 0 {
             self.0.remove(&address);
         }

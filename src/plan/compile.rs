@@ -3,16 +3,17 @@
 
 use std::sync::Arc;
 
+use super::ranges;
 use super::select::{Candidate, Place, merge_duplicates, select};
 use super::warnings::service_warning;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
 use crate::abi::frontend_flag::{
-    FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_PORT,
+    FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_PORT, FRONTEND_SOURCE_RANGES,
 };
 use crate::abi::pool_empty::{EMPTY_DROP, EMPTY_REFUSE};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::abi::{FrontendKey, backend_flag, backend_state};
-use crate::model::{Family, Ipx, Protocol, Service, ServicePort, Slice, SocketAddrx, TrafficPolicy, Warning};
+use crate::model::{Family, IpRange, Ipx, Protocol, Service, ServicePort, Slice, SocketAddrx, TrafficPolicy, Warning};
 use crate::table::HashSet;
 
 /// What all Services are compiled against.
@@ -41,6 +42,8 @@ pub struct CompiledPort {
     pub protocol: Protocol,
     /// 0: no affinity.
     pub affinity_seconds: u32,
+    /// Which clients on the wire its load balancer IPs serve; sorted. Read only where a frontend asks for it.
+    pub source_ranges: Vec<IpRange>,
     /// Every endpoint that deserves a backend row, sorted by address and port.
     pub endpoints: Vec<CompiledEndpoint>,
     /// Sorted by key.
@@ -158,7 +161,16 @@ fn compile_port(service: &Service, port: &ServicePort, slices: &[&Slice], contex
     }
     endpoints.sort_unstable_by_key(|e| e.at);
     let affinity_seconds = service.affinity_seconds.unwrap_or(0);
-    CompiledPort { name: port.name.clone(), protocol: port.protocol, affinity_seconds, endpoints, frontends }
+    let filters = frontends.iter().any(|f| u32::from(f.flags) & FRONTEND_SOURCE_RANGES != 0);
+    let source_ranges = if filters { ranges::disjoint_families(&service.source_ranges) } else { Vec::new() };
+    CompiledPort {
+        name: port.name.clone(),
+        protocol: port.protocol,
+        affinity_seconds,
+        source_ranges,
+        endpoints,
+        frontends,
+    }
 }
 
 /// The frontends of one port, sorted by key. One address in two roles is one frontend with both flags: the first role
@@ -186,7 +198,10 @@ fn frontends(service: &Service, port: &ServicePort, context: Context) -> Vec<Com
         add(*ip, port.port, FRONTEND_EXTERNAL_IP, cluster, external);
     }
     for ip in &service.load_balancer_ips {
-        add(*ip, port.port, FRONTEND_LOAD_BALANCER, cluster, external);
+        // A list without a range of this family leaves the family open (kube-proxy).
+        let is_filtered = service.source_ranges.iter().any(|range| range.ip.family() == ip.family());
+        let filter = if is_filtered { FRONTEND_SOURCE_RANGES } else { 0 };
+        add(*ip, port.port, FRONTEND_LOAD_BALANCER | filter, cluster, external);
     }
     if port.node_port != 0 {
         for family in [Family::Ipv4, Family::Ipv6] {

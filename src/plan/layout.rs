@@ -9,7 +9,7 @@ use super::port::{Port, Shortage};
 use super::tables::{Space, is_gone};
 use super::warnings::{Origin, WarningBook, service_warning};
 use crate::abi::FrontendKey;
-use crate::abi::address_flag::ADDRESS_NODE;
+use crate::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE};
 use crate::model::{Ipx, ObjectName, Protocol};
 use crate::table::{HashMap, HashSet, Rows};
 
@@ -32,6 +32,7 @@ pub struct Layout {
     pub claims: Claims,
     addresses: AddressRoles,
     node_addresses: HashSet<Ipx>,
+    outward_addresses: HashSet<Ipx>,
     /// Service ids that have something left behind.
     pub unsettled: HashSet<u32>,
     /// Services that did not get all they asked for.
@@ -67,13 +68,23 @@ impl Layout {
 
     /// The addresses that serve NodePorts.
     pub fn set_node_addresses(&mut self, wanted: HashSet<Ipx>) {
-        let before = std::mem::replace(&mut self.node_addresses, wanted);
-        for ip in before.difference(&self.node_addresses) {
-            let flags = self.addresses.remove(ip.0, ADDRESS_NODE);
+        let before = std::mem::replace(&mut self.node_addresses, wanted.clone());
+        self.change_role(ADDRESS_NODE, &before, &wanted);
+    }
+
+    /// The addresses of outward devices.
+    pub fn set_outward_addresses(&mut self, wanted: HashSet<Ipx>) {
+        let before = std::mem::replace(&mut self.outward_addresses, wanted.clone());
+        self.change_role(ADDRESS_LOCAL, &before, &wanted);
+    }
+
+    fn change_role(&mut self, role: u32, before: &HashSet<Ipx>, wanted: &HashSet<Ipx>) {
+        for ip in before.difference(wanted) {
+            let flags = self.addresses.remove(ip.0, role);
             want_address(&mut self.space, *ip, flags);
         }
-        for ip in self.node_addresses.difference(&before) {
-            let flags = self.addresses.add(ip.0, ADDRESS_NODE);
+        for ip in wanted.difference(before) {
+            let flags = self.addresses.add(ip.0, role);
             want_address(&mut self.space, *ip, flags);
         }
     }

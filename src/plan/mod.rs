@@ -7,6 +7,7 @@ pub mod ids;
 pub mod layout;
 pub mod pool;
 pub mod port;
+mod ranges;
 pub mod region;
 pub mod select;
 pub mod tables;

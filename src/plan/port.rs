@@ -8,7 +8,7 @@ use super::compile::{CompiledEndpoint, CompiledFrontend, CompiledPort, PoolUse};
 use super::pool::Pool;
 use super::tables::{Space, is_gone};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
-use crate::abi::{self, Backend, Frontend, ServiceName};
+use crate::abi::{self, Backend, Frontend, ServiceName, SourceRangeKey};
 use crate::model::{Family, ObjectName, Protocol, SocketAddrx};
 
 /// An endpoint and its backend id.
@@ -30,6 +30,8 @@ pub struct Port {
     /// As `Service::created`. Of an adopted port not yet compiled: before all others, so that it keeps what it has.
     pub created: i64,
     pub affinity_seconds: u32,
+    /// Sorted.
+    pub source_ranges: Vec<SourceRangeKey>,
     /// Sorted by address and port.
     pub tenants: Vec<Tenant>,
     /// By [`pool_index`].
@@ -72,6 +74,7 @@ impl Port {
             protocol: None,
             created: i64::MIN,
             affinity_seconds: 0,
+            source_ranges: Vec::new(),
             tenants: Vec::new(),
             pools: [Pool::default(); 4],
             frontends: Vec::new(),
@@ -88,7 +91,20 @@ impl Port {
         self.protocol = Some(wanted.protocol);
         self.affinity_seconds = wanted.affinity_seconds;
         space.tables.services.set(id, row_name(&self.service, &self.name));
+        self.filter(wanted.source_ranges.iter().map(|range| SourceRangeKey::new(id, *range)).collect(), space);
         self.short.backends = self.seat(id, wanted, space);
+    }
+
+    /// Lets these source ranges in, and no others.
+    fn filter(&mut self, mut wanted: Vec<SourceRangeKey>, space: &mut Space) {
+        wanted.sort_unstable();
+        let before = std::mem::replace(&mut self.source_ranges, wanted);
+        for gone in before.iter().filter(|key| self.source_ranges.binary_search(key).is_err()) {
+            space.tables.source_ranges.unset(*gone);
+        }
+        for key in &self.source_ranges {
+            space.tables.source_ranges.set(*key, 1);
+        }
     }
 
     /// Leaves every backend, region and the name.
@@ -98,6 +114,7 @@ impl Port {
         for tenant in std::mem::take(&mut self.tenants) {
             self.dismiss(tenant, space);
         }
+        self.filter(Vec::new(), space);
         for mut pool in std::mem::take(&mut self.pools) {
             pool.retire(space, &mut self.retired);
         }

@@ -1,8 +1,8 @@
-//! The five maps' rows, and the space they are laid out in.
+//! The maps' rows, and the space they are laid out in.
 
 use super::ids::IdPool;
 use super::region::Regions;
-use crate::abi::{Backend, Frontend, FrontendKey, ServiceName, backend_state};
+use crate::abi::{Backend, Frontend, FrontendKey, ServiceName, SourceRangeKey, backend_state};
 use crate::table::{Hashed, Indexed, Table};
 
 /// One table for each map of `sync::MapName`.
@@ -14,6 +14,8 @@ pub struct Tables {
     pub frontends: Table<Hashed<FrontendKey, Frontend>>,
     /// Keyed by the address's bytes.
     pub addresses: Table<Hashed<[u8; 16], u32>>,
+    /// Each value is 1.
+    pub source_ranges: Table<Hashed<SourceRangeKey, u32>>,
 }
 
 impl Tables {
@@ -24,6 +26,7 @@ impl Tables {
             && self.slots.is_clean()
             && self.frontends.is_clean()
             && self.addresses.is_clean()
+            && self.source_ranges.is_clean()
     }
 }
 

@@ -10,7 +10,7 @@ use bytemuck::Pod;
 use super::{MapIo, MapName};
 use crate::abi::backend_state::{BACKEND_ACTIVE, BACKEND_GONE, BACKEND_TERMINATING};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
-use crate::abi::{Backend, Frontend, FrontendKey, ServiceName};
+use crate::abi::{Backend, Frontend, FrontendKey, ServiceName, SourceRangeKey};
 use crate::model::{Ipx, ObjectName, Protocol, SocketAddrx};
 use crate::plan::compile::{CompiledFrontend, PoolUse};
 use crate::plan::layout::Layout;
@@ -38,6 +38,7 @@ struct Found {
     slots: Vec<(u32, u32)>,
     frontends: Vec<(FrontendKey, Frontend)>,
     addresses: Vec<([u8; 16], u32)>,
+    source_ranges: Vec<(SourceRangeKey, u32)>,
 }
 
 /// The pools that frontends show: by service id and [`pool_index`], the base and count of each row.
@@ -55,6 +56,7 @@ pub(super) fn adopt(layout: &mut Layout, io: &mut dyn MapIo) -> Result<(AdoptRep
     for (address, _) in &found.addresses {
         layout.reconsider_address(Ipx(*address));
     }
+    adopt_source_ranges(layout, &found, &mut report);
     adopt_ids(layout, &found);
     Ok((report, index_services(layout)))
 }
@@ -66,6 +68,7 @@ fn read(io: &mut dyn MapIo) -> Result<Found> {
         slots: dump(io, MapName::Slots)?,
         frontends: dump(io, MapName::Frontends)?,
         addresses: dump(io, MapName::Addresses)?,
+        source_ranges: dump(io, MapName::SourceRanges)?,
     })
 }
 
@@ -93,6 +96,7 @@ fn record(layout: &mut Layout, found: &Found) {
     found.slots.iter().for_each(|(key, row)| tables.slots.confirm(*key, Some(*row)));
     found.frontends.iter().for_each(|(key, row)| tables.frontends.confirm(*key, Some(*row)));
     found.addresses.iter().for_each(|(key, row)| tables.addresses.confirm(*key, Some(*row)));
+    found.source_ranges.iter().for_each(|(key, row)| tables.source_ranges.confirm(*key, Some(*row)));
 }
 
 fn adopt_names(layout: &mut Layout, found: &Found, report: &mut AdoptReport) {
@@ -216,6 +220,22 @@ fn sound_region(seen: &[(u32, u32)], size: u32) -> Option<(u32, u32)> {
         let count = seen.iter().filter(|(b, _)| b == base).map(|(_, count)| *count).max()?;
         is_sound(*base, count).then_some((*base, count))
     })
+}
+
+/// Rows in the order of their keys, as `Port::source_ranges` is.
+fn adopt_source_ranges(layout: &mut Layout, found: &Found, report: &mut AdoptReport) {
+    for (key, _) in &found.source_ranges {
+        match layout.ports.get_mut(&key.service_id) {
+            Some(port) => {
+                let at = port.source_ranges.partition_point(|known| known < key);
+                port.source_ranges.insert(at, *key);
+            }
+            None => {
+                layout.space.tables.source_ranges.unset(*key);
+                report.unusable += 1;
+            }
+        }
+    }
 }
 
 /// A service id whose name is gone from its hash map is still told by its backends' rows, which keep it until they rest

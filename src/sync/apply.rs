@@ -4,11 +4,13 @@
 //! | phase | why the state after each of its rows is safe |
 //! |---|---|
 //! | 1 names | nothing in the datapath follows them; adoption finds what a crash leaves behind by them |
+//! | 1 source ranges written | before the frontend that begins to ask for them: else it would turn every client away |
 //! | 2 backends, new and changed | no slot leads to a new one yet; a changed one is the same endpoint |
 //! | 3 slots | what a frontend can see is only ever replaced by a backend of the same pool, written in 2 |
 //! | 4 frontends written | bases and counts cover slots that 3 wrote; one row flips one frontend as a whole |
 //! | 5 address roles taken away | before the frontends go: else a port of an address left alone would be refused |
 //! | 6 frontends deleted | nothing leads to a frontend but its key |
+//! | 6 source ranges deleted | after the frontend that asks for them no longer: else it would turn clients away |
 //! | 7 address roles added | after the frontends: else a live port would be refused as unknown |
 //! | 8 backends gone | no frontend in the kernel covers a slot with them any more, after 3, 4 and 6 |
 //! | 9 names deleted | nothing of that service id is left |
@@ -60,6 +62,7 @@ impl<'a> Applier<'a> {
     pub fn run(mut self, now: Instant) {
         if !self.layout.space.tables.is_clean() {
             self.write_names();
+            self.write_source_ranges();
             self.write_backends();
             self.write_slots();
             self.write_frontends();
@@ -67,6 +70,7 @@ impl<'a> Applier<'a> {
             self.delete_frontends();
             self.widen_addresses();
             self.block_stale_frontends();
+            self.delete_source_ranges();
             self.write_gone_backends();
             self.delete_names();
             self.note_full_maps();
@@ -81,6 +85,20 @@ impl<'a> Applier<'a> {
         let rows = collect(&self.layout.space.tables.services, |_, name| name.is_some());
         let failed = self.put(MapName::Services, |t| &mut t.services, rows);
         self.blocked.extend(failed);
+    }
+
+    fn write_source_ranges(&mut self) {
+        let ranges = &self.layout.space.tables.source_ranges;
+        let rows = collect(ranges, |key, row| row.is_some() && !self.is_blocked(key.service_id));
+        let failed = self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
+        self.blocked.extend(failed.into_iter().map(|key| key.service_id));
+    }
+
+    /// A service id rests only when none is left of it: its next owner's clients would be judged by them.
+    fn delete_source_ranges(&mut self) {
+        let ranges = &self.layout.space.tables.source_ranges;
+        let rows = collect(ranges, |key, row| row.is_none() && !self.is_blocked(key.service_id));
+        self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
     }
 
     fn write_backends(&mut self) {
@@ -167,9 +185,11 @@ impl<'a> Applier<'a> {
         let layout = &self.layout;
         let backends = &layout.space.tables.backends;
         let lives = |id: u32| backends.applied(id).is_some_and(|row| !is_gone(&row));
+        let filtered: HashSet<u32> =
+            layout.space.tables.source_ranges.pending().map(|(key, _)| key.service_id).collect();
         let rows = collect(&layout.space.tables.services, |id, name| {
             let left_behind = layout.ports.get(&id).is_some_and(|port| port.leaving.iter().any(|t| lives(t.id)));
-            name.is_none() && !self.is_blocked(id) && !left_behind
+            name.is_none() && !self.is_blocked(id) && !left_behind && !filtered.contains(&id)
         });
         self.put(MapName::Services, |t| &mut t.services, rows);
     }
@@ -177,11 +197,17 @@ impl<'a> Applier<'a> {
     fn note_full_maps(&mut self) {
         for map in MapName::ALL {
             let name = map.as_str();
+            let remedy = match map {
+                MapName::SourceRanges => "give Services fewer and wider loadBalancerSourceRanges",
+                _ => {
+                    "stop kubelane, run `kubelane cleanup`, and start it with a higher --max-services or --max-endpoints"
+                }
+            };
             let warnings = match self.full.contains(&map) {
                 true => vec![Warning {
                     subject: format!("map {name}"),
                     message: format!(
-                        "full at {} rows: what does not fit is not served; stop kubelane, run `kubelane cleanup`, and start it with a higher --max-services or --max-endpoints",
+                        "full at {} rows: what does not fit is not served; {remedy}",
                         self.io.capacity(map)
                     ),
                 }],

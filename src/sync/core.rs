@@ -92,6 +92,11 @@ impl Core {
         self.world.set_bound(bound.into_iter().collect());
     }
 
+    /// The addresses of the devices where packets from the wire are met.
+    pub fn set_outward_addresses(&mut self, outward: Vec<Ipx>) {
+        self.layout.set_outward_addresses(outward.into_iter().collect());
+    }
+
     /// Services and EndpointSlices have both listed once.
     pub fn ready(&self) -> bool {
         self.world.ready()

@@ -15,11 +15,19 @@ pub enum MapName {
     Frontends,
     /// 16 address bytes -> u32 bits of `abi::address_flag` (hash).
     Addresses,
+    /// `abi::SourceRangeKey` -> u32, 1 (trie).
+    SourceRanges,
 }
 
 impl MapName {
-    pub const ALL: [MapName; 5] =
-        [MapName::Services, MapName::Backends, MapName::Slots, MapName::Frontends, MapName::Addresses];
+    pub const ALL: [MapName; 6] = [
+        MapName::Services,
+        MapName::Backends,
+        MapName::Slots,
+        MapName::Frontends,
+        MapName::Addresses,
+        MapName::SourceRanges,
+    ];
 
     /// The map's name in the BPF object and in the pin directory.
     pub fn as_str(self) -> &'static str {
@@ -29,6 +37,7 @@ impl MapName {
             MapName::Slots => "slots",
             MapName::Frontends => "frontends",
             MapName::Addresses => "addresses",
+            MapName::SourceRanges => "source_ranges",
         }
     }
 }

@@ -155,6 +155,19 @@ impl Lab {
         &node.unwrap_or_else(|| panic!("no pod {pod}")).name
     }
 
+    /// Runs `work` on a thread in the underlay's namespace, on whose bridge the nodes are: a client outside all of
+    /// them, at 172.31.0.1 and fd31::1.
+    pub fn outside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+        netns::inside(&netns::path(&self.netns_name("underlay")), work)
+    }
+
+    /// Lets the client outside reach `network` by `node`, as a load balancer's announcement would.
+    pub fn route_outside(&self, network: &str, node: &str) -> anyhow::Result<()> {
+        let by = &self.node(node).host;
+        let gateway: IpAddr = if network.contains(':') { by.v6.into() } else { by.v4.into() };
+        netns::ip(Some(&self.netns_name("underlay")), &[format!("route add {network} via {gateway}")])
+    }
+
     fn netns_name(&self, place: &str) -> String {
         format!("{NETNS_PREFIX}{}-{place}", self.id)
     }

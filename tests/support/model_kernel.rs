@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::time::{Duration, Instant};
 
-use kubelane::abi::{Backend, Frontend, FrontendKey, Pool, ServiceName, address_flag};
+use kubelane::abi::{Backend, Frontend, FrontendKey, Pool, ServiceName, SourceRangeKey, address_flag, frontend_flag};
 use kubelane::model::{Family, Ipx};
 use kubelane::sync::{Failure, MapIo, MapName};
 
@@ -22,6 +22,7 @@ pub struct ModelKernel {
     pub slots: BTreeMap<u32, u32>,
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     pub addresses: BTreeMap<[u8; 16], u32>,
+    pub source_ranges: BTreeMap<SourceRangeKey, u32>,
     pub capacity: BTreeMap<MapName, u32>,
     /// What the kernel's clock says; the test moves it.
     pub now: Instant,
@@ -51,6 +52,7 @@ impl ModelKernel {
             (MapName::Slots, slots),
             (MapName::Frontends, 40_000),
             (MapName::Addresses, 40_000),
+            (MapName::SourceRanges, 40_000),
         ];
         ModelKernel {
             services: BTreeMap::new(),
@@ -58,6 +60,7 @@ impl ModelKernel {
             slots: BTreeMap::new(),
             frontends: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            source_ranges: BTreeMap::new(),
             capacity: capacity.into(),
             now: Instant::now(),
             fails: Box::new(|_| false),
@@ -109,6 +112,12 @@ impl ModelKernel {
                     return Err(io::Error::from_raw_os_error(libc::E2BIG));
                 }
                 self.addresses.insert(address, number(value));
+            }
+            MapName::SourceRanges => {
+                let key: SourceRangeKey = bytemuck::pod_read_unaligned(key);
+                assert_eq!(number(value), 1);
+                assert!(self.services.contains_key(&key.service_id), "{key:?} is of a Service without a name");
+                self.source_ranges.insert(key, 1);
             }
         }
         Ok(())
@@ -165,11 +174,17 @@ impl ModelKernel {
     fn remove(&mut self, map: MapName, key: &[u8]) {
         match map {
             MapName::Services => {
-                self.services.remove(&number(key));
+                let id = number(key);
+                let left = self.source_ranges.keys().find(|range| range.service_id == id);
+                assert!(!self.judging || left.is_none(), "{left:?} is left of a Service whose name is deleted");
+                self.services.remove(&id);
             }
             MapName::Frontends => self.put_frontend(bytemuck::pod_read_unaligned(key), None),
             MapName::Addresses => {
                 self.addresses.remove::<[u8; 16]>(&key.try_into().unwrap());
+            }
+            MapName::SourceRanges => {
+                self.source_ranges.remove(&bytemuck::pod_read_unaligned::<SourceRangeKey>(key));
             }
             MapName::Backends | MapName::Slots => panic!("rows of an array cannot be deleted"),
         }
@@ -189,6 +204,10 @@ impl ModelKernel {
 
     fn check_frontend(&self, key: &FrontendKey, row: &Frontend) {
         assert!(self.services.contains_key(&row.service_id), "{key:?} has a Service without a name");
+        if row.flags & frontend_flag::FRONTEND_SOURCE_RANGES != 0 {
+            let asked = self.source_ranges.keys().any(|range| range.service_id == row.service_id);
+            assert!(asked, "{key:?} asks for source ranges, and there are none");
+        }
         for pool in [row.inside, row.outside] {
             for slot in pool.base..pool.base + pool.count {
                 let id = self.slots.get(&slot).unwrap_or_else(|| panic!("{key:?} leads to the empty slot {slot}"));
@@ -219,6 +238,10 @@ impl ModelKernel {
         }
         for (address, flags) in &self.addresses {
             all.insert(format!("address {}", Ipx(*address)), flags.to_string());
+        }
+        for key in self.source_ranges.keys() {
+            let name = self.services[&key.service_id].as_str();
+            all.insert(format!("range {name} {}/{}", Ipx(key.address), key.prefix_length), String::new());
         }
         for name in self.services.values() {
             let known = all.insert(format!("service {}", name.as_str()), String::new());
@@ -310,6 +333,7 @@ impl MapIo for ModelKernel {
                 self.frontends.iter().for_each(|(k, v)| each(bytemuck::bytes_of(k), bytemuck::bytes_of(v)));
             }
             MapName::Addresses => self.addresses.iter().for_each(|(k, v)| each(k, of(v))),
+            MapName::SourceRanges => self.source_ranges.iter().for_each(|(k, v)| each(bytemuck::bytes_of(k), of(v))),
         }
         Ok(())
     }

@@ -1,0 +1,131 @@
+//! One reading of the namespace: devices, addresses and default routes, put together.
+
+use anyhow::Context as _;
+use futures::TryStreamExt as _;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
+use rtnetlink::{Handle, RouteMessageBuilder};
+
+use super::{IPVS_DEVICE, NetDevice, Network};
+use crate::model::Ipx;
+
+pub(super) async fn network(handle: &Handle) -> anyhow::Result<Network> {
+    let links: Vec<LinkMessage> =
+        handle.link().get().execute().try_collect().await.context("listing devices (netlink)")?;
+    let mut network = Network { addresses: Vec::new(), devices: links.iter().map(device).collect() };
+    network.devices.sort_unstable_by_key(|d| d.index);
+    for device in network.devices.iter_mut().filter(|d| d.is_member) {
+        device.is_member = !is_vrf_member(device.index, &links);
+    }
+    read_addresses(handle, &mut network).await?;
+    for index in default_routes(handle).await? {
+        if let Ok(at) = network.devices.binary_search_by_key(&index, |d| d.index) {
+            network.devices[at].has_default_route = true;
+        }
+    }
+    Ok(network)
+}
+
+fn device(link: &LinkMessage) -> NetDevice {
+    let mut device = NetDevice {
+        index: link.header.index,
+        name: String::new(),
+        kind: None,
+        layer: link.header.link_layer_type.into(),
+        is_up: link.header.flags.contains(LinkFlags::Up),
+        is_loopback: link.header.flags.contains(LinkFlags::Loopback),
+        is_member: false,
+        below: None,
+        has_default_route: false,
+        addresses: Vec::new(),
+    };
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => device.name.clone_from(name),
+            LinkAttribute::Controller(index) => device.is_member = *index != 0,
+            LinkAttribute::Link(index) => device.below = Some(*index),
+            LinkAttribute::LinkInfo(infos) => device.kind = kind(infos),
+            _ => {}
+        }
+    }
+    device
+}
+
+fn kind(infos: &[LinkInfo]) -> Option<InfoKind> {
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind.clone()),
+        _ => None,
+    })
+}
+
+/// A VRF only chooses the routing table: its members keep their addresses and routes.
+fn is_vrf_member(index: u32, links: &[LinkMessage]) -> bool {
+    let of = |index: u32| links.iter().find(move |link| link.header.index == index);
+    let controller = of(index).and_then(|link| {
+        link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        })
+    });
+    controller.and_then(of).is_some_and(|link| device(link).kind == Some(InfoKind::Vrf))
+}
+
+async fn read_addresses(handle: &Handle, network: &mut Network) -> anyhow::Result<()> {
+    let ipvs = network.devices.iter().find(|d| d.name == IPVS_DEVICE).map(|d| d.index);
+    let mut messages = handle.address().get().execute();
+    while let Some(message) = messages.try_next().await.context("listing addresses (netlink)")? {
+        let Some(ip) = own_address(&message).filter(|ip| !ip.to_ip().is_loopback()) else { continue };
+        if Some(message.header.index) == ipvs {
+            continue;
+        }
+        network.addresses.push(ip);
+        let at = network.devices.binary_search_by_key(&message.header.index, |d| d.index);
+        if let (Ok(at), false) = (at, super::selection::is_link_local(ip)) {
+            network.devices[at].addresses.push(ip);
+        }
+    }
+    network.addresses.sort_unstable();
+    network.addresses.dedup();
+    Ok(())
+}
+
+/// Indices of the devices that a default route of any table leads to.
+async fn default_routes(handle: &Handle) -> anyhow::Result<Vec<u32>> {
+    let mut indices = Vec::new();
+    let requests = [
+        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+    ];
+    for request in requests {
+        let mut routes = handle.route().get(request).execute();
+        while let Some(route) = routes.try_next().await.context("listing routes (netlink)")? {
+            if route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast {
+                indices.extend(devices_of(&route));
+            }
+        }
+    }
+    Ok(indices)
+}
+
+fn devices_of(route: &RouteMessage) -> Vec<u32> {
+    let of = |attribute: &RouteAttribute| match attribute {
+        RouteAttribute::Oif(index) => vec![*index],
+        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+        _ => Vec::new(),
+    };
+    route.attributes.iter().flat_map(of).collect()
+}
+
+/// IFA_LOCAL where there is one: on point-to-point devices IFA_ADDRESS is the peer's (rtnetlink(7)).
+pub(super) fn own_address(message: &AddressMessage) -> Option<Ipx> {
+    let local = message.attributes.iter().find_map(|a| match a {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    let address = message.attributes.iter().find_map(|a| match a {
+        AddressAttribute::Address(ip) => Some(*ip),
+        _ => None,
+    });
+    local.or(address).map(Ipx::from)
+}
