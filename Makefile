@@ -3,6 +3,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+# ip, bpftool and iptables are administrators' tools: su(1) without a dash leaves their directories out.
+export PATH := $(PATH):/usr/sbin:/sbin
 
 # A command or file that must be there, and the Debian package that brings it.
 NEEDED := \
@@ -31,7 +33,7 @@ setup: ## Install what is missing (apt-get, as root)
 	for entry in $(NEEDED); do \
 		IFS=: read -r kind name package <<< "$$entry"; \
 		case $$kind in \
-			command) PATH="$$PATH:/usr/sbin:/sbin" command -v "$$name" > /dev/null || missing+=("$$package") ;; \
+			command) command -v "$$name" > /dev/null || missing+=("$$package") ;; \
 			file) [[ -e $$name ]] || missing+=("$$package") ;; \
 		esac; \
 	done; \
@@ -74,3 +76,6 @@ format: setup ## Format Rust and C
 
 clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
 	cargo run --quiet --features lab --bin kubelane-lab -- sweep
+
+include tests/vm/vm.mk
+include benches/bench.mk

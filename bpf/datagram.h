@@ -68,9 +68,9 @@ static __always_inline int datagram_table_put(struct datagram_table *table, cons
 	return 1;
 }
 
-/* Copies the latest record that led to this backend; 0 when there is none. */
-static __always_inline int datagram_table_reverse(struct datagram_table *table, const struct address *backend,
-						  __be16 port, struct origin *found)
+/* Copies the latest record that led to this backend; returns its sequence, 0 when there is none. */
+static __always_inline __u32 datagram_table_reverse(struct datagram_table *table, const struct address *backend,
+						    __be16 port, struct origin *found)
 {
 	__u32 latest = 0;
 
@@ -84,7 +84,17 @@ static __always_inline int datagram_table_reverse(struct datagram_table *table, 
 		}
 	}
 	bpf_spin_unlock(&table->lock);
-	return latest != 0;
+	return latest;
+}
+
+static __always_inline __u32 datagram_table_next_sequence(struct datagram_table *table)
+{
+	__u32 sequence;
+
+	bpf_spin_lock(&table->lock);
+	sequence = ++table->sequence;
+	bpf_spin_unlock(&table->lock);
+	return sequence;
 }
 
 static __always_inline void datagram_key_fill(struct datagram_key *key, void *ctx, const struct address *address,
@@ -97,28 +107,24 @@ static __always_inline void datagram_key_fill(struct datagram_key *key, void *ct
 	key->zero = 0;
 }
 
-static __always_inline int datagram_overflow_find(void *ctx, const struct address *address, __be16 port,
-						  __u16 direction, struct origin *found)
+static __always_inline struct datagram_record *datagram_overflow_find(void *ctx, const struct address *address,
+								      __be16 port, __u16 direction)
 {
 	struct datagram_key key;
-	struct origin *origin;
 
 	datagram_key_fill(&key, ctx, address, port, direction);
-	origin = bpf_map_lookup_elem(&datagram_overflow, &key);
-	if (!origin)
-		return 0;
-	*found = *origin;
-	return 1;
+	return bpf_map_lookup_elem(&datagram_overflow, &key);
 }
 
-static __always_inline void datagram_overflow_put(void *ctx, const struct origin *origin)
+static __always_inline void datagram_overflow_put(void *ctx, struct datagram_table *table, const struct origin *origin)
 {
+	struct datagram_record record = {.origin = *origin, .sequence = datagram_table_next_sequence(table)};
 	struct datagram_key key;
 
 	datagram_key_fill(&key, ctx, &origin->service_address, origin->service_port, DATAGRAM_TO_SERVICE);
-	bpf_map_update_elem(&datagram_overflow, &key, origin, BPF_ANY);
+	bpf_map_update_elem(&datagram_overflow, &key, &record, BPF_ANY);
 	datagram_key_fill(&key, ctx, &origin->backend_address, origin->backend_port, DATAGRAM_FROM_BACKEND);
-	bpf_map_update_elem(&datagram_overflow, &key, origin, BPF_ANY);
+	bpf_map_update_elem(&datagram_overflow, &key, &record, BPF_ANY);
 }
 
 /* The backend that this socket's datagrams to `service` went to before; 0 when there is none that still lives, or when
@@ -127,15 +133,19 @@ static __always_inline int datagram_recall(void *ctx, struct bpf_sock *sk, const
 					   __u32 service_id, struct origin *found)
 {
 	struct datagram_table *table = bpf_sk_storage_get(&datagram_tables, sk, (void *)0, 0);
+	struct datagram_record *record;
 
 	if (!table)
 		return 0;
 	if (!datagram_table_find(table, service, found)) {
-		if (!table->overflowed ||
-		    !datagram_overflow_find(ctx, &service->address, service->port, DATAGRAM_TO_SERVICE, found))
+		if (!table->overflowed)
 			return 0;
+		record = datagram_overflow_find(ctx, &service->address, service->port, DATAGRAM_TO_SERVICE);
+		if (!record)
+			return 0;
+		*found = record->origin;
 		/* Refreshed: the latest service that was sent to is the one that replies are shown as. */
-		datagram_overflow_put(ctx, found);
+		datagram_overflow_put(ctx, table, found);
 	}
 	return found->service_id == service_id && backend_get_living(found->backend_id, found->generation) != (void *)0;
 }
@@ -150,7 +160,7 @@ static __always_inline void datagram_remember(void *ctx, struct bpf_sock *sk, co
 		return;
 	}
 	if (!datagram_table_put(table, service, origin))
-		datagram_overflow_put(ctx, origin);
+		datagram_overflow_put(ctx, table, origin);
 }
 
 /* Which service a datagram from `backend` answers; 0 when it answers none. */
@@ -158,14 +168,21 @@ static __always_inline int datagram_reverse(void *ctx, struct bpf_sock *sk, cons
 					    struct origin *found)
 {
 	struct datagram_table *table = bpf_sk_storage_get(&datagram_tables, sk, (void *)0, 0);
+	struct datagram_record *record;
+	__u32 latest;
 
 	if (!table)
 		return 0;
-	if (datagram_table_reverse(table, backend, port, found))
-		return 1;
+	latest = datagram_table_reverse(table, backend, port, found);
+	if (!table->overflowed)
+		return latest != 0;
+	record = datagram_overflow_find(ctx, backend, port, DATAGRAM_FROM_BACKEND);
 	/* Compared, because an LRU row's memory may be another key's by now. */
-	return table->overflowed && datagram_overflow_find(ctx, backend, port, DATAGRAM_FROM_BACKEND, found) &&
-	       origin_is_of_backend(found, backend, port);
+	if (record && record->sequence > latest && origin_is_of_backend(&record->origin, backend, port)) {
+		latest = record->sequence;
+		*found = record->origin;
+	}
+	return latest != 0;
 }
 
 #endif

@@ -104,7 +104,7 @@ struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
 	__type(key, struct datagram_key);
-	__type(value, struct origin);
+	__type(value, struct datagram_record);
 } datagram_overflow SEC(".maps");
 
 struct {

@@ -7,6 +7,7 @@
 pub mod abi;
 pub mod agent;
 pub mod bpf;
+mod chain;
 pub mod cli;
 pub mod files;
 pub mod k8s;

@@ -2,6 +2,7 @@
 //! leaving nothing behind. Each test has a BPF file system and a cgroup of its own.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -33,10 +34,14 @@ impl World {
         Settings { pin_path: self.bpffs.join("kl"), cgroup: self.cgroup.clone(), max_endpoints: 1024, max_services: 64 }
     }
 
-    /// How many programs the kernel runs for this cgroup's connect4 hook.
-    fn attached(&self, program: &str) -> usize {
-        let out = std::process::Command::new("bpftool").args(["cgroup", "show"]).arg(&self.cgroup).output().unwrap();
-        String::from_utf8_lossy(&out.stdout).lines().filter(|l| l.split_whitespace().any(|w| w == program)).count()
+    /// How many programs are linked to this cgroup's connect4 hook.
+    fn attached_to_connect4(&self) -> usize {
+        // Not `bpftool cgroup show`: on kernels older than itself it shows nothing.
+        let out = std::process::Command::new("bpftool").args(["link", "show"]).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let cgroup = format!("cgroup_id {} ", fs::metadata(&self.cgroup).unwrap().ino());
+        let is_here = |line: &&str| line.contains(&cgroup) && line.contains("attach_type cgroup_inet4_connect");
+        String::from_utf8_lossy(&out.stdout).lines().filter(is_here).count()
     }
 }
 
@@ -129,17 +134,17 @@ fn a_second_daemon_takes_the_programs_and_rows_over_and_two_at_once_are_refused(
     let settings = world.settings();
     let mut first = Datapath::open(&settings).unwrap();
     assert!(!first.adopted());
-    assert_eq!(world.attached("connect4"), 1);
+    assert_eq!(world.attached_to_connect4(), 1);
     assert!(first.maps().write(MapName::Frontends, &frontend_keys(3), &[1u8; 3 * 36], 3).is_empty());
 
     let refused = Datapath::open(&settings).err().expect("the directory is held").to_string();
-    assert!(refused.contains("another kubelane holds"), "{refused}");
+    assert!(refused.contains("a running kubelane holds"), "{refused}");
     drop(first);
-    assert_eq!(world.attached("connect4"), 1, "stays attached without the daemon");
+    assert_eq!(world.attached_to_connect4(), 1, "stays attached without the daemon");
 
     let mut second = Datapath::open(&settings).unwrap();
     assert!(second.adopted());
-    assert_eq!(world.attached("connect4"), 1, "replaced in place, not added");
+    assert_eq!(world.attached_to_connect4(), 1, "replaced in place, not added");
     assert_eq!(rows(second.maps(), MapName::Frontends), 3);
 }
 
@@ -165,7 +170,7 @@ fn another_cgroup_gets_the_programs_and_the_former_one_loses_them() {
     settings.cgroup = other.cgroup.clone();
     let datapath = Datapath::open(&settings).unwrap();
     assert!(!datapath.adopted());
-    assert_eq!((world.attached("connect4"), other.attached("connect4")), (0, 1));
+    assert_eq!((world.attached_to_connect4(), other.attached_to_connect4()), (0, 1));
 }
 
 #[test]
@@ -178,7 +183,7 @@ fn cleanup_leaves_nothing_attached_and_nothing_pinned_and_is_refused_while_a_dae
     drop(datapath);
     let removed = bpf::cleanup(&settings.pin_path).unwrap();
     assert!(removed.iter().any(|r| r.ends_with("links/connect4")), "{removed:?}");
-    assert_eq!(world.attached("connect4"), 0);
+    assert_eq!(world.attached_to_connect4(), 0);
     assert!(!settings.pin_path.exists());
     assert!(bpf::cleanup(&settings.pin_path).unwrap().is_empty());
 }

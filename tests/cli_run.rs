@@ -179,7 +179,7 @@ fn a_daemon_is_started_asked_stopped_started_again_and_cleaned_up() {
     assert_eq!(world.http(world.metrics, "/proxyMode"), Some((200, "kubelane".to_owned())));
     let refused = world.ask(&["cleanup"]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused.stderr).contains("another kubelane holds"), "{}", text(&refused.stderr));
+    assert!(text(&refused.stderr).contains("a running kubelane holds"), "{}", text(&refused.stderr));
     assert_eq!(daemon.terminate().code(), Some(0));
     assert!(world.log().contains("SIGTERM") && world.log().contains("go on serving"), "{}", world.log());
 
@@ -212,7 +212,7 @@ fn a_port_that_is_taken_ends_the_daemon_before_anything_is_attached() {
     let mut daemon = world.start(&[]);
     assert_eq!(daemon.ended().code(), Some(1));
     let (log, address) = (world.log(), world.metrics.to_string());
-    assert!(log.contains(&format!("cannot listen on {address} (--metrics-bind-address)")), "{log}");
+    assert!(log.contains(&format!("--metrics-bind-address: cannot listen on {address}")), "{log}");
     assert!(!PathBuf::from(world.pins()).exists(), "something was pinned");
 
     let check = world.ask(&["check", "--metrics-bind-address", &address, "--healthz-bind-address", ""]);

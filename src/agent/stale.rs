@@ -54,11 +54,12 @@ fn report(result: anyhow::Result<StalePass>) {
             tracing::info!(found, destroyed, "ended sockets of removed backends");
         }
         Ok(StalePass { found, destroyed, unreachable }) => {
-            tracing::info!(
+            tracing::warn!(
                 found,
                 destroyed,
                 unreachable,
-                "ended sockets of removed backends, not all could be reached"
+                "some sockets of removed backends are in network namespaces that cannot be found: share the host's PID \
+                 namespace and have CAP_SYS_PTRACE, or its /run/netns"
             );
         }
         Err(error) => tracing::warn!("sockets of removed backends were not ended: {error:#}"),

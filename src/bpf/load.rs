@@ -4,12 +4,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapHandle, OpenMapMut, PrintLevel};
+use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 
 use super::attach::{Attached, Cgroup, attach};
+use super::btf::EmptyBtf;
 use super::maps::Maps;
+use super::privileges::Privileges;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
 use super::{namespaces, pinned, probe};
@@ -42,11 +44,17 @@ impl Datapath {
     /// was attached before is touched.
     pub fn open(settings: &Settings) -> Result<Datapath> {
         libbpf_rs::set_print(Some((PrintLevel::Warn, log_libbpf)));
+        let missing = Privileges::own().missing();
+        ensure!(
+            missing.is_empty(),
+            "{} missing: run kubelane as root, or give it these capabilities",
+            missing.join(", ")
+        );
         let cgroup = Cgroup::open(&settings.cgroup)?;
         let lock = pinned::prepare(&settings.pin_path)?;
         let mut storage = MaybeUninit::uninit();
-        let mut skeleton = KubelaneSkelBuilder::default().open(&mut storage).context("cannot open the BPF object")?;
-        configure(&mut skeleton)?;
+        let btf = btf_stand_in()?;
+        let mut skeleton = open_object(&mut storage, btf.as_ref())?;
         size_and_pin_maps(&mut skeleton, settings)?;
         let skeleton = skeleton.load().with_context(|| {
             format!(
@@ -85,14 +93,31 @@ fn log_libbpf(level: PrintLevel, message: String) {
     }
 }
 
-fn configure(skeleton: &mut OpenKubelaneSkel<'_>) -> Result<()> {
+/// What the object is relocated against on a kernel without BTF; must live until the object is loaded.
+pub(super) fn btf_stand_in() -> Result<Option<EmptyBtf>> {
+    if probe::has_kernel_btf() {
+        return Ok(None);
+    }
+    EmptyBtf::new().map(Some).context("cannot make a file in memory")
+}
+
+/// The object, configured for this kernel.
+pub(super) fn open_object<'o>(
+    storage: &'o mut MaybeUninit<OpenObject>,
+    btf: Option<&EmptyBtf>,
+) -> Result<OpenKubelaneSkel<'o>> {
+    let mut builder = KubelaneSkelBuilder::default();
+    if let Some(btf) = btf {
+        builder.obj_builder.btf_custom_path(btf.path())?;
+    }
+    let mut skeleton = builder.open(storage).context("cannot open the BPF object")?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();
-    if !probe::has_kernel_btf() {
+    if btf.is_some() {
         skeleton.progs.find_stale_sockets.set_autoload(false);
     }
-    Ok(())
+    Ok(skeleton)
 }
 
 /// Sizes are chosen when a map is created and kept for as long as it is pinned.

@@ -52,7 +52,7 @@ pub fn prepare(pin_path: &Path) -> Result<Lock> {
     for directory in [maps_directory(pin_path), links_directory(pin_path)] {
         fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     }
-    lock(pin_path)
+    lock(pin_path, "stop it first, or give this one its own --pin-path")
 }
 
 fn mount_bpffs(pin_path: &Path) -> Result<()> {
@@ -68,12 +68,12 @@ fn mount_bpffs(pin_path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn lock(pin_path: &Path) -> Result<Lock> {
+fn lock(pin_path: &Path, remedy: &str) -> Result<Lock> {
     let directory = File::open(pin_path).with_context(|| format!("cannot open {}", pin_path.display()))?;
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Lock(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!("another kubelane holds {}: stop it first, or give this one its own --pin-path", pin_path.display())
+            bail!("a running kubelane holds {}: {remedy}", pin_path.display())
         }
         Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", pin_path.display())),
     }
@@ -82,10 +82,10 @@ fn lock(pin_path: &Path) -> Result<Lock> {
 /// Removes everything below `pin_path` and the directory itself: links first, so that no program runs on a map that is
 /// going away. Returns what was removed; empty when there was nothing. Fails while a daemon holds the directory.
 pub fn cleanup(pin_path: &Path) -> Result<Vec<String>> {
-    if !pin_path.exists() {
+    if !pin_path.try_exists().with_context(|| format!("cannot look into {}", pin_path.display()))? {
         return Ok(Vec::new());
     }
-    let _lock = lock(pin_path)?;
+    let _lock = lock(pin_path, "stop it first")?;
     let mut removed = Vec::new();
     let mut versions = children(pin_path)?;
     versions.retain(|p| is_abi_directory(p));

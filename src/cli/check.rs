@@ -9,11 +9,13 @@ use super::flags::CheckFlags;
 use super::host::find_cgroup;
 use super::leftovers::{kube_proxy_chains, listener_on};
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
-use crate::bpf::probe;
+use crate::bpf::{Privileges, probe};
 use crate::netdev::IPVS_DEVICE;
 use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG};
 
-const KUBE_PROXY_REMEDY: &str = "stop kube-proxy (delete its DaemonSet), then run `kube-proxy --cleanup` on the node";
+/// kubelane serves the sockets of the node; what comes from outside is kube-proxy's for as long as it runs.
+const KUBE_PROXY_REMEDY: &str =
+    "fine beside a running kube-proxy, which serves traffic from outside; without one, run `kube-proxy --cleanup`";
 
 /// How a condition stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +68,9 @@ impl fmt::Display for Finding {
 /// Prints the findings; true when the daemon would run.
 pub fn run(flags: &CheckFlags) -> bool {
     let pin_path = &flags.node.pins.pin_path;
-    let mut findings = vec![privileges(&fs::read_to_string("/proc/self/status").unwrap_or_default())];
-    findings.extend(kernel_features());
+    let own = Privileges::own();
+    let mut findings = vec![privileges(own)];
+    findings.extend(features(own));
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
     findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz_bind_address.0));
@@ -87,39 +90,26 @@ pub fn run(flags: &CheckFlags) -> bool {
     failed == 0
 }
 
-/// Capabilities by number (linux/capability.h). CAP_SYS_ADMIN stands for the newer two; sockets of other network
-/// namespaces can be destroyed with it only.
-fn privileges(status: &str) -> Finding {
+fn privileges(own: Privileges) -> Finding {
     const WHAT: &str = "privileges";
-    const NET_ADMIN: u32 = 12;
-    const SYS_ADMIN: u32 = 21;
-    const PERFMON: u32 = 38;
-    const BPF: u32 = 39;
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
-    let has = |capability: u32| effective & (1 << capability) != 0;
-    let mut missing = Vec::new();
-    for (name, present) in [
-        ("CAP_NET_ADMIN", has(NET_ADMIN)),
-        ("CAP_BPF", has(BPF) || has(SYS_ADMIN)),
-        ("CAP_PERFMON", has(PERFMON) || has(SYS_ADMIN)),
-    ] {
-        if !present {
-            missing.push(name);
-        }
-    }
+    const REMEDY: &str = "run as root, or give kubelane the capabilities";
+    let missing = own.missing();
     if !missing.is_empty() {
-        return Finding::fail(
-            WHAT,
-            format!("missing {}", missing.join(", ")),
-            "run as root, or in a privileged container",
-        );
+        return Finding::fail(WHAT, format!("missing {}", missing.join(", ")), REMEDY);
     }
-    if !has(SYS_ADMIN) {
+    if !own.has_sys_admin() {
         let detail = "no CAP_SYS_ADMIN: sockets of pods whose backend is gone cannot be ended";
-        return Finding::warn(WHAT, detail, "run as root, or in a privileged container");
+        return Finding::warn(WHAT, detail, REMEDY);
     }
     Finding::ok(WHAT, "CAP_SYS_ADMIN and CAP_NET_ADMIN")
+}
+
+/// Without privileges the kernel answers "no" to every question, which says nothing of the kernel.
+fn features(own: Privileges) -> Vec<Finding> {
+    if own.missing().is_empty() {
+        return kernel_features();
+    }
+    vec![Finding::warn("kernel features", "not checked: privileges are missing", "run the check as root")]
 }
 
 fn kernel_features() -> Vec<Finding> {
@@ -173,11 +163,11 @@ fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding 
     match listener_on(address.port()) {
         Some(process) if process.starts_with("kubelane ") => Finding::warn(
             what,
-            format!("{address} is held by {process}"),
-            "a daemon is running; `kubelane get services`",
+            format!("{address} is held by {process}: a daemon is running already"),
+            "stop it before you start another",
         ),
         Some(process) => {
-            Finding::fail(what, format!("{address} is held by {process}"), format!("stop it, or choose another {flag}"))
+            Finding::fail(what, format!("{address} is held by {process}"), format!("choose another {flag}, or stop it"))
         }
         None => Finding::fail(what, format!("cannot listen on {address}: {error}"), format!("choose another {flag}")),
     }
@@ -185,16 +175,18 @@ fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding 
 
 fn chains() -> Finding {
     const WHAT: &str = "kube-proxy's packet filter rules";
+    const SHOWN: usize = 3;
     match kube_proxy_chains() {
         None => Finding::warn(
             WHAT,
-            "not checked: neither nft nor iptables-save can be used here",
-            "run `nft list chains` on the node and look for KUBE-",
+            "not checked: neither nft nor iptables-save works here",
+            "run `nft list chains` as root on the node and look for KUBE-",
         ),
         Some(found) if found.is_empty() => Finding::ok(WHAT, "none"),
         Some(found) => {
-            let some: Vec<&str> = found.iter().take(3).map(String::as_str).collect();
-            let detail = format!("{} left ({}, ...)", found.len(), some.join(", "));
+            let some: Vec<&str> = found.iter().take(SHOWN).map(String::as_str).collect();
+            let more = if found.len() > SHOWN { ", ..." } else { "" };
+            let detail = format!("{} found ({}{more})", found.len(), some.join(", "));
             Finding::warn(WHAT, detail, KUBE_PROXY_REMEDY)
         }
     }
@@ -205,8 +197,8 @@ fn ipvs_device() -> Finding {
     match nix::net::if_::if_nametoindex(IPVS_DEVICE) {
         Ok(_) => Finding::warn(
             WHAT,
-            format!("{IPVS_DEVICE} is left; its addresses are ignored"),
-            format!("{KUBE_PROXY_REMEDY}, or `ip link del {IPVS_DEVICE}`"),
+            format!("{IPVS_DEVICE} found; its addresses are ignored"),
+            format!("{KUBE_PROXY_REMEDY} or `ip link del {IPVS_DEVICE}`"),
         ),
         Err(_) => Finding::ok(WHAT, "none"),
     }
@@ -215,11 +207,15 @@ fn ipvs_device() -> Finding {
 fn own_pins(pin_path: &Path) -> Finding {
     const WHAT: &str = "kubelane's own state";
     let path = pin_path.display();
-    if abi_directory(pin_path).exists() {
-        return Finding::ok(
-            WHAT,
-            format!("found in {path}; `kubelane run` takes it over, `kubelane cleanup` removes it"),
-        );
+    match abi_directory(pin_path).try_exists() {
+        Ok(false) => {}
+        Ok(true) => {
+            let detail = format!("found in {path}; `kubelane run` takes it over, `kubelane cleanup` removes it");
+            return Finding::ok(WHAT, detail);
+        }
+        Err(error) => {
+            return Finding::warn(WHAT, format!("cannot look into {path}: {error}"), "run the check as root");
+        }
     }
     let others = fs::read_dir(pin_path).is_ok_and(|mut entries| entries.next().is_some());
     if others {
@@ -233,21 +229,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn missing_capabilities_are_named() {
+    fn missing_privileges_fail_and_leave_the_kernel_unjudged() {
         let table = [
             ("CapEff:\t000001ffffffffff", Level::Ok, "CAP_SYS_ADMIN and"),
-            ("CapEff:\t0000000000201000", Level::Ok, "CAP_SYS_ADMIN and"),
             ("CapEff:\t000000c000001000", Level::Warn, "no CAP_SYS_ADMIN"),
             ("CapEff:\t0000000000001000", Level::Fail, "missing CAP_BPF, CAP_PERFMON"),
-            ("CapEff:\t0000000000000000", Level::Fail, "missing CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON"),
-            ("", Level::Fail, "missing CAP_NET_ADMIN"),
         ];
         for (status, level, detail) in table {
-            let finding = privileges(status);
+            let finding = privileges(Privileges::in_status(status));
             assert_eq!(finding.level, level, "{status}");
             assert!(finding.detail.starts_with(detail), "{finding}");
             assert_eq!(finding.remedy.is_empty(), level == Level::Ok, "{finding}");
         }
+        let unjudged = features(Privileges::in_status(""));
+        assert_eq!(unjudged.len(), 1);
+        assert!(unjudged[0].level == Level::Warn && unjudged[0].detail.starts_with("not checked"), "{}", unjudged[0]);
     }
 
     #[test]

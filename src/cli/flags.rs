@@ -18,7 +18,7 @@ const METRICS_PORT: u16 = 10249;
 const EXAMPLES: &str = "\
 Examples:
   On a cluster (in a DaemonSet, or with a kubeconfig):
-      kubelane run --kubeconfig /etc/kubernetes/kubelet.conf
+      kubelane run --kubeconfig /etc/kubelane/kubeconfig
   Without a cluster, from a directory of Service, EndpointSlice and Node YAML:
       kubelane run --source dir:/etc/kubelane --hostname-override node-a
   Would it run here? What does it do right now?

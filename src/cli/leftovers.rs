@@ -1,6 +1,7 @@
 //! What kube-proxy leaves on a node: chains, the IPVS device, and its process on the ports that kubelane wants.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::io::Read as _;
 use std::process::{Command, Stdio};
@@ -66,11 +67,19 @@ fn is_kube_proxys(chain: &str) -> bool {
     chain.starts_with("KUBE-") && !KUBELETS.contains(&chain)
 }
 
+/// $PATH, and the directories of administrators' tools, which are not in everybody's.
+fn search_path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
+}
+
 /// Standard output of a command, `None` when it is not installed, fails or does not end in time.
 fn output_of(command: &[&str]) -> Option<String> {
     let (program, arguments) = command.split_first()?;
     let mut child = Command::new(program)
         .args(arguments)
+        .env("PATH", search_path())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -25,13 +25,14 @@ pub fn start(flags: LogFlags) -> anyhow::Result<()> {
     result.map_err(|error| anyhow::anyhow!("setting the log up: {error}"))
 }
 
-/// Libraries speak only when asked for everything: kube logs each request at debug.
+/// Libraries speak only when asked for everything: kube logs each request at debug, and repeats each failed one, which
+/// the sources explain once, at error.
 fn filter(verbosity: u8) -> &'static str {
     match verbosity {
-        0 => "warn",
-        1..=3 => "warn,kubelane=info",
-        4..=5 => "warn,kubelane=debug",
-        6..=9 => "info,kubelane=trace,kube=debug",
+        0 => "warn,kube_client=off,kube_runtime=off",
+        1..=3 => "warn,kubelane=info,kube_client=off,kube_runtime=off",
+        4..=5 => "warn,kubelane=debug,kube_client=off,kube_runtime=off",
+        6..=9 => "info,kubelane=trace,kube_client=debug,kube_runtime=debug",
         _ => "trace",
     }
 }

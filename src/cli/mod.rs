@@ -19,6 +19,7 @@ use clap::Parser as _;
 
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
+use crate::chain::chain;
 use flags::{CleanupFlags, Cli, Command};
 
 const USAGE_EXIT_CODE: u8 = 2;
@@ -59,11 +60,20 @@ pub fn main(started: Instant) -> ExitCode {
 
 /// Once the log is set up, the reason of the end belongs there, in its format.
 fn tell(error: &anyhow::Error) {
-    if tracing::dispatcher::has_been_set() {
-        tracing::error!("{error:#}");
-    } else {
-        eprintln!("error: {error:#}");
+    let mut text = chain(error.as_ref());
+    if was_refused(&text) && !nix::unistd::geteuid().is_root() {
+        text.push_str(" (this process is not root)");
     }
+    if tracing::dispatcher::has_been_set() {
+        tracing::error!("{text}");
+    } else {
+        eprintln!("error: {text}");
+    }
+}
+
+/// Whether the kernel refused something, EPERM or EACCES: by its words, because a library may have wrapped the error.
+fn was_refused(text: &str) -> bool {
+    ["(os error 1)", "(os error 13)", "EPERM", "EACCES"].iter().any(|refusal| text.contains(refusal))
 }
 
 fn cleanup(flags: &CleanupFlags) -> anyhow::Result<()> {
@@ -77,4 +87,22 @@ fn cleanup(flags: &CleanupFlags) -> anyhow::Result<()> {
         n => println!("{n} removed: kubelane is gone from {}", pin_path.display()),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_refusal_of_the_kernel_is_recognised_however_it_is_wrapped() {
+        for (number, refused) in
+            [(libc::EPERM, true), (libc::EACCES, true), (libc::ENOENT, false), (libc::EINTR, false)]
+        {
+            let error = anyhow::Error::new(io::Error::from_raw_os_error(number)).context("cannot open it");
+            assert_eq!(was_refused(&chain(error.as_ref())), refused, "{error:#}");
+        }
+        assert!(was_refused(&nix::errno::Errno::EPERM.to_string()));
+    }
 }

@@ -141,6 +141,9 @@ impl Source {
         }
         self.reachable();
         info!(files = count, elapsed = ?started.elapsed(), directory = %self.directory.display(), "directory read");
+        if count == 0 {
+            warn!(directory = %self.directory.display(), "no *.yaml, *.yml or *.json file here: no Service is served");
+        }
         Ok(())
     }
 

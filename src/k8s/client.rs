@@ -45,7 +45,7 @@ pub fn client(config: kube::Config) -> anyhow::Result<kube::Client> {
 }
 
 async fn from_file(path: &Path) -> anyhow::Result<kube::Config> {
-    let context = || format!("kubeconfig {}", path.display());
+    let context = || format!("the kubeconfig {} cannot be used", path.display());
     let file = Kubeconfig::read_from(path).with_context(context)?;
     kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(context)
 }

@@ -2,11 +2,13 @@
 
 use kube::runtime::watcher::Error;
 
+use crate::chain::chain;
+
 /// An error, explained.
 pub struct Trouble {
     /// Stable while the trouble is the same: told once.
     pub what: String,
-    /// The error in full.
+    /// What the server said, or the error in full.
     pub detail: String,
     pub remedy: &'static str,
     /// The version is too old (410): not a failure, the list is made again.
@@ -27,7 +29,7 @@ pub fn explain(error: &Error) -> Trouble {
         ),
         Some(403) => (
             "the API server forbids the watch (403 Forbidden)",
-            "apply kubelane's ClusterRole and ClusterRoleBinding: get, list and watch on services, endpointslices.discovery.k8s.io and nodes",
+            "apply manifests/rbac.yaml: kubelane may have to list and watch services, endpointslices.discovery.k8s.io and nodes",
         ),
         Some(404) => (
             "the API server does not have this resource (404 Not Found)",
@@ -42,7 +44,7 @@ pub fn explain(error: &Error) -> Trouble {
         Some(500..) => ("the API server fails (5xx)", "look at its logs, and at etcd"),
         _ => transport(error),
     };
-    Trouble { what: what.to_owned(), detail: chain(error), remedy, expired: code == Some(410) }
+    Trouble { what: what.to_owned(), detail: detail(error), remedy, expired: code == Some(410) }
 }
 
 fn code(error: &Error) -> Option<u16> {
@@ -71,16 +73,17 @@ fn transport(error: &Error) -> (&'static str, &'static str) {
     }
 }
 
-/// The error with its causes, each once.
-fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
+/// What the server said, or the error with its causes, each once.
+fn detail(error: &Error) -> String {
+    match error {
+        Error::WatchError(status)
+        | Error::InitialListFailed(kube::Error::Api(status))
+        | Error::WatchStartFailed(kube::Error::Api(status))
+        | Error::WatchFailed(kube::Error::Api(status))
+            if !status.message.is_empty() =>
+        {
+            status.message.clone()
         }
-        source = cause.source();
+        _ => chain(error),
     }
-    text
 }

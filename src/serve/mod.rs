@@ -3,11 +3,12 @@
 mod health;
 mod metrics;
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -55,11 +56,16 @@ pub fn metrics_router(app: App) -> Router {
 /// # Errors
 /// When the address cannot be bound.
 pub async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!(
-            "cannot listen on {address} ({flag}): is kube-proxy or another kubelane running? \
-             `kubelane check` names the process; another address or \"\" (off) can be given with {flag}"
-        )
+    TcpListener::bind(address).await.map_err(|error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "is kube-proxy or another kubelane running? `kubelane check` names the process; \
+                 stop it, or give another port or \"\" (off)"
+            }
+            io::ErrorKind::AddrNotAvailable => "no device here has this address; give one of this node's, or 0.0.0.0",
+            _ => "give another address, or \"\" (off)",
+        };
+        anyhow!("{flag}: cannot listen on {address}: {error}; {remedy}")
     })
 }
 
@@ -155,5 +161,12 @@ mod tests {
         let taken = first.local_addr().unwrap();
         let error = format!("{:#}", bind("--healthz-bind-address", taken).await.unwrap_err());
         assert!(error.contains(&taken.to_string()) && error.contains("--healthz-bind-address"), "{error}");
+        assert!(error.contains("`kubelane check` names the process"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_address_that_the_node_does_not_have_is_not_blamed_on_another_process() {
+        let error = format!("{:#}", bind("--metrics-bind-address", ([192, 0, 2, 1], 1).into()).await.unwrap_err());
+        assert!(error.contains("no device here has this address") && !error.contains("kube-proxy"), "{error}");
     }
 }
