@@ -19,16 +19,10 @@ enum {
 	ACKNOWLEDGED_MAX = 131072,
 };
 
-static __always_inline int ends_equal(const struct ends *a, const struct ends *b)
-{
-	return a->source_port == b->source_port && a->destination_port == b->destination_port &&
-	       address_equal(&a->source, &b->source) && address_equal(&a->destination, &b->destination);
-}
-
 static __always_inline int ends_are_reversed(const struct ends *a, const struct ends *b)
 {
-	return a->source_port == b->destination_port && a->destination_port == b->source_port &&
-	       address_equal(&a->source, &b->destination) && address_equal(&a->destination, &b->source);
+	return !(address_difference(&a->source, &b->destination) | address_difference(&a->destination, &b->source) |
+		 (a->source_port ^ b->destination_port) | (a->destination_port ^ b->source_port));
 }
 
 static __always_inline void ends_reverse(struct ends *to, const struct ends *from)

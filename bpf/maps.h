@@ -183,4 +183,17 @@ struct {
 	__type(value, struct port_table);
 } ports SEC(".maps");
 
+/* What snat_reserve() is asked, on this processor: a request, and the reply that it would have. */
+struct place_wanted {
+	struct flow_key request;
+	struct flow_key reply;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct place_wanted);
+} places_wanted SEC(".maps");
+
 #endif

@@ -79,40 +79,46 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
 }
 
 /*
- * Sets reply->ends.destination_port so that the reply belongs to nobody else. When all ports that were tried are in
- * use, the unproved flow that has waited the longest gives way: a flood of requests takes places from itself. Not 0:
- * every port tried belongs to an established flow.
+ * Sets the destination port of the wanted place's reply so that the place belongs to nobody else. When all ports that
+ * were tried are in use, the unproved flow that has waited the longest gives way: a flood of requests takes places from
+ * itself. Not 0: every port tried belongs to an established flow.
+ *
+ * A global function: the verifier checks it once and by itself, not for every state in which it may be called, and may
+ * so be given nothing but numbers.
  */
-static __noinline int snat_reserve(struct flow_key *reply, const struct flow_key *request, int keep_port)
+__noinline int snat_reserve(int keep_port)
 {
-	__u32 hash = snat_hash(request), step = 1 + (hash >> 17), port = hash + bpf_ntohs(request->ends.source_port);
+	__u32 zero = 0, hash, step, port;
+	struct place_wanted *wanted = bpf_map_lookup_elem(&places_wanted, &zero);
 	__u64 oldest = ~0ULL;
-	__be16 candidate = 0;
+	__be16 chosen = 0;
 
+	if (!wanted)
+		return -1;
+	hash = snat_hash(&wanted->request);
+	step = 1 + (hash >> 17);
+	port = hash + bpf_ntohs(wanted->request.ends.source_port);
 	for (int i = 0; i < SNAT_TRIES; i++) {
+		__be16 *candidate = &wanted->reply.ends.destination_port;
 		__u64 used = 0;
 		int state;
 
+		*candidate = bpf_htons(config.snat_first + port % config.snat_ports);
 		if (keep_port && i == 0)
-			reply->ends.destination_port = request->ends.source_port;
-		else
-			reply->ends.destination_port = bpf_htons(config.snat_first + port % config.snat_ports);
-		state = place_state(reply, request, &used);
-		if (state == PLACE_FREE) {
-			flow_remove(reply);
+			*candidate = wanted->request.ends.source_port;
+		state = place_state(&wanted->reply, &wanted->request, &used);
+		if (state == PLACE_FREE)
 			return 0;
-		}
 		if (state == PLACE_UNPROVED && used < oldest) {
 			oldest = used;
-			candidate = reply->ends.destination_port;
+			chosen = *candidate;
 		}
 		count(COUNTER_SNAT_RETRY);
 		port += step;
 	}
-	if (!candidate)
+	if (!chosen)
 		return -1;
-	reply->ends.destination_port = candidate;
-	flow_remove(reply);
+	wanted->reply.ends.destination_port = chosen;
 	count(COUNTER_SNAT_RECLAIMED);
 	return 0;
 }

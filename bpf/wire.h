@@ -161,18 +161,23 @@ static __noinline int flow_open(struct __sk_buff *skb, const struct packet *pack
 		.service_id = backend->service_id,
 		.interface = skb->ifindex,
 	};
-	struct flow_key reply;
+	__u32 zero = 0;
+	struct place_wanted *wanted = bpf_map_lookup_elem(&places_wanted, &zero);
 	struct port_table *table = port_table();
 	int verdict = wire_source(skb, packet, backend, &flow.ends);
 
 	if (verdict != VERDICT_CONTINUE)
 		return verdict;
-	flow_key_reverse(&reply, &flow.ends, packet->tuple.protocol);
-	if (snat_reserve(&reply, &packet->tuple, local)) {
+	if (!wanted)
+		return VERDICT_DROP;
+	wanted->request = packet->tuple;
+	flow_key_reverse(&wanted->reply, &flow.ends, packet->tuple.protocol);
+	if (snat_reserve(local)) {
 		count(COUNTER_DROPPED_SNAT_EXHAUSTED);
 		return VERDICT_DROP;
 	}
-	flow.ends.source_port = reply.ends.destination_port;
+	flow_remove(&wanted->reply);
+	flow.ends.source_port = wanted->reply.ends.destination_port;
 	flow.used_ns = clock_ns();
 	if (local && table)
 		table->replies[bpf_ntohs(backend->port)] = 1;
