@@ -35,7 +35,7 @@ impl MapIo for Memory {
     /// As `kubelane run` sizes the maps by default.
     fn capacity(&self, map: MapName) -> u32 {
         match map {
-            MapName::Services | MapName::Addresses => 131_072,
+            MapName::Services | MapName::Addresses | MapName::SourceRanges => 131_072,
             MapName::Backends | MapName::Frontends => 262_144,
             MapName::Slots => 1_048_576,
         }

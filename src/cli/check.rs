@@ -74,6 +74,7 @@ pub fn run(flags: &CheckFlags) -> anyhow::Result<bool> {
     let own = Privileges::own();
     let mut findings = vec![privileges(own)];
     findings.extend(features(own));
+    findings.push(forwarding());
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
     findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz_bind_address.0));
@@ -124,6 +125,25 @@ fn kernel_features() -> Vec<Finding> {
         }
     };
     probe::features().into_iter().map(finding).collect()
+}
+
+/// Every CNI turns it on; without it packets for pods on other nodes are dropped.
+fn forwarding() -> Finding {
+    const WHAT: &str = "forwarding between devices";
+    const SYSCTLS: [(&str, &str); 2] =
+        [("IPv4", "net.ipv4.conf.all.forwarding"), ("IPv6", "net.ipv6.conf.all.forwarding")];
+    let is_off = |sysctl: &str| {
+        let value = std::fs::read_to_string(format!("/proc/sys/{}", sysctl.replace('.', "/")));
+        value.is_ok_and(|value| value.trim() == "0")
+    };
+    let off: Vec<_> = SYSCTLS.into_iter().filter(|(_, sysctl)| is_off(sysctl)).collect();
+    if off.is_empty() {
+        return Finding::ok(WHAT, "on");
+    }
+    let families: Vec<&str> = off.iter().map(|(family, _)| *family).collect();
+    let commands: Vec<String> = off.iter().map(|(_, sysctl)| format!("sysctl -w {sysctl}=1")).collect();
+    let detail = format!("off for {}: traffic from outside reaches no pod on another node", families.join(" and "));
+    Finding::warn(WHAT, detail, commands.join("; "))
 }
 
 fn cgroup(wanted: Option<&Path>) -> Finding {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::http;
 use crate::support::client::Counts;
 use crate::support::daemon::Daemon;
 use crate::support::lab::{Lab, Place, remove_own};
@@ -21,6 +22,8 @@ use crate::support::wire::{Kind, LoadRecord};
 
 /// As in manifests/demo.
 const WEB: [&str; 2] = ["10.96.0.80:80", "[fd96::80]:80"];
+const NODE_PORT: u16 = 30080;
+const BALANCED: [&str; 2] = ["192.0.2.80:80", "[2001:db8::80]:80"];
 const ECHO: [&str; 2] = ["10.96.0.7:7", "[fd96::7]:7"];
 const WEB_PODS: [&str; 3] = ["web-1", "web-2", "web-3"];
 const ECHO_PODS: [&str; 3] = ["echo-1", "echo-2", "echo-3"];
@@ -47,6 +50,7 @@ pub fn run(manifests: &Path) -> anyhow::Result<()> {
     let directory = copy_manifests(manifests, &lab.dir.join("manifests"))?;
     let daemons = start_daemons(&lab, &directory)?;
     spread(&lab, &mut report)?;
+    outside(&lab, &mut report)?;
     datagrams(&lab, &mut report)?;
     removal(&lab, &directory, &mut report)?;
     crash(&lab, &directory, daemons, &mut report)?;
@@ -152,6 +156,37 @@ fn spread(lab: &Lab, report: &mut Report) -> anyhow::Result<()> {
             // A fair choice gives each a third; one in six is beyond any chance at this number.
             even &= row.iter().all(|count| *count >= REQUESTS / 6);
         }
+    }
+    report.check(failed == 0, &format!("{failed} requests failed"));
+    report.check(even, "every row is spread over all three pods, on both nodes");
+    Ok(())
+}
+
+/// Requests from outside both nodes, as a load balancer or a user's browser makes them.
+fn outside(lab: &Lab, report: &mut Report) -> anyhow::Result<()> {
+    step("HTTP requests from outside both nodes, to NodePorts and the load balancer IPs, by who answered");
+    let nodes: Vec<SocketAddr> =
+        lab.nodes.iter().flat_map(|node| node.host.addresses()).map(|ip| SocketAddr::new(ip, NODE_PORT)).collect();
+    for network in ["192.0.2.80/32", "2001:db8::80/128"] {
+        lab.route_outside(network, "node1")?;
+    }
+    println!("   {:22} {:>6} {:>6} {:>6} {:>7}", "to", WEB_PODS[0], WEB_PODS[1], WEB_PODS[2], "failed");
+    let (mut even, mut failed) = (true, 0);
+    for to in nodes.into_iter().chain([address(BALANCED[0])?, address(BALANCED[1])?]) {
+        let mut counts = Counts::new();
+        lab.outside(|| {
+            for _ in 0..REQUESTS {
+                let name = http::get(to).unwrap_or_else(|error| http::error_name(&error));
+                *counts.entry(name).or_insert(0) += 1;
+            }
+            Ok(())
+        })?;
+        let row = WEB_PODS.map(|pod| counts.get(pod).copied().unwrap_or(0));
+        let lost = REQUESTS - row.iter().sum::<u32>();
+        println!("   {:22} {:6} {:6} {:6} {lost:7}", to.to_string(), row[0], row[1], row[2]);
+        tell_failures(&counts, &WEB_PODS);
+        failed += lost;
+        even &= row.iter().all(|count| *count >= REQUESTS / 6);
     }
     report.check(failed == 0, &format!("{failed} requests failed"));
     report.check(even, "every row is spread over all three pods, on both nodes");
