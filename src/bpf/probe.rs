@@ -73,6 +73,14 @@ pub fn features() -> Vec<Feature> {
             without: "a kernel from 5.10 is needed",
         },
         Feature {
+            name: "packet programs that route and redirect",
+            found: has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_redirect_neigh)
+                && has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_fib_lookup),
+            required: true,
+            needed_for: "NodePorts, load balancer and external addresses from outside the node",
+            without: "a kernel from 5.10 with CONFIG_NET_CLS_BPF is needed",
+        },
+        Feature {
             name: "bpf_set_retval",
             found: has_set_retval(),
             required: false,
