@@ -78,3 +78,4 @@ clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
 	cargo run --quiet --features lab --bin kubelane-lab -- sweep
 
 include tests/vm/vm.mk
+include benches/bench.mk

@@ -52,7 +52,8 @@ static __always_inline struct choice backend_recall(const struct affinity_key *k
 	if (!affinity || now - affinity->used_ns >= (__u64)frontend->affinity_seconds * 1000000000ULL)
 		return choice;
 	backend = backend_get_living(affinity->backend_id, affinity->generation);
-	if (!backend || !(backend->pools & pool->member))
+	/* An LRU row's memory, too, may be another key's by now. */
+	if (!backend || !(backend->pools & pool->member) || backend->service_id != frontend->service_id)
 		return choice;
 	choice.backend = backend;
 	choice.backend_id = affinity->backend_id;

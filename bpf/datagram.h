@@ -177,7 +177,8 @@ static __always_inline int datagram_reverse(void *ctx, struct bpf_sock *sk, cons
 	if (!table->overflowed)
 		return latest != 0;
 	record = datagram_overflow_find(ctx, backend, port, DATAGRAM_FROM_BACKEND);
-	if (record && record->sequence > latest) {
+	/* Compared, because an LRU row's memory may be another key's by now. */
+	if (record && record->sequence > latest && origin_is_of_backend(&record->origin, backend, port)) {
 		latest = record->sequence;
 		*found = record->origin;
 	}

@@ -2,8 +2,8 @@
 /*
  * From a destination to the frontend that serves it.
  *
- * Cost: a Service's own address is one hash look-up. Any other destination is two (its frontend, its address's
- * flags), a NodePort on a node address three.
+ * Cost: a Service's own address is one hash look-up, and one more where a backend is chosen. Any other destination is
+ * two (its frontend, its address's flags), a NodePort on a node address three.
  */
 #ifndef KUBELANE_FRONTEND_H
 #define KUBELANE_FRONTEND_H
@@ -12,6 +12,11 @@ enum lookup_result {
 	LOOKUP_NOT_OURS = 0,
 	LOOKUP_FOUND = 1,
 	LOOKUP_UNKNOWN_PORT = 2, /* a cluster IP, but no Service has that port */
+};
+
+/* Nobody rewrites one frontend this often while it is read. */
+enum {
+	FRONTEND_READINGS = 4,
 };
 
 struct lookup {
@@ -58,6 +63,35 @@ static __always_inline struct lookup frontend_lookup(struct frontend_key *key, i
 		lookup.result = lookup.frontend ? LOOKUP_FOUND : LOOKUP_NOT_OURS;
 	}
 	return lookup;
+}
+
+static __always_inline int frontend_equal(const struct frontend *a, const struct frontend *b)
+{
+	const __u32 *x = (const void *)a, *y = (const void *)b;
+
+	for (int i = 0; i < (int)(sizeof(*a) / sizeof(*x)); i++)
+		if (x[i] != y[i])
+			return 0;
+	return 1;
+}
+
+/*
+ * Copies the frontend that a look-up of `key` found. When the daemon rewrites a row, the kernel gives the old row's
+ * memory to the next row that is written, also to another key's, while programs still read it (bpf_mem_alloc, 6.1). So
+ * a copy counts when the same is found under the key afterwards. 0: the frontend went away meanwhile.
+ */
+static __always_inline int frontend_read(const struct frontend_key *key, const struct frontend *row,
+					 struct frontend *copy)
+{
+	for (int i = 0; i < FRONTEND_READINGS; i++) {
+		*copy = *row;
+		row = bpf_map_lookup_elem(&frontends, key);
+		if (!row)
+			return 0;
+		if (frontend_equal(row, copy))
+			return 1;
+	}
+	return 0;
 }
 
 #endif

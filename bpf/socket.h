@@ -3,7 +3,7 @@
  * The socket hooks' decisions, free of families: a request comes in as a destination and leaves, if translated, with
  * another one.
  *
- * Cost of connect() to a Service: one hash look-up, two array look-ups, one socket storage; to anything else: two
+ * Cost of connect() to a Service: two hash look-ups, two array look-ups, one socket storage; to anything else: two
  * hash look-ups that miss.
  */
 #ifndef KUBELANE_SOCKET_H
@@ -116,24 +116,26 @@ static __always_inline struct choice choose_backend(void *ctx, const struct fron
 	return backend_pick_affine(&key, frontend, pool);
 }
 
-static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, const struct request *request)
+/* `key` becomes that of the frontend which is found. */
+static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, struct frontend_key *key)
 {
-	struct frontend_key key = request->target;
 	int loopback = 0;
 
-	if (!key.protocol)
+	if (!key->protocol)
 		return (struct lookup){};
-	if (address_is_loopback(&key.address))
+	if (address_is_loopback(&key->address))
 		loopback = in_host_namespace(ctx);
-	return frontend_lookup(&key, loopback);
+	return frontend_lookup(key, loopback);
 }
 
 /* 1: go on (translated or not), 0: the system call fails. */
 static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct lookup lookup = request_lookup(ctx, request);
+	struct frontend_key key = request->target;
+	struct lookup lookup = request_lookup(ctx, &key);
 	struct bpf_sock *sk = ctx->sk;
 	struct origin origin = {};
+	struct frontend frontend;
 	struct choice choice;
 
 	if (lookup.result == LOOKUP_NOT_OURS) {
@@ -145,9 +147,11 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 		count(COUNTER_REFUSED_UNKNOWN_PORT);
 		return fail_with(ECONNREFUSED);
 	}
-	if (!lookup.frontend->inside.count)
-		return fail_empty(&lookup.frontend->inside, request->target.protocol);
-	choice = choose_backend(ctx, lookup.frontend, &lookup.frontend->inside);
+	if (!frontend_read(&key, lookup.frontend, &frontend))
+		return 1;
+	if (!frontend.inside.count)
+		return fail_empty(&frontend.inside, request->target.protocol);
+	choice = choose_backend(ctx, &frontend, &frontend.inside);
 	if (!choice.backend) {
 		count(COUNTER_FAILED_BACKEND_MISSING);
 		return 1;
@@ -162,9 +166,11 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 /* 1: go on (translated or not), 0: the system call fails. */
 static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request *request)
 {
-	struct lookup lookup = request_lookup(ctx, request);
+	struct frontend_key key = request->target;
+	struct lookup lookup = request_lookup(ctx, &key);
 	struct bpf_sock *sk = ctx->sk;
 	struct origin origin = {};
+	struct frontend frontend;
 	struct choice choice;
 
 	if (lookup.result == LOOKUP_NOT_OURS)
@@ -174,9 +180,11 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 		return fail_with(ECONNREFUSED);
 	}
 	if (!datagram_recall(ctx, sk, &request->target, lookup.frontend->service_id, &origin)) {
-		if (!lookup.frontend->inside.count)
-			return fail_empty(&lookup.frontend->inside, request->target.protocol);
-		choice = choose_backend(ctx, lookup.frontend, &lookup.frontend->inside);
+		if (!frontend_read(&key, lookup.frontend, &frontend))
+			return 1;
+		if (!frontend.inside.count)
+			return fail_empty(&frontend.inside, request->target.protocol);
+		choice = choose_backend(ctx, &frontend, &frontend.inside);
 		if (!choice.backend) {
 			count(COUNTER_FAILED_BACKEND_MISSING);
 			return 1;

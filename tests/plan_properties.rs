@@ -241,12 +241,14 @@ impl Bench {
         self.truth.tell(&mut fresh.core);
         fresh.play(Event::Sync);
         assert_eq!(self.kernel.meaning(), fresh.kernel.meaning());
+        assert_eq!(self.core.counts(), fresh.core.counts());
 
         // A restart, and so a recompile of everything, writes nothing.
         self.restart();
         let report = self.sync();
         assert_eq!(report.calls, 0, "{report:?}");
         assert!(!self.core.pending());
+        assert_eq!(self.core.counts(), fresh.core.counts());
     }
 }
 

@@ -226,6 +226,7 @@ async fn a_broken_file_is_named_by_line_and_reason_and_its_last_good_state_stays
         ),
         ("name", "kind: Pod\napiVersion: v1\n---\napiVersion: v1\nkind: Service\nmetadata: {}\n", 4),
         ("no object", "just text\n", 1),
+        ("a sequence", "- - - -\n", 1),
     ];
     for (what, text, line) in cases {
         let mut source =

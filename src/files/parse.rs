@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -84,6 +85,12 @@ pub struct Parsed {
 /// # Errors
 /// `Ok(None)` when there is no such file (any more); a fault when it cannot be used.
 pub fn file(path: &Path, known: &HashSet<u64>, converter: &mut Converter) -> Result<Option<Vec<Parsed>>, Fault> {
+    // A parser that panics must not look like a directory with fewer files: what was served would be taken away.
+    let read = AssertUnwindSafe(|| read_file(path, known, converter));
+    std::panic::catch_unwind(read).unwrap_or_else(|_| Err(Fault::new(0, "the parser panicked")))
+}
+
+fn read_file(path: &Path, known: &HashSet<u64>, converter: &mut Converter) -> Result<Option<Vec<Parsed>>, Fault> {
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -168,7 +175,7 @@ pub fn objects(piece: &Piece<'_>, converter: &mut Converter) -> Result<Vec<Objec
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "an object with apiVersion and kind")]
 struct Probe {
     api_version: Option<String>,
     kind: Option<String>,

@@ -156,9 +156,7 @@ impl Layout {
 
     /// Numbers of frontends and slots in the kernel, and of backends in use.
     pub fn counts(&self) -> (usize, usize, usize) {
-        let live = self.ports.values().map(|p| p.tenants.len()).sum();
-        let slots = self.ports.values().flat_map(|p| &p.pools).map(|p| p.count as usize).sum();
-        (self.space.tables.frontends.rows().len(), live, slots)
+        (self.space.tables.frontends.rows().len(), self.space.tenants, self.space.filled_slots)
     }
 
     fn take_match(&self, unmatched: &mut Vec<u32>, wanted: &CompiledPort) -> Option<u32> {

@@ -51,6 +51,7 @@ impl Pool {
         for slot in self.base + ids.len() as u32..self.base + self.count {
             space.tables.slots.forget(slot);
         }
+        space.filled_slots = space.filled_slots - self.count as usize + ids.len();
         self.count = ids.len() as u32;
         missing as usize
     }
@@ -63,6 +64,7 @@ impl Pool {
         if self.capacity > 0 {
             retired.push(self.region());
         }
+        space.filled_slots -= self.count as usize;
         *self = Pool::default();
     }
 }

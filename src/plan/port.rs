@@ -94,6 +94,7 @@ impl Port {
     /// Leaves every backend, region and the name.
     pub fn remove(&mut self, id: u32, space: &mut Space) {
         self.removed = true;
+        space.tenants -= self.tenants.len();
         for tenant in std::mem::take(&mut self.tenants) {
             self.dismiss(tenant, space);
         }
@@ -127,6 +128,7 @@ impl Port {
     /// Gives every endpoint a backend id and row, and dismisses those that are no longer wanted. Returns how many
     /// endpoints found no id.
     fn seat(&mut self, service_id: u32, wanted: &CompiledPort, space: &mut Space) -> usize {
+        space.tenants -= self.tenants.len();
         let mut before = std::mem::take(&mut self.tenants).into_iter().peekable();
         let mut seated = Vec::with_capacity(wanted.endpoints.len());
         let mut missing = 0;
@@ -148,6 +150,7 @@ impl Port {
         for tenant in before {
             self.dismiss(tenant, space);
         }
+        space.tenants += seated.len();
         self.tenants = seated;
         missing
     }

@@ -34,6 +34,10 @@ pub struct Space {
     pub service_ids: IdPool,
     pub backend_ids: IdPool,
     pub regions: Regions,
+    /// Backends that ports have, and slots that pools fill. Kept with every step: to count them anew would make each
+    /// change of one endpoint cost as much as there are Services.
+    pub tenants: usize,
+    pub filled_slots: usize,
 }
 
 /// What keeps its id and generation but serves nobody.

@@ -167,6 +167,7 @@ fn adopt_backends(layout: &mut Layout, found: &Found, report: &mut AdoptReport) 
         match port.and_then(|port| Some((port.tenants.binary_search_by_key(&at, |t| t.at).err()?, port))) {
             Some((place, port)) => {
                 port.tenants.insert(place, Tenant { at, id: *id, pools: row.pools });
+                layout.space.tenants += 1;
                 report.backends += 1;
             }
             None => {
@@ -198,6 +199,7 @@ fn adopt_regions(layout: &mut Layout, found: &Found, sightings: Sightings) {
         let free = used.last().is_none_or(|before| before.end <= base);
         if let Some(port) = layout.ports.get_mut(&id).filter(|_| free) {
             port.pools[index] = Pool { base, capacity, count };
+            layout.space.filled_slots += count as usize;
             used.push(base..base + capacity);
         }
     }

@@ -34,14 +34,15 @@ pub fn ip(inside: Option<&str>, commands: &[String]) -> anyhow::Result<()> {
     let mut child = command.spawn().context("running ip")?;
     let mut script = commands.join("\n");
     script.push('\n');
-    child.stdin.take().context("ip has a stdin")?.write_all(script.as_bytes()).context("talking to ip")?;
+    // An ip that ends early breaks the pipe; what it says then is the better reason.
+    let told = child.stdin.take().context("ip has a stdin")?.write_all(script.as_bytes());
     let output = child.wait_with_output().context("waiting for ip")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         let place = inside.unwrap_or("the machine's namespace");
         bail!("ip in {place} failed: {}\ncommands:\n{script}", said.trim());
     }
-    Ok(())
+    told.context("talking to ip")
 }
 
 /// Moves the calling thread into the namespace at `path`.
