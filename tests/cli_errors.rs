@@ -1,6 +1,7 @@
 //! The binary's manners: what it says about a command line that it cannot follow, and what --help tells.
 
-use std::process::{Command, Output};
+use std::fs::File;
+use std::process::{Command, Output, Stdio};
 
 fn kubelane(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kubelane"));
@@ -67,6 +68,28 @@ fn what_cannot_be_done_ends_with_1_and_names_the_cause() {
         let message = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(message.to_lowercase().contains("error") && message.contains(expected), "no {expected:?} in {message}");
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure_and_a_full_disk_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let pins = directory.path().join("nothing");
+    let pins = pins.to_str().unwrap();
+    let ports = ["--healthz-bind-address", "", "--metrics-bind-address", ""];
+    let check = [&["check", "--pin-path", pins], &ports[..]].concat();
+    for arguments in [&["version"][..], &["cleanup", "--pin-path", pins], &check] {
+        let expected = kubelane(arguments).status.code();
+        let run = |stdout: Stdio| {
+            let output = Command::new(env!("CARGO_BIN_EXE_kubelane")).args(arguments).stdout(stdout).output().unwrap();
+            (output.status.code(), text(&output.stderr))
+        };
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        assert_eq!(run(writer.into()), (expected, String::new()), "{arguments:?} into a closed pipe");
+        let (code, said) = run(File::options().write(true).open("/dev/full").unwrap().into());
+        assert_eq!(code, Some(1), "{arguments:?}");
+        assert!(said.starts_with("error: writing to standard output: No space left"), "{arguments:?}: {said}");
     }
 }
 

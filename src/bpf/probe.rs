@@ -4,6 +4,9 @@ use std::path::Path;
 
 use libbpf_rs::{MapType, ProgramType};
 
+/// The type of every program that is attached to the cgroup.
+const SOCK_ADDR: ProgramType = ProgramType::CgroupSockAddr;
+
 /// One feature and what depends on it.
 #[derive(Clone, Debug)]
 pub struct Feature {
@@ -26,7 +29,7 @@ fn has_map(map: MapType) -> bool {
 
 /// bpf_set_retval for cgroup socket address programs (5.18).
 pub fn has_set_retval() -> bool {
-    has_helper(ProgramType::CgroupSockAddr, libbpf_sys::BPF_FUNC_set_retval)
+    has_helper(SOCK_ADDR, libbpf_sys::BPF_FUNC_set_retval)
 }
 
 /// BTF of the running kernel, which the socket iterator is relocated against.
@@ -36,25 +39,24 @@ pub fn has_kernel_btf() -> bool {
 
 /// Every feature, the required ones first. Needs CAP_BPF (or CAP_SYS_ADMIN): without it nothing is found.
 pub fn features() -> Vec<Feature> {
-    let sock_addr = ProgramType::CgroupSockAddr;
     vec![
         Feature {
             name: "cgroup socket address programs",
-            found: sock_addr.is_supported().unwrap_or(false),
+            found: SOCK_ADDR.is_supported().unwrap_or(false),
             required: true,
             needed_for: "connect, sendmsg, recvmsg and getpeername to Services",
             without: "a kernel from 5.10 with CONFIG_CGROUP_BPF is needed",
         },
         Feature {
             name: "socket storage",
-            found: has_map(MapType::SkStorage) && has_helper(sock_addr, libbpf_sys::BPF_FUNC_sk_storage_get),
+            found: has_map(MapType::SkStorage) && has_helper(SOCK_ADDR, libbpf_sys::BPF_FUNC_sk_storage_get),
             required: true,
             needed_for: "the record of what a socket asked for",
             without: "a kernel from 5.10 is needed",
         },
         Feature {
             name: "network namespace cookies",
-            found: has_helper(sock_addr, libbpf_sys::BPF_FUNC_get_netns_cookie),
+            found: has_helper(SOCK_ADDR, libbpf_sys::BPF_FUNC_get_netns_cookie),
             required: true,
             needed_for: "session affinity, NodePorts on loopback",
             without: "a kernel from 5.7 is needed",

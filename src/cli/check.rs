@@ -66,7 +66,10 @@ impl fmt::Display for Finding {
 }
 
 /// Prints the findings; true when the daemon would run.
-pub fn run(flags: &CheckFlags) -> bool {
+///
+/// # Errors
+/// When standard output cannot be written to.
+pub fn run(flags: &CheckFlags) -> anyhow::Result<bool> {
     let pin_path = &flags.node.pins.pin_path;
     let own = Privileges::own();
     let mut findings = vec![privileges(own)];
@@ -78,16 +81,15 @@ pub fn run(flags: &CheckFlags) -> bool {
     findings.push(chains());
     findings.push(ipvs_device());
     findings.push(own_pins(pin_path));
-    for finding in &findings {
-        println!("{finding}");
-    }
+    let mut text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
     let failed = findings.iter().filter(|f| f.level == Level::Fail).count();
-    match failed {
-        0 => println!("kubelane would run here."),
-        1 => println!("kubelane would not run here: 1 condition fails."),
-        n => println!("kubelane would not run here: {n} conditions fail."),
-    }
-    failed == 0
+    text += &match failed {
+        0 => "kubelane would run here.\n".to_owned(),
+        1 => "kubelane would not run here: 1 condition fails.\n".to_owned(),
+        n => format!("kubelane would not run here: {n} conditions fail.\n"),
+    };
+    super::print(&text)?;
+    Ok(failed == 0)
 }
 
 fn privileges(own: Privileges) -> Finding {

@@ -1,7 +1,5 @@
 //! `kubelane get`: the records of a snapshot as a table, JSON or YAML.
 
-use std::io::Write as _;
-
 use anyhow::Context as _;
 use serde::Serialize;
 
@@ -16,12 +14,7 @@ use crate::bpf::Maps;
 /// When nothing is pinned there, or the maps cannot be read.
 pub fn run(flags: &GetFlags) -> anyhow::Result<()> {
     let snapshot = Snapshot::read(&mut Maps::open(&flags.pins.pin_path)?)?;
-    let text = render(&snapshot, flags.what, flags.output)?;
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        // A pager or `head` that has seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("writing to standard output"),
-    }
+    super::print(&render(&snapshot, flags.what, flags.output)?)
 }
 
 /// JSON and YAML are one object with the list `items`, as kubectl's are.

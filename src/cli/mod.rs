@@ -12,9 +12,11 @@ mod snapshot;
 mod table;
 
 use std::fmt;
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::Context as _;
 use clap::Parser as _;
 
 use crate::abi::abi_version::ABI_VERSION;
@@ -40,14 +42,13 @@ impl std::error::Error for UsageError {}
 pub fn main(started: Instant) -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(flags) => run::run(*flags, started),
-        Command::Check(flags) if check::run(&flags) => Ok(()),
-        Command::Check(_) => return ExitCode::FAILURE,
+        Command::Check(flags) => match check::run(&flags) {
+            Ok(false) => return ExitCode::FAILURE,
+            result => result.map(drop),
+        },
         Command::Get(flags) => get::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags),
-        Command::Version => {
-            println!("kubelane {} (map ABI {ABI_VERSION})", env!("CARGO_PKG_VERSION"));
-            Ok(())
-        }
+        Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -79,20 +80,24 @@ fn was_refused(text: &str) -> bool {
 fn cleanup(flags: &CleanupFlags) -> anyhow::Result<()> {
     let pin_path = &flags.pins.pin_path;
     let removed = bpf::cleanup(pin_path)?;
-    for what in &removed {
-        println!("removed {what}");
+    let mut text: String = removed.iter().map(|what| format!("removed {what}\n")).collect();
+    text += &match removed.len() {
+        0 => format!("nothing of kubelane below {}\n", pin_path.display()),
+        n => format!("{n} removed: kubelane is gone from {}\n", pin_path.display()),
+    };
+    print(&text)
+}
+
+/// Writes to standard output. That nobody reads on (a pager that was quit, `head`) is no failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("writing to standard output"),
     }
-    match removed.len() {
-        0 => println!("nothing of kubelane below {}", pin_path.display()),
-        n => println!("{n} removed: kubelane is gone from {}", pin_path.display()),
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     #[test]
