@@ -1,5 +1,6 @@
 //! How long the directory source takes to read and send a world of 10,000 Services with 10 endpoints each, with how much
-//! memory, and how long one changed file takes from its rename to the change. Prints; asserts nothing about time.
+//! memory, and how long one changed Service takes from the rename of its file to the change, and how much processor
+//! time. Prints; asserts nothing about time.
 
 mod generator;
 
@@ -14,6 +15,7 @@ use kubelane::model::{Change, Kind};
 use tokio::sync::mpsc;
 
 const WORLD: World = World { services: 10_000, endpoints: 10 };
+const LISTS: usize = 10;
 const CHANGES: usize = 200;
 
 fn main() -> anyhow::Result<()> {
@@ -22,8 +24,8 @@ fn main() -> anyhow::Result<()> {
     WORLD.write_files(files.path())?;
     runtime.block_on(measure("a file per Service", files.path()))?;
     let lists = tempfile::tempdir()?;
-    WORLD.write_lists(lists.path(), 4)?;
-    runtime.block_on(measure("four lists", lists.path()))
+    WORLD.write_lists(lists.path(), LISTS)?;
+    runtime.block_on(measure("ten lists", lists.path()))
 }
 
 async fn measure(what: &str, directory: &Path) -> anyhow::Result<()> {
@@ -42,34 +44,58 @@ async fn measure(what: &str, directory: &Path) -> anyhow::Result<()> {
     let elapsed = started.elapsed();
     let services = world.iter().filter(|c| matches!(c, Change::Service(_))).count();
     println!("{what}: {services} Services in {elapsed:.0?}; resident {before} -> {} MiB with the records", resident());
-    if directory.join("service-00000.yaml").exists() {
-        follow(what, directory, &mut changes).await?;
-    }
+    let one_each = directory.join("service-00000.yaml").exists();
+    follow(what, one_each, directory, &mut changes).await?;
     drop(changes);
     source.await?
 }
 
-/// Changes one file after the other, and waits for each.
-async fn follow(what: &str, directory: &Path, changes: &mut mpsc::Receiver<Change>) -> anyhow::Result<()> {
-    let mut times = Vec::with_capacity(CHANGES);
+/// Changes one Service after the other, and waits for each.
+async fn follow(
+    what: &str,
+    one_each: bool,
+    directory: &Path,
+    changes: &mut mpsc::Receiver<Change>,
+) -> anyhow::Result<()> {
+    let (mut times, mut used) = (Vec::with_capacity(CHANGES), Vec::with_capacity(CHANGES));
     for number in 0..CHANGES {
-        let object = number % WORLD.services;
-        let text = format!("{}---\n{}", generator::service(object), WORLD.slice(object, 1));
-        let name = format!("service-{object:05}.yaml");
+        let (name, text) = match one_each {
+            true => {
+                let text = format!("{}---\n{}", generator::service(number), WORLD.slice(number, 1));
+                (format!("service-{number:05}.yaml"), text)
+            }
+            false => {
+                // The first Service of the list gets another first endpoint each time.
+                let name = format!("list-{}.yaml", number % LISTS);
+                let text = std::fs::read_to_string(directory.join(&name))?;
+                let (old, new) = (250 + number / LISTS % 5, 250 + (number / LISTS + 1) % 5);
+                (name, text.replacen(&format!(".{old}\n"), &format!(".{new}\n"), 1))
+            }
+        };
         let temporary = directory.join(".next");
         std::fs::write(&temporary, text)?;
-        let started = Instant::now();
+        let (started, before) = (Instant::now(), processor_time()?);
         std::fs::rename(&temporary, directory.join(name))?;
         match tokio::time::timeout(Duration::from_secs(5), changes.recv()).await {
             Ok(Some(_)) => times.push(started.elapsed()),
-            _ => break,
+            _ => anyhow::bail!("{what}: change {number} did not arrive"),
         }
+        used.push(processor_time()?.saturating_sub(before));
     }
     times.sort_unstable();
-    if let (Some(median), Some(worst)) = (times.get(times.len() / 2), times.last()) {
-        println!("{what}: from a rename to its change: median {median:.0?}, worst {worst:.0?} of {}", times.len());
-    }
+    used.sort_unstable();
+    let (median, worst, processor) = (times[CHANGES / 2], times[CHANGES - 1], used[CHANGES / 2]);
+    println!(
+        "{what}: from a rename to its change, {CHANGES} times: median {median:.0?}, worst {worst:.0?}; processor time: \
+         best {:.2?}, median {processor:.2?}",
+        used[0]
+    );
     Ok(())
+}
+
+/// What this process has used of the processors.
+fn processor_time() -> anyhow::Result<Duration> {
+    Ok(nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID)?.into())
 }
 
 /// Resident memory of this process, in MiB.

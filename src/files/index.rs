@@ -4,13 +4,13 @@
 //! Of an object only its names, the hash of its text and what was told of it are kept: what was sent is compared with
 //! what should have been by hash, and the text itself is read again on the rare occasion that it is needed.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::parse::{Fault, Key, Object, Parsed};
 use crate::model::{Change, Warning};
-
-type Hashed<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+use crate::table::{HashMap, HashSet};
 
 /// A piece's hash and what it holds.
 type Piece = (u64, Box<[Key]>);
@@ -29,7 +29,7 @@ pub type Reread<'a> = &'a mut dyn FnMut(&str, u64, &Key) -> Option<Object>;
 #[derive(Debug, Default)]
 pub struct Index {
     files: BTreeMap<Arc<str>, File>,
-    objects: Hashed<Key, Entry>,
+    objects: HashMap<Key, Entry>,
 }
 
 /// The last good state of a file.
@@ -37,6 +37,8 @@ pub struct Index {
 struct File {
     /// Hash and objects of each piece, in order.
     pieces: Vec<Piece>,
+    /// An object is in it more than once.
+    repeats: bool,
     broken: bool,
 }
 
@@ -79,22 +81,24 @@ impl Index {
     /// A file is there, in a good state.
     pub fn upsert(&mut self, name: &str, parsed: Vec<Parsed>, reread: Reread<'_>) -> Vec<Output> {
         let name = self.files.get_key_value(name).map_or_else(|| Arc::from(name), |(known, _)| known.clone());
-        let old = self.files.remove(&name).unwrap_or_default();
-        let mut out = healed(&name, old.broken);
-        let known: HashMap<u64, &Box<[Key]>> = old.pieces.iter().map(|(hash, keys)| (*hash, keys)).collect();
-        let mut fresh: Hashed<(Key, u64), Object> = Hashed::default();
-        let mut pieces = Vec::with_capacity(parsed.len());
-        for piece in parsed {
-            let keys = match piece.objects {
-                Some(objects) => objects.into_iter().map(|o| keep(&mut fresh, piece.hash, o)).collect(),
-                None => known.get(&piece.hash).map(|k| (*k).clone()).unwrap_or_default(),
-            };
-            pieces.push((piece.hash, keys));
+        let mut file = self.files.remove(&name).unwrap_or_default();
+        let mut out = healed(&name, std::mem::take(&mut file.broken));
+        let mut fresh = HashMap::default();
+        let changed = file.changed(&parsed);
+        let old = file.replace(&changed, parsed, &mut fresh);
+        let mut touched = Vec::new();
+        self.forget(&name, &old, &mut touched);
+        let changed = changed.new;
+        let part = changed.len() < file.pieces.len();
+        file.repeats = self.remember(&name, &file.pieces[changed], &mut touched);
+        if file.repeats && part {
+            // The places of one file are among the holders in its own order: all are taken out and put in again.
+            self.forget(&name, &file.pieces, &mut touched);
+            self.remember(&name, &file.pieces, &mut touched);
         }
-        let same = unchanged(&old.pieces, &pieces);
-        let mut touched: Vec<Key> = self.forget(&name, &old.pieces, &same);
-        self.remember(&name, &pieces, &same, &mut touched);
-        self.files.insert(name, File { pieces, broken: false });
+        self.files.insert(name, file);
+        let mut seen = HashSet::default();
+        touched.retain(|key| seen.insert(key.clone()));
         for key in touched {
             self.settle(key, &mut fresh, reread, &mut out);
         }
@@ -105,16 +109,18 @@ impl Index {
     pub fn remove(&mut self, name: &str, reread: Reread<'_>) -> Vec<Output> {
         let Some((name, old)) = self.files.remove_entry(name) else { return Vec::new() };
         let mut out = healed(&name, old.broken);
-        for key in self.forget(&name, &old.pieces, &HashSet::new()) {
-            self.settle(key, &mut Hashed::default(), reread, &mut out);
+        let mut touched = Vec::new();
+        self.forget(&name, &old.pieces, &mut touched);
+        for key in touched {
+            self.settle(key, &mut HashMap::default(), reread, &mut out);
         }
         out
     }
 
-    /// Takes `name` out of the holders of what it no longer holds in the same text.
-    fn forget(&mut self, name: &Arc<str>, old: &[Piece], same: &HashSet<u64>) -> Vec<Key> {
-        let mut touched = Vec::new();
-        for (hash, keys) in old.iter().filter(|(hash, _)| !same.contains(hash)) {
+    /// Takes `name` out of the holders of what these pieces hold. Where the file repeats an object, it has to be all of
+    /// its pieces: equal places are not told apart.
+    fn forget(&mut self, name: &Arc<str>, pieces: &[Piece], touched: &mut Vec<Key>) {
+        for (hash, keys) in pieces {
             for key in keys {
                 if let Some(entry) = self.objects.get_mut(key) {
                     entry.holders.retain(|(file, held)| !(file == name && held == hash));
@@ -122,27 +128,26 @@ impl Index {
                 }
             }
         }
-        touched
     }
 
-    /// Puts `name` among the holders of what it now holds.
-    fn remember(&mut self, name: &Arc<str>, new: &[Piece], same: &HashSet<u64>, touched: &mut Vec<Key>) {
-        let mut seen: HashSet<Key> = touched.iter().cloned().collect();
-        for (hash, keys) in new.iter().filter(|(hash, _)| !same.contains(hash)) {
+    /// Puts `name` among the holders of what these pieces hold; true when it was there with another piece.
+    fn remember(&mut self, name: &Arc<str>, pieces: &[Piece], touched: &mut Vec<Key>) -> bool {
+        let mut repeats = false;
+        for (hash, keys) in pieces {
             for key in keys {
                 let entry = self.objects.entry(key.clone()).or_default();
                 // Behind the same file's earlier places, before the files after it.
                 let at = entry.holders.partition_point(|(file, _)| file <= name);
+                repeats |= at > 0 && entry.holders[at - 1].0 == *name;
                 entry.holders.insert(at, (name.clone(), *hash));
-                if seen.insert(key.clone()) {
-                    touched.push(key.clone());
-                }
+                touched.push(key.clone());
             }
         }
+        repeats
     }
 
     /// Makes what was sent of an object what should have been.
-    fn settle(&mut self, key: Key, fresh: &mut Hashed<(Key, u64), Object>, reread: Reread<'_>, out: &mut Vec<Output>) {
+    fn settle(&mut self, key: Key, fresh: &mut HashMap<(Key, u64), Object>, reread: Reread<'_>, out: &mut Vec<Output>) {
         let Some(entry) = self.objects.get_mut(&key) else { return };
         let Some((file, hash)) = entry.holders.first().cloned() else {
             if entry.served {
@@ -171,6 +176,49 @@ impl Index {
     }
 }
 
+/// Pieces of a file that are not what they were: by place in the old version and in the new.
+struct Changed {
+    old: Range<usize>,
+    new: Range<usize>,
+}
+
+impl File {
+    /// What lies between the beginning and the end that both versions share: mostly one piece of thousands. All of it
+    /// when the file repeats an object.
+    fn changed(&self, parsed: &[Parsed]) -> Changed {
+        let same = |(old, new): &(&Piece, &Parsed)| old.0 == new.hash && !self.repeats;
+        let head = self.pieces.iter().zip(parsed).take_while(same).count();
+        let rest = self.pieces.len().min(parsed.len()) - head;
+        let tail = self.pieces.iter().rev().zip(parsed.iter().rev()).take(rest).take_while(same).count();
+        Changed { old: head..self.pieces.len() - tail, new: head..parsed.len() - tail }
+    }
+
+    /// Puts the changed pieces in; returns those that they replace.
+    fn replace(
+        &mut self,
+        changed: &Changed,
+        parsed: Vec<Parsed>,
+        fresh: &mut HashMap<(Key, u64), Object>,
+    ) -> Vec<Piece> {
+        let mut pieces = Vec::with_capacity(changed.new.len());
+        // Known pieces that moved.
+        let mut known: HashMap<u64, &Box<[Key]>> = HashMap::default();
+        for piece in parsed.into_iter().take(changed.new.end).skip(changed.new.start) {
+            let keys = match piece.objects {
+                Some(objects) => objects.into_iter().map(|o| keep(fresh, piece.hash, o)).collect(),
+                None => {
+                    if known.is_empty() {
+                        known = self.pieces.iter().map(|(hash, keys)| (*hash, keys)).collect();
+                    }
+                    known.get(&piece.hash).map(|keys| (*keys).clone()).unwrap_or_default()
+                }
+            };
+            pieces.push((piece.hash, keys));
+        }
+        self.pieces.splice(changed.old.clone(), pieces).collect()
+    }
+}
+
 impl Entry {
     fn duplicates(&self) -> Option<Warning> {
         let (first, others) = self.holders.split_first()?;
@@ -185,7 +233,7 @@ impl Entry {
     }
 }
 
-fn keep(fresh: &mut Hashed<(Key, u64), Object>, hash: u64, object: Object) -> Key {
+fn keep(fresh: &mut HashMap<(Key, u64), Object>, hash: u64, object: Object) -> Key {
     let key = object.key.clone();
     fresh.entry((key.clone(), hash)).or_insert(object);
     key
@@ -195,25 +243,61 @@ fn healed(name: &str, broken: bool) -> Vec<Output> {
     broken.then(|| Output::Warnings(format!("file {name}"), Vec::new())).into_iter().collect()
 }
 
-/// Hashes of pieces that are in both and hold nothing that the file holds twice: those are put in again, so that their
-/// order is always that of the file.
-fn unchanged(old: &[Piece], new: &[Piece]) -> HashSet<u64> {
-    let hashes: HashSet<u64> = old.iter().map(|p| p.0).collect();
-    let twice: HashSet<&Key> = twice(old).chain(twice(new)).collect();
-    let same = new.iter().filter(|(hash, keys)| hashes.contains(hash) && !keys.iter().any(|k| twice.contains(k)));
-    same.map(|(hash, _)| *hash).collect()
-}
-
-fn twice(pieces: &[Piece]) -> impl Iterator<Item = &Key> {
-    let mut seen = HashSet::new();
-    pieces.iter().flat_map(|(_, keys)| keys).filter(move |key| !seen.insert(*key))
-}
-
 /// The end of an object.
 fn gone(key: Key) -> Change {
     match key {
         Key::Service(name) => Change::ServiceGone(name),
         Key::Slice(name) => Change::SliceGone(name),
         Key::Node => Change::NodeGone,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::ObjectName;
+
+    /// A version of a file: which object each piece holds, and in which text.
+    type Version = Vec<(u8, u8)>;
+
+    fn parsed(version: &Version, known: &HashSet<u64>) -> Vec<Parsed> {
+        let piece = |&(name, text): &(u8, u8)| {
+            let hash = u64::from(name) << 8 | u64::from(text);
+            let key = Key::Service(ObjectName::new("default", &name.to_string()));
+            let change = Change::Node(Box::default());
+            let object = Object { key, subject: name.to_string(), change, warnings: Vec::new() };
+            Parsed { hash, objects: (!known.contains(&hash)).then(|| vec![object]) }
+        };
+        version.iter().map(piece).collect()
+    }
+
+    fn upsert(index: &mut Index, file: &str, version: &Version) {
+        let known = index.hashes(file);
+        index.upsert(file, parsed(version, &known), &mut |_, _, _| None);
+    }
+
+    type Holders = BTreeMap<Key, Vec<(Arc<str>, u64)>>;
+
+    fn holders(index: &Index) -> Holders {
+        index.objects.iter().map(|(key, entry)| (key.clone(), entry.holders.clone())).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn a_file_that_changed_is_held_as_if_it_had_always_been_so(
+            versions in prop::collection::vec((0..2_usize, prop::collection::vec((0..6_u8, 0..3_u8), 0..8)), 1..8),
+        ) {
+            let names = ["a.yaml", "b.yaml"];
+            let (mut index, mut last) = (Index::default(), BTreeMap::new());
+            for (file, version) in versions {
+                upsert(&mut index, names[file], &version);
+                last.insert(names[file], version);
+                let mut anew = Index::default();
+                last.iter().for_each(|(file, version)| upsert(&mut anew, file, version));
+                prop_assert_eq!(holders(&index), holders(&anew));
+            }
+        }
     }
 }

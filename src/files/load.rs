@@ -1,6 +1,5 @@
 //! The first reading of a directory: two threads parse, one task takes the results in the order of the files' names.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,6 +9,7 @@ use super::parse::{self, Fault, Key, Object, Parsed};
 use super::split;
 use crate::k8s::Settings;
 use crate::k8s::convert::Converter;
+use crate::table::HashSet;
 
 /// A file and what was in it.
 pub type Loaded = (String, Result<Option<Vec<Parsed>>, Fault>);
@@ -54,7 +54,7 @@ fn read_batches(
     batches: &mpsc::Sender<Vec<Loaded>>,
 ) {
     let mut converter = Converter::new(settings);
-    let known = HashSet::new();
+    let known = HashSet::default();
     for batch in names.chunks(BATCH).skip(number).step_by(THREADS) {
         let read = |name: &String| (name.clone(), parse::file(&directory.join(name), &known, &mut converter));
         if batches.blocking_send(batch.iter().map(read).collect()).is_err() {

@@ -1,7 +1,6 @@
 //! Reads a file into domain changes. A file counts as a whole: one piece that cannot be read is a fault of the file,
 //! told by line and reason, and nothing of that version of the file is used.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -13,10 +12,11 @@ use super::split::{self, Identity, Piece, Shape};
 use crate::k8s::convert::{Convert, Converter};
 use crate::k8s::wire;
 use crate::model::{Change, ObjectName, Warning};
+use crate::table::HashSet;
 
 /// A file above this size is refused: a directory of objects is not a place for disk images.
 const LARGEST_FILE: u64 = 256 << 20;
-/// From this many bytes a file is worth a second thread.
+/// From this many bytes to parse a file is worth a second thread.
 const WORTH_A_THREAD: usize = 512 << 10;
 
 /// Why a file cannot be used, and where.
@@ -113,32 +113,34 @@ fn read_file(path: &Path, known: &HashSet<u64>, converter: &mut Converter) -> Re
     })?;
     let json = path.extension().is_some_and(|e| e == "json");
     let pieces = split::split(&text, json)?;
-    parse_all(&pieces, text.len(), known, converter).map(Some)
+    parse_all(&pieces, known, converter).map(Some)
 }
 
-/// Parses the pieces, on two threads when there is much of them.
-fn parse_all(
-    pieces: &[Piece<'_>],
-    bytes: usize,
-    known: &HashSet<u64>,
-    converter: &mut Converter,
-) -> Result<Vec<Parsed>, Fault> {
+/// Parses the pieces that are not known, on two threads when there is much of them.
+fn parse_all(pieces: &[Piece<'_>], known: &HashSet<u64>, converter: &mut Converter) -> Result<Vec<Parsed>, Fault> {
+    let hashed: Vec<(&Piece<'_>, u64, bool)> = pieces
+        .iter()
+        .map(|piece| {
+            let hash = piece.hash();
+            (piece, hash, known.contains(&hash))
+        })
+        .collect();
+    let bytes: usize = hashed.iter().filter(|(_, _, known)| !known).map(|(piece, ..)| piece.text.len()).sum();
     if bytes < WORTH_A_THREAD || pieces.len() < 2 {
-        return pieces.iter().map(|p| parse(p, known, converter)).collect();
+        return hashed.iter().map(|p| parse(p, converter)).collect();
     }
-    let (front, back) = pieces.split_at(pieces.len() / 2);
+    let (front, back) = hashed.split_at(hashed.len() / 2);
     let mut second = Converter::new(converter.settings().clone());
     std::thread::scope(|scope| {
-        let back = scope.spawn(|| back.iter().map(|p| parse(p, known, &mut second)).collect::<Result<Vec<_>, _>>());
-        let mut all: Vec<Parsed> = front.iter().map(|p| parse(p, known, converter)).collect::<Result<_, _>>()?;
+        let back = scope.spawn(|| back.iter().map(|p| parse(p, &mut second)).collect::<Result<Vec<_>, _>>());
+        let mut all: Vec<Parsed> = front.iter().map(|p| parse(p, converter)).collect::<Result<_, _>>()?;
         all.extend(back.join().map_err(|_| Fault::new(0, "the parser panicked"))??);
         Ok(all)
     })
 }
 
-fn parse(piece: &Piece<'_>, known: &HashSet<u64>, converter: &mut Converter) -> Result<Parsed, Fault> {
-    let hash = piece.hash();
-    let objects = match known.contains(&hash) {
+fn parse(&(piece, hash, known): &(&Piece<'_>, u64, bool), converter: &mut Converter) -> Result<Parsed, Fault> {
+    let objects = match known {
         true => None,
         false => Some(objects(piece, converter)?),
     };

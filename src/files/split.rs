@@ -6,6 +6,7 @@
 
 use std::hash::{BuildHasher, Hasher};
 
+use memchr::{memchr, memchr_iter, memmem};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -76,12 +77,18 @@ pub fn split(text: &str, json: bool) -> Result<Vec<Piece<'_>>, Fault> {
 
 /// Lines with their byte offset and number (from 1).
 fn lines(text: &str) -> impl Iterator<Item = (usize, usize, &str)> {
-    let mut offset = 0;
-    text.split_inclusive('\n').enumerate().map(move |(number, line)| {
-        let start = offset;
-        offset += line.len();
-        (start, number + 1, line)
-    })
+    let ends = memchr_iter(b'\n', text.as_bytes()).map(|at| at + 1).chain([text.len()]);
+    let mut start = 0;
+    let cut = ends.enumerate().map(move |(number, end)| {
+        let line = (start, number + 1, &text[start..end]);
+        start = end;
+        line
+    });
+    cut.filter(|(_, _, line)| !line.is_empty())
+}
+
+fn newlines(text: &str) -> usize {
+    memchr_iter(b'\n', text.as_bytes()).count()
 }
 
 /// A marker line: `---` or `...` alone or followed by a blank. YAML allows these at the start of a line nowhere else, not
@@ -90,25 +97,34 @@ fn is_marker(line: &str, marker: &str) -> bool {
     line.strip_prefix(marker).is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
 }
 
+/// Offsets of the marker lines.
+fn markers(text: &str) -> Vec<usize> {
+    let mut found = Vec::new();
+    for (marker, searched) in [("---", "\n---"), ("...", "\n...")] {
+        let starts = memmem::find_iter(text.as_bytes(), searched).map(|at| at + 1);
+        found.extend([0].into_iter().chain(starts).filter(|at| is_marker(&text[*at..], marker)));
+    }
+    found.sort_unstable();
+    found
+}
+
 /// The documents of a YAML stream with the line on which each begins.
 fn documents(text: &str) -> Vec<(&str, usize)> {
     let mut found = Vec::new();
-    let (mut start, mut first, mut content) = (0, 1, false);
-    for (offset, number, line) in lines(text) {
-        let begins = is_marker(line, "---");
-        if begins || is_marker(line, "...") {
-            if content {
-                found.push((&text[start..offset], first));
-            }
-            let rest = if begins { line[3..].trim() } else { "" };
-            content = !rest.is_empty() && !rest.starts_with('#');
-            (start, first) = if content { (offset + 3, number) } else { (offset + line.len(), number + 1) };
-        } else if !content && !is_blank(line) && !line.starts_with('%') {
-            (start, first, content) = (offset, number, true);
+    // The first byte after the last marker, the line it is on, and whether content stands on the marker's own line.
+    let (mut from, mut line, mut beside) = (0, 1, false);
+    for end in markers(text).into_iter().chain([text.len()]) {
+        let section = &text[from..end];
+        let is_content = |text: &str| !is_blank(text) && !text.starts_with('%');
+        if let Some((offset, number, _)) = lines(section).find(|(_, _, text)| beside || is_content(text)) {
+            found.push((&section[offset..], line + number - 1));
         }
-    }
-    if content {
-        found.push((&text[start..], first));
+        line += newlines(section);
+        let marked = &text[end..];
+        let marked = memchr(b'\n', marked.as_bytes()).map_or(marked, |at| &marked[..=at]);
+        let rest = marked.strip_prefix("---").unwrap_or_default().trim();
+        beside = !rest.is_empty() && !rest.starts_with('#');
+        (from, line) = if beside { (end + 3, line) } else { (end + marked.len(), line + newlines(marked)) };
     }
     found
 }
@@ -119,7 +135,7 @@ fn is_blank(line: &str) -> bool {
 }
 
 fn indent(line: &str) -> usize {
-    line.len() - line.trim_start_matches(' ').len()
+    line.bytes().take_while(|b| *b == b' ').count()
 }
 
 /// The value of a plain `key: value` line.
@@ -171,6 +187,10 @@ pub fn is_list(kind: &str) -> bool {
 
 /// The entries of a block-style list document; `None` when it is not one, or not in a style that is cut.
 fn items(document: &str, line: usize) -> Option<Vec<Piece<'_>>> {
+    // Most documents are no lists; a glance tells.
+    if !document.starts_with("items:") && memmem::find(document.as_bytes(), b"\nitems:").is_none() {
+        return None;
+    }
     let whole = Piece { text: document, line, shape: Shape::Yaml, listed: None };
     let list = identity(&whole).filter(|i| is_list(i.kind))?;
     // An alias may point into another item.
@@ -187,10 +207,11 @@ fn items(document: &str, line: usize) -> Option<Vec<Piece<'_>>> {
         listed: listed(list),
     };
     for (offset, number, text) in lines(document) {
-        if is_blank(text) {
+        let depth = indent(text);
+        // Most lines are inside an item.
+        if column.is_some_and(|c| inside && depth > c) || is_blank(text) {
             continue;
         }
-        let depth = indent(text);
         let dash = text[depth..].starts_with("- ") || text[depth..].trim_end() == "-";
         if !inside {
             inside = text.strip_prefix("items:").is_some_and(is_blank);
@@ -203,7 +224,7 @@ fn items(document: &str, line: usize) -> Option<Vec<Piece<'_>>> {
             // Another key of the list itself.
             pieces.push(piece(start, offset));
             (inside, open) = (false, false);
-        } else if column.is_none_or(|c| depth <= c) {
+        } else {
             return None;
         }
     }
@@ -231,7 +252,7 @@ fn split_json(text: &str, line: usize) -> Result<Vec<Piece<'_>>, Fault> {
     let mut counted = (0, line);
     let mut line_of = |piece: &str| {
         let offset = piece.as_ptr() as usize - text.as_ptr() as usize;
-        counted = (offset, counted.1 + text[counted.0..offset].matches('\n').count());
+        counted = (offset, counted.1 + newlines(&text[counted.0..offset]));
         counted.1
     };
     for document in serde_json::Deserializer::from_str(text).into_iter::<&RawValue>() {
@@ -267,6 +288,8 @@ mod tests {
             ("%YAML 1.2\n---\na: 1\r\n---\r\nb: 2", vec![(3, "a: 1"), (5, "b: 2")]),
             ("--- # comment\na: 1\n--- {b: 2}\n", vec![(2, "a: 1"), (3, "{b: 2}")]),
             ("a: |\n  ---\n  text\n----: 1\n", vec![(1, "a: |\n  ---\n  text\n----: 1")]),
+            ("--- # list\n%TAG\n\n# c\n...\n--- a: 1\nb: 2\n...\n\nc: 3\n---", vec![(6, "a: 1\nb: 2"), (10, "c: 3")]),
+            ("a: \u{e9}\n... \n....\n---a\n", vec![(1, "a: \u{e9}"), (3, "....\n---a")]),
             ("", vec![]),
         ] {
             assert_eq!(cut(text), expected, "{text:?}");
