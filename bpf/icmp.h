@@ -17,7 +17,7 @@ enum verdict {
 };
 
 enum {
-	QUOTE_MAX = 96, /* an IP header with options or extensions, and the transport header */
+	QUOTE_MAX = 128, /* an IP header with options or extensions, and the transport header; a power of two */
 	ANSWER_TTL = 64,
 	MAC_ADDRESSES = 12,
 };
@@ -131,6 +131,14 @@ static __always_inline int icmp_return(struct __sk_buff *skb, const struct packe
 	return bpf_redirect(skb->ifindex, 0);
 }
 
+/* The same number again, for the verifier: those before 5.12 forget the bounds of what was put on the stack. */
+static __always_inline __u64 quote_length(__u64 length)
+{
+	length -= 1;
+	barrier_var(length);
+	return (length & (QUOTE_MAX - 1)) + 1;
+}
+
 /* Turns the packet into an error about itself. Answers a TC action. */
 static __noinline int icmp_answer(struct __sk_buff *skb, const struct packet *packet, __u32 verdict)
 {
@@ -140,14 +148,11 @@ static __noinline int icmp_answer(struct __sk_buff *skb, const struct packet *pa
 	if (packet->kind == PACKET_PIECE || packet->kind == PACKET_ERROR ||
 	    !icmp_may_answer(&packet->tuple.ends.source) || packet->total > skb->len - packet->l3)
 		return TC_ACT_SHOT;
-	/* One register for the verifier: older ones do not see what is known of a copy. */
-	barrier_var(length);
 	if (length > QUOTE_MAX)
 		length = QUOTE_MAX;
-	barrier_var(length);
-	if (length < sizeof(struct iphdr) + ICMP_HEADER || length > QUOTE_MAX)
+	if (length < sizeof(struct iphdr) + ICMP_HEADER)
 		return TC_ACT_SHOT;
-	if (bpf_skb_load_bytes(skb, packet->l3, message.quote, length))
+	if (bpf_skb_load_bytes(skb, packet->l3, message.quote, quote_length(length)))
 		return TC_ACT_SHOT;
 	icmp_fill(&message, packet->is_ip6, verdict, packet->mtu);
 	/* What was not quoted is zero and adds nothing. */
@@ -156,7 +161,7 @@ static __noinline int icmp_answer(struct __sk_buff *skb, const struct packet *pa
 	if (icmp_resize(skb, packet, header + ICMP_HEADER + length) ||
 	    (packet->is_ip6 ? icmp_store_ip6(skb, packet, ICMP_HEADER + length)
 			    : icmp_store_ip4(skb, packet, ICMP_HEADER + length)) ||
-	    bpf_skb_store_bytes(skb, packet->l3 + header, &message, ICMP_HEADER + length, 0))
+	    bpf_skb_store_bytes(skb, packet->l3 + header, &message, ICMP_HEADER + quote_length(length), 0))
 		return TC_ACT_SHOT;
 	return icmp_return(skb, packet);
 }

@@ -11,6 +11,15 @@
 #ifndef KUBELANE_WIRE_H
 #define KUBELANE_WIRE_H
 
+/* Verifiers before 5.11 do not see that a swapped port has 16 bits; the compiler does, and would drop the mask. */
+static __always_inline __u32 port_index(__be16 port)
+{
+	__u32 index = bpf_ntohs(port);
+
+	barrier_var(index);
+	return index & 0xffff;
+}
+
 static __always_inline struct port_table *port_table(void)
 {
 	__u32 zero = 0;
@@ -53,10 +62,10 @@ static __noinline int fragment_ports(struct packet *packet)
  * elsewhere come to the private range. */
 static __always_inline int port_is_known(__be16 port)
 {
-	__u16 host = bpf_ntohs(port);
+	__u16 offset = bpf_ntohs(port) - config.snat_first;
 	struct port_table *table = port_table();
 
-	return (__u16)(host - config.snat_first) < config.snat_ports || (table && table->served[host]);
+	return offset < config.snat_ports || (table && table->served[port_index(port)]);
 }
 
 /* The frontend that serves packets to `ends` from the wire, if any. A cluster IP serves none. */
@@ -76,7 +85,7 @@ static __always_inline struct frontend *wire_frontend(const struct flow_key *tup
 
 		frontend = frontend_lookup_node_port(&key);
 		if (frontend && table)
-			table->served[bpf_ntohs(tuple->ends.destination_port)] = 1;
+			table->served[port_index(tuple->ends.destination_port)] = 1;
 	}
 	if (!frontend || !(frontend->flags & (FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT)))
 		return (void *)0;
@@ -180,7 +189,7 @@ static __noinline int flow_open(struct __sk_buff *skb, const struct packet *pack
 	flow.ends.source_port = wanted->reply.ends.destination_port;
 	flow.used_ns = clock_ns();
 	if (local && table)
-		table->replies[bpf_ntohs(backend->port)] = 1;
+		table->replies[port_index(backend->port)] = 1;
 	if (flow_store(&packet->tuple, &flow)) {
 		count(COUNTER_DROPPED_FLOW_TABLE);
 		return VERDICT_DROP;
@@ -281,7 +290,7 @@ static __noinline struct flow *flow_of_quoted(const struct packet *quoted, __u32
 	int proved;
 
 	flow_key_reverse(&key, &quoted->tuple.ends, quoted->tuple.protocol);
-	if (!table || (at_egress && !table->replies[bpf_ntohs(key.ends.source_port)]))
+	if (!table || (at_egress && !table->replies[port_index(key.ends.source_port)]))
 		return (void *)0;
 	flow = flow_find(&key, &proved);
 	if (!flow || (flow->kind & FLOW_AT_EGRESS) != at_egress)
@@ -426,7 +435,7 @@ static __always_inline int wire_may_reply(struct __sk_buff *skb, __u32 l3, int f
 			return 1;
 	}
 	table = port_table();
-	return table && table->replies[bpf_ntohs(*port)];
+	return table && table->replies[port_index(*port)];
 }
 
 static __always_inline int wire_egress(struct __sk_buff *skb, __u32 l3)

@@ -14,8 +14,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, backend_flag, backend_state, frontend_flag,
-    pool_empty, pool_member,
+    Backend, DeviceAddresses, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, backend_flag, backend_state,
+    frontend_flag, pool_empty, pool_member,
 };
 use kubelane::bpf::run::{Outcome, run};
 use kubelane::bpf::{Datapath, Direction, Settings};
@@ -135,6 +135,8 @@ impl Node {
         let place = Place::new();
         let datapath = Datapath::open(&place.settings()).unwrap();
         let mut node = Node::with(datapath, place, uplink, tunnel);
+        node.note_device(uplink, NODE4, NODE6);
+        node.note_device(tunnel, TUNNEL4, TUNNEL6);
         for (address, flags) in [
             (NODE4, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
             (NODE6, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
@@ -197,6 +199,12 @@ impl Node {
 
     pub fn pinned(&self, map: &str) -> MapHandle {
         MapHandle::from_pinned_path(self.pin_path.join("v1/maps").join(map)).unwrap()
+    }
+
+    /// What attaching to a device notes, for kernels that do not name a route's source.
+    fn note_device(&self, index: u32, ip4: &str, ip6: &str) {
+        let row = DeviceAddresses { ip4: ip4.parse::<Ipx>().unwrap().0, ip6: ip6.parse::<Ipx>().unwrap().0 };
+        self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
     pub fn source_range(&self, service: u32, ip: &str, prefix: u8) {
