@@ -30,6 +30,7 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         ),
         (&["run", "--source", "dir:/x", "--healthz-bind-address", "here:1"], &["--healthz-bind-address", "IP:PORT"]),
         (&["run", "--source", "dir:/x", "--metrics-bind-address", "1"], &["--metrics-bind-address", "IP:PORT"]),
+        (&["run", "--source", "dir:/x", "--devices", "eth0,"], &["--devices", "eth0,"]),
         (&["run", "--source", "dir:/x", "--max-services", "0"], &["--max-services", "0", "1..=1048576"]),
         (&["run", "--source", "dir:/x", "--max-endpoints", "many"], &["--max-endpoints", "many"]),
         (&["run", "--source", "dir:/x", "-v", "loud"], &["--v", "loud"]),
