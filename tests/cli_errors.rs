@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 15] = [
+    let table: [(&[&str], &[&str]); 16] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
