@@ -75,12 +75,13 @@ pub fn features() -> Vec<Feature> {
             without: "a kernel from 5.10 is needed",
         },
         Feature {
-            name: "packet programs that route and redirect",
-            found: has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_redirect_neigh)
-                && has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_fib_lookup),
+            name: "packet programs (TC)",
+            found: has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_fib_lookup)
+                && has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_redirect_neigh)
+                && has_map(MapType::LpmTrie),
             required: true,
-            needed_for: "NodePorts, load balancer and external addresses from outside the node",
-            without: "a kernel from 5.10 with CONFIG_NET_CLS_BPF is needed",
+            needed_for: "NodePorts, load balancer and external IPs from outside",
+            without: "a kernel from 5.10 with CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS is needed",
         },
         Feature {
             name: "bpf_set_retval",
