@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 15] = [
+    let table: [(&[&str], &[&str]); 16] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
@@ -30,6 +30,7 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         ),
         (&["run", "--source", "dir:/x", "--healthz-bind-address", "here:1"], &["--healthz-bind-address", "IP:PORT"]),
         (&["run", "--source", "dir:/x", "--metrics-bind-address", "1"], &["--metrics-bind-address", "IP:PORT"]),
+        (&["run", "--source", "dir:/x", "--devices", "eth0,"], &["--devices", "eth0,"]),
         (&["run", "--source", "dir:/x", "--max-services", "0"], &["--max-services", "0", "1..=1048576"]),
         (&["run", "--source", "dir:/x", "--max-endpoints", "many"], &["--max-endpoints", "many"]),
         (&["run", "--source", "dir:/x", "-v", "loud"], &["--v", "loud"]),

@@ -85,6 +85,8 @@ impl World {
         let log = self.path("log");
         let child = Command::new(env!("CARGO_BIN_EXE_kubelane"))
             .args(["run", "--source", &format!("dir:{}", self.path("manifests")), "--hostname-override", "Node-A"])
+            // This daemon runs in the machine's own namespace, whose traffic is not for a test to touch.
+            .args(["--devices", "no-such-device"])
             .args(["--pin-path", &self.pins(), "--cgroup", &self.cgroup.display().to_string()])
             .args(["--healthz-bind-address", &self.healthz.to_string()])
             .args(["--metrics-bind-address", &self.metrics.to_string()])
