@@ -16,6 +16,7 @@ NEEDED := \
 	command:ip:iproute2 \
 	command:iptables:iptables \
 	command:bpftool:bpftool \
+	file:/usr/lib/cni/portmap:containernetworking-plugins \
 	file:/usr/include/libelf.h:libelf-dev \
 	file:/usr/include/zlib.h:zlib1g-dev \
 	file:/usr/include/linux/bpf.h:linux-libc-dev

@@ -10,6 +10,7 @@ mod load;
 mod serve;
 #[path = "../support/mod.rs"]
 mod support;
+mod witness;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -11,6 +11,8 @@ use clap::Args;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::witness;
+
 #[derive(Args)]
 pub struct Options {
     /// What every answer says.
@@ -31,6 +33,12 @@ pub struct Options {
     /// Left out, with a line on stderr, where the kernel has no UDP-Lite.
     #[arg(long)]
     udplite: Vec<u16>,
+    /// TCP and UDP: answers also say who the client is.
+    #[arg(long)]
+    seen: Vec<u16>,
+    /// TCP: large transfers.
+    #[arg(long)]
+    bulk: Vec<u16>,
 }
 
 /// Serves until SIGTERM, then finishes the HTTP requests under way.
@@ -52,6 +60,13 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             Ok(socket) => serve_datagrams(socket, &options.name),
             Err(error) => eprintln!("no UDP-Lite: {error:#}"),
         }
+    }
+    for port in &options.seen {
+        witness::serve_stream(listen(options, *port, Type::STREAM, Protocol::TCP)?.into(), &options.name);
+        witness::serve_datagrams(listen(options, *port, Type::DGRAM, Protocol::UDP)?.into(), &options.name);
+    }
+    for port in &options.bulk {
+        witness::serve_bulk(listen(options, *port, Type::STREAM, Protocol::TCP)?.into(), &options.name);
     }
     let listeners = options.http.iter().map(|port| listen(options, *port, Type::STREAM, Protocol::TCP));
     let listeners: Vec<Socket> = listeners.collect::<Result<_, _>>()?;

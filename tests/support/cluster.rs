@@ -28,10 +28,14 @@ impl Cluster {
     /// `None`, said aloud, on a machine that cannot have a laboratory.
     pub fn or_skip() -> Option<Cluster> {
         let lab = lab_or_skip(&[("node1", &["client", "other", "a"]), ("node2", &["stranger", "b", "c"])])?;
-        let listen = "--http 8080 --tcp 9000 --mptcp 9001 --udp 9000 --udplite 9000";
-        let servers = PODS.map(|pod| lab.pod(pod).serve(listen).expect("a pod serves")).into();
+        Some(Cluster::on(lab, &PODS, "--http 8080 --tcp 9000 --mptcp 9001 --udp 9000 --udplite 9000"))
+    }
+
+    /// A cluster on any laboratory, in which these pods serve `listen` ([`Place::serve`](super::lab::Place::serve)).
+    pub fn on(lab: Lab, pods: &[&str], listen: &str) -> Cluster {
+        let servers = pods.iter().map(|pod| lab.pod(pod).serve(listen).expect("a pod serves")).collect();
         let manifests = Manifests::new(lab.dir.join("manifests"));
-        Some(Cluster { servers, manifests, lab })
+        Cluster { servers, manifests, lab }
     }
 
     /// Starts the daemon of node1 on the manifests and waits until they are in the kernel.

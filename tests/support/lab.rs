@@ -79,6 +79,22 @@ impl Place {
         netns::inside(&self.netns, work)
     }
 
+    /// The name of this namespace in the file system.
+    pub fn netns(&self) -> &Path {
+        &self.netns
+    }
+
+    /// Runs a program in this namespace to its end, with `input` on its stdin; its stdout. It is NOT in the place's
+    /// cgroup.
+    pub fn run(&self, program: &str, arguments: &[&str], input: &str) -> anyhow::Result<String> {
+        self.inside(|| netns::run(program, arguments, input))
+    }
+
+    /// Sets sysctls below /proc/sys/net in this namespace.
+    pub fn sysctl(&self, settings: &[(&str, &str)]) -> anyhow::Result<()> {
+        netns::sysctl(&self.netns, settings)
+    }
+
     /// Runs `ip` commands in this namespace.
     pub fn ip(&self, commands: &[&str]) -> anyhow::Result<()> {
         let name = self.netns.file_name().and_then(|name| name.to_str());
@@ -97,6 +113,8 @@ impl Place {
 #[derive(Debug)]
 pub struct Node {
     pub name: String,
+    /// From 1 on.
+    pub number: u8,
     /// The node's own namespace. Processes here are in the node's cgroup, beside the pods.
     pub host: Place,
     pub pods: Vec<Place>,
@@ -118,6 +136,14 @@ pub struct Lab {
 impl Lab {
     /// Lays out one node per `(name, pods)`; names are unique in the laboratory. Removes what dead owners left first.
     pub fn new(nodes: &[(&str, &[&str])]) -> anyhow::Result<Lab> {
+        let lab = Lab::without_cni(nodes)?;
+        lab.wire_pods()?;
+        Ok(lab)
+    }
+
+    /// As [`Lab::new`], but a pod is an empty namespace, and its address no more than a plan: a CNI is to bring both.
+    /// Nodes have their uplink, forwarding, and the underlay as their default route; nothing leads to pods elsewhere.
+    pub fn without_cni(nodes: &[(&str, &[&str])]) -> anyhow::Result<Lab> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         sweep()?;
         let id = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -165,7 +191,36 @@ impl Lab {
     pub fn route_outside(&self, network: &str, node: &str) -> anyhow::Result<()> {
         let by = &self.node(node).host;
         let gateway: IpAddr = if network.contains(':') { by.v6.into() } else { by.v4.into() };
-        netns::ip(Some(&self.netns_name("underlay")), &[format!("route add {network} via {gateway}")])
+        self.ip_outside(&[format!("route add {network} via {gateway}")])
+    }
+
+    /// Runs `ip` commands in the underlay's namespace.
+    pub fn ip_outside(&self, commands: &[String]) -> anyhow::Result<()> {
+        netns::ip(Some(&self.netns_name("underlay")), commands)
+    }
+
+    /// Sets sysctls below /proc/sys/net in the underlay's namespace.
+    pub fn sysctl_outside(&self, settings: &[(&str, &str)]) -> anyhow::Result<()> {
+        netns::sysctl(&netns::path(&self.netns_name("underlay")), settings)
+    }
+
+    /// Cables another device of a node to the underlay's bridge. `number` is this uplink's: 1 is the first after eth0.
+    pub fn add_uplink(&self, node: &Node, device: &str, number: usize) -> anyhow::Result<()> {
+        let (underlay, host) = (self.netns_name("underlay"), self.netns_name(&node.name));
+        let (outer, index) = (format!("{}-{device}", node.name), 100 * (number + 1) + usize::from(node.number));
+        netns::ip(
+            None,
+            &[format!(
+                "link add name {outer} index {index} netns {underlay} type veth peer name {device} netns {host}"
+            )],
+        )?;
+        self.ip_outside(&[format!("link set dev {outer} master br0 up")])
+    }
+
+    /// Cables a pod to its node: `device` on the node, eth0 in the pod. For a CNI that routes.
+    pub fn cable_pod(&self, node: &Node, pod: &str, device: &str) -> anyhow::Result<()> {
+        let index = node.pods.iter().position(|place| place.name == pod).context("the pod is on this node")?;
+        netns::ip(None, &[cable(device, index, &self.netns_name(&node.name), &self.netns_name(pod))])
     }
 
     fn netns_name(&self, place: &str) -> String {
@@ -192,7 +247,8 @@ impl Lab {
             // Written as in decimal, so that .11 and ::11 are the same node.
             format!("fd31::{on_underlay}").parse()?,
         );
-        let mut node = Node { name: name.to_owned(), host, pods: Vec::new(), pin_path: self.dir.join("bpf"), cgroup };
+        let pin_path = self.dir.join("bpf");
+        let mut node = Node { name: name.to_owned(), number, host, pods: Vec::new(), pin_path, cgroup };
         node.pin_path.push(name);
         for (index, pod) in pods.iter().enumerate() {
             if pod.len() > 13 {
@@ -236,7 +292,21 @@ impl Lab {
         lines.extend(self.nodes.iter().map(|node| format!("link set dev {} master br0 up", node.name)));
         netns::ip(Some(&underlay), &lines)?;
         for node in &self.nodes {
-            netns::ip(Some(&self.netns_name(&node.name)), &self.node_addresses(node))?;
+            netns::ip(Some(&self.netns_name(&node.name)), &node_addresses(node))?;
+        }
+        Ok(())
+    }
+
+    /// The laboratory's own CNI: a bridge on each node, and routes between the nodes.
+    fn wire_pods(&self) -> anyhow::Result<()> {
+        for node in &self.nodes {
+            let host = self.netns_name(&node.name);
+            let mut lines = vec![format!("link add name cbr0 netns {host} type bridge mcast_snooping 0")];
+            for (index, pod) in node.pods.iter().enumerate() {
+                lines.push(cable(&pod.name, index, &host, &self.netns_name(&pod.name)));
+            }
+            netns::ip(None, &lines)?;
+            netns::ip(Some(&host), &self.pod_routes(node))?;
             for pod in &node.pods {
                 netns::ip(Some(&self.netns_name(&pod.name)), &pod_addresses(pod))?;
             }
@@ -248,48 +318,50 @@ impl Lab {
         self.nodes.iter().flat_map(|node| std::iter::once(&node.host).chain(&node.pods))
     }
 
-    /// Bridges and cables; each device is born in its namespace, none ever in the machine's.
-    ///
-    /// Two traps that cost IPv6 its first second: a bridge that snoops multicast loses the first neighbour
-    /// solicitations; and the kernel takes a veth whose number equals its peer's for a plain device and lets its
-    /// carrier wait (linkwatch_urgent_event), so the outer ends are numbered from 100.
+    /// The underlay's bridge and the nodes' cables to it; each device is born in its namespace, none ever in the
+    /// machine's. (A bridge that snoops multicast loses the first neighbour solicitations.)
     fn links(&self, underlay: &str) -> Vec<String> {
         let mut lines = vec![format!("link add name br0 netns {underlay} type bridge mcast_snooping 0")];
-        let cable = |outer: &str, number: usize, outside: &str, inside: &str| {
-            let number = 100 + number;
-            format!("link add name {outer} index {number} netns {outside} type veth peer name eth0 netns {inside}")
-        };
-        for (index, node) in self.nodes.iter().enumerate() {
-            let host = self.netns_name(&node.name);
-            lines.push(format!("link add name cbr0 netns {host} type bridge mcast_snooping 0"));
-            lines.push(cable(&node.name, index, underlay, &host));
-            for (index, pod) in node.pods.iter().enumerate() {
-                lines.push(cable(&pod.name, index, &host, &self.netns_name(&pod.name)));
-            }
-        }
+        let nodes = self.nodes.iter().enumerate();
+        lines.extend(nodes.map(|(index, node)| cable(&node.name, index, underlay, &self.netns_name(&node.name))));
         lines
     }
 
-    fn node_addresses(&self, node: &Node) -> Vec<String> {
-        let mut lines = vec!["link set lo up".to_owned(), "link set cbr0 up".to_owned()];
-        lines.push(format!("address add {}/24 dev eth0", node.host.v4));
-        lines.push(format!("address add {}/64 dev eth0 nodad", node.host.v6));
-        lines.push("link set eth0 up".to_owned());
-        for (index, other) in self.nodes.iter().enumerate() {
-            let number = index + 1;
-            if other.name == node.name {
+    /// The node's side of the pods' bridge, and the way to the other nodes' pods.
+    fn pod_routes(&self, node: &Node) -> Vec<String> {
+        let mut lines = vec!["link set cbr0 up".to_owned()];
+        for Node { number, host, .. } in &self.nodes {
+            if *number == node.number {
                 lines.push(format!("address add 10.244.{number}.1/24 dev cbr0"));
                 lines.push(format!("address add fd44:0:0:{number}::1/64 dev cbr0 nodad"));
             } else {
-                lines.push(format!("route add 10.244.{number}.0/24 via {}", other.host.v4));
-                lines.push(format!("route add fd44:0:0:{number}::/64 via {}", other.host.v6));
+                lines.push(format!("route add 10.244.{number}.0/24 via {}", host.v4));
+                lines.push(format!("route add fd44:0:0:{number}::/64 via {}", host.v6));
             }
         }
-        lines.push("route add default via 172.31.0.1".to_owned());
-        lines.push("route add default via fd31::1".to_owned());
         lines.extend(node.pods.iter().map(|pod| format!("link set dev {} master cbr0 up", pod.name)));
         lines
     }
+}
+
+/// A cable: `outer`, in the namespace `outside`, and eth0, in `inside`.
+///
+/// The kernel takes a veth whose number equals its peer's for a plain device and lets its carrier wait
+/// (linkwatch_urgent_event), which costs IPv6 its first second: so the outer ends are numbered from 100.
+fn cable(outer: &str, number: usize, outside: &str, inside: &str) -> String {
+    let number = 100 + number;
+    format!("link add name {outer} index {number} netns {outside} type veth peer name eth0 netns {inside}")
+}
+
+fn node_addresses(node: &Node) -> Vec<String> {
+    vec![
+        "link set lo up".to_owned(),
+        format!("address add {}/24 dev eth0", node.host.v4),
+        format!("address add {}/64 dev eth0 nodad", node.host.v6),
+        "link set eth0 up".to_owned(),
+        "route add default via 172.31.0.1".to_owned(),
+        "route add default via fd31::1".to_owned(),
+    ]
 }
 
 impl Drop for Lab {

@@ -30,19 +30,31 @@ pub fn ip(inside: Option<&str>, commands: &[String]) -> anyhow::Result<()> {
     if let Some(name) = inside {
         command.args(["-n", name]);
     }
-    command.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().context("running ip")?;
     let mut script = commands.join("\n");
     script.push('\n');
-    // An ip that ends early breaks the pipe; what it says then is the better reason.
-    let told = child.stdin.take().context("ip has a stdin")?.write_all(script.as_bytes());
-    let output = child.wait_with_output().context("waiting for ip")?;
+    let place = inside.unwrap_or("the machine's namespace");
+    feed(command.args(["-batch", "-"]), &script).with_context(|| format!("in {place}")).map(drop)
+}
+
+/// Runs a program with `input` on its stdin, where the calling thread is; its stdout.
+pub fn run(program: &str, arguments: &[&str], input: &str) -> anyhow::Result<String> {
+    feed(Command::new(program).args(arguments), input)
+}
+
+fn feed(command: &mut Command, input: &str) -> anyhow::Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("running {program}"))?;
+    // A program that ends early breaks the pipe; what it says then is the better reason.
+    let told = child.stdin.take().context("the program has a stdin")?.write_all(input.as_bytes());
+    let output = child.wait_with_output().with_context(|| format!("waiting for {program}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let place = inside.unwrap_or("the machine's namespace");
-        bail!("ip in {place} failed: {}\ncommands:\n{script}", said.trim());
+        let error = String::from_utf8_lossy(&output.stderr);
+        bail!("{program} failed: {} {}\ninput:\n{input}", error.trim(), said.trim());
     }
-    told.context("talking to ip")
+    told.with_context(|| format!("talking to {program}"))?;
+    Ok(said)
 }
 
 /// Moves the calling thread into the namespace at `path`.

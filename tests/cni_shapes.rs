@@ -1,0 +1,97 @@
+//! Real daemons on nodes as other people's CNIs make them: the reference plugins, flannel, Calico, the AWS VPC CNI.
+#![cfg(feature = "lab")]
+
+mod cni;
+mod support;
+
+use std::net::{IpAddr, SocketAddr};
+
+use cni::outside::CLIENT;
+use cni::world::{self, HERE, THERE, WIDE, World};
+use cni::{aws, bridge, calico, checks, flannel, outside};
+use support::cluster::names;
+use support::wire::Kind::{Tcp4, Tcp6};
+
+#[test]
+fn services_work_beside_the_bridge_and_portmap_plugins_and_host_ports_are_left_alone() {
+    let Some(world) = World::or_skip(&bridge::SHAPE) else { return };
+    let daemons = world.start();
+    checks::all(&world);
+    host_ports_lead_to_their_pod(&world);
+    world.assert_no_failures(&daemons);
+}
+
+/// Other people's DNAT: node1's host port is pod `a`'s, for clients outside and for pods.
+fn host_ports_lead_to_their_pod(world: &World) {
+    let mut client = world.cluster.client("client");
+    for (family, ip) in world.lab().node("node1").host.addresses().into_iter().enumerate() {
+        let to = SocketAddr::new(ip, bridge::HOST_PORT);
+        world.expect_outside("host port", CLIENT, to, &format!("a {}", CLIENT[family]));
+        let answers = client.ask([Tcp4, Tcp6][family], to, 2);
+        // The plugin hides clients of the pods' own range, or the pod would answer them without the node.
+        let expected = format!("a {}", world.sources.host_here[family]);
+        world.expect("host port from a pod", &names(&answers).join(" and "), &expected);
+    }
+}
+
+#[test]
+fn services_work_beside_flannel_and_its_masquerading_and_its_smaller_mtu() {
+    let Some(world) = World::or_skip(&flannel::SHAPE) else { return };
+    let daemons = world.start();
+    checks::all(&world);
+    packets_find_the_overlays_mtu(&world);
+    let told = daemons[0].metric("kubelane_datapath_verdicts_total{verdict=\"icmp_too_big\"}").unwrap();
+    assert!(told >= 4.0, "path-MTU discovery was needed: {told}");
+    world.assert_no_failures(&daemons);
+}
+
+/// Datagrams that fit the uplink but not the overlay, or neither; TCP to a pod that believes in 1500 bytes.
+fn packets_find_the_overlays_mtu(world: &World) {
+    let node1 = world.lab().node("node1");
+    for (family, to) in world::node_port(node1, THERE).into_iter().enumerate() {
+        for length in [1380, 1440, 1452, 3000, 20_000] {
+            match outside::ask_large(world.lab(), to, length) {
+                Ok((answer, sent)) => {
+                    let expected = format!("b {}", world.sources.outside_elsewhere[0][family]);
+                    world.expect(&format!("{length} bytes to {to}"), &answer, &expected);
+                    assert!(sent <= 4, "{length} bytes to {to} took {sent} datagrams");
+                }
+                Err(error) => world.fail(format!("{error:#}")),
+            }
+        }
+    }
+    outside::forget_mtus(world.lab()).unwrap();
+    for to in world::bulk_port(node1, WIDE) {
+        checks::transfer(world, to, WIDE, 5 << 20);
+    }
+}
+
+#[test]
+fn services_work_beside_calicos_routes_to_pods_and_strict_reverse_path_filters() {
+    let Some(world) = World::or_skip(&calico::SHAPE) else { return };
+    let daemons = world.start();
+    checks::all(&world);
+    world.assert_no_failures(&daemons);
+}
+
+#[test]
+fn services_work_beside_the_aws_cnis_second_uplink_and_its_policy_routing() {
+    let Some(world) = World::or_skip(&aws::SHAPE) else { return };
+    let daemons = world.start();
+    checks::all(&world);
+    the_second_uplinks_address_serves_too(&world);
+    world.assert_no_failures(&daemons);
+}
+
+/// NodePorts of an address that packets come to by eth1.
+fn the_second_uplinks_address_serves_too(world: &World) {
+    let node1 = world.lab().node("node1");
+    for (family, ip) in aws::second_addresses(node1).iter().enumerate() {
+        let ip: IpAddr = ip.parse().unwrap();
+        let elsewhere = &world.sources.outside_elsewhere[0][family];
+        for (number, expected) in [(HERE, format!("a {}", CLIENT[family])), (THERE, format!("b {elsewhere}"))] {
+            let to = SocketAddr::new(ip, 30_000 + u16::from(number));
+            world.expect_outside("NodePort by eth1", CLIENT, to, &expected);
+        }
+    }
+}
