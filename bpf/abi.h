@@ -166,10 +166,11 @@ struct source_range_key {
 	struct address address;
 };
 
-/* devices[interface index]: what the kernels before 6.7 do not tell when asked for a route (BPF_FIB_LOOKUP_SRC). */
+/* devices[interface index]: what the kernel does not tell when asked for a route. */
 struct device {
-	struct address ip4; /* the device's first address of each family; all zeros: none */
+	struct address ip4; /* before 6.7 (BPF_FIB_LOOKUP_SRC): its first address of each family; all zeros: none */
 	struct address ip6;
+	__u32 is_bare; /* its packets begin with the IP header */
 };
 
 struct ends {
@@ -259,7 +260,7 @@ _Static_assert(sizeof(struct service_name) == 192, "service_name");
 _Static_assert(sizeof(struct affinity_key) == 24, "affinity_key");
 _Static_assert(sizeof(struct affinity) == 16, "affinity");
 _Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
-_Static_assert(sizeof(struct device) == 32, "device");
+_Static_assert(sizeof(struct device) == 36, "device");
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
 _Static_assert(sizeof(struct flow) == 72, "flow");
 _Static_assert(sizeof(struct origin) == 52, "origin");

@@ -37,11 +37,10 @@ static __noinline int deliver_forward(struct __sk_buff *skb, struct packet *pack
 
 	if (verdict != VERDICT_CONTINUE)
 		return verdict;
-	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOP)) {
+	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOP) || route_send(skb, packet->l3, &route)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
-	bpf_redirect_neigh(route.interface, &route.next, sizeof(route.next), 0);
 	return VERDICT_SEND;
 }
 
@@ -115,8 +114,7 @@ static __noinline int deliver_error(struct __sk_buff *skb, struct packet *error,
 	count(COUNTER_ICMP_TRANSLATED);
 	if (!forwarded)
 		return VERDICT_PASS;
-	bpf_redirect_neigh(route.interface, &route.next, sizeof(route.next), 0);
-	return VERDICT_SEND;
+	return route_send(skb, error->l3, &route) ? VERDICT_DROP : VERDICT_SEND;
 }
 
 #endif

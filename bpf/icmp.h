@@ -119,15 +119,16 @@ static __always_inline int icmp_return(struct __sk_buff *skb, const struct packe
 		__u8 destination[6];
 		__u8 source[6];
 	} from = {}, to;
+	struct route back = {.interface = skb->ifindex};
 
-	if (packet->l3) {
-		if (bpf_skb_load_bytes(skb, 0, &from, sizeof(from)))
-			return TC_ACT_SHOT;
-		__builtin_memcpy(to.destination, from.source, 6);
-		__builtin_memcpy(to.source, from.destination, 6);
-		if (bpf_skb_store_bytes(skb, 0, &to, sizeof(to), 0))
-			return TC_ACT_SHOT;
-	}
+	if (!packet->l3)
+		return route_send(skb, packet->l3, &back) ? TC_ACT_SHOT : TC_ACT_REDIRECT;
+	if (bpf_skb_load_bytes(skb, 0, &from, sizeof(from)))
+		return TC_ACT_SHOT;
+	__builtin_memcpy(to.destination, from.source, 6);
+	__builtin_memcpy(to.source, from.destination, 6);
+	if (bpf_skb_store_bytes(skb, 0, &to, sizeof(to), 0))
+		return TC_ACT_SHOT;
 	return bpf_redirect(skb->ifindex, 0);
 }
 

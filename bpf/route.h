@@ -10,6 +10,7 @@
 enum {
 	FIB_LOOKUP_SRC = 1 << 4, /* 6.7 */
 	FIB_LOOKUP_MARK = 1 << 5, /* 6.10 */
+	ETHERNET_HEADER = 14,
 	MTU_LEAST = 1280, /* RFC 8200; kernels before 5.12 do not say which MTU was exceeded */
 };
 
@@ -21,7 +22,7 @@ enum route_result {
 };
 
 struct route {
-	struct bpf_redir_neigh next;
+	struct bpf_redir_neigh next; /* nh_family 0: the kernel finds it while sending */
 	__u32 interface;
 	__u32 mtu; /* ROUTE_TOO_BIG: what fits */
 };
@@ -63,6 +64,37 @@ static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_loo
 	return bpf_fib_lookup(skb, fib, sizeof(*fib), flags);
 }
 
+/*
+ * The neighbour that a packet is handed to. A tunnel without a fixed end (Calico's tunl0) sends to the next hop of the
+ * route that the packet carries, and drops one that carries none (ip_tunnel_xmit); the kernel attaches a route only
+ * where it looks for the neighbour itself, as it is to do for all devices without link addresses.
+ */
+static __always_inline void route_set_next(struct route *route, const struct bpf_fib_lookup *fib)
+{
+	__u32 interface = fib->ifindex;
+	struct device *device = bpf_map_lookup_elem(&devices, &interface);
+
+	route->interface = interface;
+	if (device && device->is_bare)
+		return;
+	route->next.nh_family = fib->family;
+	for (int i = 0; i < 4; i++)
+		route->next.ipv6_nh[i] = fib->ipv6_dst[i];
+}
+
+/*
+ * Sends a packet on; not 0: the kernel refused. bpf_redirect_neigh() takes an Ethernet header off and drops what has none
+ * (__bpf_redirect_neigh, in all kernels): a packet of a device without link headers is given one, which nobody reads.
+ */
+static __always_inline int route_send(struct __sk_buff *skb, __u32 l3, struct route *route)
+{
+	if (!l3 && bpf_skb_change_head(skb, ETHERNET_HEADER, 0))
+		return -1;
+	if (!route->next.nh_family)
+		return bpf_redirect_neigh(route->interface, (void *)0, 0, 0) != TC_ACT_REDIRECT;
+	return bpf_redirect_neigh(route->interface, &route->next, sizeof(route->next), 0) != TC_ACT_REDIRECT;
+}
+
 static __noinline int route_find(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
 				 struct route *route)
 {
@@ -75,10 +107,7 @@ static __noinline int route_find(struct __sk_buff *skb, const struct packet *pac
 	result = fib_lookup(skb, &fib, 0);
 	/* "No neighbour" names the next hop: redirecting resolves it. */
 	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH) {
-		route->interface = fib.ifindex;
-		route->next.nh_family = fib.family;
-		for (int i = 0; i < 4; i++)
-			route->next.ipv6_nh[i] = fib.ipv6_dst[i];
+		route_set_next(route, &fib);
 		return ROUTE_FOUND;
 	}
 	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {

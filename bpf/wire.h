@@ -355,7 +355,11 @@ static __always_inline int wire_redirect(struct __sk_buff *skb, const struct pac
 
 	if (route_find(skb, packet, ends, &route) != ROUTE_FOUND || route.interface == skb->ifindex)
 		return TC_ACT_UNSPEC;
-	return bpf_redirect_neigh(route.interface, &route.next, sizeof(route.next), 0);
+	if (route_send(skb, packet->l3, &route)) {
+		count(COUNTER_DROPPED_REWRITE);
+		return TC_ACT_SHOT;
+	}
+	return TC_ACT_REDIRECT;
 }
 
 /* A packet that leaves and may be a local backend's reply. */

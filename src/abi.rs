@@ -132,12 +132,15 @@ impl SourceRangeKey {
     }
 }
 
-/// Value of `devices`, keyed by interface index (u32): the device's first address of each family, zeros for none.
+/// Value of `devices`, keyed by interface index (u32): the device's first address of each family, zeros for none, and
+/// whether its packets begin with the IP header.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct DeviceAddresses {
     pub ip4: [u8; 16],
     pub ip6: [u8; 16],
+    /// 0 or 1.
+    pub is_bare: u32,
 }
 
 /// The ends of a packet.
@@ -226,7 +229,7 @@ const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<StaleSocket>() == 48);
     assert!(size_of::<SourceRangeKey>() == 24);
-    assert!(size_of::<DeviceAddresses>() == 32);
+    assert!(size_of::<DeviceAddresses>() == 36);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<Flow>() == 72);
 };

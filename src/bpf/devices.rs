@@ -105,7 +105,7 @@ impl Devices {
         }
     }
 
-    /// Attaches both programs, or replaces those of an earlier daemon without a gap, and notes the device's addresses.
+    /// Attaches both programs, or replaces those of an earlier daemon without a gap, and notes what the programs have to know of it.
     /// Call again when the addresses change. Fails with ENODEV in its chain when the device has vanished.
     pub fn attach(&mut self, device: &Device) -> Result<Attached> {
         self.note_addresses(device)?;
@@ -157,6 +157,7 @@ impl Devices {
         let row = DeviceAddresses {
             ip4: device.ip4.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
             ip6: device.ip6.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
+            is_bare: u32::from(device.link_layer == LinkLayer::None),
         };
         if device.index == 0 {
             bail!("an interface index is never 0");

@@ -49,7 +49,7 @@ same_layout!(
     service_id = service_id,
     address = address
 );
-same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6);
+same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6, is_bare = is_bare);
 same_layout!(
     types::ends,
     abi::Ends,

@@ -203,7 +203,8 @@ impl Node {
 
     /// What attaching to a device notes, for kernels that do not name a route's source.
     fn note_device(&self, index: u32, ip4: &str, ip6: &str) {
-        let row = DeviceAddresses { ip4: ip4.parse::<Ipx>().unwrap().0, ip6: ip6.parse::<Ipx>().unwrap().0 };
+        let row =
+            DeviceAddresses { ip4: ip4.parse::<Ipx>().unwrap().0, ip6: ip6.parse::<Ipx>().unwrap().0, is_bare: 0 };
         self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
