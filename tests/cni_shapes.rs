@@ -50,7 +50,7 @@ fn packets_find_the_overlays_mtu(world: &World) {
     let node1 = world.lab().node("node1");
     for (family, to) in world::node_port(node1, THERE).into_iter().enumerate() {
         for length in [1380, 1440, 1452, 3000, 20_000] {
-            match outside::ask_large(world.lab(), to, length) {
+            match outside::ask_large(world.lab(), CLIENT, to, length) {
                 Ok((answer, sent)) => {
                     let expected = format!("b {}", world.sources.outside_elsewhere[0][family]);
                     world.expect(&format!("{length} bytes to {to}"), &answer, &expected);

@@ -115,6 +115,6 @@ pub fn transfer(world: &World, to: SocketAddr, number: u8, bytes: u64) {
         THERE => format!("b {}", world.sources.outside_elsewhere[0][family]),
         _ => format!("wide {}", world.sources.outside_elsewhere[0][family]),
     };
-    let got = outside::transfer(world.lab(), to, bytes).unwrap_or_else(|error| format!("{error:#}"));
+    let got = outside::transfer(world.lab(), CLIENT, to, bytes).unwrap_or_else(|error| format!("{error:#}"));
     world.expect(&format!("{bytes} bytes to and from {to}"), &got, &expected);
 }

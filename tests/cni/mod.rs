@@ -13,6 +13,7 @@ pub mod flannel;
 pub mod outside;
 pub mod plugins;
 pub mod rules;
+pub mod tun;
 pub mod world;
 
 use crate::support::Lab;

@@ -91,9 +91,9 @@ fn datagram_socket(from: [&str; 2], to: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 /// Sends and receives `bytes` on one connection to a pod's bulk port; what the pod says of itself and of the client.
-pub fn transfer(lab: &Lab, to: SocketAddr, bytes: u64) -> anyhow::Result<String> {
+pub fn transfer(lab: &Lab, from: [&str; 2], to: SocketAddr, bytes: u64) -> anyhow::Result<String> {
     lab.outside(|| {
-        let mut stream = connect(CLIENT, to).with_context(|| format!("connecting to {to}"))?;
+        let mut stream = connect(from, to).with_context(|| format!("connecting to {to}"))?;
         stream.write_all(&[bytes.to_be_bytes(), bytes.to_be_bytes()].concat())?;
         io::copy(&mut io::repeat(3).take(bytes), &mut stream).with_context(|| format!("sending to {to}"))?;
         let mut text = [0; 64];
@@ -106,9 +106,9 @@ pub fn transfer(lab: &Lab, to: SocketAddr, bytes: u64) -> anyhow::Result<String>
 
 /// Sends datagrams of `length` bytes until one is answered whole, as often as path-MTU discovery needs: the answer, and
 /// how many were sent.
-pub fn ask_large(lab: &Lab, to: SocketAddr, length: usize) -> anyhow::Result<(String, usize)> {
+pub fn ask_large(lab: &Lab, from: [&str; 2], to: SocketAddr, length: usize) -> anyhow::Result<(String, usize)> {
     lab.outside(|| {
-        let socket = datagram_socket(CLIENT, to)?;
+        let socket = datagram_socket(from, to)?;
         socket.set_read_timeout(Some(Duration::from_millis(300)))?;
         let mut buffer = vec![0; 1 << 16];
         for sent in 1..=8 {

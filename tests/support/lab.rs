@@ -184,7 +184,7 @@ impl Lab {
     /// Runs `work` on a thread in the underlay's namespace, on whose bridge the nodes are: a client outside all of
     /// them, at 172.31.0.1 and fd31::1.
     pub fn outside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
-        netns::inside(&netns::path(&self.netns_name("underlay")), work)
+        netns::inside(&self.underlay(), work)
     }
 
     /// Lets the client outside reach `network` by `node`, as a load balancer's announcement would.
@@ -199,9 +199,14 @@ impl Lab {
         netns::ip(Some(&self.netns_name("underlay")), commands)
     }
 
+    /// The name of the underlay's namespace in the file system.
+    pub fn underlay(&self) -> PathBuf {
+        netns::path(&self.netns_name("underlay"))
+    }
+
     /// Sets sysctls below /proc/sys/net in the underlay's namespace.
     pub fn sysctl_outside(&self, settings: &[(&str, &str)]) -> anyhow::Result<()> {
-        netns::sysctl(&netns::path(&self.netns_name("underlay")), settings)
+        netns::sysctl(&self.underlay(), settings)
     }
 
     /// Cables another device of a node to the underlay's bridge. `number` is this uplink's: 1 is the first after eth0.
