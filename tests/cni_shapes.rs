@@ -80,6 +80,7 @@ fn services_work_beside_the_aws_cnis_second_uplink_and_its_policy_routing() {
     let daemons = world.start();
     checks::all(&world);
     the_second_uplinks_address_serves_too(&world);
+    replies_leave_by_the_uplink_of_their_address(&world);
     world.assert_no_failures(&daemons);
 }
 
@@ -93,5 +94,21 @@ fn the_second_uplinks_address_serves_too(world: &World) {
             let to = SocketAddr::new(ip, 30_000 + u16::from(number));
             world.expect_outside("NodePort by eth1", CLIENT, to, &expected);
         }
+    }
+}
+
+/// Pod `a`'s table leads out by eth1, where the network would not have node1's address on eth0 as a source.
+fn replies_leave_by_the_uplink_of_their_address(world: &World) {
+    let node1 = world.lab().node("node1");
+    let sent = || -> u64 {
+        let said = node1.host.run("ip", &["-s", "-j", "link", "show", "eth0"], "").unwrap();
+        let links: serde_json::Value = serde_json::from_str(&said).unwrap();
+        links[0]["stats64"]["tx"]["bytes"].as_u64().expect("a device has counters")
+    };
+    for to in world::bulk_port(node1, HERE) {
+        let before = sent();
+        checks::transfer(world, to, HERE, 1 << 20);
+        let by_eth0 = sent() - before;
+        assert!(by_eth0 > 1 << 20, "{by_eth0} bytes left by eth0 in answer to {to}");
     }
 }

@@ -17,6 +17,7 @@ pub fn all(world: &World) {
     outside_reaches_load_balancer_ips(world);
     pods_and_nodes_reach_cluster_ips(world);
     policy_turns_away_who_is_barred(world);
+    segmented_datagrams_pass(world);
     large_transfers_pass(world);
 }
 
@@ -98,6 +99,17 @@ fn policy_turns_away_who_is_barred(world: &World) {
     }
 }
 
+/// Twenty datagrams that are one packet until a device takes it apart.
+fn segmented_datagrams_pass(world: &World) {
+    for (number, to) in [HERE, THERE]
+        .into_iter()
+        .flat_map(|number| world::node_port(world.lab().node("node1"), number).map(|to| (number, to)))
+    {
+        let got = outside::ask_in_segments(world.lab(), CLIENT, to).unwrap_or_else(|error| format!("{error:#}"));
+        world.expect(&format!("segments to {to}"), &got, &world.seen_by_node1(number, to));
+    }
+}
+
 /// 20 MiB each way on one connection, to a backend on this node and on the other, by both families.
 fn large_transfers_pass(world: &World) {
     for number in [HERE, THERE] {
@@ -109,12 +121,6 @@ fn large_transfers_pass(world: &World) {
 
 /// A transfer to node1's NodePort of this Service.
 pub fn transfer(world: &World, to: SocketAddr, number: u8, bytes: u64) {
-    let family = usize::from(to.is_ipv6());
-    let expected = match number {
-        HERE => format!("a {}", CLIENT[family]),
-        THERE => format!("b {}", world.sources.outside_elsewhere[0][family]),
-        _ => format!("wide {}", world.sources.outside_elsewhere[0][family]),
-    };
     let got = outside::transfer(world.lab(), CLIENT, to, bytes).unwrap_or_else(|error| format!("{error:#}"));
-    world.expect(&format!("{bytes} bytes to and from {to}"), &got, &expected);
+    world.expect(&format!("{bytes} bytes to and from {to}"), &got, &world.seen_by_node1(number, to));
 }

@@ -1,10 +1,13 @@
 //! Clients outside all nodes, behind the underlay's router: who is asked, and as whom the pod sees them.
 
+use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::UdpGsoSegment;
 use socket2::{Domain, Socket, Type};
 
 use crate::support::{Lab, netns};
@@ -101,6 +104,25 @@ pub fn transfer(lab: &Lab, from: [&str; 2], to: SocketAddr, bytes: u64) -> anyho
         let received = io::copy(&mut (&stream).take(bytes), &mut io::sink())?;
         anyhow::ensure!(received == bytes, "{received} of {bytes} bytes came from {to}");
         Ok(String::from_utf8_lossy(&text).trim().to_owned())
+    })
+}
+
+/// Sends several datagrams in one piece, which the network's devices take apart (UDP_SEGMENT, as QUIC does): what was
+/// answered to all of them.
+pub fn ask_in_segments(lab: &Lab, from: [&str; 2], to: SocketAddr) -> anyhow::Result<String> {
+    const LENGTH: usize = 1200;
+    const NUMBER: usize = 20;
+    lab.outside(|| {
+        let socket = datagram_socket(from, to)?;
+        setsockopt(&socket, UdpGsoSegment, &i32::try_from(LENGTH)?).context("asking for segments")?;
+        socket.send(&[b'?'; LENGTH * NUMBER])?;
+        let (mut buffer, mut answers) = (vec![0; LENGTH + 1], BTreeSet::new());
+        for number in 0..NUMBER {
+            let length = socket.recv(&mut buffer).with_context(|| format!("{number} of {NUMBER} answers from {to}"))?;
+            anyhow::ensure!(length == LENGTH, "{length} bytes came back of {LENGTH}");
+            answers.insert(String::from_utf8_lossy(&buffer[..length]).trim().to_owned());
+        }
+        Ok(answers.into_iter().collect::<Vec<_>>().join(" and "))
     })
 }
 

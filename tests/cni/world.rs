@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
-use super::outside::{self, By};
+use super::outside::{self, By, CLIENT};
 use super::{BULK, Shape, Sources, WITNESS};
 use crate::support::cluster::Cluster;
 use crate::support::daemon::Daemon;
@@ -93,6 +93,16 @@ impl World {
 
     pub fn lab(&self) -> &Lab {
         &self.cluster.lab
+    }
+
+    /// What a Service answers to the client outside that asks at node1, by the family of `to`.
+    pub fn seen_by_node1(&self, number: u8, to: SocketAddr) -> String {
+        let family = usize::from(to.is_ipv6());
+        match number {
+            HERE => format!("a {}", CLIENT[family]),
+            THERE => format!("b {}", self.sources.outside_elsewhere[0][family]),
+            _ => format!("wide {}", self.sources.outside_elsewhere[0][family]),
+        }
     }
 
     /// Asks from outside by both protocols; every answer has to be `expected`.
