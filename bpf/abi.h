@@ -13,7 +13,7 @@
 #include <linux/types.h>
 
 enum abi_version {
-	ABI_VERSION = 1, /* the pin directory's "v1" */
+	ABI_VERSION = 2, /* the pin directory's "v2" */
 };
 
 struct address {
@@ -94,7 +94,9 @@ enum counter {
 	COUNTER_DROPPED_UNKNOWN_RESET = 25, /* dropped: a TCP reset of an unknown flow */
 	COUNTER_DROPPED_FLOW_TABLE = 26, /* dropped: the kernel had no memory for a new flow */
 	COUNTER_DROPPED_REWRITE = 27, /* dropped: the kernel refused to change the packet */
-	COUNTER_MAX = 28,
+	COUNTER_DROPPED_ANSWER_LIMIT = 28, /* dropped: an ICMP answer was due, but there were too many already */
+	COUNTER_DROPPED_SCTP_PORT = 29, /* dropped: SCTP to a backend with another port, which its checksum rules out */
+	COUNTER_MAX = 30,
 };
 
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
@@ -142,8 +144,9 @@ struct service_name {
 
 /* Who is remembered by session affinity. */
 enum client_kind {
-	CLIENT_NETWORK_NAMESPACE = 0, /* identity: the namespace's cookie, 8 bytes in host order, then zeros */
+	CLIENT_NETWORK_NAMESPACE = 0, /* by IPv4; identity: the namespace's cookie, 8 bytes in host order, then zeros */
 	CLIENT_ADDRESS = 1, /* identity: the client's address */
+	CLIENT_NETWORK_NAMESPACE_IP6 = 2, /* as the first, by IPv6: each family has backends of its own */
 };
 
 struct affinity_key {
@@ -173,6 +176,17 @@ struct device {
 	__u32 is_bare; /* its packets begin with the IP header */
 };
 
+/* Bytes by which traffic that is not ours is told at the cost of array look-ups: 0, nothing of ours is there. They are
+ * set before the rows that they stand for, and never cleared: one that is set for nothing only costs a look-up. */
+enum wire_filter_size {
+	WIRE_FILTER_SIZE = 65536,
+};
+
+struct wire_filter {
+	__u8 addresses[WIRE_FILTER_SIZE]; /* by address_index() of node, service and outward devices' addresses */
+	__u8 ports[WIRE_FILTER_SIZE]; /* by port of what is served to the wire, host order */
+};
+
 struct ends {
 	struct address source;
 	struct address destination;
@@ -193,6 +207,24 @@ enum flow_kind {
 	FLOW_FORWARDED = 4, /* the backend is elsewhere: routed here, never shown to the host's stack */
 };
 
+/* Index into the array `epochs`: what the daemon counts up when records of the datapath may be out of date. */
+enum epoch {
+	EPOCH_ROUTES = 0, /* a route, rule, device or address changed */
+	EPOCH_HANDS = 1, /* a UDP or SCTP frontend became another Service's */
+	EPOCH_MAX = 2,
+};
+
+/* What a route look-up answered. It is asked again when EPOCH_ROUTES has moved on, when the row's used_ns is written
+ * (once a second), and for packets that the look-up was not made for: larger, marked, or from another device. */
+struct hop {
+	__u32 interface; /* where to; 0: not known */
+	__u32 from; /* interface that the packet came in by */
+	__u32 epoch; /* EPOCH_ROUTES at the time */
+	__u16 mtu; /* at least: packets up to this size fit */
+	__u16 family; /* of `next`, AF_INET or AF_INET6 */
+	__be32 next[4]; /* the neighbour's address */
+};
+
 /*
  * One direction of a flow: flow_key -> what its packets become. The other direction's key is the new ends reversed, so
  * that each row leads to its partner. Both rows carry the same closing marks, bytes and not bits: each is only ever
@@ -211,8 +243,11 @@ struct flow {
 	__u32 generation;
 	__u32 service_id;
 	__u32 interface; /* where the client's packets come in */
-	__u32 sequence; /* TCP, until proved: the sequence number of the backend's last packet, host order */
+	/* TCP, until proved: the sequence number of the backend's last packet, host order. Else, of requests:
+	 * EPOCH_HANDS when the frontend was last seen to be this flow's Service's. */
+	__u32 stamp;
 	__u64 used_ns; /* bpf_ktime_get_ns() of the last packet, to within FLOW_TOUCH_NS */
+	struct hop hop; /* FLOW_FORWARDED: where the last packet went */
 };
 
 /* How long rows last, in seconds of silence in both directions. */
@@ -262,7 +297,8 @@ _Static_assert(sizeof(struct affinity) == 16, "affinity");
 _Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
 _Static_assert(sizeof(struct device) == 36, "device");
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
-_Static_assert(sizeof(struct flow) == 72, "flow");
+_Static_assert(sizeof(struct hop) == 32, "hop");
+_Static_assert(sizeof(struct flow) == 104, "flow");
 _Static_assert(sizeof(struct origin) == 52, "origin");
 _Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
 

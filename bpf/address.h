@@ -44,6 +44,21 @@ static __always_inline int address_equal(const struct address *a, const struct a
 	return !address_difference(a, b);
 }
 
+/*
+ * Index into wire_filter.addresses: the upper half of a sum of products, so that addresses in a row lie apart.
+ * src/abi.rs computes the same. (The mask is for verifiers before 5.11.)
+ */
+static __always_inline __u32 address_index(const struct address *address)
+{
+	const struct address_words *words = address_words(address);
+	__u32 sum = words->word[0] * 0x85ebca6b + words->word[1] * 0xc2b2ae35 + words->word[2] * 0x27d4eb2f +
+		    words->word[3] * 0x9e3779b1;
+	__u32 index = sum >> 16;
+
+	barrier_var(index);
+	return index & (WIRE_FILTER_SIZE - 1);
+}
+
 /* 127.0.0.0/8, ::1, and the two wildcards, which connect() takes for "this host" as well. */
 static __always_inline int address_is_loopback(const struct address *address)
 {

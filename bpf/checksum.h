@@ -51,7 +51,8 @@ static __always_inline __be32 ports_word(__be16 source, __be16 destination)
 
 /*
  * TCP and UDP: `addresses` is the change of the pseudo header. A UDP checksum of 0, "none", stays; one that becomes 0
- * is written as 0xffff (RFC 768). The kernel's helper knows what offloading has left for the device to do.
+ * is written as 0xffff (RFC 768). The kernel's helper knows what offloading has left for the device to do. SCTP's
+ * covers no addresses (RFC 9260), and its ports are never changed.
  */
 static __always_inline int checksum_set_transport(struct __sk_buff *skb, const struct packet *packet, __u32 addresses,
 						  __be32 old_ports, __be32 new_ports)
@@ -60,6 +61,8 @@ static __always_inline int checksum_set_transport(struct __sk_buff *skb, const s
 	__u32 offset = packet->l4 + (is_udp ? 6 : 16);
 	__u64 flags = is_udp ? BPF_F_MARK_MANGLED_0 : 0;
 
+	if (packet->tuple.protocol == IPPROTO_SCTP)
+		return 0;
 	if (bpf_l4_csum_replace(skb, offset, 0, addresses, flags | BPF_F_PSEUDO_HDR))
 		return -1;
 	if (old_ports == new_ports)

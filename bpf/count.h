@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Counters, per CPU. Counting never changes a verdict. */
+/* Counters, per CPU: counting never changes a verdict. And the daemon's epochs. */
 #ifndef KUBELANE_COUNT_H
 #define KUBELANE_COUNT_H
 
@@ -9,6 +9,14 @@ static __always_inline void count(__u32 counter)
 
 	if (value)
 		*value += 1;
+}
+
+/* `index`: enum epoch. */
+static __always_inline __u32 epoch_now(__u32 index)
+{
+	__u32 *value = bpf_map_lookup_elem(&epochs, &index);
+
+	return value ? *value : 0;
 }
 
 #endif

@@ -30,13 +30,19 @@ static __always_inline int deliver_route(struct __sk_buff *skb, struct packet *p
 }
 
 /* To or from a backend elsewhere: routed here, with one hop less to live. */
-static __noinline int deliver_forward(struct __sk_buff *skb, struct packet *packet, const struct flow *flow)
+static __noinline int deliver_forward(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
 {
 	struct route route = {};
-	int verdict = deliver_route(skb, packet, &flow->ends, &route);
+	__u32 epoch;
+	int verdict;
 
-	if (verdict != VERDICT_CONTINUE)
-		return verdict;
+	if (packet->ttl <= 1 || !hop_recall(skb, packet, &flow->hop, &route)) {
+		epoch = epoch_now(EPOCH_ROUTES);
+		verdict = deliver_route(skb, packet, &flow->ends, &route);
+		if (verdict != VERDICT_CONTINUE)
+			return verdict;
+		hop_note(skb, &flow->hop, &route, epoch);
+	}
 	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOP) || route_send(skb, packet->l3, &route)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
@@ -44,7 +50,7 @@ static __noinline int deliver_forward(struct __sk_buff *skb, struct packet *pack
 	return VERDICT_SEND;
 }
 
-static __always_inline int deliver_packet(struct __sk_buff *skb, struct packet *packet, const struct flow *flow)
+static __always_inline int deliver_packet(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
 {
 	if (flow->kind & FLOW_FORWARDED)
 		return deliver_forward(skb, packet, flow);

@@ -5,7 +5,7 @@
  * are there. Both rows are written, closed and removed together; one that has lost its partner is made whole again by
  * its next packet, or collected.
  *
- * Cost: one hash look-up for a packet of an established flow.
+ * Cost: one hash look-up for a packet of an established flow, of UDP two array look-ups more.
  */
 #ifndef KUBELANE_FLOW_H
 #define KUBELANE_FLOW_H
@@ -113,11 +113,13 @@ static __noinline int flow_change_state(struct flow *flow, const struct packet *
 	return 0;
 }
 
-/* Notes that a packet of the flow has passed. */
+/* Notes that a packet of the flow has passed. Its route is asked for again as often as that is written down. */
 static __always_inline void flow_track(struct flow *flow, const struct packet *packet, int proved, __u64 now)
 {
-	if (flow_idle(flow, now) > FLOW_TOUCH_NS)
+	if (flow_idle(flow, now) > FLOW_TOUCH_NS) {
 		flow->used_ns = now;
+		flow->hop.interface = 0;
+	}
 	if ((packet->tcp_flags & (TCP_FIN | TCP_RST)) || flow->reset)
 		flow_change_state(flow, packet, proved);
 }
@@ -190,7 +192,7 @@ static __noinline int flow_prove(const struct packet *packet, struct flow *flow)
 	if (!reply->replied || reply->reset)
 		return 1;
 	if (key->protocol == IPPROTO_TCP &&
-	    (!(packet->tcp_flags & TCP_ACK) || packet->acknowledgement - reply->sequence >= ACKNOWLEDGED_MAX))
+	    (!(packet->tcp_flags & TCP_ACK) || packet->acknowledgement - reply->stamp >= ACKNOWLEDGED_MAX))
 		return 1;
 	flow->replied = 1;
 	flow_promote(key, flow, &reply_key, reply);
@@ -202,13 +204,39 @@ static __always_inline void flow_note_reply(struct flow *flow, const struct pack
 {
 	if (packet->tcp_flags & TCP_RST)
 		return;
-	flow->sequence = packet->sequence;
+	flow->stamp = packet->sequence;
 	flow->replied = 1;
 }
 
-/* May a request still use this flow, or does it begin another? */
-static __always_inline int flow_serves(const struct flow *flow, const struct packet *packet, int proved, __u64 now)
+/* UDP and SCTP: a frontend that became another Service's takes its flows along. Asked once for each change of hands. */
+static __noinline int flow_is_owned(const struct packet *packet, struct flow *flow, __u32 hands)
 {
+	struct frontend_key key = {
+		.address = packet->tuple.ends.destination,
+		.port = packet->tuple.ends.destination_port,
+		.protocol = packet->tuple.protocol,
+	};
+
+	if (frontend_has_moved(&key, 0, flow->service_id))
+		return 0;
+	flow->stamp = hands;
+	return 1;
+}
+
+/* A backend that opens a connection with the ends of a flow that has ended talks to somebody who has come to it
+ * directly, from the port that the flow's client had: a new request of the flow would have made it anew. */
+static __always_inline int flow_is_left(const struct flow *flow, const struct packet *packet)
+{
+	const __u8 both = TCP_SYN | TCP_ACK;
+
+	return flow_is_closed(flow) && (packet->tcp_flags & both) == both;
+}
+
+/* May a request still use this flow, or does it begin another? */
+static __always_inline int flow_serves(struct flow *flow, const struct packet *packet, int proved, __u64 now)
+{
+	__u32 hands;
+
 	if (packet->tuple.protocol == IPPROTO_TCP) {
 		if (!(packet->tcp_flags & TCP_SYN) || (packet->tcp_flags & TCP_ACK))
 			return 1;
@@ -216,9 +244,12 @@ static __always_inline int flow_serves(const struct flow *flow, const struct pac
 		 * judge (RFC 5961). */
 		return !flow_is_closed(flow) && (proved || backend_get_living(flow->backend_id, flow->generation));
 	}
-	/* UDP: a backend that is gone is left at once. */
-	return flow_idle(flow, now) <= (__u64)FLOW_UDP_REPLIED * NANOSECONDS &&
-	       backend_get_living(flow->backend_id, flow->generation) != (void *)0;
+	/* Others: a backend that is gone is left at once. */
+	if (flow_idle(flow, now) > (__u64)FLOW_UDP_REPLIED * NANOSECONDS ||
+	    !backend_get_living(flow->backend_id, flow->generation))
+		return 0;
+	hands = epoch_now(EPOCH_HANDS);
+	return flow->stamp == hands || flow_is_owned(packet, flow, hands);
 }
 
 #endif

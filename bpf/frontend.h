@@ -94,4 +94,14 @@ static __always_inline int frontend_read(const struct frontend_key *key, const s
 	return 0;
 }
 
+/* Has the destination become another Service's? One that nobody serves any more has not. */
+static __always_inline int frontend_has_moved(struct frontend_key *key, int loopback_allowed, __u32 service_id)
+{
+	struct lookup lookup = frontend_lookup(key, loopback_allowed);
+	struct frontend copy;
+
+	return lookup.frontend && lookup.frontend->service_id != service_id &&
+	       frontend_read(key, lookup.frontend, &copy) && copy.service_id != service_id;
+}
+
 #endif

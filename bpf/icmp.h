@@ -19,7 +19,9 @@ enum verdict {
 enum {
 	QUOTE_MAX = 128, /* an IP header with options or extensions, and the transport header; a power of two */
 	ANSWER_TTL = 64,
-	MAC_ADDRESSES = 12,
+	/* As many answers as this in as many nanoseconds, on each processor: a flood is not answered by another. */
+	ANSWERS_AT_ONCE = 100,
+	ANSWERS_INTERVAL_NS = 100000000,
 };
 
 struct icmp_message {
@@ -132,6 +134,24 @@ static __always_inline int icmp_return(struct __sk_buff *skb, const struct packe
 	return bpf_redirect(skb->ifindex, 0);
 }
 
+static __always_inline int icmp_take_budget(void)
+{
+	__u32 zero = 0;
+	struct answer_budget *budget = bpf_map_lookup_elem(&answer_budgets, &zero);
+	__u64 now = clock_ns();
+
+	if (!budget)
+		return 0;
+	if (now - budget->refilled_ns >= ANSWERS_INTERVAL_NS) {
+		budget->refilled_ns = now;
+		budget->left = ANSWERS_AT_ONCE;
+	}
+	if (!budget->left)
+		return 0;
+	budget->left--;
+	return 1;
+}
+
 /* The same number again, for the verifier: those before 5.12 forget the bounds of what was put on the stack. */
 static __always_inline __u64 quote_length(__u64 length)
 {
@@ -140,31 +160,50 @@ static __always_inline __u64 quote_length(__u64 length)
 	return (length & (QUOTE_MAX - 1)) + 1;
 }
 
-/* Turns the packet into an error about itself. Answers a TC action. */
-static __noinline int icmp_answer(struct __sk_buff *skb, const struct packet *packet, __u32 verdict)
+/* An answer to what was asked for, not to what is broken, a part or an error itself (RFC 1122 3.2.2). */
+static __always_inline int icmp_is_due(struct __sk_buff *skb, const struct packet *packet)
 {
-	__u64 header = packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr), length = packet->total;
-	struct icmp_message message = {};
+	return packet->kind != PACKET_PIECE && packet->kind != PACKET_ERROR &&
+	       icmp_may_answer(&packet->tuple.ends.source) && packet->total <= skb->len - packet->l3 &&
+	       packet->total >= sizeof(struct iphdr) + ICMP_HEADER;
+}
 
-	if (packet->kind == PACKET_PIECE || packet->kind == PACKET_ERROR ||
-	    !icmp_may_answer(&packet->tuple.ends.source) || packet->total > skb->len - packet->l3)
+static __always_inline int icmp_store(struct __sk_buff *skb, const struct packet *packet,
+				      const struct icmp_message *message, __u64 quoted)
+{
+	__u64 header = packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+
+	return icmp_resize(skb, packet, header + ICMP_HEADER + quoted) ||
+	       (packet->is_ip6 ? icmp_store_ip6(skb, packet, ICMP_HEADER + quoted)
+			       : icmp_store_ip4(skb, packet, ICMP_HEADER + quoted)) ||
+	       bpf_skb_store_bytes(skb, packet->l3 + header, message, ICMP_HEADER + quote_length(quoted), 0);
+}
+
+/* Turns the packet into an error about itself. Answers a TC action. */
+__noinline int icmp_answer(struct __sk_buff *skb, __u32 verdict)
+{
+	struct icmp_message message = {};
+	struct scratch *given = scratch();
+	const struct packet *packet;
+	__u64 quoted;
+
+	if (!given)
 		return TC_ACT_SHOT;
-	if (length > QUOTE_MAX)
-		length = QUOTE_MAX;
-	if (length < sizeof(struct iphdr) + ICMP_HEADER)
+	packet = &given->packet;
+	if (!icmp_is_due(skb, packet))
 		return TC_ACT_SHOT;
-	if (bpf_skb_load_bytes(skb, packet->l3, message.quote, quote_length(length)))
+	if (!icmp_take_budget()) {
+		count(COUNTER_DROPPED_ANSWER_LIMIT);
+		return TC_ACT_SHOT;
+	}
+	quoted = packet->total < QUOTE_MAX ? packet->total : QUOTE_MAX;
+	if (bpf_skb_load_bytes(skb, packet->l3, message.quote, quote_length(quoted)))
 		return TC_ACT_SHOT;
 	icmp_fill(&message, packet->is_ip6, verdict, packet->mtu);
 	/* What was not quoted is zero and adds nothing. */
 	message.check = (__u16)~checksum_fold16((__u32)bpf_csum_diff((void *)0, 0, (void *)&message, sizeof(message),
-								     icmp_seed(packet, ICMP_HEADER + length)));
-	if (icmp_resize(skb, packet, header + ICMP_HEADER + length) ||
-	    (packet->is_ip6 ? icmp_store_ip6(skb, packet, ICMP_HEADER + length)
-			    : icmp_store_ip4(skb, packet, ICMP_HEADER + length)) ||
-	    bpf_skb_store_bytes(skb, packet->l3 + header, &message, ICMP_HEADER + quote_length(length), 0))
-		return TC_ACT_SHOT;
-	return icmp_return(skb, packet);
+								     icmp_seed(packet, ICMP_HEADER + quoted)));
+	return icmp_store(skb, packet, &message, quoted) ? TC_ACT_SHOT : icmp_return(skb, packet);
 }
 
 #endif

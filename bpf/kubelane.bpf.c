@@ -19,6 +19,7 @@
  * and, for packets from and to the wire, which share abi.h to backend.h with them:
  *
  *   packet.h     bytes -> what has to be known of a packet
+ *   scratch.h    what the rare steps work on
  *   checksum.h   checksums, changed in place
  *   rewrite.h    new ends for a packet
  *   flow.h       the table of flows: states, proof, both directions
@@ -26,6 +27,7 @@
  *   route.h      where a packet goes next
  *   icmp.h       errors that are answered with here
  *   deliver.h    sending on a packet, or an error, of a known flow
+ *   begin.h      a packet of no flow: who may have it, and the flow that it begins
  *   wire.h       the verdict on a packet
  *
  * The families differ in the entry points below, packet.h and rewrite.h (IPv4 is v4-mapped everywhere else).
@@ -52,6 +54,7 @@
 #include "socket.h"
 #include "stale.h"
 #include "packet.h"
+#include "scratch.h"
 #include "checksum.h"
 #include "rewrite.h"
 #include "flow.h"
@@ -59,6 +62,7 @@
 #include "route.h"
 #include "icmp.h"
 #include "deliver.h"
+#include "begin.h"
 #include "wire.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -136,7 +136,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 524288);
+	__uint(max_entries, 262144);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
 } flows SEC(".maps");
@@ -144,7 +144,7 @@ struct {
 /* Flows that are not proved yet. A flood of them pushes out its like, never the others. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 131072);
+	__uint(max_entries, 65536);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
 } new_flows SEC(".maps");
@@ -169,10 +169,10 @@ struct {
 	__type(value, struct fragment_ports);
 } fragments SEC(".maps");
 
-/* What a port has ever been used for, a byte each: bytes can be set without a lock, and never need to be cleared, as
- * one that is set for nothing only costs a look-up. */
+/* What a port has been used for, a byte each, set by the programs: bytes can be set without a lock, and never need to
+ * be cleared, as one that is set for nothing only costs a look-up. */
 struct port_table {
-	__u8 served[65536]; /* by destination port of what comes in */
+	__u8 forwarded[65536]; /* by destination port of what comes in: replies of backends elsewhere */
 	__u8 replies[65536]; /* by source port of what leaves: some local backend's */
 };
 
@@ -183,17 +183,32 @@ struct {
 	__type(value, struct port_table);
 } ports SEC(".maps");
 
-/* What snat_reserve() is asked, on this processor: a request, and the reply that it would have. */
-struct place_wanted {
-	struct flow_key request;
-	struct flow_key reply;
+/* The same, set by the daemon. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct wire_filter);
+} wire_filter SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, EPOCH_MAX);
+	__type(key, __u32);
+	__type(value, __u32);
+} epochs SEC(".maps");
+
+/* How many answers this processor may give; see icmp.h. */
+struct answer_budget {
+	__u64 refilled_ns;
+	__u64 left;
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct place_wanted);
-} places_wanted SEC(".maps");
+	__type(value, struct answer_budget);
+} answer_budgets SEC(".maps");
 
 #endif

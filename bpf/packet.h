@@ -14,6 +14,7 @@ enum {
 	VLAN_ID_MASK = 0x0fff,
 	MAX_EXTENSIONS = 6,
 	UDP_HEADER = 8,
+	SCTP_HEADER = 12,
 	ICMP_HEADER = 8,
 	IP4_MORE_FRAGMENTS = 0x2000,
 	IP4_FRAGMENT_OFFSET = 0x1fff,
@@ -27,9 +28,9 @@ enum {
 
 enum packet_kind {
 	PACKET_OTHER = 0, /* none of the below: not for us */
-	PACKET_WHOLE = 1, /* TCP or UDP with its header */
+	PACKET_WHOLE = 1, /* TCP, UDP or SCTP with its ports */
 	PACKET_FIRST = 2, /* the same, the first piece of a fragmented datagram */
-	PACKET_PIECE = 3, /* TCP or UDP, a later piece: no ports */
+	PACKET_PIECE = 3, /* of the same, a later piece: no ports */
 	PACKET_ERROR = 4, /* ICMP or ICMPv6 error message */
 };
 
@@ -83,6 +84,12 @@ static __always_inline int is_icmp_error(int is_ip6, __u8 type)
 {
 	/* RFC 792: unreachable, time exceeded, parameter problem; RFC 4443: errors are 0 to 127. */
 	return is_ip6 ? type >= 1 && type <= 4 : type == 3 || type == 11 || type == 12;
+}
+
+/* The protocols that Services have: all begin with both ports. */
+static __always_inline int protocol_has_ports(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_SCTP;
 }
 
 /* Follows IPv6 extension headers from `next` on, up to the transport header. 0: there is none to be found. */
@@ -155,7 +162,7 @@ static __always_inline int packet_parse_ip6(struct __sk_buff *skb, struct packet
 	address_set_words(&packet->tuple.ends.destination, ip.daddr.in6_u.u6_addr32);
 	packet->total = sizeof(ip) + bpf_ntohs(ip.payload_len);
 	packet->ttl = ip.hop_limit;
-	if (ip.nexthdr == IPPROTO_TCP || ip.nexthdr == IPPROTO_UDP) {
+	if (protocol_has_ports(ip.nexthdr)) {
 		packet->tuple.protocol = ip.nexthdr;
 		packet->l4 = packet->l3 + sizeof(ip);
 		return 1;
@@ -190,9 +197,10 @@ static __always_inline void packet_parse_tcp(struct __sk_buff *skb, struct packe
 	packet_measure(skb, packet, (bpf_ntohl(words[3]) >> 28) * 4);
 }
 
-static __always_inline void packet_parse_udp(struct __sk_buff *skb, struct packet *packet)
+/* UDP and SCTP (RFC 768, RFC 9260): ports, and nothing else that matters here. */
+static __always_inline void packet_parse_ports(struct __sk_buff *skb, struct packet *packet)
 {
-	__be16 halves[4] = {}; /* RFC 768: ports, length, checksum */
+	__be16 halves[4] = {};
 
 	if (packet_load(skb, packet->l4, halves, sizeof(halves))) {
 		packet->kind = PACKET_OTHER;
@@ -200,27 +208,36 @@ static __always_inline void packet_parse_udp(struct __sk_buff *skb, struct packe
 	}
 	packet->tuple.ends.source_port = halves[0];
 	packet->tuple.ends.destination_port = halves[1];
-	packet_measure(skb, packet, UDP_HEADER);
+	packet_measure(skb, packet, packet->tuple.protocol == IPPROTO_UDP ? UDP_HEADER : SCTP_HEADER);
 }
 
-/* l3 and is_ip6 are set, all else is zero. Afterwards `kind` says what the packet is. */
+/* For a new packet: what the parsers do not set for each. */
+static __always_inline void packet_reset(struct packet *packet, __u32 l3, __u32 is_ip6)
+{
+	packet->l3 = l3;
+	packet->is_ip6 = is_ip6;
+	packet->kind = PACKET_WHOLE;
+	packet->tcp_flags = 0;
+	packet->fragment_id = 0;
+}
+
+/* After packet_reset(). `kind` says what the packet is. */
 static __noinline int packet_parse(struct __sk_buff *skb, struct packet *packet)
 {
 	__u8 type = 0;
 
-	packet->kind = PACKET_WHOLE;
 	if (!(packet->is_ip6 ? packet_parse_ip6(skb, packet) : packet_parse_ip4(skb, packet))) {
 		packet->kind = PACKET_OTHER;
 		return 0;
 	}
 	packet->segment = packet->total;
-	if (packet->tuple.protocol == IPPROTO_TCP || packet->tuple.protocol == IPPROTO_UDP) {
+	if (protocol_has_ports(packet->tuple.protocol)) {
 		if (packet->kind == PACKET_PIECE)
 			return 0;
 		if (packet->tuple.protocol == IPPROTO_TCP)
 			packet_parse_tcp(skb, packet);
 		else
-			packet_parse_udp(skb, packet);
+			packet_parse_ports(skb, packet);
 		return 0;
 	}
 	if (packet->kind == PACKET_WHOLE &&
@@ -232,16 +249,14 @@ static __noinline int packet_parse(struct __sk_buff *skb, struct packet *packet)
 	return 0;
 }
 
-/* What an ICMP error quotes: an IP header and at least eight bytes of TCP or UDP, the ports being the first four. */
+/* What an ICMP error quotes: an IP header and at least eight bytes behind it, the ports being the first four. */
 static __noinline int packet_parse_quoted(struct __sk_buff *skb, struct packet *quoted)
 {
 	__be16 halves[4] = {};
 
-	quoted->kind = PACKET_WHOLE;
 	if (!(quoted->is_ip6 ? packet_parse_ip6(skb, quoted) : packet_parse_ip4(skb, quoted)))
 		return 0;
-	if (quoted->kind == PACKET_PIECE ||
-	    (quoted->tuple.protocol != IPPROTO_TCP && quoted->tuple.protocol != IPPROTO_UDP) ||
+	if (quoted->kind == PACKET_PIECE || !protocol_has_ports(quoted->tuple.protocol) ||
 	    bpf_skb_load_bytes(skb, quoted->l4, halves, sizeof(halves)))
 		return 0;
 	quoted->tuple.ends.source_port = halves[0];
@@ -258,27 +273,6 @@ static __always_inline int packet_family(struct __sk_buff *skb)
 	if (skb->protocol == bpf_htons(ETHERTYPE_IP4))
 		return 4;
 	return skb->protocol == bpf_htons(ETHERTYPE_IP6) ? 6 : 0;
-}
-
-/* The destination address alone, read in place; headers outside the linear part are copied instead. */
-static __always_inline int packet_destination(struct __sk_buff *skb, __u32 l3, int family, struct address *destination)
-{
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-	struct address_words *words = address_words(destination);
-	struct ipv6hdr *ip6 = data + l3;
-	struct iphdr *ip4 = data + l3;
-
-	if (family == 4) {
-		address_set_ip4(destination, 0);
-		if ((void *)(ip4 + 1) > end)
-			return !bpf_skb_load_bytes(skb, l3 + 16, &words->word[3], 4);
-		words->word[3] = ip4->daddr;
-		return 1;
-	}
-	if ((void *)(ip6 + 1) > end)
-		return !bpf_skb_load_bytes(skb, l3 + 24, words, 16);
-	address_set_words(destination, ip6->daddr.in6_u.u6_addr32);
-	return 1;
 }
 
 #endif

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Where a packet goes next, as the kernel's own routing would decide it: all tables, by the `ip rule`s, with the
- * packet's mark, as if forwarded from the device that it came in by.
+ * packet's mark, as if forwarded from the device that it came in by. The answer is kept in the flow's row (struct hop)
+ * for a second at most, and for as long as the daemon tells of no change.
  */
 #ifndef KUBELANE_ROUTE_H
 #define KUBELANE_ROUTE_H
@@ -24,7 +25,7 @@ enum route_result {
 struct route {
 	struct bpf_redir_neigh next; /* nh_family 0: the kernel finds it while sending */
 	__u32 interface;
-	__u32 mtu; /* ROUTE_TOO_BIG: what fits */
+	__u32 mtu; /* what fits */
 };
 
 static __always_inline void fib_fill(struct bpf_fib_lookup *fib, struct __sk_buff *skb, const struct ends *ends,
@@ -108,6 +109,8 @@ static __noinline int route_find(struct __sk_buff *skb, const struct packet *pac
 	/* "No neighbour" names the next hop: redirecting resolves it. */
 	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH) {
 		route_set_next(route, &fib);
+		/* The device's or the path's; before 5.12 the packet's own length, which shares the place. */
+		route->mtu = fib.mtu_result;
 		return ROUTE_FOUND;
 	}
 	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
@@ -115,6 +118,42 @@ static __noinline int route_find(struct __sk_buff *skb, const struct packet *pac
 		return ROUTE_TOO_BIG;
 	}
 	return result == BPF_FIB_LKUP_RET_FWD_DISABLED ? ROUTE_FORWARDING_OFF : ROUTE_NONE;
+}
+
+/* Where the flow's last packet went, if this one would be told the same. */
+static __always_inline int hop_recall(struct __sk_buff *skb, const struct packet *packet, const struct hop *hop,
+				      struct route *route)
+{
+	__u32 interface = hop->interface;
+
+	barrier();
+	if (!interface || hop->from != skb->ifindex || hop->epoch != epoch_now(EPOCH_ROUTES) || skb->mark ||
+	    packet->segment > hop->mtu)
+		return 0;
+	route->interface = interface;
+	route->next.nh_family = hop->family;
+	for (int i = 0; i < 4; i++)
+		route->next.ipv6_nh[i] = hop->next[i];
+	/* Another processor takes the interface away before it writes the rest. */
+	barrier();
+	return hop->interface == interface;
+}
+
+/* `epoch` is from before the look-up: a change that came meanwhile counts. */
+static __always_inline void hop_note(struct __sk_buff *skb, struct hop *hop, const struct route *route, __u32 epoch)
+{
+	if (skb->mark)
+		return;
+	hop->interface = 0;
+	barrier();
+	hop->from = skb->ifindex;
+	hop->epoch = epoch;
+	hop->mtu = route->mtu;
+	hop->family = route->next.nh_family;
+	for (int i = 0; i < 4; i++)
+		hop->next[i] = route->next.ipv6_nh[i];
+	barrier();
+	hop->interface = route->interface;
 }
 
 /* Before 6.7 the kernel does not name a source: that of the device, then, as the daemon has noted it. */

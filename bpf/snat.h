@@ -17,6 +17,22 @@ enum {
 	SNAT_TRIES = 16,
 };
 
+/* Verifiers before 5.11 do not see that a swapped port has 16 bits; the compiler does, and would drop the mask. */
+static __always_inline __u32 port_index(__be16 port)
+{
+	__u32 index = bpf_ntohs(port);
+
+	barrier_var(index);
+	return index & 0xffff;
+}
+
+/* Which ports snat_reserve() may try. */
+enum snat_ports {
+	SNAT_ANY = 0, /* those of the private range */
+	SNAT_KEEP_FIRST = 1, /* the client's own, then as above */
+	SNAT_KEEP = 2, /* the client's own only: SCTP's checksum covers ports */
+};
+
 enum place {
 	PLACE_FREE = 0,
 	PLACE_UNPROVED = 1, /* taken, by a flow that no end has proved */
@@ -79,40 +95,39 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
 }
 
 /*
- * Sets the destination port of the wanted place's reply so that the place belongs to nobody else. When all ports that
- * were tried are in use, the unproved flow that has waited the longest gives way: a flood of requests takes places from
- * itself. Not 0: every port tried belongs to an established flow.
- *
- * A global function: the verifier checks it once and by itself, not for every state in which it may be called, and may
- * so be given nothing but numbers.
+ * Sets the destination port of the scratch's reply so that the place belongs to nobody else. When all ports that were
+ * tried are in use, the unproved flow that has waited the longest gives way: a flood of requests takes places from
+ * itself. Not 0: every port tried belongs to an established flow. `ports`: enum snat_ports.
  */
-__noinline int snat_reserve(int keep_port)
+__noinline int snat_reserve(int ports)
 {
-	__u32 zero = 0, hash, step, port;
-	struct place_wanted *wanted = bpf_map_lookup_elem(&places_wanted, &zero);
+	__u32 hash, step, port;
+	struct scratch *wanted = scratch();
 	__u64 oldest = ~0ULL;
 	__be16 chosen = 0;
 
 	if (!wanted)
 		return -1;
-	hash = snat_hash(&wanted->request);
+	hash = snat_hash(&wanted->packet.tuple);
 	step = 1 + (hash >> 17);
-	port = hash + bpf_ntohs(wanted->request.ends.source_port);
+	port = hash + bpf_ntohs(wanted->packet.tuple.ends.source_port);
 	for (int i = 0; i < SNAT_TRIES; i++) {
 		__be16 *candidate = &wanted->reply.ends.destination_port;
 		__u64 used = 0;
 		int state;
 
 		*candidate = bpf_htons(config.snat_first + port % config.snat_ports);
-		if (keep_port && i == 0)
-			*candidate = wanted->request.ends.source_port;
-		state = place_state(&wanted->reply, &wanted->request, &used);
+		if (ports != SNAT_ANY && i == 0)
+			*candidate = wanted->packet.tuple.ends.source_port;
+		state = place_state(&wanted->reply, &wanted->packet.tuple, &used);
 		if (state == PLACE_FREE)
 			return 0;
 		if (state == PLACE_UNPROVED && used < oldest) {
 			oldest = used;
 			chosen = *candidate;
 		}
+		if (ports == SNAT_KEEP)
+			break;
 		count(COUNTER_SNAT_RETRY);
 		port += step;
 	}

@@ -103,19 +103,6 @@ static __always_inline int fail_empty(const struct pool *pool, __u8 protocol)
 	return fail_with(ECONNREFUSED);
 }
 
-static __always_inline struct choice choose_backend(void *ctx, const struct frontend *frontend, const struct pool *pool)
-{
-	struct affinity_key key = {.service_id = frontend->service_id, .kind = CLIENT_NETWORK_NAMESPACE};
-	__u64 cookie;
-
-	if (!frontend->affinity_seconds)
-		return backend_pick_random(pool);
-	/* A socket's source address is not chosen yet; the network namespace is the pod. */
-	cookie = bpf_get_netns_cookie(ctx);
-	__builtin_memcpy(key.client, &cookie, sizeof(cookie));
-	return backend_pick_affine(&key, frontend, pool);
-}
-
 /* `key` becomes that of the frontend which is found. */
 static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, struct frontend_key *key)
 {
@@ -128,6 +115,46 @@ static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, s
 	return frontend_lookup(key, loopback);
 }
 
+/* What becomes of a request to a frontend: the first two are what a system call is answered with. */
+enum decision {
+	DECISION_FAIL = 0,
+	DECISION_GO_ON = 1, /* untranslated */
+	DECISION_CHOSEN = 2,
+};
+
+static __always_inline struct choice request_pick(void *ctx, const struct frontend *frontend, int is_ip4)
+{
+	struct affinity_key key = {
+		.service_id = frontend->service_id,
+		.kind = is_ip4 ? CLIENT_NETWORK_NAMESPACE : CLIENT_NETWORK_NAMESPACE_IP6,
+	};
+	__u64 cookie;
+
+	if (!frontend->affinity_seconds)
+		return backend_pick_random(&frontend->inside);
+	/* A socket's source address is not chosen yet; the network namespace is the pod. */
+	cookie = bpf_get_netns_cookie(ctx);
+	__builtin_memcpy(key.client, &cookie, sizeof(cookie));
+	return backend_pick_affine(&key, frontend, &frontend->inside);
+}
+
+/* `row` is what a look-up of `key` found. */
+static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, const struct frontend_key *key,
+						    const struct frontend *row, struct choice *choice)
+{
+	struct frontend frontend;
+
+	if (!frontend_read(key, row, &frontend))
+		return DECISION_GO_ON;
+	if (!frontend.inside.count)
+		return fail_empty(&frontend.inside, key->protocol);
+	*choice = request_pick(ctx, &frontend, address_is_ip4(&key->address));
+	if (choice->backend)
+		return DECISION_CHOSEN;
+	count(COUNTER_FAILED_BACKEND_MISSING);
+	return DECISION_GO_ON;
+}
+
 /* 1: go on (translated or not), 0: the system call fails. */
 static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct request *request)
 {
@@ -135,8 +162,8 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	struct lookup lookup = request_lookup(ctx, &key);
 	struct bpf_sock *sk = ctx->sk;
 	struct origin origin = {};
-	struct frontend frontend;
 	struct choice choice;
+	enum decision decision;
 
 	if (lookup.result == LOOKUP_NOT_OURS) {
 		/* Whatever this socket was connected to before, it is not any more. */
@@ -147,15 +174,9 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 		count(COUNTER_REFUSED_UNKNOWN_PORT);
 		return fail_with(ECONNREFUSED);
 	}
-	if (!frontend_read(&key, lookup.frontend, &frontend))
-		return 1;
-	if (!frontend.inside.count)
-		return fail_empty(&frontend.inside, request->target.protocol);
-	choice = choose_backend(ctx, &frontend, &frontend.inside);
-	if (!choice.backend) {
-		count(COUNTER_FAILED_BACKEND_MISSING);
-		return 1;
-	}
+	decision = request_choose(ctx, &key, lookup.frontend, &choice);
+	if (decision != DECISION_CHOSEN)
+		return decision;
 	origin_fill(&origin, &request->target, ctx->protocol, &choice);
 	origin_store(sk, &origin);
 	request_go_to_backend(request, &origin);
@@ -170,8 +191,8 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 	struct lookup lookup = request_lookup(ctx, &key);
 	struct bpf_sock *sk = ctx->sk;
 	struct origin origin = {};
-	struct frontend frontend;
 	struct choice choice;
+	enum decision decision;
 
 	if (lookup.result == LOOKUP_NOT_OURS)
 		return 1;
@@ -180,15 +201,9 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 		return fail_with(ECONNREFUSED);
 	}
 	if (!datagram_recall(ctx, sk, &request->target, lookup.frontend->service_id, &origin)) {
-		if (!frontend_read(&key, lookup.frontend, &frontend))
-			return 1;
-		if (!frontend.inside.count)
-			return fail_empty(&frontend.inside, request->target.protocol);
-		choice = choose_backend(ctx, &frontend, &frontend.inside);
-		if (!choice.backend) {
-			count(COUNTER_FAILED_BACKEND_MISSING);
-			return 1;
-		}
+		decision = request_choose(ctx, &key, lookup.frontend, &choice);
+		if (decision != DECISION_CHOSEN)
+			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);
 		datagram_remember(ctx, sk, &request->target, &origin);
 	}

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Finding the connected sockets whose backend is gone, or whose destination became another Service's. The iterator walks the sockets that have an origin, in every
- * network namespace, and those only; the daemon then destroys them through sock_diag, namespace by namespace.
+ * Finding the connected sockets whose backend is gone, or whose destination became another Service's. The iterator
+ * walks the sockets that have an origin, in every network namespace, and those only; the daemon then destroys them
+ * through sock_diag, namespace by namespace.
  *
  * Kernel structs are declared with the few members that are read; libbpf moves the offsets to the running kernel's.
  */
@@ -72,18 +73,13 @@ static __always_inline void address_set_ip6(struct address *address, const struc
 }
 
 /* A datagram socket's destination is another Service's by now: its datagrams pass no hook that would notice. (A TCP
- * connection is one flow to one pod, and runs on. A NodePort's frontend is not under the address that was asked for,
- * and is not looked for.) */
+ * connection is one flow to one pod, and runs on.) */
 static __always_inline int origin_has_moved(const struct origin *origin)
 {
 	struct frontend_key key = {.address = origin->service_address, .port = origin->service_port};
-	struct frontend *frontend;
 
 	key.protocol = request_protocol(origin->protocol);
-	if (key.protocol != IPPROTO_UDP)
-		return 0;
-	frontend = bpf_map_lookup_elem(&frontends, &key);
-	return frontend && frontend->service_id != origin->service_id;
+	return key.protocol == IPPROTO_UDP && frontend_has_moved(&key, 1, origin->service_id);
 }
 
 static __always_inline void print_stale_socket(struct bpf_iter__bpf_sk_storage_map *ctx)

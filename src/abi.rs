@@ -196,9 +196,36 @@ pub struct Flow {
     pub service_id: u32,
     /// Interface index where the client's packets come in.
     pub interface: u32,
-    pub sequence: u32,
+    /// Of TCP the backend's last sequence number, else the epoch of [`epoch::EPOCH_HANDS`].
+    pub stamp: u32,
     /// CLOCK_MONOTONIC of the last packet, to within a second.
     pub used_ns: u64,
+    pub hop: Hop,
+}
+
+/// Where the packets of a forwarded flow go, as the last route look-up answered.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Hop {
+    /// Interface index; 0: not known.
+    pub interface: u32,
+    /// Interface index that the packet came in by.
+    pub from: u32,
+    /// [`epoch::EPOCH_ROUTES`] at the time.
+    pub epoch: u32,
+    /// Packets up to this many bytes fit.
+    pub mtu: u16,
+    /// AF_INET or AF_INET6.
+    pub family: u16,
+    pub next: [u32; 4],
+}
+
+/// Index into the addresses of the map `wire_filter`, as `address_index()` of bpf/address.h computes it.
+pub fn address_index(address: &[u8; 16]) -> usize {
+    const FACTORS: [u32; 4] = [0x85eb_ca6b, 0xc2b2_ae35, 0x27d4_eb2f, 0x9e37_79b1];
+    let words = address.as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word));
+    let sum = words.zip(FACTORS).fold(0u32, |sum, (word, factor)| sum.wrapping_add(word.wrapping_mul(factor)));
+    (sum >> 16) as usize
 }
 
 /// A connected socket whose backend is gone, as the socket iterator prints it.
@@ -231,5 +258,6 @@ const _: () = {
     assert!(size_of::<SourceRangeKey>() == 24);
     assert!(size_of::<DeviceAddresses>() == 36);
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Flow>() == 72);
+    assert!(size_of::<Hop>() == 32);
+    assert!(size_of::<Flow>() == 104);
 };

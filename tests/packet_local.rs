@@ -5,7 +5,7 @@ mod wire;
 
 use kubelane::model::Protocol;
 use wire::frame::{ACK, FIN, Inside, RST, SYN, tcp, udp};
-use wire::{CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, VIP4, VIP6};
+use wire::{CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, VIP4, VIP6};
 
 /// Client, service address, frontend's address, backend.
 const ENDS: [(&str, &str, &str, &str); 4] = [
@@ -47,6 +47,49 @@ fn a_tcp_connection_keeps_its_client_and_is_rewritten_both_ways() {
         }
     }
     assert_eq!((node.rows("flows"), node.rows("new_flows")), (8, 0));
+}
+
+#[test]
+fn a_client_that_comes_to_the_backend_itself_with_the_port_of_an_ended_connection_is_left_alone() {
+    let mut node = node_with_local_backends(Protocol::Tcp);
+    for (client, service, _, backend) in ENDS {
+        let (from, to) = ((client, 50_000), (service, 30080));
+        node.uplink_in(&tcp(from, to, SYN));
+        let reply = |flags| tcp((backend, 8080), from, flags).numbered(7000, 1001);
+        assert_eq!(node.uplink_out(&reply(SYN | ACK)), (PASS, reply(SYN | ACK).with_ends(to, from)));
+        node.uplink_in(&tcp(from, to, ACK).numbered(1001, 7001));
+        // As long as the connection is open, a SYN-ACK is its own, sent again.
+        assert_eq!(node.uplink_out(&reply(SYN | ACK)), (PASS, reply(SYN | ACK).with_ends(to, from)));
+        node.uplink_in(&tcp(from, to, FIN | ACK).numbered(1001, 7001));
+        assert_eq!(node.uplink_out(&reply(FIN | ACK)), (PASS, reply(FIN | ACK).with_ends(to, from)));
+        // The client's SYN to the backend's own address never met the programs; the answer does.
+        for flags in [SYN | ACK, ACK, FIN | ACK] {
+            assert_eq!(node.uplink_out(&reply(flags)), (PASS, reply(flags)), "{flags}");
+        }
+        assert_eq!((node.rows("flows"), node.rows("new_flows")), (0, 0));
+    }
+}
+
+#[test]
+fn a_pod_that_comes_back_to_itself_by_a_load_balancer_sees_the_service_and_is_answered() {
+    let mut node = node_with_local_backends(Protocol::Tcp);
+    // Pods are behind a device that is not outward.
+    for words in [
+        "link add pod0 type veth peer name pod0-far",
+        "link set pod0 up",
+        "link set pod0-far up",
+        "route add 10.1.0.5/32 dev pod0",
+        "-6 route add fd01::5/128 dev pod0",
+    ] {
+        wire::ip_command(words);
+    }
+    for (service, backend) in [(VIP4, LOCAL4), (VIP6, LOCAL6)] {
+        let (from, to) = ((backend, 50_000), (service, 30080));
+        let syn = tcp(from, to, SYN);
+        assert_eq!(node.uplink_in(&syn), (PASS, syn.with_ends((service, 50_000), (backend, 8080))));
+        let answer = tcp((backend, 8080), (service, 50_000), SYN | ACK);
+        assert_eq!(node.uplink_out(&answer), (REDIRECT, answer.with_ends(to, from)), "sent to the pod, not out");
+    }
 }
 
 #[test]

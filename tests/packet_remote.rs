@@ -218,12 +218,40 @@ fn every_way_in_which_a_packet_cannot_go_on_is_counted() {
     // A flow whose route goes away.
     assert_eq!(node.uplink_in(&query(3)).0, REDIRECT);
     ip_command("route add unreachable 10.244.1.5/32");
+    node.routes_changed();
     assert_eq!(refused(&mut node, 3), ["dropped_no_route"]);
     ip_command("route del unreachable 10.244.1.5/32");
     assert_eq!(node.uplink_in(&query(3)).0, REDIRECT);
     wire::set_sysctl("net/ipv4/conf/up0/forwarding", "0");
+    node.routes_changed();
     assert_eq!(refused(&mut node, 3), ["dropped_forwarding_off"]);
     assert_eq!(refused(&mut node, 4), ["dropped_forwarding_off"]);
+}
+
+#[test]
+fn a_flows_route_is_remembered_until_a_change_is_told_or_a_second_has_passed() {
+    for (client, service, _, backend, _) in ENDS {
+        let mut node = node_with_remote_backends(Protocol::Udp);
+        let query = udp((client, 5000), (service, 30080), b"?");
+        let is_sent = |node: &mut Node| node.uplink_in(&query).0 == REDIRECT;
+        let family = if client == CLIENT4 { "" } else { "-6 " };
+        let prefix = if client == CLIENT4 { 32 } else { 128 };
+        assert!(is_sent(&mut node));
+        ip_command(&format!("{family}route add unreachable {backend}/{prefix}"));
+        assert!(is_sent(&mut node), "what was answered a moment ago holds");
+        let large = query.clone().carrying(1460);
+        assert_eq!(node.counted(|n| n.uplink_in(&large)).1, [("dropped_no_route", 1)].into(), "too big to be sure");
+        let marked = node.marked(&query);
+        assert_eq!(marked, DROP, "a mark may choose another route");
+        node.routes_changed();
+        assert!(!is_sent(&mut node));
+        ip_command(&format!("{family}route del unreachable {backend}/{prefix}"));
+        assert!(is_sent(&mut node));
+        ip_command(&format!("{family}route add unreachable {backend}/{prefix}"));
+        assert!(is_sent(&mut node));
+        node.age_flows(2);
+        assert!(!is_sent(&mut node), "a second is over");
+    }
 }
 
 #[test]

@@ -39,6 +39,10 @@ impl MapIo for Sink {
         Ok(())
     }
 
+    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn capacity(&self, map: MapName) -> u32 {
         match map {
             MapName::Services => 20_000,

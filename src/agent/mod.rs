@@ -3,6 +3,7 @@
 
 mod flows;
 mod retry;
+mod routes;
 mod source;
 mod stale;
 mod wire;
@@ -82,6 +83,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
     let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, metrics).await) });
+    let epoch = datapath.route_epoch()?;
+    parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
         k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };

@@ -84,6 +84,10 @@ impl MapIo for Model {
         Ok(())
     }
 
+    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn capacity(&self, _: MapName) -> u32 {
         1 << 16
     }

@@ -11,12 +11,20 @@ use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 use super::attach::{Attached, Cgroup, attach};
 use super::btf::EmptyBtf;
 use super::devices::Devices;
+use super::epochs::RouteEpoch;
 use super::flows::FlowCollector;
 use super::maps::Maps;
 use super::privileges::Privileges;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
 use super::{namespaces, pinned, ports, probe};
+
+/// Flows have two rows each. As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
+const FLOW_ROWS_EACH: u32 = 2 * 32768;
+const FLOW_ROWS: u32 = 2 * 131_072;
+/// Flows that are not proved yet wait for a moment only.
+const NEW_FLOW_ROWS_EACH: u32 = 8192;
+const NEW_FLOW_ROWS: u32 = 65_536;
 
 /// Where the datapath lives and how much it can hold.
 #[derive(Clone, Debug)]
@@ -107,6 +115,11 @@ impl Datapath {
         FlowCollector::open(&self.pin_path)
     }
 
+    /// For telling that routes have changed; for use in another task.
+    pub fn route_epoch(&self) -> Result<RouteEpoch> {
+        RouteEpoch::open(&self.pin_path)
+    }
+
     /// Finds and ends sockets whose backend is gone; for use on another thread. `None` without kernel BTF.
     pub fn stale_sockets(&self) -> Option<StaleSockets> {
         self.stale_iterator.clone()
@@ -156,9 +169,10 @@ pub(super) fn open_object<'o>(
 fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
     let directory = pinned::maps_directory(&settings.pin_path);
     let (services, endpoints) = (settings.max_services, settings.max_endpoints);
+    let processors = libbpf_rs::num_possible_cpus().context("cannot count the processors")? as u32;
     let maps = &mut skeleton.maps;
     // Regions of slots are powers of two, and a pool that moves has two for a moment.
-    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 16] = [
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 18] = [
         ("services", &mut maps.services, Some(services.saturating_mul(2))),
         ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
         ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
@@ -171,10 +185,12 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("counters", &mut maps.counters, None),
         ("source_ranges", &mut maps.source_ranges, None),
         ("devices", &mut maps.devices, None),
-        ("flows", &mut maps.flows, None),
-        ("new_flows", &mut maps.new_flows, None),
+        ("flows", &mut maps.flows, Some(FLOW_ROWS.max(processors * FLOW_ROWS_EACH))),
+        ("new_flows", &mut maps.new_flows, Some(NEW_FLOW_ROWS.max(processors * NEW_FLOW_ROWS_EACH))),
         ("fragments", &mut maps.fragments, None),
         ("ports", &mut maps.ports, None),
+        ("wire_filter", &mut maps.wire_filter, None),
+        ("epochs", &mut maps.epochs, None),
     ];
     for (name, map, wanted) in sized {
         let pin = directory.join(name);

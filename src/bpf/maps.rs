@@ -10,8 +10,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
+use super::epochs;
+use super::filter::WireFilter;
 use super::pinned;
-use crate::abi::counter;
+use crate::abi::{counter, epoch};
 use crate::sync::{Failure, MapIo, MapName};
 
 /// Rows in one system call: the kernel copies them one by one, so that more would only hold more memory.
@@ -21,6 +23,8 @@ const BATCH: usize = 4096;
 pub struct Maps {
     handles: Vec<(MapName, MapHandle)>,
     counters: MapHandle,
+    epochs: MapHandle,
+    filter: WireFilter,
     syscalls: u64,
 }
 
@@ -39,7 +43,8 @@ impl Maps {
             MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
-        Ok(Maps { handles, counters: open("counters")?, syscalls: 0 })
+        let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
+        Ok(Maps { handles, counters, epochs, filter: WireFilter::open(pin_path)?, syscalls: 0 })
     }
 
     /// bpf(2) calls made so far.
@@ -57,6 +62,17 @@ impl Maps {
             sums.push((label, per_cpu.sum()));
         }
         Ok(sums)
+    }
+
+    /// Lets packets to what these rows stand for be looked at. Before the rows: else a flow could begin whose packets
+    /// are not.
+    fn open_filter(&mut self, map: MapName, keys: &[u8], values: &[u8]) -> io::Result<()> {
+        self.syscalls += match map {
+            MapName::Addresses => self.filter.add_addresses(keys, values)?,
+            MapName::Frontends => self.filter.add_frontends(keys, values)?,
+            _ => 0,
+        };
+        Ok(())
     }
 
     fn handle(&self, map: MapName) -> &MapHandle {
@@ -180,6 +196,10 @@ impl MapIo for Maps {
     fn write(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> Vec<Failure> {
         let (key_size, value_size) = (self.handle(map).key_size() as usize, self.handle(map).value_size() as usize);
         assert!(keys.len() == rows * key_size && values.len() == rows * value_size, "{map:?}: rows of another size");
+        if let Err(error) = self.open_filter(map, keys, values) {
+            let failure = |row| Failure { row, error: io::Error::other(format!("the map wire_filter: {error}")) };
+            return (0..rows).map(failure).collect();
+        }
         if map == MapName::SourceRanges {
             return self.one_by_one(map, rows, |handle, row| {
                 let (key, value) = (&keys[row * key_size..][..key_size], &values[row * value_size..][..value_size]);
@@ -260,6 +280,11 @@ impl MapIo for Maps {
             std::mem::swap(&mut cursor, &mut next);
             started = true;
         }
+    }
+
+    fn note_changed_hands(&mut self) -> io::Result<()> {
+        self.syscalls += 2;
+        epochs::count_up(&self.epochs, epoch::EPOCH_HANDS).map_err(io::Error::other)
     }
 
     fn capacity(&self, map: MapName) -> u32 {

@@ -5,6 +5,8 @@
 mod attach;
 mod btf;
 mod devices;
+mod epochs;
+mod filter;
 mod flows;
 mod hook;
 mod load;
@@ -23,6 +25,7 @@ pub mod verifier;
 
 pub use attach::Attached;
 pub use devices::{Device, Devices, Direction, LinkLayer, Method};
+pub use epochs::RouteEpoch;
 pub use flows::{FlowCollector, FlowPass};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;

@@ -1,8 +1,8 @@
 //! What lives on in the kernel when the daemon is not there: the pin directory, its lock, and taking it all away.
 //!
 //! ```text
-//! <pin path>/v1/maps/<map>       the state: ids, backends, frontends
-//! <pin path>/v1/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
+//! <pin path>/v2/maps/<map>       the state: ids, backends, frontends
+//! <pin path>/v2/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
 //! ```
 
 use std::fs::{self, File};

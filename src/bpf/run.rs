@@ -24,7 +24,10 @@ pub struct Outcome {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Context {
-    unused: [u32; 9],
+    unused: [u32; 2],
+    /// Byte 8.
+    mark: u32,
+    unused_too: [u32; 6],
     /// Byte 36 is `ingress_ifindex`, byte 40 `ifindex`.
     ingress_interface: u32,
     interface: u32,
@@ -34,7 +37,19 @@ struct Context {
 /// Runs the program of an Ethernet device on `frame` (at least 14 bytes, or the kernel refuses) as if on device
 /// `interface` of the calling thread's network namespace, `repeat` times.
 pub fn run(devices: &Devices, direction: Direction, frame: &[u8], interface: u32, repeat: u32) -> Result<Outcome> {
-    let context = Context { interface, ..Zeroable::zeroed() };
+    run_marked(devices, direction, frame, interface, 0, repeat)
+}
+
+/// The same for a packet with a mark, as `ip rule` knows it.
+pub fn run_marked(
+    devices: &Devices,
+    direction: Direction,
+    frame: &[u8],
+    interface: u32,
+    mark: u32,
+    repeat: u32,
+) -> Result<Outcome> {
+    let context = Context { interface, mark, ..Zeroable::zeroed() };
     let mut out = vec![0u8; frame.len() + 512];
     let mut options = libbpf_sys::bpf_test_run_opts {
         sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,

@@ -73,6 +73,17 @@ same_layout!(
     generation = generation,
     service_id = service_id,
     interface = interface,
-    sequence = sequence,
-    used_ns = used_ns
+    stamp = stamp,
+    used_ns = used_ns,
+    hop = hop
+);
+same_layout!(
+    types::hop,
+    abi::Hop,
+    interface = interface,
+    from = from,
+    epoch = epoch,
+    mtu = mtu,
+    family = family,
+    next = next
 );

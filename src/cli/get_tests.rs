@@ -31,6 +31,10 @@ impl MapIo for Rows {
         Ok(())
     }
 
+    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn capacity(&self, _: MapName) -> u32 {
         1000
     }

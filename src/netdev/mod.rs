@@ -5,6 +5,7 @@
 
 mod dump;
 mod outward;
+mod routes;
 mod selection;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ use tokio::time::sleep;
 use tracing::{debug, warn};
 
 pub use outward::{DeviceSelection, Layer, NetDevice};
+pub use routes::follow_routes;
 pub use selection::NodePortAddresses;
 
 use crate::model::Ipx;

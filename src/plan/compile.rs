@@ -91,7 +91,11 @@ pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compil
             continue;
         }
         if port.protocol == Protocol::Sctp {
-            warnings.push(format!("port {}: SCTP is not served yet", port_label(port)));
+            warnings.push(format!(
+                "port {}: SCTP is served to packets from the wire only (there is no hook for sockets), and only where the \
+                 endpoints' port is the one that is asked for (its checksum rules out another)",
+                port_label(port)
+            ));
         }
         if names_no_slice_port(port, slices) {
             let protocol = port.protocol.as_str();

@@ -123,9 +123,15 @@ impl<'a> Applier<'a> {
         let rows = collect(frontends, |_, row| row.is_some_and(|f| !self.is_blocked(f.service_id)));
         let service_of = |row: Option<Frontend>| row.map(|f| f.service_id);
         let changes_hands = |(key, row): &(FrontendKey, _)| service_of(frontends.applied(*key)) != service_of(*row);
-        let mut datagrams = rows.iter().filter(|(key, _)| key.protocol == Protocol::Udp as u8);
-        self.report.datagram_frontends_changed_hands |= datagrams.any(changes_hands);
+        let mut datagrams = rows.iter().filter(|(key, _)| key.protocol != Protocol::Tcp as u8);
+        let changed_hands = datagrams.any(changes_hands);
         self.put(MapName::Frontends, |t| &mut t.frontends, rows);
+        if changed_hands {
+            self.report.datagram_frontends_changed_hands = true;
+            if let Err(error) = self.io.note_changed_hands() {
+                self.report.failures.push((MapName::Frontends, error.to_string()));
+            }
+        }
     }
 
     fn narrow_addresses(&mut self) {

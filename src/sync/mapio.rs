@@ -64,6 +64,10 @@ pub trait MapIo {
     /// than ending early: an incomplete dump is never taken for the whole.
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()>;
 
+    /// Tells the packet programs that frontends of UDP or SCTP, already written, have become another Service's: flows
+    /// that ask for them are looked at again.
+    fn note_changed_hands(&mut self) -> io::Result<()>;
+
     /// How many rows the map can hold.
     fn capacity(&self, map: MapName) -> u32;
 }

@@ -338,6 +338,10 @@ impl MapIo for ModelKernel {
         Ok(())
     }
 
+    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn capacity(&self, map: MapName) -> u32 {
         self.capacity[&map]
     }

@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, DeviceAddresses, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, backend_flag, backend_state,
-    frontend_flag, pool_empty, pool_member,
+    Backend, DeviceAddresses, Flow, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, backend_flag,
+    backend_state, frontend_flag, pool_empty, pool_member,
 };
-use kubelane::bpf::run::{Outcome, run};
+use kubelane::bpf::run::{Outcome, run, run_marked};
 use kubelane::bpf::{Datapath, Direction, Settings};
 use kubelane::model::{IpRange, Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
@@ -198,7 +198,7 @@ impl Node {
     }
 
     pub fn pinned(&self, map: &str) -> MapHandle {
-        MapHandle::from_pinned_path(self.pin_path.join("v1/maps").join(map)).unwrap()
+        MapHandle::from_pinned_path(self.pin_path.join("v2/maps").join(map)).unwrap()
     }
 
     /// What attaching to a device notes, for kernels that do not name a route's source.
@@ -208,9 +208,44 @@ impl Node {
         self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
+    /// What a served frontend and a forwarded flow would leave: packets to these ports are looked at.
+    pub fn pass_ports(&self, served: &[u16], forwarded: &[u16]) {
+        let set = |map: &str, at: usize, ports: &[u16]| {
+            let map = self.pinned(map);
+            let mut bytes = map.lookup(&[0; 4], MapFlags::ANY).unwrap().unwrap();
+            ports.iter().for_each(|port| bytes[at + usize::from(*port)] = 1);
+            map.update(&[0; 4], &bytes, MapFlags::ANY).unwrap();
+        };
+        set("wire_filter", 65_536, served);
+        set("ports", 0, forwarded);
+    }
+
     pub fn source_range(&self, service: u32, ip: &str, prefix: u8) {
         let key = SourceRangeKey::new(service, IpRange { ip: ip.parse().unwrap(), prefix });
         self.pinned("source_ranges").update(bytemuck::bytes_of(&key), &1u32.to_ne_bytes(), MapFlags::ANY).unwrap();
+    }
+
+    /// As the daemon tells of it.
+    pub fn routes_changed(&self) {
+        self.datapath.route_epoch().unwrap().advance().unwrap();
+    }
+
+    /// What becomes of a packet with a mark that comes in by the uplink.
+    pub fn marked(&mut self, frame: &Frame) -> i32 {
+        let uplink = self.uplink;
+        run_marked(self.datapath.devices(), Direction::In, &frame.bytes(), uplink, 1, 1).unwrap().action
+    }
+
+    /// Every flow's last packet was so many seconds earlier.
+    pub fn age_flows(&self, seconds: u64) {
+        for map in ["flows", "new_flows"].map(|name| self.pinned(name)) {
+            for key in map.keys().collect::<Vec<_>>() {
+                let row = map.lookup(&key, MapFlags::ANY).unwrap().unwrap();
+                let mut flow: Flow = bytemuck::pod_read_unaligned(&row);
+                flow.used_ns -= seconds * 1_000_000_000;
+                map.update(&key, bytemuck::bytes_of(&flow), MapFlags::EXIST).unwrap();
+            }
+        }
     }
 
     /// Rows of a map of flows.
