@@ -11,7 +11,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use kubelane::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
+use kubelane::bpf::{Datapath, Device, LinkLayer};
+use kubelane::model::Protocol;
 use nix::sched::{CloneFlags, setns};
+
+use super::{Node, Place, interface_index};
 
 pub const CLIENT: [&str; 2] = ["192.168.7.9", "fd07::9"];
 /// A second client, which the first node's policy bars from the pods.
@@ -21,6 +26,8 @@ pub const OVERLAY: [&str; 2] = ["10.1.0.1", "fd10::1"];
 pub const POD_HERE: [&str; 2] = ["10.1.1.5", "fd11::5"];
 pub const POD_THERE: [&str; 2] = ["10.1.2.5", "fd12::5"];
 pub const VIP: [&str; 2] = ["192.0.2.80", "2001:db8:80::80"];
+/// The address of a NodePort's frontend.
+pub const WILDCARD: [&str; 2] = ["0.0.0.0", "::"];
 pub const POD_PORT: u16 = 8080;
 
 /// Namespaces, and their end.
@@ -143,6 +150,30 @@ impl Cluster {
         })
     }
 
+    /// The near node's datapath, on its uplink and its overlay. Opened on a thread inside it.
+    pub fn open_near(&self, clsact: bool) -> Node {
+        let mut node = self.inside("near", || {
+            let place = Place::new();
+            let datapath = Datapath::open(&place.settings()).unwrap();
+            let (uplink, tunnel) = (interface_index("eth0"), interface_index("vx0"));
+            let mut node = Node::with(datapath, place, uplink, tunnel);
+            if clsact {
+                node.datapath.devices().use_clsact();
+            }
+            for (index, addresses) in [(uplink, NODE), (tunnel, OVERLAY)] {
+                let (ip4, ip6) = (addresses[0].parse().ok(), addresses[1].parse().ok());
+                node.datapath.devices().attach(&Device { index, link_layer: LinkLayer::Ethernet, ip4, ip6 }).unwrap();
+            }
+            node
+        });
+        for family in 0..2 {
+            node.address(NODE[family], ADDRESS_NODE | ADDRESS_LOCAL);
+            node.address(OVERLAY[family], ADDRESS_LOCAL);
+            node.address(VIP[family], ADDRESS_SERVICE_VIP);
+        }
+        node
+    }
+
     /// TCP and UDP servers in both pods, both families. They end with the test's process.
     pub fn serve(&self) {
         for (pod, addresses) in [("podn", POD_HERE), ("podf", POD_THERE)] {
@@ -154,6 +185,15 @@ impl Cluster {
                 thread::spawn(move || serve_udp(&socket));
             }
         }
+    }
+}
+
+/// Makes `pod_port` of the pod at `pod` a service: at `port` of the near node's addresses, and of the VIP.
+pub fn publish(node: &mut Node, port: u16, protocol: Protocol, pod: &str, pod_port: u16) {
+    let id = node.next_backend();
+    node.backend(id, pod, pod_port, protocol, POD_HERE.contains(&pod));
+    for frontends in [WILDCARD, VIP] {
+        node.frontend(frontends[usize::from(pod.contains(':'))], port, protocol, &[id]);
     }
 }
 
