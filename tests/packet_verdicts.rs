@@ -6,7 +6,8 @@ mod wire;
 use kubelane::abi::{address_flag, frontend_flag};
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
-use wire::frame::{ACK, Frame, Inside, SYN, ip, parse_packet, tcp, udp};
+use wire::errors::{assert_error, error};
+use wire::frame::{ACK, Inside, SYN, ip, tcp, udp};
 use wire::{
     CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, TUNNEL4, TUNNEL6,
     VIP4, VIP6,
@@ -146,23 +147,6 @@ fn a_cluster_ip_is_not_served_to_the_wire() {
     node.address("10.96.0.1", address_flag::ADDRESS_CLUSTER_IP);
     let syn = tcp((CLIENT4, 5000), ("10.96.0.1", 80), SYN);
     assert_eq!(node.uplink_in(&syn), (PASS, syn));
-}
-
-/// An ICMP error of `router` to `quoted`'s sender, quoting `bytes` of it.
-fn error(router: &str, quoted: &Frame, bytes: usize, mtu: u32) -> Frame {
-    let (kind, code) = if quoted.source.is_ipv4() { (3, 4) } else { (2, 0) };
-    let data = quoted.packet()[..bytes.min(quoted.packet().len())].to_vec();
-    let inside = Inside::Icmp { kind, code, rest: mtu, data };
-    Frame { source: ip(router), destination: quoted.source, ttl: 60, inside }
-}
-
-/// `frame` is an error from `source` to `destination` that quotes a packet with the ends `from`, `to`.
-fn assert_error(frame: &Frame, ends: (&str, &str), from: (&str, u16), to: (&str, u16), mtu: u32) {
-    assert_eq!((frame.source, frame.destination), (ip(ends.0), ip(ends.1)));
-    let Inside::Icmp { rest, data, .. } = &frame.inside else { panic!("{frame:?}") };
-    let quoted = parse_packet(data, false);
-    assert_eq!((quoted.source, quoted.destination, quoted.ports()), (ip(from.0), ip(to.0), (from.1, to.1)));
-    assert_eq!(*rest, mtu);
 }
 
 #[test]

@@ -6,45 +6,24 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use kubelane::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
-use kubelane::bpf::{Datapath, Device, LinkLayer};
 use kubelane::model::Protocol;
-use wire::cluster::{BARRED, CLIENT, Cluster, NODE, OVERLAY, POD_HERE, POD_PORT, POD_THERE, VIP, ask, transfer};
-use wire::{Node, Place};
+use wire::Node;
+use wire::cluster::{
+    BARRED, CLIENT, Cluster, NODE, OVERLAY, POD_HERE, POD_PORT, POD_THERE, VIP, WILDCARD, ask, publish, transfer,
+};
 
 const HERE: u16 = 30081;
 const THERE: u16 = 30082;
 const NOWHERE: u16 = 30083;
 
-/// The near node's datapath: each port on each kind of address. Opened on a thread inside it.
+/// The near node's datapath, and each port on each kind of address.
 fn near_node(cluster: &Cluster, clsact: bool) -> Node {
-    let mut node = cluster.inside("near", || {
-        let place = Place::new();
-        let datapath = Datapath::open(&place.settings()).unwrap();
-        let (uplink, tunnel) = (wire::interface_index("eth0"), wire::interface_index("vx0"));
-        let mut node = Node::with(datapath, place, uplink, tunnel);
-        if clsact {
-            node.datapath.devices().use_clsact();
-        }
-        for (index, addresses) in [(uplink, NODE), (tunnel, OVERLAY)] {
-            let (ip4, ip6) = (addresses[0].parse().ok(), addresses[1].parse().ok());
-            node.datapath.devices().attach(&Device { index, link_layer: LinkLayer::Ethernet, ip4, ip6 }).unwrap();
-        }
-        node
-    });
-    let mut id = 0;
-    for (family, wildcard) in ["0.0.0.0", "::"].into_iter().enumerate() {
-        node.address(NODE[family], ADDRESS_NODE | ADDRESS_LOCAL);
-        node.address(OVERLAY[family], ADDRESS_LOCAL);
-        node.address(VIP[family], ADDRESS_SERVICE_VIP);
+    let mut node = cluster.open_near(clsact);
+    for family in 0..2 {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
-            for (port, pod, local) in [(HERE, POD_HERE[family], true), (THERE, POD_THERE[family], false)] {
-                id += 1;
-                node.backend(id, pod, POD_PORT, protocol, local);
-                node.frontend(wildcard, port, protocol, &[id]);
-                node.frontend(VIP[family], port, protocol, &[id]);
-            }
-            node.frontend(wildcard, NOWHERE, protocol, &[]);
+            publish(&mut node, HERE, protocol, POD_HERE[family], POD_PORT);
+            publish(&mut node, THERE, protocol, POD_THERE[family], POD_PORT);
+            node.frontend(WILDCARD[family], NOWHERE, protocol, &[]);
         }
     }
     node

@@ -38,10 +38,13 @@ pub enum Attached {
 
 /// Attaches `program` to `cgroup`, pinned at `pin`.
 pub fn attach(program: &ProgramMut<'_>, cgroup: &Cgroup, pin: &Path) -> Result<Attached> {
-    if let Some(mut link) = pinned_link(pin, cgroup.id)? {
-        link.update_prog(program).with_context(|| format!("cannot replace the program of {}", pin.display()))?;
-        return Ok(Attached::Replaced);
-    }
+    let former = match pinned_link(pin)? {
+        Some(mut link) if is_attached_to(&link, cgroup.id, pin)? => {
+            link.update_prog(program).with_context(|| format!("cannot replace the program of {}", pin.display()))?;
+            return Ok(Attached::Replaced);
+        }
+        former => former,
+    };
     let mut link = program
         .attach_cgroup(cgroup.directory.as_raw_fd())
         .with_context(|| format!("cannot attach {:?} to the cgroup", program.name()))?;
@@ -53,18 +56,22 @@ pub fn attach(program: &ProgramMut<'_>, cgroup: &Cgroup, pin: &Path) -> Result<A
     let _ = fs::remove_file(new);
     link.pin(new).with_context(|| format!("cannot pin {}", new.display()))?;
     fs::rename(new, pin).with_context(|| format!("cannot rename {} to {}", new.display(), pin.display()))?;
+    // A link that only loses its last reference is taken off its hook later, by a worker of the kernel's.
+    if let Some(former) = former {
+        former.detach().with_context(|| format!("cannot detach the former link of {}", pin.display()))?;
+    }
     Ok(Attached::New)
 }
 
-/// The link at `pin` if it is attached to this very cgroup. A cgroup that was removed leaves a link with id 0.
-fn pinned_link(pin: &Path, cgroup_id: u64) -> Result<Option<Link>> {
+fn pinned_link(pin: &Path) -> Result<Option<Link>> {
     if !pin.exists() {
         return Ok(None);
     }
-    let link = Link::open(pin).with_context(|| format!("cannot open the pinned link {}", pin.display()))?;
+    Link::open(pin).map(Some).with_context(|| format!("cannot open the pinned link {}", pin.display()))
+}
+
+/// Whether the link is attached to this very cgroup. A cgroup that was removed leaves a link with id 0.
+fn is_attached_to(link: &Link, cgroup_id: u64, pin: &Path) -> Result<bool> {
     let info = link.info().with_context(|| format!("cannot ask the kernel about {}", pin.display()))?;
-    match info.info {
-        LinkTypeInfo::Cgroup(info) if info.cgroup_id == cgroup_id => Ok(Some(link)),
-        _ => Ok(None),
-    }
+    Ok(matches!(info.info, LinkTypeInfo::Cgroup(info) if info.cgroup_id == cgroup_id))
 }

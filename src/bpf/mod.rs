@@ -21,6 +21,7 @@ pub mod probe;
 pub mod run;
 mod skeleton;
 mod stale;
+mod trial;
 pub mod verifier;
 
 pub use attach::Attached;

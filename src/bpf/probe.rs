@@ -4,6 +4,8 @@ use std::path::Path;
 
 use libbpf_rs::{MapType, ProgramType};
 
+use super::trial::{self, FibFlag};
+
 /// The type of every program that is attached to the cgroup.
 const SOCK_ADDR: ProgramType = ProgramType::CgroupSockAddr;
 
@@ -38,6 +40,16 @@ pub fn has_coarse_clock() -> bool {
         && has_helper(ProgramType::CgroupSockAddr, libbpf_sys::BPF_FUNC_ktime_get_coarse_ns)
 }
 
+/// Whether bpf_fib_lookup names the source of a route (BPF_FIB_LOOKUP_SRC, 6.7).
+pub fn has_route_source() -> bool {
+    trial::fib_lookup_knows(FibFlag::Source)
+}
+
+/// Whether bpf_fib_lookup says which MTU was exceeded (5.12). It has no flag; bpf_check_mtu came with it.
+pub fn has_route_mtu() -> bool {
+    has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_check_mtu)
+}
+
 /// BTF of the running kernel, which the socket iterator is relocated against.
 pub fn has_kernel_btf() -> bool {
     Path::new("/sys/kernel/btf/vmlinux").exists()
@@ -45,6 +57,10 @@ pub fn has_kernel_btf() -> bool {
 
 /// Every feature, the required ones first. Needs CAP_BPF (or CAP_SYS_ADMIN): without it nothing is found.
 pub fn features() -> Vec<Feature> {
+    [required(), of_sockets(), of_packets()].concat()
+}
+
+fn required() -> Vec<Feature> {
     vec![
         Feature {
             name: "cgroup socket address programs",
@@ -84,6 +100,18 @@ pub fn features() -> Vec<Feature> {
             without: "a kernel from 5.10 with CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS is needed",
         },
         Feature {
+            name: "batches of hash map rows",
+            found: trial::has_hash_batches(),
+            required: true,
+            needed_for: "writing many rows at a time, taking ended flows away",
+            without: "a kernel from 5.6 is needed",
+        },
+    ]
+}
+
+fn of_sockets() -> Vec<Feature> {
+    vec![
+        Feature {
             name: "bpf_set_retval",
             found: has_set_retval(),
             required: false,
@@ -110,6 +138,46 @@ pub fn features() -> Vec<Feature> {
             required: false,
             needed_for: "NodePorts on 127.0.0.1 and ::1 in a namespace other than the machine's first",
             without: "the machine's first network namespace is taken for the node's (kernels before 5.14)",
+        },
+    ]
+}
+
+fn of_packets() -> Vec<Feature> {
+    vec![
+        Feature {
+            name: "tcx links",
+            found: trial::has_tcx(),
+            required: false,
+            needed_for: "a link that holds each program on its device, before other people's",
+            without: "filters of a clsact qdisc are used (kernels before 6.6)",
+        },
+        Feature {
+            name: "sources of routes in bpf_fib_lookup",
+            found: has_route_source(),
+            required: false,
+            needed_for: "the address towards a backend elsewhere",
+            without: "the first address of the route's device is taken (kernels before 6.7)",
+        },
+        Feature {
+            name: "marks in bpf_fib_lookup",
+            found: trial::fib_lookup_knows(FibFlag::Mark),
+            required: false,
+            needed_for: "routing rules that ask for a packet's mark",
+            without: "such rules are not followed for backends elsewhere (kernels before 6.10)",
+        },
+        Feature {
+            name: "MTUs of routes in bpf_fib_lookup",
+            found: has_route_mtu(),
+            required: false,
+            needed_for: "the path MTU that clients and backends are told",
+            without: "1280 is told wherever a packet does not fit (kernels before 5.12)",
+        },
+        Feature {
+            name: "bpf_ktime_get_coarse_ns",
+            found: has_coarse_clock(),
+            required: false,
+            needed_for: "a cheap clock for each packet",
+            without: "the exact clock is read (kernels before 5.11)",
         },
     ]
 }

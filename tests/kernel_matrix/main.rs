@@ -4,9 +4,12 @@
 #![cfg(feature = "lab")]
 
 mod node;
+mod node_port;
 mod pods;
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../wire/mod.rs"]
+mod wire;
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -22,6 +25,22 @@ use pods::{ask_tcp, ask_udp, ask_udp_at, connect_tcp, udp_socket};
 
 /// How an application may write a service's address, and the family of the pods behind it.
 const SERVICES: [(&str, usize); 3] = [("10.96.0.1", 0), ("fd00:96::1", 1), ("::ffff:10.96.0.2", 0)];
+
+/// What every kernel has to take.
+const PROGRAMS: [&str; 12] = [
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+    "wire_in_ethernet",
+    "wire_in_bare",
+    "wire_out_ethernet",
+    "wire_out_bare",
+];
 
 fn pods(family: usize, port: u16) -> Vec<SocketAddr> {
     PODS[family].iter().map(|ip| pods::start(SocketAddr::new(ip.parse().unwrap(), port))).collect()
@@ -56,13 +75,13 @@ fn every_program_passes_this_kernels_verifier() {
     }
     let programs = verifier::verify_all().unwrap();
     let names: HashSet<&str> = programs.iter().map(|p| p.name.as_str()).collect();
-    for expected in
-        ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"]
-    {
+    for expected in PROGRAMS {
         assert!(names.contains(expected), "{expected} is missing: {names:?}");
     }
     for program in &programs {
-        println!("matrix: program {} {} {}", program.name, program.instructions, program.stack);
+        println!("matrix: program {} {} {}", program.name, program.instructions, program.stack());
+    }
+    for program in &programs {
         // The limit is a million; a program that comes near it will be refused by some kernel.
         assert!((1..100_000).contains(&program.instructions), "{program:?}");
     }
@@ -80,8 +99,18 @@ fn the_probes_find_what_kernels_of_this_version_have() {
         println!("matrix: feature {} {}", if feature.found { "yes" } else { "no" }, feature.name);
         assert!(feature.found || !feature.required, "{}: {}", feature.name, feature.without);
     }
-    for (name, since) in [("bpf_set_retval", (5, 18)), ("SO_NETNS_COOKIE", (5, 14))] {
+    for (name, since) in [
+        ("bpf_ktime_get_coarse_ns", (5, 11)),
+        ("MTUs of routes in bpf_fib_lookup", (5, 12)),
+        ("SO_NETNS_COOKIE", (5, 14)),
+        ("bpf_set_retval", (5, 18)),
+        ("tcx links", (6, 6)),
+    ] {
         assert_eq!(feature(name), version >= since, "{name} on {release}");
+    }
+    // These also come to older kernels with their distributors' updates.
+    for (name, since) in [("sources of routes in bpf_fib_lookup", (6, 7)), ("marks in bpf_fib_lookup", (6, 10))] {
+        assert!(feature(name) || version < since, "{name} on {release}");
     }
 }
 

@@ -11,7 +11,7 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t debugfs debugfs /sys/kernel/debug
 ip link set lo up
 
-timeout 200 sh /out/job.sh >/out/log 2>&1
+timeout 900 sh /out/job.sh >/out/log 2>&1
 code=$?
 dmesg -l emerg,alert,crit,err,warn >/out/dmesg
 echo "$code" >/out/exit

@@ -38,7 +38,9 @@ FNR == 1 {
 		cost[$3, "seen"] = 1
 		programs[++program_count] = $3
 	}
-	cost[$3, kernels] = $4 " / " $5
+	stack = $0
+	sub(/^matrix: program [^ ]+ [0-9]+ /, "", stack)
+	cost[$3, kernels] = $4 " / " stack
 }
 
 /^matrix: feature / {
@@ -53,7 +55,7 @@ FNR == 1 {
 
 END {
 	row("kernel", version)
-	print "instructions verified / bytes of stack"
+	print "instructions verified / bytes of stack (of N functions: the largest; max: the deepest calls together)"
 	rows_of(programs, program_count, cost)
 	print "features"
 	rows_of(features, feature_count, has)

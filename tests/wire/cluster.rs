@@ -6,22 +6,35 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use kubelane::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
+use kubelane::bpf::{Datapath, Device, LinkLayer};
+use kubelane::model::Protocol;
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
+
+use super::{Node, Place, interface_index};
 
 pub const CLIENT: [&str; 2] = ["192.168.7.9", "fd07::9"];
 /// A second client, which the first node's policy bars from the pods.
 pub const BARRED: &str = "192.168.7.66";
 pub const NODE: [&str; 2] = ["192.168.7.1", "fd07::1"];
+const FAR_NODE: [&str; 2] = ["192.168.7.2", "fd07::2"];
 pub const OVERLAY: [&str; 2] = ["10.1.0.1", "fd10::1"];
+const FAR_OVERLAY: [&str; 2] = ["10.1.0.2", "fd10::2"];
 pub const POD_HERE: [&str; 2] = ["10.1.1.5", "fd11::5"];
 pub const POD_THERE: [&str; 2] = ["10.1.2.5", "fd12::5"];
 pub const VIP: [&str; 2] = ["192.0.2.80", "2001:db8:80::80"];
+/// The address of a NodePort's frontend.
+pub const WILDCARD: [&str; 2] = ["0.0.0.0", "::"];
 pub const POD_PORT: u16 = 8080;
+
+const SPACES: [&str; 6] = ["lan", "client", "near", "far", "podn", "podf"];
 
 /// Namespaces, and their end.
 pub struct Cluster {
@@ -30,15 +43,20 @@ pub struct Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for name in ["lan", "client", "near", "far", "podn", "podf"] {
+        for name in SPACES {
             let _ = Command::new("ip").args(["netns", "del", &self.name(name)]).output();
         }
     }
 }
 
-fn run(program: &str, words: &str) {
-    let out = Command::new(program).args(words.split_whitespace()).output().unwrap();
-    assert!(out.status.success(), "{program} {words}: {}", String::from_utf8_lossy(&out.stderr));
+/// Runs a command that reads lines from its standard input. Most of its cost is being started, above all in emulation.
+fn run(program: &str, words: &str, lines: &str) {
+    let mut command = Command::new(program);
+    command.args(words.split_whitespace()).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{program} {words}: {}{lines}", String::from_utf8_lossy(&out.stderr));
 }
 
 impl Cluster {
@@ -46,72 +64,106 @@ impl Cluster {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let prefix = format!("klw{}x{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let cluster = Cluster { prefix };
-        for name in ["lan", "client", "near", "far", "podn", "podf"] {
-            run("ip", &format!("netns add {}", cluster.name(name)));
-            cluster.ip(name, "link set lo up");
-        }
-        cluster.ip("lan", "link add br0 type bridge");
-        cluster.ip("lan", "link set br0 up");
+        let spaces: Vec<String> = SPACES.iter().map(|name| format!("netns add {}", cluster.name(name))).collect();
+        run("ip", "-batch -", &spaces.join("\n"));
         cluster.join_lan("client", CLIENT);
         cluster.join_lan("near", NODE);
-        cluster.join_lan("far", ["192.168.7.2", "fd07::2"]);
-        cluster.ip("client", &format!("addr add {BARRED}/24 dev eth0"));
-        cluster.join_overlay("near", OVERLAY, ["192.168.7.2"]);
-        cluster.join_overlay("far", ["10.1.0.2", "fd10::2"], ["192.168.7.1"]);
+        cluster.join_lan("far", FAR_NODE);
+        cluster.ip(
+            "lan",
+            "link add br0 type bridge\nlink set br0 up\nlink set client master br0 up\nlink set near master br0 up
+             link set far master br0 up",
+        );
+        cluster.join_overlay("near", OVERLAY, FAR_NODE[0]);
+        cluster.join_overlay("far", FAR_OVERLAY, NODE[0]);
         cluster.add_pod("near", "podn", POD_HERE);
         cluster.add_pod("far", "podf", POD_THERE);
-        for (node, net4, net6, via4, via6) in [
-            ("near", "10.1.2.0/24", "fd12::/64", "10.1.0.2", "fd10::2"),
-            ("far", "10.1.1.0/24", "fd11::/64", OVERLAY[0], OVERLAY[1]),
-        ] {
-            cluster.ip(node, &format!("route add {net4} via {via4}"));
-            cluster.ip(node, &format!("-6 route add {net6} via {via6}"));
-        }
-        cluster.ip("client", &format!("route add {} via {}", VIP[0], NODE[0]));
-        cluster.ip("client", &format!("-6 route add {} via {}", VIP[1], NODE[1]));
+        cluster.ip(
+            "near",
+            &format!("route add 10.1.2.0/24 via {}\nroute add fd12::/64 via {}", FAR_OVERLAY[0], FAR_OVERLAY[1]),
+        );
+        cluster.ip("far", &format!("route add 10.1.1.0/24 via {}\nroute add fd11::/64 via {}", OVERLAY[0], OVERLAY[1]));
+        let [(vip4, vip6), (via4, via6)] = [VIP, NODE].map(|[ip4, ip6]| (ip4, ip6));
+        let routes = format!("addr add {BARRED}/24 dev eth0\nroute add {vip4} via {via4}\nroute add {vip6} via {via6}");
+        cluster.ip("client", &routes);
         cluster.harden();
+        cluster.wait_for_links();
         cluster
+    }
+
+    /// A link is up a second after both of its ends are (the kernel's link watch); what is sent before is lost.
+    fn wait_for_links(&self) {
+        let runs = || {
+            let state = |i: InterfaceAddress| i.flags & (InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING);
+            getifaddrs().unwrap().all(|i| state(i) != InterfaceFlags::IFF_UP)
+        };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !SPACES.iter().all(|name| self.inside(name, runs)) {
+            assert!(Instant::now() < deadline, "a link does not come up");
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     pub fn name(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
 
-    pub fn ip(&self, name: &str, words: &str) {
-        run("ip", &format!("-n {} {words}", self.name(name)));
+    /// Runs `ip` in a namespace, on each of these lines.
+    pub fn ip(&self, name: &str, lines: &str) {
+        run("ip", &format!("-n {} -batch -", self.name(name)), lines);
     }
 
-    fn join_lan(&self, name: &str, addresses: [&str; 2]) {
-        let (space, lan) = (self.name(name), self.name("lan"));
-        run("ip", &format!("-n {space} link add eth0 type veth peer name {name} netns {lan}"));
-        self.ip("lan", &format!("link set {name} master br0 up"));
-        self.ip(name, &format!("addr add {}/24 dev eth0", addresses[0]));
-        self.ip(name, &format!("addr add {}/64 dev eth0 nodad", addresses[1]));
-        self.ip(name, "link set eth0 up");
+    fn join_lan(&self, name: &str, [ip4, ip6]: [&str; 2]) {
+        let lan = self.name("lan");
+        self.ip(
+            name,
+            &format!(
+                "link set lo up
+                 link add eth0 type veth peer name {name} netns {lan}
+                 addr add {ip4}/24 dev eth0
+                 addr add {ip6}/64 dev eth0 nodad
+                 link set eth0 up"
+            ),
+        );
     }
 
-    fn join_overlay(&self, name: &str, addresses: [&str; 2], [peer]: [&str; 1]) {
-        self.ip(name, &format!("link add vx0 mtu 1450 type vxlan id 7 remote {peer} dstport 8472 dev eth0"));
-        self.ip(name, &format!("addr add {}/24 dev vx0", addresses[0]));
-        self.ip(name, &format!("addr add {}/64 dev vx0 nodad", addresses[1]));
-        self.ip(name, "link set vx0 up");
+    fn join_overlay(&self, name: &str, [ip4, ip6]: [&str; 2], peer: &str) {
+        self.ip(
+            name,
+            &format!(
+                "link add vx0 mtu 1450 type vxlan id 7 remote {peer} dstport 8472 dev eth0
+                 addr add {ip4}/24 dev vx0
+                 addr add {ip6}/64 dev vx0 nodad
+                 link set vx0 up"
+            ),
+        );
     }
 
     /// A pod whose device has a larger MTU than the overlay.
-    fn add_pod(&self, node: &str, pod: &str, addresses: [&str; 2]) {
+    fn add_pod(&self, node: &str, pod: &str, [ip4, ip6]: [&str; 2]) {
         let space = self.name(pod);
-        self.ip(node, &format!("link add {pod} type veth peer name eth0 netns {space}"));
-        self.ip(node, "addr add 169.254.1.1/32 dev lo");
-        self.ip(node, &format!("link set {pod} up"));
-        self.ip(node, &format!("addr add fe80::1/64 dev {pod} nodad"));
-        self.ip(pod, &format!("addr add {}/32 dev eth0", addresses[0]));
-        self.ip(pod, &format!("addr add {}/128 dev eth0 nodad", addresses[1]));
-        self.ip(pod, "link set eth0 up");
-        self.ip(pod, "route add 169.254.1.1 dev eth0");
-        self.ip(pod, "route add default via 169.254.1.1");
-        self.ip(pod, "-6 route add default via fe80::1 dev eth0");
-        self.ip(node, &format!("route add {}/32 dev {pod}", addresses[0]));
-        self.ip(node, &format!("-6 route add {}/128 dev {pod}", addresses[1]));
+        self.ip(
+            node,
+            &format!(
+                "link add {pod} type veth peer name eth0 netns {space}
+                 addr add 169.254.1.1/32 dev lo
+                 link set {pod} up
+                 addr add fe80::1/64 dev {pod} nodad"
+            ),
+        );
+        self.ip(
+            pod,
+            &format!(
+                "link set lo up
+                 addr add {ip4}/32 dev eth0
+                 addr add {ip6}/128 dev eth0 nodad
+                 link set eth0 up
+                 route add 169.254.1.1 dev eth0
+                 route add default via 169.254.1.1
+                 route add default via fe80::1 dev eth0"
+            ),
+        );
+        self.ip(node, &format!("route add {ip4}/32 dev {pod}\nroute add {ip6}/128 dev {pod}"));
     }
 
     /// Forwarding, strict reverse-path filtering, FORWARD policy DROP with a CNI's rules, and a network policy.
@@ -121,12 +173,13 @@ impl Cluster {
                 for name in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding", "ipv4/conf/all/rp_filter"] {
                     std::fs::write(format!("/proc/sys/net/{name}"), "1").unwrap();
                 }
-                for (tables, pods) in [("iptables", "10.1.0.0/16"), ("ip6tables", "fd10::/14")] {
-                    run(tables, "-P FORWARD DROP");
-                    run(tables, &format!("-A FORWARD -s {pods} -j ACCEPT"));
-                    run(tables, &format!("-A FORWARD -d {pods} -j ACCEPT"));
+                let barred = format!("-A FORWARD -s {BARRED} -j DROP\n");
+                for (restore, pods, first) in
+                    [("iptables-restore", "10.1.0.0/16", barred.as_str()), ("ip6tables-restore", "fd10::/14", "")]
+                {
+                    let accept = format!("-A FORWARD -s {pods} -j ACCEPT\n-A FORWARD -d {pods} -j ACCEPT\n");
+                    run(restore, "", &format!("*filter\n:FORWARD DROP\n{first}{accept}COMMIT\n"));
                 }
-                run("iptables", &format!("-I FORWARD -s {BARRED} -j DROP"));
             });
         }
     }
@@ -143,6 +196,30 @@ impl Cluster {
         })
     }
 
+    /// The near node's datapath, on its uplink and its overlay. Opened on a thread inside it.
+    pub fn open_near(&self, clsact: bool) -> Node {
+        let mut node = self.inside("near", || {
+            let place = Place::new();
+            let datapath = Datapath::open(&place.settings()).unwrap();
+            let (uplink, tunnel) = (interface_index("eth0"), interface_index("vx0"));
+            let mut node = Node::with(datapath, place, uplink, tunnel);
+            if clsact {
+                node.datapath.devices().use_clsact();
+            }
+            for (index, addresses) in [(uplink, NODE), (tunnel, OVERLAY)] {
+                let (ip4, ip6) = (addresses[0].parse().ok(), addresses[1].parse().ok());
+                node.datapath.devices().attach(&Device { index, link_layer: LinkLayer::Ethernet, ip4, ip6 }).unwrap();
+            }
+            node
+        });
+        for family in 0..2 {
+            node.address(NODE[family], ADDRESS_NODE | ADDRESS_LOCAL);
+            node.address(OVERLAY[family], ADDRESS_LOCAL);
+            node.address(VIP[family], ADDRESS_SERVICE_VIP);
+        }
+        node
+    }
+
     /// TCP and UDP servers in both pods, both families. They end with the test's process.
     pub fn serve(&self) {
         for (pod, addresses) in [("podn", POD_HERE), ("podf", POD_THERE)] {
@@ -154,6 +231,15 @@ impl Cluster {
                 thread::spawn(move || serve_udp(&socket));
             }
         }
+    }
+}
+
+/// Makes `pod_port` of the pod at `pod` a service: at `port` of the near node's addresses, and of the VIP.
+pub fn publish(node: &mut Node, port: u16, protocol: Protocol, pod: &str, pod_port: u16) {
+    let id = node.next_backend();
+    node.backend(id, pod, pod_port, protocol, POD_HERE.contains(&pod));
+    for frontends in [WILDCARD, VIP] {
+        node.frontend(frontends[usize::from(pod.contains(':'))], port, protocol, &[id]);
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub mod cluster;
+pub mod errors;
 pub mod frame;
 
 use std::collections::BTreeMap;
@@ -84,6 +85,7 @@ pub struct Node {
     pub uplink: u32,
     pub tunnel: u32,
     next_slot: u32,
+    next_backend: u32,
     pub place: Place,
 }
 
@@ -152,7 +154,7 @@ impl Node {
 
     /// A node whose namespace somebody else has made.
     pub fn with(datapath: Datapath, place: Place, uplink: u32, tunnel: u32) -> Node {
-        Node { datapath, pin_path: place.settings().pin_path, uplink, tunnel, next_slot: 0, place }
+        Node { datapath, pin_path: place.settings().pin_path, uplink, tunnel, next_slot: 0, next_backend: 1, place }
     }
 
     pub fn write(&mut self, map: MapName, key: &[u8], value: &[u8]) {
@@ -162,6 +164,12 @@ impl Node {
 
     pub fn address(&mut self, address: &str, flags: u32) {
         self.write(MapName::Addresses, &address.parse::<Ipx>().unwrap().0, &flags.to_ne_bytes());
+    }
+
+    /// An id for a backend, of a test that gives none itself.
+    pub fn next_backend(&mut self) -> u32 {
+        self.next_backend += 1;
+        self.next_backend - 1
     }
 
     /// Writes backend `id`, of service 1 and generation 1.

@@ -1,0 +1,168 @@
+//! What comes from outside to a NodePort: real clients, real pods on two nodes (see wire/cluster.rs), and ICMP errors in
+//! both directions.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use kubelane::model::Protocol;
+
+use crate::node::can_run;
+use crate::wire::cluster::{
+    CLIENT, Cluster, NODE, OVERLAY, POD_HERE, POD_PORT, POD_THERE, WILDCARD, ask, publish, transfer,
+};
+use crate::wire::errors::{assert_error, error};
+use crate::wire::frame::{ACK, Frame, SYN, tcp, udp};
+use crate::wire::{
+    self, CLIENT4, CLIENT6, LOCAL4, LOCAL6, NODE4, NODE6, PASS, REDIRECT, REMOTE4, REMOTE6, TUNNEL4, TUNNEL6,
+};
+
+/// Of a pod on the node, and of one elsewhere: the namespace, its addresses, and whom it sees as its client.
+const PODS: [(&str, [&str; 2], [&str; 2]); 2] = [("podn", POD_HERE, CLIENT), ("podf", POD_THERE, OVERLAY)];
+/// An answer that takes longer does not come, in a guest in software emulation either.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The NodePort on the near node.
+fn node_port(family: usize, port: u16) -> SocketAddr {
+    SocketAddr::new(NODE[family].parse().unwrap(), port)
+}
+
+fn udp_socket(ip: IpAddr, port: u16) -> UdpSocket {
+    let socket = UdpSocket::bind((ip, port)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+#[test]
+fn a_client_outside_reaches_pods_here_and_elsewhere_through_a_node_port_and_hears_them() {
+    if !can_run() {
+        return;
+    }
+    let cluster = Cluster::new();
+    cluster.serve();
+    let mut node = cluster.open_near(false);
+    for (port, (_, pod, seen)) in (30080..).zip(PODS) {
+        for family in 0..2 {
+            publish(&mut node, port, Protocol::Tcp, pod[family], POD_PORT);
+            publish(&mut node, port, Protocol::Udp, pod[family], POD_PORT);
+            let to = node_port(family, port);
+            cluster.inside("client", || {
+                let peer = transfer(to, 300_000, 300_000).unwrap_or_else(|e| panic!("{to}: {e}"));
+                assert_eq!(peer.to_string(), seen[family], "TCP to {to}");
+                // The longer ones are fragmented.
+                for length in [1, 1000, 3000] {
+                    assert_eq!(ask(to, length).0.to_string(), seen[family], "{length} bytes to {to}");
+                }
+            });
+        }
+    }
+    let counters = node.counters();
+    assert!(counters["icmp_too_big"] >= 2, "TCP to the pod elsewhere needs its path's MTU: {counters:?}");
+    assert!(counters["flow_local"] >= 4 && counters["flow_remote"] >= 4, "{counters:?}");
+}
+
+#[test]
+fn a_socket_that_is_gone_is_told_to_the_one_at_the_other_end_of_a_node_port() {
+    const CLOSED: u16 = 9;
+    const LATE: u16 = 8081;
+    if !can_run() {
+        return;
+    }
+    let cluster = Cluster::new();
+    let mut node = cluster.open_near(false);
+    for (port, (space, pod, seen)) in (30080..).step_by(2).zip(PODS) {
+        for family in 0..2 {
+            publish(&mut node, port, Protocol::Udp, pod[family], CLOSED);
+            publish(&mut node, port + 1, Protocol::Udp, pod[family], LATE);
+            let any = WILDCARD[family].parse().unwrap();
+            let closed = node_port(family, port);
+            let error = cluster.inside("client", || {
+                let client = udp_socket(any, 0);
+                client.connect(closed).unwrap();
+                client.send(b"anybody?").unwrap();
+                client.recv(&mut [0; 16]).unwrap_err()
+            });
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "a request to {closed}");
+
+            let late = node_port(family, port + 1);
+            let server = cluster.inside(space, || udp_socket(pod[family].parse().unwrap(), LATE));
+            // The client's socket is gone when this returns.
+            cluster.inside("client", || udp_socket(any, 0).send_to(b"late?", late)).unwrap();
+            let (_, client) = server.recv_from(&mut [0; 16]).unwrap();
+            assert_eq!(client.ip().to_string(), seen[family], "{late}");
+            server.connect(client).unwrap();
+            server.send(b"too late").unwrap();
+            let error = server.recv(&mut [0; 16]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "a reply of {late}");
+        }
+    }
+    assert_eq!(node.counters()["icmp_translated"], 8);
+}
+
+/// A packet from one end to the other.
+fn packet(protocol: Protocol, from: (&str, u16), to: (&str, u16), flags: u8) -> Frame {
+    match protocol {
+        Protocol::Tcp => tcp(from, to, flags),
+        _ => udp(from, to, &[5; 100]),
+    }
+}
+
+/// Of each family: client, router, node, pod here, pod elsewhere, the node's address towards it.
+const FAMILIES: [[&str; 6]; 2] = [
+    [CLIENT4, "203.0.113.9", NODE4, LOCAL4, REMOTE4, TUNNEL4],
+    [CLIENT6, "2001:db8:9::9", NODE6, LOCAL6, REMOTE6, TUNNEL6],
+];
+
+#[test]
+fn packets_of_a_node_port_and_errors_about_them_are_rewritten_both_ways_when_the_pod_is_here() {
+    if !can_run() {
+        return;
+    }
+    let mut node = wire::Node::new();
+    for (family, [client, router, address, pod, ..]) in FAMILIES.into_iter().enumerate() {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let id = node.next_backend();
+            node.backend(id, pod, 8080, protocol, true);
+            node.frontend(WILDCARD[family], 30080, protocol, &[id]);
+            let (from, to, pod_end) = ((client, 5000), (address, 30080), (pod, 8080));
+            let request = packet(protocol, from, to, SYN);
+            assert_eq!(node.uplink_in(&request), (PASS, request.with_ends(from, pod_end)));
+            let reply = packet(protocol, pod_end, from, SYN | ACK);
+            assert_eq!(node.uplink_out(&reply), (PASS, reply.with_ends(to, from)));
+            let (action, seen) = node.uplink_in(&error(router, &packet(protocol, to, from, ACK), 60, 1300));
+            assert_eq!(action, PASS);
+            assert_error(&seen, (router, pod), pod_end, from, 1300);
+            let (action, seen) = node.uplink_out(&error(pod, &packet(protocol, from, pod_end, ACK), 60, 1200));
+            assert_eq!(action, PASS);
+            assert_error(&seen, (address, client), from, to, 1200);
+        }
+    }
+}
+
+#[test]
+fn packets_of_a_node_port_and_errors_about_them_are_rewritten_both_ways_when_the_pod_is_elsewhere() {
+    if !can_run() {
+        return;
+    }
+    let mut node = wire::Node::new();
+    for (family, [client, router, address, _, pod, source]) in FAMILIES.into_iter().enumerate() {
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let id = node.next_backend();
+            node.backend(id, pod, 8080, protocol, false);
+            node.frontend(WILDCARD[family], 30080, protocol, &[id]);
+            let (from, to, pod_end) = ((client, 5000), (address, 30080), (pod, 8080));
+            let request = packet(protocol, from, to, SYN);
+            let (action, seen) = node.uplink_in(&request);
+            let near = (source, seen.ports().0);
+            assert_eq!((action, seen), (REDIRECT, request.with_ends(near, pod_end).living(60)));
+            let reply = packet(protocol, pod_end, near, SYN | ACK);
+            assert_eq!(node.tunnel_in(&reply), (REDIRECT, reply.with_ends(to, from).living(60)));
+            let (action, seen) = node.uplink_in(&error(router, &packet(protocol, to, from, ACK), 60, 1300));
+            assert_eq!((action, seen.ttl), (REDIRECT, 59));
+            assert_error(&seen, (source, pod), pod_end, near, 1300);
+            let (action, seen) = node.tunnel_in(&error(pod, &packet(protocol, near, pod_end, ACK), 60, 1200));
+            assert_eq!((action, seen.ttl), (REDIRECT, 59));
+            assert_error(&seen, (address, client), from, to, 1200);
+        }
+    }
+}
