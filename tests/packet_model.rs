@@ -6,6 +6,7 @@
 //! `KUBELANE_SECONDS` looks for longer.
 
 mod model;
+mod support;
 mod wire;
 
 use std::collections::BTreeMap;
@@ -80,6 +81,9 @@ fn forget(node: &Node, collector: &mut FlowCollector) {
 
 #[test]
 fn packets_fare_as_the_service_api_says_in_random_clusters_that_change() {
+    if let Err(reason) = support::preflight() {
+        return support::skip(&format!("{reason:#}"));
+    }
     let end = Instant::now() + Duration::from_secs(setting("KUBELANE_SECONDS").unwrap_or(SECONDS));
     let first = setting("KUBELANE_SEED").unwrap_or(1);
     let cases = setting("KUBELANE_CASES").unwrap_or(u64::MAX - first);
