@@ -35,6 +35,8 @@ struct Request {
     client: End,
     to: End,
     protocol: Protocol,
+    /// Comes in by the tunnel and not by the uplink: from a host behind it.
+    by_tunnel: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,14 +85,17 @@ struct Passage {
 
 /// One run over one world and what becomes of it.
 pub struct Traffic {
+    /// As of the last packet.
+    counters: Counted,
     flows: Vec<Flow>,
-    requests: HashSet<Request>,
+    requests: HashSet<(End, End, Protocol)>,
     /// Who has the replies of a backend to an address and port.
     places: HashMap<(End, End, Protocol), Request>,
     /// Where clients of Service ports with session affinity went last.
     remembered: HashMap<(Ipx, PortId), (Ipx, u16)>,
     pub packets: u64,
-    pub verdicts: BTreeMap<&'static str, u64>,
+    /// What was seen, and how often.
+    pub noted: BTreeMap<&'static str, u64>,
 }
 
 fn is_tcp(request: &Request) -> bool {
@@ -118,14 +123,15 @@ fn near_address(backend: Ipx) -> Ipx {
 }
 
 impl Traffic {
-    pub fn new() -> Traffic {
+    pub fn new(node: &mut Node) -> Traffic {
         Traffic {
+            counters: node.counters(),
             flows: vec![],
             requests: HashSet::new(),
             places: HashMap::new(),
             remembered: HashMap::new(),
             packets: 0,
-            verdicts: BTreeMap::new(),
+            noted: BTreeMap::new(),
         }
     }
 
@@ -193,9 +199,10 @@ impl Traffic {
             Family::Ipv4 => random.pick(&CLIENTS4),
             Family::Ipv6 => random.pick(&CLIENTS6),
         };
+        let by_tunnel = random.percent(10);
         // Few ports, so that a client meets one backend by several addresses and from one port.
-        let request = Request { client: (ip(address), 33_000 + random.below(200) as u16), to, protocol };
-        if !self.requests.insert(request) {
+        let request = Request { client: (ip(address), 33_000 + random.below(200) as u16), to, protocol, by_tunnel };
+        if !self.requests.insert((request.client, to, protocol)) {
             return;
         }
         let flags = match random.below(20) {
@@ -214,10 +221,10 @@ impl Traffic {
 
     /// Sends what belongs to no flow. `Some`: it made one.
     fn begin(&mut self, node: &mut Node, world: &World, request: &Request, flags: u8, bytes: usize) -> Option<Flow> {
-        let Request { client, to, protocol } = *request;
+        let Request { client, to, protocol, .. } = *request;
         let is_reset = is_tcp(request) && flags & RST != 0;
         let expected = verdict(world, client.0, to.0, to.1, protocol, is_reset);
-        let passage = self.send(node, Direction::In, None, packet(protocol, client, to, flags, bytes));
+        let passage = self.ask(node, request, packet(protocol, client, to, flags, bytes));
         let Passage { frame, action, seen, counted } = &passage;
         let context = format!("{request:?} flags {flags}: expected {expected:?}; got {action}, {seen:?}, {counted:?}");
         let name = match &expected {
@@ -256,7 +263,7 @@ impl Traffic {
                 return Some(flow);
             }
         };
-        *self.verdicts.entry(name).or_default() += 1;
+        self.note(name);
         None
     }
 
@@ -265,6 +272,9 @@ impl Traffic {
         let before = self.remembered.insert((client, port.clone()), backend);
         let before = before.filter(|(ip, number)| targets.iter().any(|t| (t.ip, t.port) == (*ip, *number)));
         assert!(before.is_none_or(|before| before == backend), "was at {before:?}: {context}");
+        if before.is_some() && targets.len() > 1 {
+            self.note("kept by affinity");
+        }
     }
 
     /// The whole packet is as it should be, counted as a new flow, and its answers will be nobody else's.
@@ -284,7 +294,7 @@ impl Traffic {
             let is_taken = own.is_some_and(|holder| *holder != request);
             assert!(!flow.target.local || is_taken, "the client's port was free: {context}");
         }
-        *self.verdicts.entry(name).or_default() += 1;
+        self.note(name);
     }
 
     /// The backend answers, and the client again: both directions, and the flow moves to the lasting table.
@@ -336,6 +346,9 @@ impl Traffic {
                 self.flows[at].stage = Stage::Closed { client_first };
             }
             (stage, n) => {
+                if flow.left {
+                    self.note("ran on without its backend");
+                }
                 let counted = self.request(node, flow, if n == 1 { SYN } else { ACK });
                 assert!(counted.is_empty(), "{flow:?}: {counted:?}");
                 if stage == Stage::Open {
@@ -350,7 +363,11 @@ impl Traffic {
         if (flow.stage != Stage::Closed { client_first: false }) {
             self.places.remove(&flow.place());
         }
-        *self.verdicts.entry("begun again").or_default() += 1;
+        self.note(if flow.stage == Stage::Opening || !is_tcp(&flow.request) {
+            "left its backend"
+        } else {
+            "opened again"
+        });
         match self.begin(node, world, &flow.request, flags, 3) {
             Some(next) => self.flows[at] = next,
             None => drop(self.flows.swap_remove(at)),
@@ -360,16 +377,17 @@ impl Traffic {
     /// Nobody has the address that the flow was opened by any more: what comes for it is left alone. The rows stay.
     fn end_with_its_address(&mut self, node: &mut Node, at: usize, flow: &Flow) {
         let frame = packet(flow.request.protocol, flow.request.client, flow.request.to, ACK, 9);
-        let Passage { frame, action, seen, counted } = self.send(node, Direction::In, None, frame);
+        let Passage { frame, action, seen, counted } = self.ask(node, &flow.request, frame);
         assert_eq!((action, seen, counted), (PASS, frame, Counted::new()), "{flow:?}");
         self.flows.swap_remove(at);
+        self.note("ended with its address");
     }
 
     /// A packet of the flow's client must reach the flow's backend.
     fn request(&mut self, node: &mut Node, flow: &Flow, flags: u8) -> Counted {
         let frame = packet(flow.request.protocol, flow.request.client, flow.request.to, flags, 9)
             .numbered(CLIENT_SEQUENCE + 1, BACKEND_SEQUENCE + 1);
-        let passage = self.send(node, Direction::In, None, frame);
+        let passage = self.ask(node, &flow.request, frame);
         assert_passed(flow, "a request", &passage, flow.seen, flow.backend());
         passage.counted
     }
@@ -379,16 +397,31 @@ impl Traffic {
         let frame = packet(flow.request.protocol, flow.backend(), flow.seen, flags, 7)
             .numbered(BACKEND_SEQUENCE, CLIENT_SEQUENCE + 1);
         let by_tunnel = [TUNNEL4, TUNNEL6].map(ip).contains(&flow.seen.0);
-        let direction = if flow.target.local { Direction::Out } else { Direction::In };
-        let device = (by_tunnel && !flow.target.local).then_some(node.tunnel);
-        let passage = self.send(node, direction, device, frame);
+        let passage = match flow.target.local {
+            true => self.send(node, Direction::Out, node.uplink, frame),
+            false => self.send(node, Direction::In, if by_tunnel { node.tunnel } else { node.uplink }, frame),
+        };
         assert_passed(flow, "a reply", &passage, flow.request.to, flow.request.client);
         passage.counted
     }
 
-    fn send(&mut self, node: &mut Node, direction: Direction, device: Option<u32>, frame: Frame) -> Passage {
+    fn note(&mut self, what: &'static str) {
+        *self.noted.entry(what).or_default() += 1;
+    }
+
+    fn ask(&mut self, node: &mut Node, request: &Request, frame: Frame) -> Passage {
+        let device = if request.by_tunnel { node.tunnel } else { node.uplink };
+        self.send(node, Direction::In, device, frame)
+    }
+
+    fn send(&mut self, node: &mut Node, direction: Direction, device: u32, frame: Frame) -> Passage {
         self.packets += 1;
-        let (outcome, counted) = node.counted(|n| n.raw(direction, device.unwrap_or(n.uplink), &frame.bytes()));
+        let outcome = node.raw(direction, device, &frame.bytes());
+        // Nothing else runs these programs: what was read after the packet before holds before this one.
+        let counters = node.counters();
+        let moved = counters.iter().map(|(name, count)| (*name, count - self.counters[name]));
+        let counted = moved.filter(|(_, by)| *by > 0).collect();
+        self.counters = counters;
         Passage { seen: parse(&outcome.frame), frame, action: outcome.action, counted }
     }
 }
