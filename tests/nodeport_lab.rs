@@ -213,6 +213,35 @@ fn source_ranges_are_followed_while_the_service_runs() {
     expect(true);
 }
 
+#[test]
+fn packets_that_are_dropped_for_the_nodes_fault_are_told_of_once_with_what_to_do() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    world(&cluster);
+    let daemons = start(&cluster);
+    let reached = || {
+        let to = SocketAddr::new(NODE1[0].parse()?, 30_002);
+        Ok(ask(By::Udp, to, SILENCE).is_ok())
+    };
+    assert!(cluster.lab.outside(reached).unwrap());
+    let told = || daemons[0].log().matches("(dropped_forwarding_off: ").count();
+    assert_eq!(told(), 0, "{}", daemons[0].log());
+    let forwarding = |value: &str| {
+        let write = || Ok(std::fs::write("/proc/sys/net/ipv4/conf/all/forwarding", value)?);
+        cluster.lab.node("node1").host.inside(write).unwrap();
+    };
+    forwarding("0");
+    // Long enough for several looks at the counters.
+    for _ in 0..4 {
+        assert!(!cluster.lab.outside(reached).unwrap());
+    }
+    let log = daemons[0].log();
+    assert_eq!(told(), 1, "{log}");
+    assert!(log.contains("sysctl -w net.ipv4.conf.all.forwarding=1"), "{log}");
+    forwarding("1");
+    assert!(cluster.lab.outside(reached).unwrap(), "nothing else is disturbed");
+    assert_eq!(told(), 1, "{log}");
+}
+
 /// Sends and reads back `kilobytes`, a bit at a time.
 fn transfer(stream: &mut TcpStream, kilobytes: usize) -> anyhow::Result<()> {
     let block: Vec<u8> = (0..1024u32).map(|n| n as u8).collect();

@@ -1,6 +1,7 @@
 //! The daemon: puts the parts together in an order in which nothing is attached before everything else is known to
 //! work, and ends with the first part that ends.
 
+mod drops;
 mod flows;
 mod retry;
 mod routes;
@@ -85,6 +86,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     parts.spawn(async move { ("flows", flows::collect(collector, metrics).await) });
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
+    let counters = Maps::open(&settings.datapath.pin_path)?;
+    parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
         k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };

@@ -1,13 +1,18 @@
 //! BPF_PROG_TEST_RUN: a packet through a program, without a device. For tests and benches.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use bytemuck::{Pod, Zeroable};
+use libbpf_rs::skel::OpenSkel;
 
 use super::devices::{Devices, Direction, LinkLayer};
+use super::load::{btf_stand_in, open_object};
+use super::pinned;
 
 /// What a program did to a packet.
 #[derive(Clone, Debug)]
@@ -74,4 +79,22 @@ pub fn run_marked(
         frame: out,
         duration: Duration::from_nanos(u64::from(options.duration)),
     })
+}
+
+/// The packet programs loaded once more, on the maps pinned below `pin_path` but for the one named `map`: there they
+/// find `stand_in`, with the same keys and values. So a test sees what they do when a map does not take a row.
+pub fn with_stand_in(pin_path: &Path, map: &str, stand_in: BorrowedFd<'_>) -> Result<Devices> {
+    let mut storage = MaybeUninit::uninit();
+    let btf = btf_stand_in()?;
+    let mut skeleton = open_object(&mut storage, btf.as_ref())?;
+    for mut theirs in skeleton.open_object_mut().maps_mut() {
+        let name = theirs.name().to_string_lossy().into_owned();
+        let pin = pinned::maps_directory(pin_path).join(&name);
+        if name == map {
+            theirs.reuse_fd(stand_in).with_context(|| format!("putting another map in the place of {name}"))?;
+        } else if pin.exists() {
+            theirs.reuse_pinned_map(&pin).with_context(|| format!("using {}", pin.display()))?;
+        }
+    }
+    Devices::new(&skeleton.load()?, pin_path)
 }

@@ -1,0 +1,212 @@
+//! Tells the log of packets and sockets that fared badly, with what to do: one line for each reason that somebody has
+//! to act upon, at once when it comes up and then once in [`INTERVAL`] while it goes on. What is a Service's own doing
+//! (no endpoint, source ranges, policy Local) is counted for the metrics and said nowhere.
+
+use std::time::{Duration, Instant};
+
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::abi::counter;
+use crate::bpf::Maps;
+
+/// Between two lines for one reason.
+const INTERVAL: Duration = Duration::from_secs(30);
+/// Between two looks at the counters.
+const EVERY: Duration = Duration::from_secs(2);
+
+/// The counters that call for somebody, and what that somebody should do.
+const REMEDIES: [(&str, &str); 10] = [
+    (
+        "failed_backend_missing",
+        "this should never be: start the daemon again, which repairs its maps, and report it with the output of \
+         `kubelane get backends -o yaml`",
+    ),
+    (
+        "failed_storage",
+        "such a socket is not ended when its backend goes, and getpeername() shows it the pod: raise the sysctl \
+         net.core.optmem_max, and look for what uses up the node's memory",
+    ),
+    (
+        "flow_table_full",
+        "a flood of new connections may now push out established ones: compare kubelane_map_entries{map=\"flows\"} with \
+         kubelane_map_capacity, see where connections come from, and spread clients over more nodes",
+    ),
+    (
+        "snat_reclaimed",
+        "connections to one backend on another node come faster than they are completed: a flood, or a backend that \
+         does not answer; more endpoints or externalTrafficPolicy Local take the load off these ports",
+    ),
+    (
+        "dropped_snat_exhausted",
+        "one backend on another node has a connection from every port of this node: add endpoints, use \
+         externalTrafficPolicy Local, or widen the range by narrowing the sysctl net.ipv4.ip_local_port_range to \
+         `32768 60999` and starting the daemon again",
+    ),
+    (
+        "dropped_snat_source",
+        "answers to that address would not be seen: find it with `ip route get` and the backend's address, and name the \
+         device that has it with --devices, or take `src` out of the route",
+    ),
+    (
+        "dropped_no_route",
+        "ask `ip route get` with the backends' addresses (`kubelane get backends`) and with the client's, and look \
+         whether the CNI is up",
+    ),
+    (
+        "dropped_forwarding_off",
+        "traffic from outside reaches no pod on another node: sysctl -w net.ipv4.conf.all.forwarding=1; sysctl -w \
+         net.ipv6.conf.all.forwarding=1, in /etc/sysctl.d as well; if `all` says 1, the device's own is 0",
+    ),
+    ("dropped_flow_table", "look for what uses up the node's memory"),
+    ("dropped_rewrite", "look for what uses up the node's memory"),
+];
+
+/// What is known of one counter.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    /// When last told of.
+    count: u64,
+    told: Option<Instant>,
+}
+
+/// What has been told so far. Pure: it is given the counters and the time.
+#[derive(Debug)]
+pub struct Drops(Vec<(&'static str, Seen)>);
+
+impl Drops {
+    /// Starts from what an earlier daemon may have told.
+    pub fn new(counters: &[(&'static str, u64)]) -> Drops {
+        Drops(counters.iter().map(|(label, count)| (*label, Seen { count: *count, told: None })).collect())
+    }
+
+    /// The lines that are due, in the order of the counters.
+    pub fn look(&mut self, counters: &[(&'static str, u64)], now: Instant) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (label, count) in counters {
+            let Some((_, remedy)) = REMEDIES.iter().find(|(name, _)| name == label) else { continue };
+            let Some((_, seen)) = self.0.iter_mut().find(|(name, _)| name == label) else { continue };
+            let rests = seen.told.is_some_and(|told| now.duration_since(told) < INTERVAL);
+            if *count <= seen.count || rests {
+                continue;
+            }
+            let times = match count - seen.count {
+                1 => "once".to_owned(),
+                n => format!("{n} times"),
+            };
+            let since = match seen.told {
+                Some(told) => format!("in the last {} s", now.duration_since(told).as_secs()),
+                None => "since the daemon started".to_owned(),
+            };
+            lines.push(format!("{} ({label}: {times} {since}); {remedy}", meaning(label)));
+            *seen = Seen { count: *count, told: Some(now) };
+        }
+        lines
+    }
+}
+
+fn meaning(label: &str) -> &'static str {
+    counter::NAMES.iter().find(|(name, _)| *name == label).map_or("", |(_, meaning)| meaning)
+}
+
+/// Runs for ever; counters that cannot be read are told of when the reason is new.
+///
+/// # Errors
+/// Never: it ends with the daemon.
+pub async fn watch(maps: Maps) -> anyhow::Result<()> {
+    let mut drops: Option<Drops> = None;
+    let mut told = None;
+    let mut ticks = interval(EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        match (maps.read_counters(), &mut drops) {
+            (Ok(counters), Some(drops)) => {
+                drops.look(&counters, Instant::now()).into_iter().for_each(|line| tracing::warn!("{line}"));
+                told = None;
+            }
+            (Ok(counters), None) => drops = Some(Drops::new(&counters)),
+            (Err(error), _) => {
+                let error = format!("{error:#}");
+                if told.as_ref() != Some(&error) {
+                    tracing::warn!("the datapath's counters cannot be read: {error}; trying again");
+                    told = Some(error);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// What Services, clients and load balancers do every day.
+    const NORMAL: [&str; 18] = [
+        "connect_translated",
+        "datagram_translated",
+        "reply_translated",
+        "peer_translated",
+        "refused_no_endpoint",
+        "refused_unknown_port",
+        "dropped_no_local_endpoint",
+        "flow_local",
+        "flow_remote",
+        "flow_midstream",
+        "flow_established",
+        "snat_retry",
+        "icmp_translated",
+        "icmp_too_big",
+        "icmp_ttl_exceeded",
+        "dropped_source_range",
+        "dropped_fragment",
+        "dropped_unknown_reset",
+    ];
+
+    const FORWARDING: &str = "dropped_forwarding_off";
+    const ROUTE: &str = "dropped_no_route";
+
+    #[test]
+    fn every_counter_either_has_a_remedy_or_is_normal() {
+        let remedies: BTreeSet<&str> = REMEDIES.iter().map(|(label, _)| *label).collect();
+        let normal = BTreeSet::from(NORMAL);
+        let all: BTreeSet<&str> = counter::NAMES.iter().map(|(label, _)| *label).collect();
+        assert!(remedies.is_disjoint(&normal));
+        assert_eq!(remedies.union(&normal).copied().collect::<BTreeSet<_>>(), all);
+    }
+
+    #[test]
+    fn a_reason_is_told_at_once_then_once_an_interval_while_it_goes_on_and_again_at_once_later() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut drops = Drops::new(&[(FORWARDING, 100)]);
+        let mut look = |count, seconds| drops.look(&[(FORWARDING, count)], at(seconds));
+        assert!(look(100, 0).is_empty(), "told by an earlier daemon");
+        let lines = look(101, 2);
+        assert_eq!(lines.len(), 1);
+        assert!(
+            lines[0].contains("forwarding` is off") && lines[0].contains("once since the daemon started"),
+            "{lines:?}"
+        );
+        assert!(lines[0].contains("sysctl -w net.ipv4.conf.all.forwarding=1"), "{lines:?}");
+        assert!(look(500, 4).is_empty() && look(600, 31).is_empty());
+        assert!(look(601, 32)[0].contains("500 times in the last 30 s"));
+        assert!(look(601, 90).is_empty() && look(601, 1000).is_empty(), "it is over");
+        assert!(look(603, 1002)[0].contains("2 times in the last 970 s"));
+    }
+
+    #[test]
+    fn each_reason_has_its_own_line_and_what_is_normal_has_none() {
+        let zeros: Vec<(&str, u64)> = counter::NAMES.iter().map(|(label, _)| (*label, 0)).collect();
+        let mut drops = Drops::new(&zeros);
+        let risen: Vec<(&str, u64)> = counter::NAMES.iter().map(|(label, _)| (*label, 7)).collect();
+        let lines = drops.look(&risen, Instant::now());
+        assert_eq!(lines.len(), REMEDIES.len());
+        for (label, remedy) in REMEDIES {
+            let of = |line: &&String| line.contains(&format!("({label}: 7 times")) && line.ends_with(remedy);
+            assert_eq!(lines.iter().filter(of).count(), 1, "{label}: {lines:?}");
+        }
+        assert!(drops.look(&[(ROUTE, 8)], Instant::now()).is_empty(), "told a moment ago");
+    }
+}

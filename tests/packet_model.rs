@@ -1,0 +1,129 @@
+//! Random clusters, and random things that happen to them, go through the daemon's real control path into the kernel's
+//! maps; packets of random clients then go through the real programs (BPF_PROG_TEST_RUN), and each must fare as a slow
+//! model of the Service API says (tests/model/).
+//!
+//! A failure names its seed, and what had happened; `KUBELANE_SEED=N KUBELANE_CASES=1` runs that one again, and
+//! `KUBELANE_SECONDS` looks for longer.
+
+mod model;
+mod support;
+mod wire;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use kubelane::bpf::FlowCollector;
+use libbpf_rs::{MapCore, MapFlags};
+use model::daemon::{Daemon, assert_empty};
+use model::random::Random;
+use model::traffic::Traffic;
+use model::world::World;
+use nix::time::{ClockId, clock_gettime};
+use wire::Node;
+
+/// How long to look; how many clusters that makes follows from the machine.
+const SECONDS: u64 = 18;
+/// What happens to a cluster before the next one.
+const EVENTS: usize = 8;
+
+/// A run that is only bounded by its time must come across all of these.
+const WORTH_SEEING: [&str; 12] = [
+    "dropped_no_local_endpoint",
+    "dropped_source_range",
+    "dropped_unknown_reset",
+    "ended with its address",
+    "kept by affinity",
+    "left its backend",
+    "local",
+    "opened again",
+    "ran on without its backend",
+    "refused",
+    "remote",
+    "untouched",
+];
+
+fn setting(name: &str) -> Option<u64> {
+    Some(std::env::var(name).ok()?.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+/// Says how to come back here, should the test fail.
+struct Story {
+    seed: u64,
+    lines: Vec<String>,
+}
+
+impl Drop for Story {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("seed {}:\n  {}", self.seed, self.lines.join("\n  "));
+        }
+    }
+}
+
+/// One cluster from its beginning to its end.
+fn one_case(node: &mut Node, daemon: &mut Daemon, seed: u64, traffic: &mut Traffic) {
+    let mut random = Random::new(seed);
+    let mut world = World::random(&mut random);
+    let mut story = Story { seed, lines: vec![format!("{world:#?}")] };
+    for _ in 0..=EVENTS {
+        daemon.follow(&world, node.datapath.maps());
+        if random.percent(10) {
+            story.lines.push("the daemon starts again".into());
+            daemon.restart(node.datapath.maps());
+        }
+        traffic.world_changed(&world);
+        traffic.run(node, &world, &mut random, 40, 30);
+        for _ in 0..1 + random.below(3) {
+            story.lines.push(world.happen(&mut random));
+        }
+    }
+    daemon.follow(&World::default(), node.datapath.maps());
+    assert_empty(node.datapath.maps());
+}
+
+/// What the programs remember of a cluster that is no more: flows by the daemon's own collection, two days later.
+fn forget(node: &Node, collector: &mut FlowCollector) {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
+    let later = (now.tv_sec() as u64 + 2 * 86_400) * 1_000_000_000;
+    collector.collect_at(usize::MAX / 4, later).unwrap();
+    assert_eq!((node.rows("flows"), node.rows("new_flows")), (0, 0), "every flow ends");
+    let affinities = node.pinned("affinities");
+    for key in affinities.keys().collect::<Vec<_>>() {
+        affinities.delete(&key).unwrap();
+    }
+    let ports = node.pinned("ports");
+    ports.update(&0u32.to_ne_bytes(), &vec![0; ports.value_size() as usize], MapFlags::ANY).unwrap();
+}
+
+#[test]
+fn packets_fare_as_the_service_api_says_in_random_clusters_that_change() {
+    if let Err(reason) = support::preflight() {
+        return support::skip(&format!("{reason:#}"));
+    }
+    let end = Instant::now() + Duration::from_secs(setting("KUBELANE_SECONDS").unwrap_or(SECONDS));
+    let first = setting("KUBELANE_SEED").unwrap_or(1);
+    let cases = setting("KUBELANE_CASES").unwrap_or(u64::MAX - first);
+    let mut node = Node::new();
+    let mut daemon = Daemon::start(node.datapath.maps());
+    assert_empty(node.datapath.maps());
+    let mut collector = node.datapath.flow_collector().unwrap();
+    let (mut clusters, mut packets) = (0u64, 0u64);
+    let mut noted = BTreeMap::new();
+    for seed in first..first + cases {
+        if Instant::now() >= end {
+            break;
+        }
+        let mut traffic = Traffic::new(&mut node);
+        one_case(&mut node, &mut daemon, seed, &mut traffic);
+        forget(&node, &mut collector);
+        clusters += 1;
+        packets += traffic.packets;
+        for (what, count) in traffic.noted {
+            *noted.entry(what).or_insert(0u64) += count;
+        }
+    }
+    println!("{clusters} clusters, {} states of them, {packets} packets: {noted:?}", clusters * (EVENTS as u64 + 1));
+    for what in WORTH_SEEING.iter().filter(|_| cases > clusters) {
+        assert!(noted.get(what).is_some_and(|count| *count > 0), "{what} was never seen: {noted:?}");
+    }
+}
