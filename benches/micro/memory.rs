@@ -33,6 +33,10 @@ impl MapIo for Memory {
     }
 
     /// As `kubelane run` sizes the maps by default.
+    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn capacity(&self, map: MapName) -> u32 {
         match map {
             MapName::Services | MapName::Addresses | MapName::SourceRanges => 131_072,
