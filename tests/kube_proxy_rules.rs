@@ -91,10 +91,13 @@ fn rules_without_a_service_of_the_family_have_no_chain_of_a_service() {
     assert!(!text.contains("KUBE-SVC-") && !text.contains("ns/"), "{text}");
 }
 
-/// Runs `work` in a network namespace that goes away with it; `false`, said aloud, where that is impossible.
-fn in_a_namespace(work: impl FnOnce() + Send) {
+/// Runs `work`, which needs `command`, in a network namespace that goes away with it. Says so where it cannot.
+fn in_a_namespace(command: &str, work: impl FnOnce() + Send) {
     if !nix::unistd::geteuid().is_root() {
         return support::skip("needs root: it makes a network namespace");
+    }
+    if !support::process::in_path(command) {
+        return support::skip(&format!("needs {command} (`make setup` installs it)"));
     }
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -107,7 +110,7 @@ fn in_a_namespace(work: impl FnOnce() + Send) {
 
 #[test]
 fn the_kernel_takes_the_iptables_rules_of_both_families() {
-    in_a_namespace(|| {
+    in_a_namespace(load::iptables_command(Family::V4), || {
         for family in FAMILIES {
             load::iptables(family, &iptables::render(&world(), family)).unwrap();
         }
@@ -116,7 +119,7 @@ fn the_kernel_takes_the_iptables_rules_of_both_families() {
 
 #[test]
 fn the_kernel_takes_the_nftables_rules_of_both_families() {
-    in_a_namespace(|| {
+    in_a_namespace("nft", || {
         for family in FAMILIES {
             load::nftables(&nftables::render(&world(), family)).unwrap();
         }

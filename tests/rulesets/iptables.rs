@@ -211,7 +211,8 @@ impl<'a> ServiceRules<'a> {
         if self.serves(is_local) {
             let chain = self.policy_chain(is_local);
             tables.nat.add(format_args!(
-                "-A KUBE-SERVICES -m comment --comment \"{title} cluster IP\" {protocol} -d {ip} --dport {port} -j {chain}"
+                "-A KUBE-SERVICES -m comment --comment \"{title} cluster IP\" {protocol} -d {ip} --dport {port} -j \
+                 {chain}"
             ));
         } else {
             let (why, verdict) = self.refusal();
@@ -249,8 +250,8 @@ impl<'a> ServiceRules<'a> {
             self.write_external(tables, ip, "loadbalancer IP", chain);
             if is_guarded {
                 tables.filter.add(format_args!(
-                    "-A KUBE-PROXY-FIREWALL -m comment --comment \"{title} traffic not accepted by {chain}\" {protocol} \
-                     -d {ip} --dport {port} -j DROP"
+                    "-A KUBE-PROXY-FIREWALL -m comment --comment \"{title} traffic not accepted by {chain}\" \
+                     {protocol} -d {ip} --dport {port} -j DROP"
                 ));
             }
         }
@@ -276,8 +277,8 @@ impl<'a> ServiceRules<'a> {
         if port != 0 && !self.serves(self.service.external_local) {
             let (why, verdict) = self.refusal();
             tables.filter.add(format_args!(
-                "-A KUBE-EXTERNAL-SERVICES -m comment --comment \"{title} {why}\" -m addrtype --dst-type LOCAL {protocol} \
-                 --dport {port} -j {verdict}"
+                "-A KUBE-EXTERNAL-SERVICES -m comment --comment \"{title} {why}\" -m addrtype --dst-type LOCAL \
+                 {protocol} --dport {port} -j {verdict}"
             ));
         }
         if self.service.health_check_node_port != 0 {

@@ -43,8 +43,8 @@ impl Family {
 /// What a node's kube-proxy knows.
 #[derive(Clone, Debug, Default)]
 pub struct World {
-    /// Ranges of the cluster's pods (`--cluster-cidr`), at most one of a family. Without one, kube-proxy takes no
-    /// client for a pod.
+    /// Ranges whose clients count as pods of this node, at most one of a family: `--cluster-cidr`, or with
+    /// `detectLocalMode: NodeCIDR` the node's own. Without one, kube-proxy takes no client for a pod.
     pub pods: Vec<IpNet>,
     /// The node's primary addresses.
     pub node: Vec<IpAddr>,

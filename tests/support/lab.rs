@@ -79,6 +79,11 @@ impl Place {
         netns::inside(&self.netns, work)
     }
 
+    /// Sets sysctls below /proc/sys/net in this namespace.
+    pub fn sysctl(&self, settings: &[(&str, &str)]) -> anyhow::Result<()> {
+        netns::sysctl(&self.netns, settings)
+    }
+
     /// Runs `ip` commands in this namespace.
     pub fn ip(&self, commands: &[&str]) -> anyhow::Result<()> {
         let name = self.netns.file_name().and_then(|name| name.to_str());
@@ -159,6 +164,14 @@ impl Lab {
     /// them, at 172.31.0.1 and fd31::1.
     pub fn outside<T: Send>(&self, work: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
         netns::inside(&netns::path(&self.netns_name("underlay")), work)
+    }
+
+    /// A client process where [`Lab::outside`] is.
+    pub fn client_outside(&self) -> anyhow::Result<Client> {
+        let cgroup = cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{}", self.id)).join("outside");
+        fs::create_dir_all(&cgroup).with_context(|| format!("creating {}", cgroup.display()))?;
+        let (netns, log) = (netns::path(&self.netns_name("underlay")), self.dir.join("outside.log"));
+        Client::new(Process::spawn(&netns, &cgroup, &log, &lab_binary()?, &["client"])?)
     }
 
     /// Lets the client outside reach `network` by `node`, as a load balancer's announcement would.
