@@ -142,7 +142,7 @@ struct service_name {
 
 /* Who is remembered by session affinity. */
 enum client_kind {
-	CLIENT_NETWORK_NAMESPACE = 0, /* identity: the namespace's cookie, 8 bytes in host order, then zeros */
+	CLIENT_NETWORK_NAMESPACE = 0, /* identity: the namespace's cookie, 8 bytes in host order; 4 or 6; zeros */
 	CLIENT_ADDRESS = 1, /* identity: the client's address */
 };
 

@@ -103,7 +103,9 @@ static __always_inline int fail_empty(const struct pool *pool, __u8 protocol)
 	return fail_with(ECONNREFUSED);
 }
 
-static __always_inline struct choice choose_backend(void *ctx, const struct frontend *frontend, const struct pool *pool)
+/* `target`: what the socket asks for. Each family remembers backends of its own. */
+static __always_inline struct choice choose_backend(void *ctx, const struct frontend_key *target,
+						    const struct frontend *frontend, const struct pool *pool)
 {
 	struct affinity_key key = {.service_id = frontend->service_id, .kind = CLIENT_NETWORK_NAMESPACE};
 	__u64 cookie;
@@ -113,6 +115,7 @@ static __always_inline struct choice choose_backend(void *ctx, const struct fron
 	/* A socket's source address is not chosen yet; the network namespace is the pod. */
 	cookie = bpf_get_netns_cookie(ctx);
 	__builtin_memcpy(key.client, &cookie, sizeof(cookie));
+	key.client[sizeof(cookie)] = address_is_ip4(&target->address) ? 4 : 6;
 	return backend_pick_affine(&key, frontend, pool);
 }
 
@@ -151,7 +154,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 		return 1;
 	if (!frontend.inside.count)
 		return fail_empty(&frontend.inside, request->target.protocol);
-	choice = choose_backend(ctx, &frontend, &frontend.inside);
+	choice = choose_backend(ctx, &request->target, &frontend, &frontend.inside);
 	if (!choice.backend) {
 		count(COUNTER_FAILED_BACKEND_MISSING);
 		return 1;
@@ -184,7 +187,7 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 			return 1;
 		if (!frontend.inside.count)
 			return fail_empty(&frontend.inside, request->target.protocol);
-		choice = choose_backend(ctx, &frontend, &frontend.inside);
+		choice = choose_backend(ctx, &request->target, &frontend, &frontend.inside);
 		if (!choice.backend) {
 			count(COUNTER_FAILED_BACKEND_MISSING);
 			return 1;
