@@ -137,9 +137,6 @@ fn groups(place: &'static str, phase: Phase) -> VecDeque<(&'static Spec, Vec<Cel
     for service in &SERVICES {
         for kind in 0..4 {
             let (is_udp, is_ipv6) = (kind & 1 != 0, kind & 2 != 0);
-            if service.only_ipv6.is_some_and(|only| only != is_ipv6) {
-                continue;
-            }
             let mut cells = Vec::new();
             for port in 0..service.ports {
                 let of = |target| Cell { place, service: service.name, port, is_udp, is_ipv6, target };

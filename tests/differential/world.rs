@@ -28,8 +28,6 @@ pub struct Spec {
     /// Clients that the load balancer IPs accept; everyone when empty.
     pub ranges: &'static [&'static str],
     pub is_affine: bool,
-    /// Which family is asked; both when `None`.
-    pub only_ipv6: Option<bool>,
     /// How many of [`PORTS`] it has.
     pub ports: usize,
 }
@@ -42,7 +40,6 @@ const PLAIN: Spec = Spec {
     external_local: false,
     ranges: &[],
     is_affine: false,
-    only_ipv6: None,
     ports: 1,
 };
 
@@ -51,7 +48,7 @@ use State::{Leaving, Ready, Useless};
 const AB: &[(&str, State)] = &[("a", Ready), ("b", Ready)];
 
 /// Pod `a` is on node1, `b` and `c` are on node2.
-pub const SERVICES: [Spec; 16] = [
+pub const SERVICES: [Spec; 15] = [
     Spec { name: "here", number: 1, pods: &[("a", Ready)], ..PLAIN },
     Spec { name: "there", number: 2, pods: &[("b", Ready)], ..PLAIN },
     Spec { name: "both", number: 3, pods: AB, ..PLAIN },
@@ -72,8 +69,7 @@ pub const SERVICES: [Spec; 16] = [
     },
     Spec { name: "open-out", number: 12, pods: &[("a", Ready)], ranges: &["172.31.0.1/32", "fd31::1/128"], ..PLAIN },
     Spec { name: "open-in", number: 13, pods: &[("a", Ready)], ranges: &["10.244.0.0/16", "fd44::/48"], ..PLAIN },
-    Spec { name: "affine", number: 14, pods: AB, is_affine: true, only_ipv6: Some(false), ..PLAIN },
-    Spec { name: "affine-6", number: 16, pods: AB, is_affine: true, only_ipv6: Some(true), ..PLAIN },
+    Spec { name: "affine", number: 14, pods: AB, is_affine: true, ..PLAIN },
     Spec { name: "ports", number: 15, pods: &[("c", Ready)], ranges: &["172.31.0.0/24"], ports: 2, ..PLAIN },
 ];
 
