@@ -358,6 +358,16 @@ static __always_inline int wire_redirect(struct __sk_buff *skb, const struct pac
 	return bpf_redirect_neigh(route.interface, &route.next, sizeof(route.next), 0);
 }
 
+/* A flow that is opened again has new rows before its SYN reaches the backend. One that the backend accepts on an ended
+ * flow's ports came to it directly, from a client that can: it is not ours. */
+static __always_inline int reply_is_anothers(const struct packet *packet, const struct flow *flow)
+{
+	__u32 accepting = TCP_SYN | TCP_ACK;
+
+	return packet->tuple.protocol == IPPROTO_TCP && (packet->tcp_flags & accepting) == accepting &&
+	       flow_is_closed(flow);
+}
+
 /* A packet that leaves and may be a local backend's reply. */
 static __noinline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 {
@@ -375,6 +385,10 @@ static __noinline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 	flow = flow_find(&packet.tuple, &proved);
 	if (!flow || !(flow->kind & FLOW_AT_EGRESS))
 		return TC_ACT_UNSPEC;
+	if (reply_is_anothers(&packet, flow)) {
+		flow_remove(&packet.tuple);
+		return TC_ACT_UNSPEC;
+	}
 	if (!proved)
 		flow_note_reply(flow, &packet);
 	flow_track(flow, &packet, proved, clock_ns());
