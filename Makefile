@@ -15,6 +15,7 @@ NEEDED := \
 	command:pkg-config:pkg-config \
 	command:ip:iproute2 \
 	command:iptables:iptables \
+	command:nft:nftables \
 	command:bpftool:bpftool \
 	file:/usr/lib/cni/portmap:containernetworking-plugins \
 	file:/usr/include/libelf.h:libelf-dev \

@@ -64,6 +64,10 @@ impl Sockets {
             Request::Peer { socket } => return address(self.get(*socket)?.1.peer_addr()?),
             Request::Local { socket } => return address(self.get(*socket)?.1.local_addr()?),
             Request::Close { socket } => drop(self.open.remove(socket)),
+            Request::Abort { socket } => {
+                self.get(*socket)?.1.set_linger(Some(Duration::ZERO))?;
+                self.open.remove(socket);
+            }
             Request::Ask { kind, to, times, unconnected } => {
                 return Ok(counts(*times, || if *unconnected { ask_at(*kind, *to) } else { ask(*kind, *to) }));
             }

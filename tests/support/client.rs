@@ -164,4 +164,9 @@ impl Socket<'_> {
     pub fn close(self) -> Result<(), Errno> {
         self.client.step(&Request::Close { socket: self.socket }).map(drop)
     }
+
+    /// Closes a stream with a reset: nothing is left of the connection at either end.
+    pub fn abort(self) -> Result<(), Errno> {
+        self.client.step(&Request::Abort { socket: self.socket }).map(drop)
+    }
 }

@@ -187,6 +187,14 @@ impl Lab {
         netns::inside(&self.underlay(), work)
     }
 
+    /// A client process where [`Lab::outside`] is.
+    pub fn client_outside(&self) -> anyhow::Result<Client> {
+        let cgroup = cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{}", self.id)).join("outside");
+        fs::create_dir_all(&cgroup).with_context(|| format!("creating {}", cgroup.display()))?;
+        let (netns, log) = (netns::path(&self.netns_name("underlay")), self.dir.join("outside.log"));
+        Client::new(Process::spawn(&netns, &cgroup, &log, &lab_binary()?, &["client"])?)
+    }
+
     /// Lets the client outside reach `network` by `node`, as a load balancer's announcement would.
     pub fn route_outside(&self, network: &str, node: &str) -> anyhow::Result<()> {
         let by = &self.node(node).host;

@@ -66,6 +66,10 @@ pub enum Request {
     Close {
         socket: u32,
     },
+    /// Closes a stream with a reset.
+    Abort {
+        socket: u32,
+    },
     /// `times` new sockets, each connected (or not, for datagrams with `unconnected`), each asking once who answers.
     Ask {
         kind: Kind,

@@ -1,0 +1,41 @@
+//! A client on one node that reaches a pod of the other both by a NodePort there and directly, from the same port.
+#![cfg(feature = "lab")]
+
+mod support;
+
+use std::net::SocketAddr;
+
+use serde_json::json;
+
+use support::cluster::{Cluster, vip};
+use support::daemon::Daemon;
+use support::manifests::port;
+use support::wire::Kind;
+
+/// Where pods serve TCP, closing nothing by themselves.
+const TARGET: u16 = 9000;
+
+#[test]
+fn a_port_that_served_for_a_node_port_serves_for_the_pod_itself_next() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let mut object = port("tcp", "TCP", 80);
+    object["nodePort"] = json!(30_001);
+    let changes = json!({"spec": {"type": "NodePort"}});
+    cluster.put_with("one", 1, json!([object]), changes, &[("tcp", "TCP", TARGET)], &cluster.ready(&["b"]));
+    let _daemons = ["node1", "node2"].map(|node| Daemon::start(&cluster.lab, node, &cluster.manifests.dir).unwrap());
+    let host = &cluster.lab.node("node1").host;
+    let mut client = host.client().unwrap();
+    for (family, kind) in [Kind::Tcp4, Kind::Tcp6].into_iter().enumerate() {
+        let by_node_port = SocketAddr::new(cluster.lab.node("node2").host.addresses()[family], 30_001);
+        let directly = SocketAddr::new(cluster.lab.pod("b").addresses()[family], TARGET);
+        for (local, then) in [(20_001, directly), (20_002, vip(1, 80)[family])] {
+            for to in [by_node_port, then, by_node_port] {
+                let mut socket = client.open(kind).unwrap();
+                socket.bind(SocketAddr::new(host.addresses()[family], local)).unwrap();
+                socket.connect(to).unwrap_or_else(|errno| panic!("{local} -> {to}: {errno}"));
+                assert_eq!(socket.ask().as_deref(), Ok("b"), "{local} -> {to}");
+                socket.abort().unwrap();
+            }
+        }
+    }
+}
