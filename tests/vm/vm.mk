@@ -1,12 +1,11 @@
 # `make test-vm`: the tests of VM_TESTS on Debian's kernels, in software emulation (see tests/vm/matrix).
 
 # Integration tests that run in the guests. kernel_matrix prints what the table shows.
-VM_TESTS ?= kernel_matrix bpf_lifecycle wire_devices packet_local packet_remote packet_verdicts
+VM_TESTS ?= kernel_matrix bpf_lifecycle wire_devices packet_remote packet_verdicts
 
 # Tests of these that do not run there: they send tens of thousands of packets, which takes minutes in emulation, and
 # ask about arithmetic and table sizes, which are the same on every kernel.
 VM_SKIP ?= \
-	a_udp_checksum_that_becomes_zero_is_sent_as_ffff \
 	one_clients_ports_never_meet_and_a_port_used_again_is_given_the_same_one \
 	many_clients_share_the_range_until_established_ones_fill_it \
 	a_flood_of_unproved_flows_takes_places_from_itself_only
