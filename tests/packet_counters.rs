@@ -18,7 +18,7 @@ use kubelane::bpf::run::{run, with_stand_in};
 use kubelane::model::{Ipx, Protocol};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use nix::time::{ClockId, clock_gettime};
-use wire::frame::{ACK, Frame, Inside, RST, SYN, ip, parse, tcp, udp};
+use wire::frame::{ACK, Frame, Inside, RST, SYN, ip, parse, sctp, tcp, udp};
 use wire::{CLIENT4, DROP, LOCAL4, NODE4, Node, PASS, REDIRECT, REMOTE4, TUNNEL4, VIP4, ip_command, set_sysctl};
 
 /// Counters that no test can move, and why.
@@ -248,6 +248,12 @@ const CASES: &[Case] = &[
         becomes: Becomes::Dropped,
     },
     Case {
+        moves: &[("dropped_sctp_port", 1)],
+        prepare: |n| serve(n, 121, Protocol::Sctp, LOCAL4),
+        packet: || sctp(FROM, to(121), b"chunks.."),
+        becomes: Becomes::Dropped,
+    },
+    Case {
         // The last one: no packet is forwarded afterwards.
         moves: &[("dropped_forwarding_off", 1)],
         prepare: |n| {
@@ -307,6 +313,23 @@ fn each_packet_moves_its_own_counters_and_no_others() {
             map.keys().collect::<Vec<_>>().iter().for_each(|key| map.delete(key).unwrap());
         }
     }
+}
+
+/// Of packets that come too fast to be answered one by one.
+const FLOODED: &str = "dropped_answer_limit";
+
+#[test]
+fn a_flood_of_packets_that_nobody_serves_is_answered_so_far_and_no_further() {
+    let Some(mut node) = node_or_skip() else { return };
+    serve_by(&mut node, 109, &[]);
+    let packet = tcp(FROM, to(109), SYN).bytes();
+    let (sent, moved) = node.counted(|n| {
+        let answered = |n: &mut Node| n.raw(Direction::In, n.uplink, &packet).action == REDIRECT;
+        let sent = (1..1_000_000u64).find(|_| !answered(n));
+        sent.expect("an end to the answers")
+    });
+    assert!(sent > 100, "{sent}");
+    assert_eq!(moved, [("refused_no_endpoint", sent), (FLOODED, 1)].into());
 }
 
 /// Counters of packets that a map does not take; the map is a hash with one row's room in the place of the real one.
@@ -443,7 +466,7 @@ fn every_counter_has_a_case() {
     let packets = CASES.iter().flat_map(|case| case.moves);
     let calls = SOCKET_CASES.iter().chain([&NO_STORAGE]).flat_map(|(moves, _)| moves.iter());
     let moved: BTreeSet<&str> =
-        packets.chain(calls).map(|(name, _)| *name).chain(FULL_MAPS.map(|(name, _)| name)).collect();
+        packets.chain(calls).map(|(name, _)| *name).chain(FULL_MAPS.map(|(name, _)| name)).chain([FLOODED]).collect();
     let out_of_reach: BTreeSet<&str> = OUT_OF_REACH.iter().map(|(name, _)| *name).collect();
     let all: BTreeSet<&str> = counter::NAMES.iter().map(|(name, _)| *name).collect();
     let missing: Vec<_> = all.iter().filter(|name| !moved.contains(*name) && !out_of_reach.contains(*name)).collect();

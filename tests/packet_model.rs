@@ -27,11 +27,12 @@ const SECONDS: u64 = 18;
 const EVENTS: usize = 8;
 
 /// A run that is only bounded by its time must come across all of these.
-const WORTH_SEEING: [&str; 12] = [
+const WORTH_SEEING: [&str; 13] = [
     "dropped_no_local_endpoint",
+    "dropped_sctp_port",
     "dropped_source_range",
     "dropped_unknown_reset",
-    "ended with its address",
+    "its own client",
     "kept by affinity",
     "left its backend",
     "local",

@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_secs(2);
 
 /// The counters that call for somebody, and what that somebody should do.
-const REMEDIES: [(&str, &str); 10] = [
+const REMEDIES: [(&str, &str); 11] = [
     (
         "failed_backend_missing",
         "this should never be: start the daemon again, which repairs its maps, and report it with the output of \
@@ -56,6 +56,12 @@ const REMEDIES: [(&str, &str); 10] = [
         "dropped_forwarding_off",
         "traffic from outside reaches no pod on another node: sysctl -w net.ipv4.conf.all.forwarding=1; sysctl -w \
          net.ipv6.conf.all.forwarding=1, in /etc/sysctl.d as well; if `all` says 1, the device's own is 0",
+    ),
+    (
+        "dropped_answer_limit",
+        "whoever gets no answer waits for its time-out instead of failing at once: kubelane_datapath_verdicts_total says \
+         what is answered (refused_no_endpoint, icmp_too_big, icmp_ttl_exceeded); look for a client that tries thousands \
+         of times a second",
     ),
     ("dropped_flow_table", "look for what uses up the node's memory"),
     ("dropped_rewrite", "look for what uses up the node's memory"),
@@ -143,7 +149,7 @@ mod tests {
     use super::*;
 
     /// What Services, clients and load balancers do every day.
-    const NORMAL: [&str; 18] = [
+    const NORMAL: [&str; 19] = [
         "connect_translated",
         "datagram_translated",
         "reply_translated",
@@ -160,6 +166,7 @@ mod tests {
         "icmp_too_big",
         "icmp_ttl_exceeded",
         "dropped_source_range",
+        "dropped_sctp_port",
         "dropped_fragment",
         "dropped_unknown_reset",
     ];

@@ -272,8 +272,12 @@ fn what_is_odd_is_named() {
     for (service, slices, message) in [
         (&named, &[http("10.1.0.1")][..], "Service port admin: no EndpointSlice has a TCP port of that name"),
         (&twice, &[http("10.1.0.1")], "port http: another port has this name already: left out"),
-        (&sctp, &[sctp_slice], "port 5000: SCTP is served to packets from the wire only (there is no hook for sockets), and only where the \
-             endpoints' port is the one that is asked for (its checksum rules out another)"),
+        (
+            &sctp,
+            &[sctp_slice],
+            "port 5000: SCTP is served to packets from the wire only (there is no hook for sockets), and only where the \
+             endpoints' port is the one that is asked for (its checksum rules out another)",
+        ),
     ] {
         let warning = Warning { subject: "Service default/web".into(), message: message.into() };
         assert_eq!(run(service, slices).warnings, [warning]);

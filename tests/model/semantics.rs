@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kubelane::model::{Endpoint, Family, IpRange, Ipx, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 
-use super::world::{HERE, World, outward, owner};
+use super::world::{HERE, World, owner};
 
 /// A Service port: what session affinity is kept for, and what a backend belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -78,16 +78,6 @@ pub fn verdict(world: &World, client: Ipx, to: Ipx, number: u16, protocol: Proto
 pub fn port_at(world: &World, to: Ipx, number: u16, protocol: Protocol) -> Option<PortId> {
     let (service, port, _) = served_by(world, to, number, protocol)?;
     Some(PortId { service: service.name.clone(), name: port.name.clone(), protocol })
-}
-
-/// Whether it is some Service's external or load balancer IP.
-pub fn is_external(world: &World, ip: Ipx) -> bool {
-    world.services.values().any(|s| s.external_ips.contains(&ip) || s.load_balancer_ips.contains(&ip))
-}
-
-/// Whether packets to this address are looked at: it is a Service's or this node's.
-pub fn is_looked_at(world: &World, ip: Ipx) -> bool {
-    is_external(world, ip) || world.nodeport.contains(&ip) || outward().contains(&ip)
 }
 
 /// Whether the pod may still serve the Service port: ready, or serving while it terminates.

@@ -7,24 +7,23 @@ use kubelane::bpf::Direction;
 use kubelane::model::{Family, Ipx, Protocol};
 
 use super::random::Random;
-use super::semantics::{PortId, Target, Verdict, is_affine, is_external, is_looked_at, is_usable, port_at, verdict};
+use super::semantics::{PortId, Target, Verdict, is_affine, is_usable, port_at, verdict};
 use super::world::{World, ip};
 use crate::wire::frame::{ACK, FIN, Frame, Inside, RST, SYN, parse};
 use crate::wire::{DROP, NODE4, NODE6, Node, PASS, REDIRECT, TUNNEL4, TUNNEL6};
 
 /// The private range beside the usual `ip_local_port_range` and the NodePorts.
 const PRIVATE_PORTS: std::ops::Range<u16> = 1024..30_000;
-const CLIENTS4: [&str; 6] =
-    ["198.51.100.7", "198.51.100.9", "198.51.100.130", "203.0.113.5", "203.0.114.5", "10.0.0.20"];
-const CLIENTS6: [&str; 5] = ["2001:db8:7::7", "2001:db8:7::9", "2001:db8:8::1", "2001:db8:9::1", "fd00::20"];
+/// The last ones are pods, here and elsewhere: what they ask goes out to a load balancer and comes back.
+const CLIENTS4: [&str; 7] =
+    ["198.51.100.7", "198.51.100.9", "198.51.100.130", "203.0.113.5", "203.0.114.5", "10.0.0.20", "10.1.0.20"];
+const CLIENTS6: [&str; 6] =
+    ["2001:db8:7::7", "2001:db8:7::9", "2001:db8:8::1", "2001:db8:9::1", "fd00::20", "fd01::20"];
 /// The backends' first sequence number, and the clients'.
 const BACKEND_SEQUENCE: u32 = 7000;
 const CLIENT_SEQUENCE: u32 = 1000;
 /// May move with any new flow: how often a port was taken is the hash's business.
 const CHANCE: [&str; 1] = ["snat_retry"];
-
-/// A UDP flow is left when its frontend becomes another Service port's.
-const HANDS_OVER_AT_ONCE: bool = false;
 
 type End = (Ipx, u16);
 type Counted = BTreeMap<&'static str, u64>;
@@ -58,8 +57,6 @@ struct Flow {
     /// What the backend sees as its client.
     seen: End,
     stage: Stage,
-    /// Asked for by a NodePort.
-    by_node_port: bool,
     /// The backend was not to be had for a while, or is not now.
     left: bool,
 }
@@ -105,10 +102,10 @@ fn is_tcp(request: &Request) -> bool {
 fn packet(protocol: Protocol, from: End, to: End, flags: u8, bytes: usize) -> Frame {
     let ports = (from.1, to.1);
     let data = vec![bytes as u8; bytes];
-    let inside = if protocol == Protocol::Tcp {
-        Inside::Tcp { ports, flags, sequence: CLIENT_SEQUENCE, acknowledgement: 0, data }
-    } else {
-        Inside::Udp { ports, checked: true, data }
+    let inside = match protocol {
+        Protocol::Tcp => Inside::Tcp { ports, flags, sequence: CLIENT_SEQUENCE, acknowledgement: 0, data },
+        Protocol::Udp => Inside::Udp { ports, checked: true, data },
+        Protocol::Sctp => Inside::Sctp { ports, tag: 1, data },
     };
     Frame { source: from.0.to_ip(), destination: to.0.to_ip(), ttl: 61, inside }
 }
@@ -119,6 +116,16 @@ fn near_address(backend: Ipx) -> Ipx {
     match backend.family() {
         Family::Ipv4 => ip(if text.starts_with("10.244.") { TUNNEL4 } else { NODE4 }),
         Family::Ipv6 => ip(if text.starts_with("fd44:") { TUNNEL6 } else { NODE6 }),
+    }
+}
+
+/// Whom the backend sees: its client, or, if it is elsewhere, this node. A pod that is its own client sees the
+/// Service, or it would answer to itself.
+fn seen_address(request: &Request, target: &Target) -> Ipx {
+    match target.local {
+        true if target.ip == request.client.0 => request.to.0,
+        true => request.client.0,
+        false => near_address(target.ip),
     }
 }
 
@@ -140,12 +147,6 @@ impl Traffic {
         for flow in &mut self.flows {
             flow.left |= !is_usable(world, &flow.port, flow.target.ip, flow.target.port);
         }
-        // A node's own address that was an external IP goes on to be looked at, for NodePorts: whether this port is one
-        // that ever was asked for as a NodePort decides then.
-        let node = [NODE4, NODE6].map(ip);
-        self.flows.retain(|flow| {
-            flow.by_node_port || !node.contains(&flow.request.to.0) || is_external(world, flow.request.to.0)
-        });
         self.remembered
             .retain(|(_, port), (ip, number)| is_affine(world, port) && is_usable(world, port, *ip, *number));
     }
@@ -175,7 +176,7 @@ impl Traffic {
                 }
             }
         }
-        places.retain(|((_, number), protocol)| *number != 0 && *protocol != Protocol::Sctp);
+        places.retain(|((_, number), _)| *number != 0);
         places = [&places[..]; 3].concat();
         for (address, number) in [
             ("10.96.0.1", 80),
@@ -188,7 +189,9 @@ impl Traffic {
             (NODE4, 30_003),
             ("10.9.9.9", 443),
         ] {
-            places.extend([Protocol::Tcp, Protocol::Udp].map(|protocol| ((ip(address), number), protocol)));
+            places.extend(
+                [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| ((ip(address), number), protocol)),
+            );
         }
         places
     }
@@ -201,7 +204,12 @@ impl Traffic {
         };
         let by_tunnel = random.percent(10);
         // Few ports, so that a client meets one backend by several addresses and from one port.
-        let request = Request { client: (ip(address), 33_000 + random.below(200) as u16), to, protocol, by_tunnel };
+        let port = match protocol {
+            // It keeps its port, and has no other to give way to: no two of these meet.
+            Protocol::Sctp => 40_000 + self.requests.len() as u16,
+            _ => 33_000 + random.below(200) as u16,
+        };
+        let request = Request { client: (ip(address), port), to, protocol, by_tunnel };
         if !self.requests.insert((request.client, to, protocol)) {
             return;
         }
@@ -237,9 +245,24 @@ impl Traffic {
                 counter
             }
             Verdict::Refused => {
-                assert_eq!(*counted, [("refused_no_endpoint", 1)].into(), "{context}");
-                assert_refusal(&passage);
-                "refused"
+                let is_answered = !counted.contains_key("dropped_answer_limit");
+                let mut moved = Counted::from([("refused_no_endpoint", 1)]);
+                if is_answered {
+                    assert_refusal(&passage);
+                } else {
+                    // Too many already, as the flood that this test is to the programs.
+                    moved.insert("dropped_answer_limit", 1);
+                    assert_eq!(*action, DROP, "{context}");
+                }
+                assert_eq!(*counted, moved, "{context}");
+                if is_answered { "refused" } else { "refused and not answered" }
+            }
+            Verdict::Sent { port, targets, .. } if *action == DROP => {
+                // SCTP's checksum covers ports: those of a backend must be those that were asked for.
+                let is_possible = protocol == Protocol::Sctp && targets.iter().any(|target| target.port != to.1);
+                assert!(is_possible && *counted == [("dropped_sctp_port", 1)].into(), "{context}");
+                self.remembered.remove(&(client.0, port.clone()));
+                "dropped_sctp_port"
             }
             Verdict::Sent { port, targets, affine } => {
                 let (source_port, number) = seen.ports();
@@ -249,16 +272,9 @@ impl Traffic {
                 if *affine {
                     self.assert_remembered(client.0, port, targets, backend, &context);
                 }
-                let seen = (if target.local { client.0 } else { near_address(target.ip) }, source_port);
-                let flow = Flow {
-                    request: *request,
-                    port: port.clone(),
-                    target,
-                    seen,
-                    stage: Stage::Opening,
-                    by_node_port: !is_external(world, to.0),
-                    left: false,
-                };
+                let seen = (seen_address(request, &target), source_port);
+                let flow =
+                    Flow { request: *request, port: port.clone(), target, seen, stage: Stage::Opening, left: false };
                 self.assert_sent(&flow, &passage, is_tcp(request) && flags & SYN == 0, &context);
                 return Some(flow);
             }
@@ -279,7 +295,11 @@ impl Traffic {
 
     /// The whole packet is as it should be, counted as a new flow, and its answers will be nobody else's.
     fn assert_sent(&mut self, flow: &Flow, passage: &Passage, midstream: bool, context: &str) {
-        let name = if flow.target.local { "local" } else { "remote" };
+        let name = match flow.target.local {
+            true if flow.target.ip == flow.request.client.0 => "its own client",
+            true => "local",
+            false => "remote",
+        };
         let mut moved: Counted = [(if flow.target.local { "flow_local" } else { "flow_remote" }, 1)].into();
         moved.extend(midstream.then_some(("flow_midstream", 1)));
         let counted = passage.counted.clone().into_iter().filter(|(name, _)| !CHANCE.contains(name));
@@ -288,11 +308,14 @@ impl Traffic {
         let request = flow.request;
         let holder = self.places.insert(flow.place(), request);
         assert!(holder.is_none_or(|holder| holder == request), "the place of {holder:?}: {context}");
-        if flow.seen != request.client {
+        if request.protocol == Protocol::Sctp {
+            assert_eq!((flow.seen.1, flow.target.port), (request.client.1, request.to.1), "{context}");
+        } else if !flow.target.local {
             assert!(PRIVATE_PORTS.contains(&flow.seen.1), "{context}");
-            let own = self.places.get(&(flow.backend(), request.client, request.protocol));
-            let is_taken = own.is_some_and(|holder| *holder != request);
-            assert!(!flow.target.local || is_taken, "the client's port was free: {context}");
+        } else if flow.seen.1 != request.client.1 {
+            assert!(PRIVATE_PORTS.contains(&flow.seen.1), "{context}");
+            let own = self.places.get(&(flow.backend(), (flow.seen.0, request.client.1), request.protocol));
+            assert!(own.is_some_and(|holder| *holder != request), "the client's port was free: {context}");
         }
         self.note(name);
     }
@@ -309,14 +332,11 @@ impl Traffic {
     /// One more packet of a known flow, or several that end it.
     fn go_on(&mut self, node: &mut Node, world: &World, random: &mut Random, at: usize) {
         let flow = self.flows[at].clone();
-        if !is_looked_at(world, flow.request.to.0) {
-            return self.end_with_its_address(node, at, &flow);
-        }
         if is_tcp(&flow.request) {
             return self.go_on_tcp(node, world, random, at, &flow);
         }
         let owner = port_at(world, flow.request.to.0, flow.request.to.1, flow.request.protocol);
-        let is_anothers = HANDS_OVER_AT_ONCE && owner.is_some_and(|owner| owner != flow.port);
+        let is_anothers = owner.is_some_and(|owner| owner != flow.port);
         if flow.left || is_anothers {
             return self.begin_again(node, world, at, &flow, SYN);
         }
@@ -372,15 +392,6 @@ impl Traffic {
             Some(next) => self.flows[at] = next,
             None => drop(self.flows.swap_remove(at)),
         }
-    }
-
-    /// Nobody has the address that the flow was opened by any more: what comes for it is left alone. The rows stay.
-    fn end_with_its_address(&mut self, node: &mut Node, at: usize, flow: &Flow) {
-        let frame = packet(flow.request.protocol, flow.request.client, flow.request.to, ACK, 9);
-        let Passage { frame, action, seen, counted } = self.ask(node, &flow.request, frame);
-        assert_eq!((action, seen, counted), (PASS, frame, Counted::new()), "{flow:?}");
-        self.flows.swap_remove(at);
-        self.note("ended with its address");
     }
 
     /// A packet of the flow's client must reach the flow's backend.

@@ -82,7 +82,7 @@ fn service_ports(random: &mut Random) -> Vec<ServicePort> {
     let wanted = 1 + random.below(3);
     for name in PORT_NAMES.into_iter().take(wanted) {
         let protocol = match random.below(20) {
-            0 => Protocol::Sctp,
+            0 | 1 => Protocol::Sctp,
             n if n < 11 => Protocol::Tcp,
             _ => Protocol::Udp,
         };
@@ -324,7 +324,10 @@ impl World {
         for port in &service.ports {
             if random.percent(90) {
                 let (name, protocol) = (port.name.clone(), port.protocol);
-                ports.push(SlicePort { name, protocol, port: random.pick(&[8080, 8081, 9000]) });
+                // SCTP goes where the port is the same only.
+                let same = protocol == Protocol::Sctp && random.percent(70);
+                let port = if same { port.port } else { random.pick(&[8080, 8081, 9000]) };
+                ports.push(SlicePort { name, protocol, port });
             }
         }
         let mut endpoints: Vec<Endpoint> = Vec::new();

@@ -24,6 +24,12 @@ pub enum Inside {
         checked: bool,
         data: Vec<u8>,
     },
+    /// The common header, and chunks as they are.
+    Sctp {
+        ports: (u16, u16),
+        tag: u32,
+        data: Vec<u8>,
+    },
     /// ICMP or ICMPv6, by the family.
     Icmp {
         kind: u8,
@@ -63,6 +69,11 @@ pub fn udp(from: (&str, u16), to: (&str, u16), data: &[u8]) -> Frame {
     Frame { source: ip(from.0), destination: ip(to.0), ttl: 61, inside }
 }
 
+pub fn sctp(from: (&str, u16), to: (&str, u16), data: &[u8]) -> Frame {
+    let inside = Inside::Sctp { ports: (from.1, to.1), tag: 0x7461_6721, data: data.to_vec() };
+    Frame { source: ip(from.0), destination: ip(to.0), ttl: 61, inside }
+}
+
 impl Frame {
     pub fn numbered(mut self, new_sequence: u32, new_acknowledgement: u32) -> Frame {
         if let Inside::Tcp { sequence, acknowledgement, .. } = &mut self.inside {
@@ -75,7 +86,7 @@ impl Frame {
         let fresh: Vec<u8> = (0..bytes).map(|i| (i * 7 + 3) as u8).collect();
         match &mut self.inside {
             Inside::Tcp { data, .. } | Inside::Udp { data, .. } | Inside::Icmp { data, .. } => *data = fresh,
-            Inside::Piece { data, .. } => *data = fresh,
+            Inside::Sctp { data, .. } | Inside::Piece { data, .. } => *data = fresh,
         }
         self
     }
@@ -95,7 +106,7 @@ impl Frame {
     /// Source and destination port.
     pub fn ports(&self) -> (u16, u16) {
         match &self.inside {
-            Inside::Tcp { ports, .. } | Inside::Udp { ports, .. } => *ports,
+            Inside::Tcp { ports, .. } | Inside::Udp { ports, .. } | Inside::Sctp { ports, .. } => *ports,
             other => panic!("no ports in {other:?}"),
         }
     }
@@ -104,8 +115,11 @@ impl Frame {
     pub fn with_ends(&self, from: (&str, u16), to: (&str, u16)) -> Frame {
         let mut frame = self.clone();
         (frame.source, frame.destination) = (ip(from.0), ip(to.0));
-        if let Inside::Tcp { ports, .. } | Inside::Udp { ports, .. } = &mut frame.inside {
-            *ports = (from.1, to.1);
+        match &mut frame.inside {
+            Inside::Tcp { ports, .. } | Inside::Udp { ports, .. } | Inside::Sctp { ports, .. } => {
+                *ports = (from.1, to.1);
+            }
+            Inside::Icmp { .. } | Inside::Piece { .. } => {}
         }
         frame
     }
@@ -181,6 +195,17 @@ impl Frame {
                 body.extend(data);
                 (17, body, checked.then_some(6))
             }
+            Inside::Sctp { ports, tag, data } => {
+                let mut body = Vec::new();
+                body.extend(ports.0.to_be_bytes());
+                body.extend(ports.1.to_be_bytes());
+                body.extend(tag.to_be_bytes());
+                body.extend([0; 4]);
+                body.extend(data);
+                let sum = crc32c(&body);
+                body[8..12].copy_from_slice(&sum.to_le_bytes());
+                (132, body, None)
+            }
             Inside::Icmp { kind, code, rest, data } => {
                 let mut body = vec![*kind, *code, 0, 0];
                 body.extend(rest.to_be_bytes());
@@ -244,6 +269,12 @@ pub fn checksum(parts: &[&[u8]]) -> u16 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     !(sum as u16)
+}
+
+/// RFC 9260, appendix A, bit by bit.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
 /// Reads an Ethernet frame; panics at anything that is not as the RFCs say.
@@ -313,6 +344,15 @@ fn inside(
         // Quoted: only the ports are sure to be there.
         6 => frame.inside = Inside::Tcp { ports, flags: 0, sequence: u32_at(4), acknowledgement: 0, data: vec![] },
         17 => {}
+        132 => {
+            let data = body.get(12..).unwrap_or_default().to_vec();
+            frame.inside = Inside::Sctp { ports, tag: u32_at(4), data };
+            if whole {
+                let cleared = [&body[..8], &[0; 4], &body[12..]].concat();
+                assert_eq!(body[8..12], crc32c(&cleared).to_le_bytes(), "SCTP checksum of {frame:?}");
+            }
+            return frame;
+        }
         1 | 58 => {
             frame.inside = Inside::Icmp { kind: body[0], code: body[1], rest: u32_at(4), data: body[8..].to_vec() };
         }
