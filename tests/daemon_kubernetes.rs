@@ -116,6 +116,40 @@ fn connections_follow_what_the_api_server_says() {
     assert!(site.server.requests().iter().all(|request| request.user_agent.starts_with("kubelane/")));
 }
 
+/// The arguments and files of kubeadm's DaemonSet, with nothing changed but where the server is and what keeps a
+/// laboratory's daemon apart from the machine's.
+#[test]
+fn the_arguments_and_files_that_kubeadm_made_for_kube_proxy_are_enough() {
+    let Some(site) = Site::or_skip() else { return };
+    let directory = &site.cluster.lab.dir;
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/kubeadm/kube-proxy-configmap.yaml");
+    let map: serde_json::Value = serde_norway::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let file = |key: &str| map["data"][key].as_str().unwrap().to_owned();
+    let at = |name: &str| directory.join(name).display().to_string();
+    fs::write(at("token"), "a-token").unwrap();
+    let server = fs::read_to_string(&site.kubeconfig).unwrap();
+    let server = server.split('"').find(|part| part.starts_with("http://")).unwrap();
+    let kubeconfig = file("kubeconfig.conf")
+        .replace("https://controlplane:6443", server)
+        .replace("/var/run/secrets/kubernetes.io/serviceaccount/token", &at("token"))
+        .replace("    certificate-authority: /var/run/secrets/kubernetes.io/serviceaccount/ca.crt\n", "");
+    fs::write(at("kubeconfig.conf"), kubeconfig).unwrap();
+    let config = file("config.conf").replace("/var/lib/kube-proxy/kubeconfig.conf", &at("kubeconfig.conf"));
+    fs::write(at("config.conf"), config.replace("mode: \"\"", "mode: ipvs")).unwrap();
+
+    let node = site.cluster.lab.node("node1");
+    let config = format!("--config={}", at("config.conf"));
+    let (cgroup, pins) = (node.cgroup.display().to_string(), node.pin_path.display().to_string());
+    let arguments =
+        [&config, "--hostname-override=node1", "--ipvs-scheduler=rr", "--cgroup", &cgroup, "--pin-path", &pins];
+    let daemon = Daemon::start_as(&site.cluster.lab, "node1", &arguments).expect("the daemon starts");
+    assert_eq!(daemon.metric("kubelane_services").unwrap(), 17.0, "the recorded Services and echo");
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+    let log = site.log();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("have no meaning here")).collect();
+    assert!(told.len() == 1 && told[0].ends_with("ignored: --ipvs-scheduler, clusterCIDR, mode"), "{told:?}");
+}
+
 #[test]
 fn bad_objects_are_warned_of_once_and_everything_else_goes_on() {
     let Some(site) = Site::or_skip() else { return };

@@ -68,8 +68,9 @@ impl fmt::Display for Finding {
 /// Prints the findings; true when the daemon would run.
 ///
 /// # Errors
-/// When standard output cannot be written to.
-pub fn run(flags: &CheckFlags) -> anyhow::Result<bool> {
+/// When `--config` cannot be used, or standard output cannot be written to.
+pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
+    flags.node.complete(&flags.node.config_file()?);
     let pin_path = &flags.node.pins.pin_path;
     let own = Privileges::own();
     let mut findings = vec![privileges(own)];
@@ -77,8 +78,8 @@ pub fn run(flags: &CheckFlags) -> anyhow::Result<bool> {
     findings.push(forwarding());
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
-    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz_bind_address.0));
-    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics_bind_address.0));
+    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz()));
+    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics()));
     findings.push(chains());
     findings.push(ipvs_device());
     findings.push(own_pins(pin_path));

@@ -21,9 +21,16 @@ const LAST_WORK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// A [`UsageError`] before anything is touched; anything that keeps the daemon from its work.
-pub fn run(flags: RunFlags, started: Instant) -> anyhow::Result<()> {
+pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
+    let ignored = flags.complete()?;
     let source = choose_source(&flags.source, in_cluster())?;
     log::start(flags.log).map_err(|error| UsageError(format!("{error:#}")))?;
+    if !ignored.is_empty() {
+        warn!("these settings have no meaning here and are ignored: {}", ignored.join(", "));
+    }
+    if let Some(score) = flags.oom_score_adj {
+        adjust_oom_score(score);
+    }
     let settings = settings(flags, source)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -52,6 +59,8 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         pins = %flags.node.pins.pin_path.display(),
         "kubelane starts"
     );
+    let (healthz, metrics) = (flags.node.healthz(), flags.node.metrics());
+    let nodeport_addresses = flags.nodeport_addresses();
     Ok(Settings {
         source,
         node_name,
@@ -62,12 +71,19 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
             max_endpoints: flags.max_endpoints,
             max_services: flags.max_services,
         },
-        healthz: flags.node.healthz_bind_address.0,
-        metrics: flags.node.metrics_bind_address.0,
-        nodeport_addresses: flags.nodeport_addresses,
+        healthz,
+        metrics,
+        nodeport_addresses,
         devices: flags.devices,
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
     })
+}
+
+/// Not being able to is no reason not to serve; a lower score takes CAP_SYS_RESOURCE.
+fn adjust_oom_score(score: i16) {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+        warn!("--oom-score-adj {score}: {error}; going on with the score that this process was started with");
+    }
 }
 
 /// Where Kubernetes mounts a pod's credentials.

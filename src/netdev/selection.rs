@@ -15,6 +15,8 @@ pub enum NodePortAddresses {
     All,
     /// The first InternalIP of each family of the Node object.
     Primary,
+    /// The same, but this address is the first one of its family, whatever the Node object says.
+    PrimaryIs(Ipx),
     /// Addresses inside one of these. As in kube-proxy, a family with no range in the list is not restricted.
     Ranges(Vec<IpNet>),
 }
@@ -27,15 +29,17 @@ impl NodePortAddresses {
         let mut picked: Vec<Ipx> = bound.iter().copied().filter(|ip| !is_link_local(*ip)).collect();
         match self {
             NodePortAddresses::All => {}
-            NodePortAddresses::Primary => {
-                let primary = primary_of_each_family(internal_ips);
-                if !primary.is_empty() {
-                    picked.retain(|ip| primary.contains(ip));
-                }
-            }
+            NodePortAddresses::Primary => retain_primary(&mut picked, internal_ips),
+            NodePortAddresses::PrimaryIs(ip) => retain_primary(&mut picked, &[&[*ip], internal_ips].concat()),
             NodePortAddresses::Ranges(ranges) => picked.retain(|ip| in_ranges(ranges, ip.to_ip())),
         }
         picked
+    }
+
+    /// `Primary` with `ip` (`--bind-address`) in the place of the Node object's address of that family.
+    #[must_use]
+    pub fn with_primary(self, ip: Ipx) -> Self {
+        if self == NodePortAddresses::Primary { NodePortAddresses::PrimaryIs(ip) } else { self }
     }
 }
 
@@ -55,6 +59,13 @@ impl FromStr for NodePortAddresses {
             })
         };
         Ok(NodePortAddresses::Ranges(text.split(',').map(parse).collect::<Result<_, _>>()?))
+    }
+}
+
+fn retain_primary(picked: &mut Vec<Ipx>, internal_ips: &[Ipx]) {
+    let primary = primary_of_each_family(internal_ips);
+    if !primary.is_empty() {
+        picked.retain(|ip| primary.contains(ip));
     }
 }
 
@@ -105,6 +116,15 @@ mod tests {
             let selection: NodePortAddresses = flag.parse().unwrap();
             assert_eq!(selection.select(&ips(bound), &ips(internal)), ips(expected), "{flag:?} with Node {internal:?}");
         }
+    }
+
+    #[test]
+    fn the_bind_address_is_the_primary_one_of_its_family() {
+        let own = "10.0.0.5".parse().unwrap();
+        let primary = NodePortAddresses::Primary.with_primary(own);
+        let bound = ips("10.0.0.5 10.0.0.6 fd00::5 fd00::6");
+        assert_eq!(primary.select(&bound, &ips("10.0.0.6 fd00::6")), ips("10.0.0.5 fd00::6"));
+        assert_eq!(NodePortAddresses::All.with_primary(own), NodePortAddresses::All);
     }
 
     #[test]

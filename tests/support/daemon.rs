@@ -48,8 +48,14 @@ impl<'a> Daemon<'a> {
         arguments.extend(source);
         arguments.extend(["--pin-path", &pins, "--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);
         arguments.extend(options);
+        Daemon::start_as(lab, &node.name, &arguments)
+    }
+
+    /// Starts `kubelane` with these arguments and no others, and waits until it is ready.
+    pub fn start_as(lab: &'a Lab, node: &str, arguments: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        let node = lab.node(node);
         let began = Instant::now();
-        let process = node.host.spawn(&kubelane_binary()?, &arguments)?;
+        let process = node.host.spawn(&kubelane_binary()?, arguments)?;
         let mut daemon = Daemon { node, process, ready_after: Duration::ZERO };
         daemon.wait_ready()?;
         daemon.ready_after = began.elapsed();
