@@ -26,7 +26,7 @@ use crate::abi;
 use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, SourceStatus};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
-use crate::serve::{self, App, HEALTHZ_FLAG, METRICS_FLAG, Metrics, Sample};
+use crate::serve::{self, App, HEALTHZ_FLAG, Limits, METRICS_FLAG, Metrics, Sample};
 use crate::sync::{Core, CoreSettings};
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
@@ -62,9 +62,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
+    let limits = Arc::new(Limits::default());
     let servers = [
-        (HEALTHZ_FLAG, listen(HEALTHZ_FLAG, settings.healthz).await?, serve::health_router(app.clone())),
-        (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics).await?, serve::metrics_router(app.clone())),
+        (HEALTHZ_FLAG, listen(HEALTHZ_FLAG, settings.healthz)?, serve::health_router(app.clone())),
+        (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics)?, serve::metrics_router(app.clone())),
     ];
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
@@ -77,7 +78,11 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
 
     for (name, listener, router) in servers {
         if let Some(listener) = listener {
-            parts.spawn(async move { (name, serve::run(listener, router).await) });
+            let limits = Arc::clone(&limits);
+            parts.spawn(async move {
+                serve::run(listener, router, limits).await;
+                (name, Ok(()))
+            });
         }
     }
     let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
@@ -114,9 +119,9 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
 }
 
-async fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
     let Some(address) = address else { return Ok(None) };
-    let listener = serve::bind(flag, address).await?;
+    let listener = serve::bind(flag, address)?;
     info!("{flag}: listening on {address}");
     Ok(Some(listener))
 }
