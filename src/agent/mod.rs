@@ -2,6 +2,8 @@
 //! work, and ends with the first part that ends.
 
 mod flows;
+mod outlets;
+mod probe;
 mod retry;
 mod source;
 mod stale;
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -25,9 +27,11 @@ pub use source::SourceSettings;
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, SourceStatus};
+use crate::model::{About, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
-use crate::serve::{self, App, HEALTHZ_FLAG, Limits, METRICS_FLAG, Metrics, Sample};
+use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
+use outlets::Outlets;
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
 use wire::Wire;
@@ -52,6 +56,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub destroy_tcp_sockets: bool,
+    /// Key of the taint to be taken off the Node when the daemon is ready.
+    pub startup_taint: Option<String>,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the datapath serving. `started`: when the process did.
@@ -87,6 +93,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
     let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, metrics).await) });
+    let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
         k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
@@ -100,6 +107,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         stale,
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
+        outlets,
         started,
     };
     let core = Core::new(CoreSettings { node_name: settings.node_name });
@@ -117,6 +125,51 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             Err(why(tokio::time::timeout(LAST_WORDS, parts.join_next()).await.unwrap_or_default()))
         }
     }
+}
+
+/// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
+/// Without a client there is nobody to tell. Returns what the worker tells them by.
+fn attend(
+    parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
+    settings: &Settings,
+    app: &App,
+    limits: Arc<Limits>,
+    client: Option<kube::Client>,
+) -> anyhow::Result<Outlets> {
+    let node = || settings.node_name.clone();
+    let (health_checks, wanted) = watch::channel(HealthChecks::default());
+    let (notices, told) = mpsc::channel(k8s::events::WAITING);
+    let service_health = serve::run_service_health(wanted, node(), app.clone(), limits, notices.clone());
+    parts.spawn(async move {
+        service_health.await;
+        ("health checks of Services", Ok(()))
+    });
+    let maps = Maps::open(&settings.datapath.pin_path)?;
+    let trial = probe::run(maps, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
+    parts.spawn(async move {
+        trial.await;
+        std::future::pending().await
+    });
+    let Some(client) = client else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
+    let note = concat!("kubelane ", env!("CARGO_PKG_VERSION")).to_owned();
+    let starting = Notice { about: About::Node, is_warning: false, reason: "Starting", action: "StartKubelane", note };
+    notices.try_send(starting).context("the first notice")?;
+    let events = k8s::events::run(client.clone(), node(), told);
+    parts.spawn(async move {
+        events.await;
+        ("events", Ok(()))
+    });
+    let startup_taint = settings.startup_taint.clone().map(|key| {
+        let (tainted, is_tainted) = watch::channel(false);
+        let (mut stage, node, taint) = (app.health.stage(), node(), key.clone());
+        parts.spawn(async move {
+            let _ = stage.wait_for(|stage| *stage == Stage::Ready).await;
+            k8s::startup_taint::run(client, node, taint, is_tainted).await;
+            ("--startup-taint", Ok(()))
+        });
+        (key, tainted)
+    });
+    Ok(Outlets { health_checks, notices, startup_taint })
 }
 
 fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {

@@ -156,6 +156,11 @@ pub struct RunFlags {
     #[arg(long, help_heading = "Node")]
     pub destroy_tcp_sockets: bool,
 
+    /// Key of a taint of this node's Node object that is taken away when the daemon is ready, and not before (needs the
+    /// rights to get and patch nodes)
+    #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new(), help_heading = "Node")]
+    pub startup_taint: Option<String>,
+
     /// Service ports that the maps can hold. Counts when the maps are first made
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = capacity(1 << 20), help_heading = "Capacity")]
     pub max_services: u32,

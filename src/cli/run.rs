@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
 
 use super::UsageError;
@@ -31,6 +32,7 @@ pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
     if let Some(score) = flags.oom_score_adj {
         adjust_oom_score(score);
     }
+    allow_many_files();
     let settings = settings(flags, source)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -76,6 +78,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         nodeport_addresses,
         devices: flags.devices,
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
+        startup_taint: flags.startup_taint,
     })
 }
 
@@ -83,6 +86,15 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
 fn adjust_oom_score(score: i16) {
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
         warn!("--oom-score-adj {score}: {error}; going on with the score that this process was started with");
+    }
+}
+
+/// Each Service with a healthCheckNodePort is a listening socket, and the soft limit is 1024 nearly everywhere.
+fn allow_many_files() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        warn!("the limit of open files stays as it was: {error}");
     }
 }
 

@@ -3,6 +3,7 @@
 mod health;
 mod http;
 mod metrics;
+mod service_health;
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,9 +18,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 
+pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
 pub use http::{Limits, listen};
 pub use metrics::{Metrics, Sample, SyncSample, Totals};
+pub use service_health::{HealthChecks, run as run_service_health};
 
 use health::Answer;
 
@@ -139,6 +142,9 @@ mod tests {
         let (status, kind, body) = get(&health, "/healthz").await;
         assert_eq!((status, kind.as_str()), (200, "application/json"));
         assert!(body.contains("\"nodeEligible\":true"), "{body}");
+        let unprobed = get(&health, "/readyz").await;
+        assert!(unprobed.0 == 503 && unprobed.2.contains("has not been probed"), "{unprobed:?}");
+        app.health.probed(None);
         assert_eq!(get(&health, "/readyz").await, (200, "text/plain; charset=utf-8".into(), "ok\n".into()));
 
         app.health.node_leaves(true);
