@@ -5,8 +5,8 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use super::value::{LOCAL_MODES, MODES, Sort};
 
-/// Name and sort. The order is that of kube-proxy's source, by subject.
-const FLAGS: [(&str, Sort); 40] = [
+/// Name and sort. By subject; the last ones are its logging library's.
+const FLAGS: [(&str, Sort); 51] = [
     ("feature-gates", Sort::Gates),
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),
@@ -47,6 +47,17 @@ const FLAGS: [(&str, Sort); 40] = [
     ("log-json-split-stream", Sort::Bool),
     ("log-text-info-buffer-size", Sort::Text),
     ("log-text-split-stream", Sort::Bool),
+    ("add-dir-header", Sort::Bool),
+    ("alsologtostderr", Sort::Bool),
+    ("log-backtrace-at", Sort::Text),
+    ("log-dir", Sort::Text),
+    ("log-file", Sort::Text),
+    ("log-file-max-size", Sort::Number),
+    ("logtostderr", Sort::Bool),
+    ("one-output", Sort::Bool),
+    ("skip-headers", Sort::Bool),
+    ("skip-log-headers", Sort::Bool),
+    ("stderrthreshold", Sort::Text),
 ];
 const HEADING: &str = "Flags of kube-proxy that are accepted, checked, and have no effect here:";
 

@@ -66,14 +66,25 @@ pub fn main(started: Instant) -> ExitCode {
     }
 }
 
-/// kube-proxy has no subcommands: flags alone mean `run`.
+/// kube-proxy has no subcommands: flags alone mean `run`. Nor does it tell --log_dir from --log-dir.
 fn with_subcommand(mut arguments: Vec<OsString>) -> Vec<OsString> {
     let first = arguments.get(1).map(|first| first.to_string_lossy());
     let own = ["-h", "--help", "-V", "--version"];
     if first.is_some_and(|first| first.starts_with('-') && !own.contains(&&*first)) {
         arguments.insert(1, "run".into());
     }
+    let is_run = arguments.get(1).is_some_and(|first| first == "run");
+    for argument in arguments.iter_mut().filter(|_| is_run) {
+        if let Some((name, value)) = argument.to_str().and_then(|text| text.strip_prefix("--")).map(split_value) {
+            *argument = format!("--{}{value}", name.replace('_', "-")).into();
+        }
+    }
     arguments
+}
+
+/// A flag's name, and its value with the equals sign.
+fn split_value(flag: &str) -> (&str, &str) {
+    flag.split_at(flag.find('=').unwrap_or(flag.len()))
 }
 
 /// Once the log is set up, the reason of the end belongs there, in its format.
@@ -122,6 +133,8 @@ mod tests {
         let table = [
             ("kubelane --config=/c --hostname-override=n", "kubelane run --config=/c --hostname-override=n"),
             ("kubelane -v=2", "kubelane run -v=2"),
+            ("kubelane run --log_dir=/a_b", "kubelane run --log-dir=/a_b"),
+            ("kubelane get services --pin_path x", "kubelane get services --pin_path x"),
             ("kubelane get services -o wide", "kubelane get services -o wide"),
             ("kubelane --help", "kubelane --help"),
             ("kubelane -V", "kubelane -V"),

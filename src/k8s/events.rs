@@ -16,7 +16,8 @@ use crate::model::{About, Notice};
 pub const WAITING: usize = 64;
 /// The API's own limit, in bytes.
 const LONGEST_NOTE: usize = 1024;
-const ATTEMPTS: u32 = 5;
+/// As client-go: together about five minutes.
+const ATTEMPTS: u32 = 12;
 const ANSWER: Duration = Duration::from_secs(10);
 /// Between two events: about 60 a minute at most, whatever goes on.
 const PACE: Duration = Duration::from_secs(1);

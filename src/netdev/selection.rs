@@ -1,11 +1,22 @@
 //! Which of the node's addresses serve NodePorts: `--nodeport-addresses`, as a pure function.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::model::{Family, Ipx};
+
+/// The keyword `all` in a list.
+const WHOLE: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0)),
+];
+/// The keyword `localhost`. Loopback addresses serve NodePorts in any case; alone, it leaves no others.
+const LOOPBACK: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+];
 
 /// The value of `--nodeport-addresses`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -53,12 +64,18 @@ impl FromStr for NodePortAddresses {
             "primary" => return Ok(NodePortAddresses::Primary),
             _ => {}
         }
-        let parse = |part: &str| {
-            part.trim().parse::<IpNet>().map(|net| net.trunc()).map_err(|_| {
-                format!("{:?} is not a CIDR; allowed are `primary` or CIDRs separated by commas, such as 10.0.0.0/8,fd00::/8", part.trim())
+        let parse = |part: &str| -> Result<Vec<IpNet>, String> {
+            let part = match part.trim() {
+                "all" => return Ok(WHOLE.to_vec()),
+                "localhost" => return Ok(LOOPBACK.to_vec()),
+                part => part,
+            };
+            part.parse::<IpNet>().map(|net| vec![net.trunc()]).map_err(|_| {
+                format!("{:?} is not a CIDR; allowed are `primary` or CIDRs separated by commas, such as 10.0.0.0/8,fd00::/8", part)
             })
         };
-        Ok(NodePortAddresses::Ranges(text.split(',').map(parse).collect::<Result<_, _>>()?))
+        let ranges = text.split(',').map(parse).collect::<Result<Vec<_>, _>>()?;
+        Ok(NodePortAddresses::Ranges(ranges.concat()))
     }
 }
 
@@ -109,6 +126,9 @@ mod tests {
             ("10.0.0.5/32, fd00::6/128", node, "10.0.0.5"),
             // Host bits are ignored.
             ("10.0.0.77/24,fd99::/16", node, "10.0.0.5 10.0.0.6"),
+            ("all", node, "10.0.0.5 10.0.0.6 192.168.1.1 fd00::5"),
+            ("localhost", node, ""),
+            ("localhost,10.0.0.5/32", node, "10.0.0.5"),
             // A range cannot bring link-local addresses back.
             ("169.254.0.0/16,fe80::/10", node, ""),
         ];
