@@ -126,3 +126,19 @@ fn a_field_that_is_not_known_or_not_readable_is_named_with_what_is_allowed() {
         assert!(error.contains(expected), "{text}: {error}");
     }
 }
+
+#[test]
+fn a_value_of_another_sort_in_any_field_is_an_error_that_names_the_field() {
+    for (field, _) in FIELDS.iter().filter(|(field, _)| !["apiVersion", "kind"].contains(field)) {
+        let steps: Vec<&str> = field.split('.').collect();
+        let nested = |value: &str| {
+            let inner = steps.iter().rev().fold(value.to_owned(), |inner, step| format!("{{{step}: {inner}}}"));
+            inner[1..inner.len() - 1].to_owned()
+        };
+        for bad in ["{x: {y: 1}}", "[[1]]"] {
+            let error = config(&nested(bad)).unwrap_err();
+            assert!(error.starts_with(&format!("{field}: ")), "{field}: {error}");
+        }
+        assert!(config(&nested("null")).unwrap().ignored.is_empty(), "{field}");
+    }
+}

@@ -6,6 +6,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::backoff::Backoff;
@@ -29,16 +30,14 @@ pub async fn run(client: kube::Client, node: String, mut notices: mpsc::Receiver
     let reporter = Reporter { controller: "kubelane".to_owned(), instance: Some(node.clone()) };
     let recorder = Recorder::new(client, reporter);
     let mut told = None;
-    let mut credit = BURST;
-    let mut last = tokio::time::Instant::now();
+    // When all events so far would have gone at an even pace.
+    let mut even = Instant::now();
     while let Some(notice) = notices.recv().await {
-        let now = tokio::time::Instant::now();
-        credit = credit.saturating_add(now.duration_since(last).as_secs() as u32).min(BURST);
-        last = now;
-        if credit == 0 {
-            tokio::time::sleep(PACE).await;
+        even = even.max(Instant::now());
+        if let Some(at) = even.checked_sub(PACE * (BURST - 1)) {
+            tokio::time::sleep_until(at).await;
         }
-        credit = credit.saturating_sub(1);
+        even += PACE;
         match post(&recorder, &event(&notice), &regarding(&notice.about, &node)).await {
             Ok(()) => told = None,
             Err(error) if told.as_ref() == Some(&error) => debug!("an event was not posted: {error}"),
