@@ -84,11 +84,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
 
     for (name, listener, router) in servers {
         if let Some(listener) = listener {
-            let limits = Arc::clone(&limits);
-            parts.spawn(async move {
-                serve::run(listener, router, limits).await;
-                (name, Ok(()))
-            });
+            let server = serve::run(listener, router, Arc::clone(&limits));
+            parts.spawn(part(name, server));
         }
     }
     let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
@@ -127,6 +124,12 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
 }
 
+/// A part that has no failure to tell of; that it ends is one.
+async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static str, anyhow::Result<()>) {
+    work.await;
+    (name, Ok(()))
+}
+
 /// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
 /// Without a client there is nobody to tell. Returns what the worker tells them by.
 fn attend(
@@ -140,10 +143,7 @@ fn attend(
     let (health_checks, wanted) = watch::channel(HealthChecks::default());
     let (notices, told) = mpsc::channel(k8s::events::WAITING);
     let service_health = serve::run_service_health(wanted, node(), app.clone(), limits, notices.clone());
-    parts.spawn(async move {
-        service_health.await;
-        ("health checks of Services", Ok(()))
-    });
+    parts.spawn(part("health checks of Services", service_health));
     let maps = Maps::open(&settings.datapath.pin_path)?;
     let trial = probe::run(maps, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
     parts.spawn(async move {
@@ -155,10 +155,7 @@ fn attend(
     let starting = Notice { about: About::Node, is_warning: false, reason: "Starting", action: "StartKubelane", note };
     notices.try_send(starting).context("the first notice")?;
     let events = k8s::events::run(client.clone(), node(), told);
-    parts.spawn(async move {
-        events.await;
-        ("events", Ok(()))
-    });
+    parts.spawn(part("events", events));
     let startup_taint = settings.startup_taint.clone().map(|key| {
         let (tainted, is_tainted) = watch::channel(false);
         let (mut stage, node, taint) = (app.health.stage(), node(), key.clone());

@@ -78,13 +78,13 @@ pub struct NodeFlags {
     #[arg(long, value_name = "PATH")]
     pub cgroup: Option<PathBuf>,
 
-    /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), as kubeadm writes it. Flags and environment
-    /// win over it; what has no meaning here is named in one warning
+    /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), as kubeadm writes it. Flags and
+    /// environment win over it; what has no meaning here is named in one warning
     #[arg(long, value_name = "FILE", value_parser = NonEmptyStringValueParser::new())]
     pub config: Option<String>,
 
-    /// Address to be taken for the node's first one (for `--nodeport-addresses primary`). An IPv6 address, `::` included,
-    /// makes the defaults of the two flags below [::]:10256 and [::1]:10249
+    /// Address to be taken for the node's first one (for `--nodeport-addresses primary`). An IPv6 address, `::`
+    /// included, makes the defaults of the two flags below [::]:10256 and [::1]:10249
     #[arg(long, value_name = "IP")]
     pub bind_address: Option<IpAddr>,
 
@@ -169,7 +169,8 @@ pub struct RunFlags {
     #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
     pub max_endpoints: u32,
 
-    /// Score by which the kernel's out-of-memory killer chooses, -1000 (never) to 1000 [default: as it was started with]
+    /// Score by which the kernel's out-of-memory killer chooses, -1000 (never) to 1000 [default: as it was started
+    /// with]
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Node")]
     #[arg(value_parser = clap::value_parser!(i16).range(-1000..=1000))]
     pub oom_score_adj: Option<i16>,
