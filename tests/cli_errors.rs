@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 16] = [
+    let table: [(&[&str], &[&str]); 25] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
@@ -35,6 +35,15 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["run", "--source", "dir:/x", "--max-endpoints", "many"], &["--max-endpoints", "many"]),
         (&["run", "--source", "dir:/x", "-v", "loud"], &["--v", "loud"]),
         (&["run", "--frobnicate"], &["--frobnicate"]),
+        (&["--proxy-mode=userspace"], &["--proxy-mode", "userspace", "iptables, ipvs, nftables"]),
+        (&["--iptables-sync-period", "soon"], &["--iptables-sync-period", "soon", "30s"]),
+        (&["--detect-local-mode=pods"], &["--detect-local-mode", "pods", "ClusterCIDR"]),
+        (&["--cluster-cidr=10.0.0.1"], &["--cluster-cidr", "10.0.0.1", "CIDRs"]),
+        (&["--bind-address=here"], &["--bind-address", "here"]),
+        (&["--oom-score-adj=-1001"], &["--oom-score-adj", "-1001", "-1000"]),
+        (&["--cleanup=perhaps"], &["--cleanup", "perhaps"]),
+        (&["--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),
+        (&["check", "--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),
         (&["get", "pods"], &["pods", "services", "backends"]),
         (&["get", "services", "-o", "xml"], &["--output", "xml", "json", "yaml", "wide"]),
         (&["frobnicate"], &["frobnicate"]),
@@ -95,6 +104,42 @@ fn a_reader_that_goes_away_is_no_failure_and_a_full_disk_is() {
 }
 
 #[test]
+fn a_field_of_the_configuration_that_cannot_be_followed_is_named_before_anything_is_attached() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.conf");
+    let header = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    let table = [
+        ("ipvs: {schedular: rr}", "ipvs.schedular: unknown field; known are excludeCIDRs"),
+        ("mode: userspace", "mode: \"userspace\" is not allowed: allowed are iptables, ipvs, nftables"),
+        ("nodePortAddresses: [10.0.0.1]", "nodePortAddresses: \"10.0.0.1\" is not a CIDR"),
+    ];
+    for (body, expected) in table {
+        std::fs::write(&path, format!("{header}{body}\n")).unwrap();
+        for command in [&["--config"][..], &["run", "--config"], &["check", "--config"]] {
+            let output = kubelane(&[command, &[path.to_str().unwrap()]].concat());
+            let message = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{command:?} {body}: {message}");
+            assert!(message.contains(path.to_str().unwrap()) && message.contains(expected), "{body}: {message}");
+            assert!(output.stdout.is_empty(), "{command:?}");
+        }
+    }
+}
+
+#[test]
+fn kube_proxys_cleanup_flag_is_the_cleanup_subcommand() {
+    let directory = tempfile::tempdir().unwrap();
+    let nothing = directory.path().join("nothing");
+    let pins = ["--pin-path", nothing.to_str().unwrap()];
+    for command in [&["--cleanup"][..], &["--cleanup=true", "--proxy-mode=ipvs"], &["run", "--cleanup"]] {
+        let output = kubelane(&[command, &pins].concat());
+        assert_eq!(output.status.code(), Some(0), "{command:?}: {}", text(&output.stderr));
+        assert!(text(&output.stdout).starts_with("nothing of kubelane below "), "{}", text(&output.stdout));
+    }
+    let not = kubelane(&[&["--cleanup=false"], &pins[..]].concat());
+    assert!(not.status.code() == Some(2) && text(&not.stderr).contains("--source is needed"), "{}", text(&not.stderr));
+}
+
+#[test]
 fn rust_log_that_is_no_filter_is_refused() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kubelane"));
     let output = command.args(["run", "--source", "dir:/"]).env("RUST_LOG", "a=b=c").output().unwrap();
@@ -133,6 +178,13 @@ fn help_names_every_subcommand_and_flag_with_its_default() {
                 "[default: 262144]",
                 "--log-format",
                 "-v, --v",
+                "--config",
+                "--bind-address",
+                "--cleanup",
+                "--oom-score-adj",
+                "Flags of kube-proxy that are accepted, checked, and have no effect here",
+                "--cluster-cidr",
+                "--ipvs-scheduler",
             ],
         ),
         ("check", &["--pin-path", "--cgroup", "--healthz-bind-address", "--metrics-bind-address"]),

@@ -174,6 +174,8 @@ fn a_daemon_is_started_asked_stopped_started_again_and_cleaned_up() {
     let Some(world) = World::or_skip() else { return };
     let daemon = world.start(&[]);
     daemon.wait_ready();
+    let (_, ready) = world.http(world.healthz, "/readyz").unwrap();
+    assert!(ready.starts_with("ok; the datapath was not probed: this process is not in the cgroup"), "{ready}");
     assert_eq!(daemon.metric("kubelane_services"), 1.0);
     assert_eq!(daemon.metric("kubelane_map_entries{map=\"backends\"}"), 2.0);
     assert_eq!(daemon.metric("kubelane_source_connected{kind=\"services\"}"), 1.0);

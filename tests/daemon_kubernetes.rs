@@ -3,93 +3,19 @@
 #![cfg(feature = "lab")]
 
 mod apiserver;
+mod site;
 mod support;
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::path::PathBuf;
 
 use serde_json::json;
 
-use apiserver::{Answer, ApiServer, Resource, Verb};
-use support::client::Counts;
-use support::cluster::{Cluster, all, names, vip};
+use apiserver::{Answer, Resource, Verb};
+use site::Site;
+use support::cluster::{all, names};
 use support::daemon::{Daemon, PATIENCE};
 use support::eventually;
 use support::manifests::{port, service, slice};
-use support::wire::Kind::Tcp4;
-
-/// A cluster whose node1 can reach an API server. The server's task ends with the runtime.
-struct Site {
-    cluster: Cluster,
-    server: ApiServer,
-    kubeconfig: PathBuf,
-    runtime: tokio::runtime::Runtime,
-}
-
-impl Site {
-    /// The recorded objects, this laboratory's node, and the Service `echo` on pods `a` and `b`.
-    fn or_skip() -> Option<Site> {
-        let cluster = Cluster::or_skip()?;
-        let server = ApiServer::with_recorded_lists();
-        let labels = json!({"topology.kubernetes.io/zone": "zone-1"});
-        server.upsert(json!({"kind": "Node", "apiVersion": "v1", "metadata": {"name": "node1", "labels": labels}}));
-        let kubeconfig = cluster.lab.dir.join("kubeconfig");
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let site = Site { cluster, server, kubeconfig, runtime };
-        site.listen();
-        site.put_service("echo", 10);
-        site.put_slice("echo", &["a", "b"]);
-        Some(site)
-    }
-
-    /// A socket belongs to the namespace in which it was made, whoever serves it.
-    fn listen(&self) {
-        let host = &self.cluster.lab.node("node1").host;
-        let listener = host.inside(|| Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?)).unwrap();
-        let at = listener.local_addr().unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let server = self.server.clone();
-        self.runtime.spawn(async move { server.serve(tokio::net::TcpListener::from_std(listener).unwrap()).await });
-        let config = json!({
-            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
-            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "node"}}],
-            "clusters": [{"name": "lab", "cluster": {"server": format!("http://{at}")}}],
-            "users": [{"name": "node", "user": {"token": "a-token"}}],
-        });
-        fs::write(&self.kubeconfig, config.to_string()).unwrap();
-    }
-
-    fn start(&self) -> Daemon<'_> {
-        let kubeconfig = self.kubeconfig.to_str().unwrap();
-        Daemon::start_on(&self.cluster.lab, "node1", &["--kubeconfig", kubeconfig], &[]).expect("the daemon starts")
-    }
-
-    fn put_service(&self, name: &str, number: u8) {
-        let address = vip(number, 0)[0].ip();
-        let spec = json!({"clusterIP": address, "clusterIPs": [address], "ports": [port("tcp", "TCP", 90)]});
-        self.server.upsert(service(name, spec));
-    }
-
-    fn put_slice(&self, of: &str, pods: &[&str]) {
-        let endpoints: Vec<_> =
-            self.cluster.ready(pods).into_iter().filter(|endpoint| endpoint.address().is_ipv4()).collect();
-        self.server.upsert(slice(&format!("{of}-1"), of, &[("tcp", "TCP", 9000)], &endpoints));
-    }
-
-    fn address(&self, pod: &str) -> IpAddr {
-        self.cluster.lab.pod(pod).v4.into()
-    }
-
-    /// Who answers at the cluster IP of `number`.
-    fn ask(&self, number: u8) -> Counts {
-        self.cluster.client("client").ask(Tcp4, vip(number, 90)[0], 40)
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.cluster.lab.dir.join("node1.log")).unwrap()
-    }
-}
 
 #[test]
 fn connections_follow_what_the_api_server_says() {
@@ -114,6 +40,40 @@ fn connections_follow_what_the_api_server_says() {
     site.put_slice("echo", &["a"]);
     assert!(eventually(PATIENCE, || site.ask(10) == all("a", 40)));
     assert!(site.server.requests().iter().all(|request| request.user_agent.starts_with("kubelane/")));
+}
+
+/// The arguments and files of kubeadm's DaemonSet, with nothing changed but where the server is and what keeps a
+/// laboratory's daemon apart from the machine's.
+#[test]
+fn the_arguments_and_files_that_kubeadm_made_for_kube_proxy_are_enough() {
+    let Some(site) = Site::or_skip() else { return };
+    let directory = &site.cluster.lab.dir;
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/kubeadm/kube-proxy-configmap.yaml");
+    let map: serde_json::Value = serde_norway::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let file = |key: &str| map["data"][key].as_str().unwrap().to_owned();
+    let at = |name: &str| directory.join(name).display().to_string();
+    fs::write(at("token"), "a-token").unwrap();
+    let server = fs::read_to_string(&site.kubeconfig).unwrap();
+    let server = server.split('"').find(|part| part.starts_with("http://")).unwrap();
+    let kubeconfig = file("kubeconfig.conf")
+        .replace("https://controlplane:6443", server)
+        .replace("/var/run/secrets/kubernetes.io/serviceaccount/token", &at("token"))
+        .replace("    certificate-authority: /var/run/secrets/kubernetes.io/serviceaccount/ca.crt\n", "");
+    fs::write(at("kubeconfig.conf"), kubeconfig).unwrap();
+    let config = file("config.conf").replace("/var/lib/kube-proxy/kubeconfig.conf", &at("kubeconfig.conf"));
+    fs::write(at("config.conf"), config.replace("mode: \"\"", "mode: ipvs")).unwrap();
+
+    let node = site.cluster.lab.node("node1");
+    let config = format!("--config={}", at("config.conf"));
+    let (cgroup, pins) = (node.cgroup.display().to_string(), node.pin_path.display().to_string());
+    let arguments =
+        [&config, "--hostname-override=node1", "--ipvs-scheduler=rr", "--cgroup", &cgroup, "--pin-path", &pins];
+    let daemon = Daemon::start_as(&site.cluster.lab, "node1", &arguments).expect("the daemon starts");
+    assert_eq!(daemon.metric("kubelane_services").unwrap(), 17.0, "the recorded Services and echo");
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+    let log = site.log();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("have no meaning here")).collect();
+    assert!(told.len() == 1 && told[0].ends_with("ignored: --ipvs-scheduler, clusterCIDR, mode"), "{told:?}");
 }
 
 #[test]

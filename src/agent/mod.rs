@@ -3,6 +3,8 @@
 
 mod drops;
 mod flows;
+mod outlets;
+mod probe;
 mod retry;
 mod routes;
 mod source;
@@ -18,7 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
@@ -27,9 +29,11 @@ pub use source::SourceSettings;
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, SourceStatus};
+use crate::model::{About, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
-use crate::serve::{self, App, HEALTHZ_FLAG, METRICS_FLAG, Metrics, Sample};
+use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
+use outlets::Outlets;
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
 use wire::Wire;
@@ -54,6 +58,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub destroy_tcp_sockets: bool,
+    /// Key of the taint to be taken off the Node when the daemon is ready.
+    pub startup_taint: Option<String>,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the datapath serving. `started`: when the process did.
@@ -64,9 +70,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
+    let limits = Arc::new(Limits::default());
     let servers = [
-        (HEALTHZ_FLAG, listen(HEALTHZ_FLAG, settings.healthz).await?, serve::health_router(app.clone())),
-        (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics).await?, serve::metrics_router(app.clone())),
+        (HEALTHZ_FLAG, listen(HEALTHZ_FLAG, settings.healthz)?, serve::health_router(app.clone())),
+        (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics)?, serve::metrics_router(app.clone())),
     ];
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
@@ -79,7 +86,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
 
     for (name, listener, router) in servers {
         if let Some(listener) = listener {
-            parts.spawn(async move { (name, serve::run(listener, router).await) });
+            let server = serve::run(listener, router, Arc::clone(&limits));
+            parts.spawn(part(name, server));
         }
     }
     let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
@@ -88,6 +96,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
+    let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
         k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
@@ -101,6 +110,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         stale,
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
+        outlets,
         started,
     };
     let core = Core::new(CoreSettings { node_name: settings.node_name });
@@ -120,9 +130,54 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
 }
 
-async fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+/// A part that has no failure to tell of; that it ends is one.
+async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static str, anyhow::Result<()>) {
+    work.await;
+    (name, Ok(()))
+}
+
+/// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
+/// Without a client there is nobody to tell. Returns what the worker tells them by.
+fn attend(
+    parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
+    settings: &Settings,
+    app: &App,
+    limits: Arc<Limits>,
+    client: Option<kube::Client>,
+) -> anyhow::Result<Outlets> {
+    let node = || settings.node_name.clone();
+    let (health_checks, wanted) = watch::channel(HealthChecks::default());
+    let (notices, told) = mpsc::channel(k8s::events::WAITING);
+    let service_health = serve::run_service_health(wanted, node(), app.clone(), limits, notices.clone());
+    parts.spawn(part("health checks of Services", service_health));
+    let maps = Maps::open(&settings.datapath.pin_path)?;
+    let trial = probe::run(maps, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
+    parts.spawn(async move {
+        trial.await;
+        std::future::pending().await
+    });
+    let Some(client) = client else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
+    let note = concat!("kubelane ", env!("CARGO_PKG_VERSION")).to_owned();
+    let starting = Notice { about: About::Node, is_warning: false, reason: "Starting", action: "StartKubelane", note };
+    notices.try_send(starting).context("the first notice")?;
+    let events = k8s::events::run(client.clone(), node(), told);
+    parts.spawn(part("events", events));
+    let startup_taint = settings.startup_taint.clone().map(|key| {
+        let (tainted, is_tainted) = watch::channel(false);
+        let (mut stage, node, taint) = (app.health.stage(), node(), key.clone());
+        parts.spawn(async move {
+            let _ = stage.wait_for(|stage| *stage == Stage::Ready).await;
+            k8s::startup_taint::run(client, node, taint, is_tainted).await;
+            ("--startup-taint", Ok(()))
+        });
+        (key, tainted)
+    });
+    Ok(Outlets { health_checks, notices, startup_taint })
+}
+
+fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
     let Some(address) = address else { return Ok(None) };
-    let listener = serve::bind(flag, address).await?;
+    let listener = serve::bind(flag, address)?;
     info!("{flag}: listening on {address}");
     Ok(Some(listener))
 }

@@ -48,6 +48,14 @@ impl Source {
         }
     }
 
+    /// For what goes to the API server beside the watches; `None` when there is none.
+    pub fn client(&self) -> Option<kube::Client> {
+        match self {
+            Source::Kubernetes(client) => Some(client.clone()),
+            Source::Directory(_) => None,
+        }
+    }
+
     /// Runs for as long as the receiver of `changes` lives; an earlier end is a failure.
     pub async fn run(
         self,

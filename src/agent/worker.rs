@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use super::outlets::Outlets;
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
 use super::wire::Wire;
@@ -36,6 +37,7 @@ pub struct Inputs {
     /// Whether a pass ends TCP sockets, too.
     pub destroy_tcp_sockets: bool,
     pub app: App,
+    pub outlets: Outlets,
     /// When the process started.
     pub started: Instant,
 }
@@ -131,6 +133,8 @@ impl<'m> Worker<'m> {
         }
         let report = self.core.sync(self.maps, now);
         self.tell_warnings(&report);
+        let Inputs { outlets, nodeport_addresses, .. } = &self.inputs;
+        outlets.tell(&self.core, &report, nodeport_addresses, &self.addresses.nodeport);
         if self.core.ready() {
             self.follow_devices(now);
             self.after_sync(&report, now);

@@ -129,6 +129,10 @@ impl Stage {
         let (changes, receiver) = mpsc::channel(100_000);
         let (network, watched) = watch::channel(with_addresses(&["192.0.2.5"]));
         let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new().unwrap()) };
+        // These tests have no datapath to try.
+        app.health.probed(None);
+        let outlets =
+            Outlets { health_checks: watch::Sender::default(), notices: mpsc::channel(1).0, startup_taint: None };
         let passes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&passes);
         let pass = move || {
@@ -143,6 +147,7 @@ impl Stage {
             stale: StaleSocketPasses::new(Some(Arc::new(pass))),
             destroy_tcp_sockets: false,
             app: app.clone(),
+            outlets,
             started: Instant::now(),
         };
         Stage { maps: maps.clone(), changes, network, app, passes, inputs: Some(inputs) }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::flags::CheckFlags;
@@ -11,7 +11,7 @@ use super::leftovers::{kube_proxy_chains, listener_on};
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
 use crate::bpf::{Privileges, probe};
 use crate::netdev::IPVS_DEVICE;
-use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG};
+use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG, listen};
 
 /// kubelane serves the sockets of the node; what comes from outside is kube-proxy's for as long as it runs.
 const KUBE_PROXY_REMEDY: &str =
@@ -68,8 +68,9 @@ impl fmt::Display for Finding {
 /// Prints the findings; true when the daemon would run.
 ///
 /// # Errors
-/// When standard output cannot be written to.
-pub fn run(flags: &CheckFlags) -> anyhow::Result<bool> {
+/// When `--config` cannot be used, or standard output cannot be written to.
+pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
+    flags.node.complete(&flags.node.config_file()?);
     let pin_path = &flags.node.pins.pin_path;
     let own = Privileges::own();
     let mut findings = vec![privileges(own)];
@@ -77,8 +78,8 @@ pub fn run(flags: &CheckFlags) -> anyhow::Result<bool> {
     findings.push(forwarding());
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
-    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz_bind_address.0));
-    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics_bind_address.0));
+    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz()));
+    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics()));
     findings.push(chains());
     findings.push(ipvs_device());
     findings.push(own_pins(pin_path));
@@ -181,7 +182,7 @@ fn bpffs(pin_path: &Path) -> Finding {
 /// Whether a server could listen there.
 fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding {
     let Some(address) = address else { return Finding::ok(what, format!("off ({flag})")) };
-    let Err(error) = TcpListener::bind(address) else { return Finding::ok(what, format!("{address} is free")) };
+    let Err(error) = listen(address) else { return Finding::ok(what, format!("{address} is free")) };
     match listener_on(address.port()) {
         Some(process) if process.starts_with("kubelane ") => Finding::warn(
             what,
@@ -248,6 +249,8 @@ fn own_pins(pin_path: &Path) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]

@@ -3,22 +3,24 @@
 //! Flags have kube-proxy's own names where the meaning is the same. A value that is not known is refused here, with the
 //! flag and the allowed values in the message, before anything is attached.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::builder::{NonEmptyStringValueParser, RangedU64ValueParser};
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser, RangedU64ValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
+use super::kube_proxy::KubeProxyFlags;
 use crate::netdev::{DeviceSelection, NodePortAddresses};
 
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
-const HEALTHZ_PORT: u16 = 10256;
-const METRICS_PORT: u16 = 10249;
 
 const EXAMPLES: &str = "\
 Examples:
   On a cluster (in a DaemonSet, or with a kubeconfig):
       kubelane run --kubeconfig /etc/kubelane/kubeconfig
+  With what kubeadm made for kube-proxy:
+      kubelane --config=/var/lib/kube-proxy/config.conf --hostname-override=node-a
   Without a cluster, from a directory of Service, EndpointSlice and Node YAML:
       kubelane run --source dir:/etc/kubelane --hostname-override node-a
   Would it run here? What does it do right now?
@@ -40,7 +42,8 @@ pub struct Cli {
 
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Run the daemon (in the foreground; SIGTERM ends it and leaves the datapath serving)
+    /// Run the daemon (in the foreground; SIGTERM ends it and leaves the datapath serving). This is also what flags
+    /// without a subcommand mean, as with kube-proxy
     Run(Box<RunFlags>),
     /// Say whether the daemon would run on this node, one line per condition, with a remedy
     ///
@@ -75,13 +78,35 @@ pub struct NodeFlags {
     #[arg(long, value_name = "PATH")]
     pub cgroup: Option<PathBuf>,
 
-    /// IP:PORT of /healthz, /livez and /readyz; "" or port 0 turns them off
-    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:10256", value_parser = healthz_address)]
-    pub healthz_bind_address: BindAddress,
+    /// File with a KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), as kubeadm writes it. Flags and
+    /// environment win over it; what has no meaning here is named in one warning
+    #[arg(long, value_name = "FILE", value_parser = NonEmptyStringValueParser::new())]
+    pub config: Option<String>,
+
+    /// Address to be taken for the node's first one (for `--nodeport-addresses primary`). An IPv6 address, `::`
+    /// included, makes the defaults of the two flags below [::]:10256 and [::1]:10249
+    #[arg(long, value_name = "IP")]
+    pub bind_address: Option<IpAddr>,
+
+    /// IP:PORT of /healthz, /livez and /readyz; "" or port 0 turns them off. 0.0.0.0 and [::] are both families
+    ///
+    /// [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT", value_parser = |text: &str| bind_address(text, HEALTHZ_PORT))]
+    pub healthz_bind_address: Option<BindAddress>,
 
     /// IP:PORT of /metrics, /healthz and /proxyMode; "" or port 0 turns them off
-    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:10249", value_parser = metrics_address)]
-    pub metrics_bind_address: BindAddress,
+    ///
+    /// [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "IP:PORT", value_parser = |text: &str| bind_address(text, METRICS_PORT))]
+    pub metrics_bind_address: Option<BindAddress>,
+
+    /// Port of the default of --healthz-bind-address (deprecated by kube-proxy)
+    #[arg(long, value_name = "PORT", hide_short_help = true)]
+    pub healthz_port: Option<u16>,
+
+    /// Port of the default of --metrics-bind-address (deprecated by kube-proxy)
+    #[arg(long, value_name = "PORT", hide_short_help = true)]
+    pub metrics_port: Option<u16>,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -119,8 +144,8 @@ pub struct RunFlags {
 
     /// Addresses of this node that serve NodePorts: CIDRs separated by commas, or `primary` for the Node object's
     /// first InternalIP of each family. A family without a CIDR is not restricted [default: all addresses]
-    #[arg(long, value_name = "CIDRS", default_value = "", hide_default_value = true, help_heading = "Node")]
-    pub nodeport_addresses: NodePortAddresses,
+    #[arg(long, value_name = "CIDRS", help_heading = "Node")]
+    pub nodeport_addresses: Option<NodePortAddresses>,
 
     /// Devices whose packets are looked at for NodePorts, load balancer and external IPs: names separated by commas, *
     /// and ? as in file names [default: those with a default route or the Node's InternalIPs, tunnels, VLANs on these]
@@ -131,6 +156,11 @@ pub struct RunFlags {
     #[arg(long, help_heading = "Node")]
     pub destroy_tcp_sockets: bool,
 
+    /// Key of a taint of this node's Node object that is taken away when the daemon is ready, and not before (needs the
+    /// rights to get and patch nodes)
+    #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new(), help_heading = "Node")]
+    pub startup_taint: Option<String>,
+
     /// Service ports that the maps can hold. Counts when the maps are first made
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = capacity(1 << 20), help_heading = "Capacity")]
     pub max_services: u32,
@@ -139,19 +169,37 @@ pub struct RunFlags {
     #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
     pub max_endpoints: u32,
 
+    /// Score by which the kernel's out-of-memory killer chooses, -1000 (never) to 1000 [default: as it was started
+    /// with]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Node")]
+    #[arg(value_parser = clap::value_parser!(i16).range(-1000..=1000))]
+    pub oom_score_adj: Option<i16>,
+
+    /// Do what `kubelane cleanup` does, and end
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false)]
+    #[arg(default_missing_value = "true", hide_default_value = true, value_parser = BoolishValueParser::new())]
+    pub cleanup: bool,
+
     #[command(flatten, next_help_heading = "Logging")]
     pub log: LogFlags,
+
+    #[command(flatten)]
+    pub kube_proxy: KubeProxyFlags,
 }
 
 #[derive(Args, Clone, Copy, Debug)]
 pub struct LogFlags {
     /// Format of the log on standard error
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = LogFormat::Human)]
-    pub log_format: LogFormat,
+    ///
+    /// [default: human]
+    #[arg(long, visible_alias = "logging-format", value_enum, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
 
     /// Verbosity: 0 warnings, 1-3 what happens, 4-5 every sync, 6 and more everything. RUST_LOG overrides it
-    #[arg(short = 'v', long = "v", value_name = "N", default_value_t = 2)]
-    pub verbosity: u8,
+    ///
+    /// [default: 2]
+    #[arg(short = 'v', long = "v", value_name = "N")]
+    pub verbosity: Option<u8>,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -189,6 +237,7 @@ pub enum Source {
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
     /// One line of text per event
+    #[value(alias = "text")]
     Human,
     /// One JSON object per event
     Json,
@@ -212,10 +261,6 @@ pub enum Output {
     Wide,
 }
 
-/// Where a server listens; `None`: nowhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BindAddress(pub Option<SocketAddr>);
-
 fn source(text: &str) -> Result<Source, String> {
     match text.split_once(':') {
         None if text == "kubernetes" => Ok(Source::Kubernetes),
@@ -228,29 +273,6 @@ fn capacity(most: u64) -> RangedU64ValueParser<u32> {
     RangedU64ValueParser::new().range(1..=most)
 }
 
-fn healthz_address(text: &str) -> Result<BindAddress, String> {
-    bind_address(text, HEALTHZ_PORT)
-}
-
-fn metrics_address(text: &str) -> Result<BindAddress, String> {
-    bind_address(text, METRICS_PORT)
-}
-
-/// As kube-proxy reads it: IP:PORT, IP alone (the default port), :PORT (every IPv4 address), or nothing.
-fn bind_address(text: &str, default_port: u16) -> Result<BindAddress, String> {
-    if text.is_empty() {
-        return Ok(BindAddress(None));
-    }
-    let any = || text.strip_prefix(':')?.parse().ok().map(|port| SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port));
-    let alone = || {
-        let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
-        bare.parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, default_port))
-    };
-    let address = text.parse().ok().or_else(any).or_else(alone);
-    let address = address.ok_or("allowed are IP:PORT, [IPv6]:PORT, IP, :PORT, or \"\" for none")?;
-    Ok(BindAddress(Some(address).filter(|a| a.port() != 0)))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
@@ -260,27 +282,6 @@ mod tests {
     #[test]
     fn clap_finds_no_mistake_in_the_definitions() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn bind_addresses_are_read_as_kube_proxy_reads_them() {
-        let table = [
-            ("", None),
-            ("0.0.0.0:10256", Some("0.0.0.0:10256")),
-            ("0.0.0.0:0", None),
-            ("127.0.0.1", Some("127.0.0.1:10256")),
-            (":8080", Some("0.0.0.0:8080")),
-            ("[::]:8080", Some("[::]:8080")),
-            ("::1", Some("[::1]:10256")),
-            ("[fd00::1]", Some("[fd00::1]:10256")),
-        ];
-        for (text, expected) in table {
-            let expected = BindAddress(expected.map(|e| e.parse().unwrap()));
-            assert_eq!(healthz_address(text), Ok(expected), "{text}");
-        }
-        for bad in ["localhost:1", "1.2.3.4:99999", "1.2.3:80", "10256", "[::"] {
-            assert!(healthz_address(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

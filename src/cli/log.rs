@@ -6,6 +6,9 @@ use tracing_subscriber::EnvFilter;
 
 use super::flags::{LogFlags, LogFormat};
 
+/// What `-v` is when nobody says it.
+const DEFAULT_VERBOSITY: u8 = 2;
+
 /// Sets the process' log up.
 ///
 /// # Errors
@@ -15,10 +18,10 @@ pub fn start(flags: LogFlags) -> anyhow::Result<()> {
         Ok(text) if !text.is_empty() => {
             EnvFilter::try_new(&text).map_err(|e| anyhow::anyhow!("$RUST_LOG is {text:?}: {e}"))?
         }
-        _ => EnvFilter::new(filter(flags.verbosity)),
+        _ => EnvFilter::new(filter(flags.verbosity.unwrap_or(DEFAULT_VERBOSITY))),
     };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
-    let result = match flags.log_format {
+    let result = match flags.log_format.unwrap_or(LogFormat::Human) {
         LogFormat::Human => builder.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_target(true).try_init(),
     };

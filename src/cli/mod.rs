@@ -1,16 +1,22 @@
 //! The command line: parses it, runs the subcommand, and turns errors into messages and exit codes (1: it failed,
 //! 2: it was asked for something it does not know).
 
+mod address;
 mod check;
+mod config_file;
 mod flags;
 mod get;
 mod host;
+mod kube_proxy;
 mod leftovers;
 mod log;
+mod merge;
 mod run;
 mod snapshot;
 mod table;
+mod value;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
@@ -22,7 +28,7 @@ use clap::Parser as _;
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
 use crate::chain::chain;
-use flags::{CleanupFlags, Cli, Command};
+use flags::{Cli, Command, PinFlags};
 
 const USAGE_EXIT_CODE: u8 = 2;
 
@@ -40,14 +46,15 @@ impl std::error::Error for UsageError {}
 
 /// The whole program. `started`: when the process did.
 pub fn main(started: Instant) -> ExitCode {
-    let result = match Cli::parse().command {
+    let result = match Cli::parse_from(with_subcommand(std::env::args_os().collect())).command {
+        Command::Run(flags) if flags.cleanup => cleanup(&flags.node.pins),
         Command::Run(flags) => run::run(*flags, started),
-        Command::Check(flags) => match check::run(&flags) {
+        Command::Check(flags) => match check::run(flags) {
             Ok(false) => return ExitCode::FAILURE,
             result => result.map(drop),
         },
         Command::Get(flags) => get::run(&flags),
-        Command::Cleanup(flags) => cleanup(&flags),
+        Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };
     match result {
@@ -57,6 +64,27 @@ pub fn main(started: Instant) -> ExitCode {
             if error.is::<UsageError>() { ExitCode::from(USAGE_EXIT_CODE) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// kube-proxy has no subcommands: flags alone mean `run`. Nor does it tell --log_dir from --log-dir.
+fn with_subcommand(mut arguments: Vec<OsString>) -> Vec<OsString> {
+    let first = arguments.get(1).map(|first| first.to_string_lossy());
+    let own = ["-h", "--help", "-V", "--version"];
+    if first.is_some_and(|first| first.starts_with('-') && !own.contains(&&*first)) {
+        arguments.insert(1, "run".into());
+    }
+    let is_run = arguments.get(1).is_some_and(|first| first == "run");
+    for argument in arguments.iter_mut().filter(|_| is_run) {
+        if let Some((name, value)) = argument.to_str().and_then(|text| text.strip_prefix("--")).map(split_value) {
+            *argument = format!("--{}{value}", name.replace('_', "-")).into();
+        }
+    }
+    arguments
+}
+
+/// A flag's name, and its value with the equals sign.
+fn split_value(flag: &str) -> (&str, &str) {
+    flag.split_at(flag.find('=').unwrap_or(flag.len()))
 }
 
 /// Once the log is set up, the reason of the end belongs there, in its format.
@@ -77,8 +105,8 @@ fn was_refused(text: &str) -> bool {
     ["(os error 1)", "(os error 13)", "EPERM", "EACCES"].iter().any(|refusal| text.contains(refusal))
 }
 
-fn cleanup(flags: &CleanupFlags) -> anyhow::Result<()> {
-    let pin_path = &flags.pins.pin_path;
+fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
+    let pin_path = &pins.pin_path;
     let removed = bpf::cleanup(pin_path)?;
     let mut text: String = removed.iter().map(|what| format!("removed {what}\n")).collect();
     text += &match removed.len() {
@@ -99,6 +127,24 @@ fn print(text: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flags_without_a_subcommand_mean_run() {
+        let table = [
+            ("kubelane --config=/c --hostname-override=n", "kubelane run --config=/c --hostname-override=n"),
+            ("kubelane -v=2", "kubelane run -v=2"),
+            ("kubelane run --log_dir=/a_b", "kubelane run --log-dir=/a_b"),
+            ("kubelane get services --pin_path x", "kubelane get services --pin_path x"),
+            ("kubelane get services -o wide", "kubelane get services -o wide"),
+            ("kubelane --help", "kubelane --help"),
+            ("kubelane -V", "kubelane -V"),
+            ("kubelane", "kubelane"),
+        ];
+        for (given, expected) in table {
+            let arguments = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
+            assert_eq!(with_subcommand(arguments(given)), arguments(expected), "{given}");
+        }
+    }
 
     #[test]
     fn a_refusal_of_the_kernel_is_recognised_however_it_is_wrapped() {

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
 
 use super::UsageError;
@@ -21,9 +22,17 @@ const LAST_WORK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// A [`UsageError`] before anything is touched; anything that keeps the daemon from its work.
-pub fn run(flags: RunFlags, started: Instant) -> anyhow::Result<()> {
+pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
+    let ignored = flags.complete()?;
     let source = choose_source(&flags.source, in_cluster())?;
     log::start(flags.log).map_err(|error| UsageError(format!("{error:#}")))?;
+    if !ignored.is_empty() {
+        warn!("these settings have no meaning here and are ignored: {}", ignored.join(", "));
+    }
+    if let Some(score) = flags.oom_score_adj {
+        adjust_oom_score(score);
+    }
+    allow_many_files();
     let settings = settings(flags, source)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
@@ -52,6 +61,8 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         pins = %flags.node.pins.pin_path.display(),
         "kubelane starts"
     );
+    let (healthz, metrics) = (flags.node.healthz(), flags.node.metrics());
+    let nodeport_addresses = flags.nodeport_addresses();
     Ok(Settings {
         source,
         node_name,
@@ -62,12 +73,29 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
             max_endpoints: flags.max_endpoints,
             max_services: flags.max_services,
         },
-        healthz: flags.node.healthz_bind_address.0,
-        metrics: flags.node.metrics_bind_address.0,
-        nodeport_addresses: flags.nodeport_addresses,
+        healthz,
+        metrics,
+        nodeport_addresses,
         devices: flags.devices,
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
+        startup_taint: flags.startup_taint,
     })
+}
+
+/// Not being able to is no reason not to serve; a lower score takes CAP_SYS_RESOURCE.
+fn adjust_oom_score(score: i16) {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
+        warn!("--oom-score-adj {score}: {error}; going on with the score that this process was started with");
+    }
+}
+
+/// Each Service with a healthCheckNodePort is a listening socket, and the soft limit is 1024 nearly everywhere.
+fn allow_many_files() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+    if let Err(error) = raised {
+        warn!("the limit of open files stays as it was: {error}");
+    }
 }
 
 /// Where Kubernetes mounts a pod's credentials.

@@ -5,11 +5,13 @@
 mod address;
 mod change;
 mod endpoint;
+mod notice;
 mod service;
 
 pub use address::{Family, IpRange, Ipx, SocketAddrx};
 pub use change::{Change, Kind, Warning};
 pub use endpoint::{Endpoint, Hints, Slice, SlicePort};
+pub use notice::{About, HealthCheck, Notice};
 pub use service::{ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 
 /// This node, as the API server describes it.
@@ -23,4 +25,6 @@ pub struct Node {
     pub internal_ips: Vec<Ipx>,
     /// Set when the Node has a deletion timestamp or the taint `ToBeDeletedByClusterAutoscaler`.
     pub being_deleted: bool,
+    /// Keys of `spec.taints`.
+    pub taints: Box<[Box<str>]>,
 }

@@ -1,11 +1,22 @@
 //! Which of the node's addresses serve NodePorts: `--nodeport-addresses`, as a pure function.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::model::{Family, Ipx};
+
+/// The keyword `all` in a list.
+const WHOLE: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0)),
+];
+/// The keyword `localhost`. Loopback addresses serve NodePorts in any case; alone, it leaves no others.
+const LOOPBACK: [IpNet; 2] = [
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8)),
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128)),
+];
 
 /// The value of `--nodeport-addresses`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,6 +26,8 @@ pub enum NodePortAddresses {
     All,
     /// The first InternalIP of each family of the Node object.
     Primary,
+    /// The same, but this address is the first one of its family, whatever the Node object says.
+    PrimaryIs(Ipx),
     /// Addresses inside one of these. As in kube-proxy, a family with no range in the list is not restricted.
     Ranges(Vec<IpNet>),
 }
@@ -27,15 +40,17 @@ impl NodePortAddresses {
         let mut picked: Vec<Ipx> = bound.iter().copied().filter(|ip| !is_link_local(*ip)).collect();
         match self {
             NodePortAddresses::All => {}
-            NodePortAddresses::Primary => {
-                let primary = primary_of_each_family(internal_ips);
-                if !primary.is_empty() {
-                    picked.retain(|ip| primary.contains(ip));
-                }
-            }
+            NodePortAddresses::Primary => retain_primary(&mut picked, internal_ips),
+            NodePortAddresses::PrimaryIs(ip) => retain_primary(&mut picked, &[&[*ip], internal_ips].concat()),
             NodePortAddresses::Ranges(ranges) => picked.retain(|ip| in_ranges(ranges, ip.to_ip())),
         }
         picked
+    }
+
+    /// `Primary` with `ip` (`--bind-address`) in the place of the Node object's address of that family.
+    #[must_use]
+    pub fn with_primary(self, ip: Ipx) -> Self {
+        if self == NodePortAddresses::Primary { NodePortAddresses::PrimaryIs(ip) } else { self }
     }
 }
 
@@ -49,12 +64,25 @@ impl FromStr for NodePortAddresses {
             "primary" => return Ok(NodePortAddresses::Primary),
             _ => {}
         }
-        let parse = |part: &str| {
-            part.trim().parse::<IpNet>().map(|net| net.trunc()).map_err(|_| {
-                format!("{:?} is not a CIDR; allowed are `primary` or CIDRs separated by commas, such as 10.0.0.0/8,fd00::/8", part.trim())
+        let parse = |part: &str| -> Result<Vec<IpNet>, String> {
+            let part = match part.trim() {
+                "all" => return Ok(WHOLE.to_vec()),
+                "localhost" => return Ok(LOOPBACK.to_vec()),
+                part => part,
+            };
+            part.parse::<IpNet>().map(|net| vec![net.trunc()]).map_err(|_| {
+                format!("{:?} is not a CIDR; allowed are `primary` or CIDRs separated by commas, such as 10.0.0.0/8,fd00::/8", part)
             })
         };
-        Ok(NodePortAddresses::Ranges(text.split(',').map(parse).collect::<Result<_, _>>()?))
+        let ranges = text.split(',').map(parse).collect::<Result<Vec<_>, _>>()?;
+        Ok(NodePortAddresses::Ranges(ranges.concat()))
+    }
+}
+
+fn retain_primary(picked: &mut Vec<Ipx>, internal_ips: &[Ipx]) {
+    let primary = primary_of_each_family(internal_ips);
+    if !primary.is_empty() {
+        picked.retain(|ip| primary.contains(ip));
     }
 }
 
@@ -98,6 +126,9 @@ mod tests {
             ("10.0.0.5/32, fd00::6/128", node, "10.0.0.5"),
             // Host bits are ignored.
             ("10.0.0.77/24,fd99::/16", node, "10.0.0.5 10.0.0.6"),
+            ("all", node, "10.0.0.5 10.0.0.6 192.168.1.1 fd00::5"),
+            ("localhost", node, ""),
+            ("localhost,10.0.0.5/32", node, "10.0.0.5"),
             // A range cannot bring link-local addresses back.
             ("169.254.0.0/16,fe80::/10", node, ""),
         ];
@@ -105,6 +136,15 @@ mod tests {
             let selection: NodePortAddresses = flag.parse().unwrap();
             assert_eq!(selection.select(&ips(bound), &ips(internal)), ips(expected), "{flag:?} with Node {internal:?}");
         }
+    }
+
+    #[test]
+    fn the_bind_address_is_the_primary_one_of_its_family() {
+        let own = "10.0.0.5".parse().unwrap();
+        let primary = NodePortAddresses::Primary.with_primary(own);
+        let bound = ips("10.0.0.5 10.0.0.6 fd00::5 fd00::6");
+        assert_eq!(primary.select(&bound, &ips("10.0.0.6 fd00::6")), ips("10.0.0.5 fd00::6"));
+        assert_eq!(NodePortAddresses::All.with_primary(own), NodePortAddresses::All);
     }
 
     #[test]

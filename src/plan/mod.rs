@@ -3,6 +3,7 @@
 
 pub mod claims;
 pub mod compile;
+pub mod health;
 pub mod ids;
 pub mod layout;
 pub mod pool;

@@ -4,9 +4,10 @@
 use std::mem;
 
 use super::compile::{Compiled, Context, compile};
+use super::health::health_check;
 use super::select::Place;
 use super::warnings::{Origin, WarningBook};
-use crate::model::{Change, Ipx, Kind, Node, ObjectName, Service, Slice};
+use crate::model::{Change, HealthCheck, Ipx, Kind, Node, ObjectName, Service, Slice};
 use crate::table::{HashMap, HashSet};
 
 /// A relist's state: what was not stamped with the current epoch when the list ends is gone.
@@ -129,6 +130,14 @@ impl World {
         let zone = self.node.as_ref().and_then(|node| node.zone.as_deref());
         let place = Place { node: &self.node_name, zone };
         Some(compile(service, &slices, Context { place, bound: &self.bound }))
+    }
+
+    /// What load balancers are told of the Service of this name; `None` when they may not ask.
+    pub fn health_check(&self, name: &ObjectName) -> Option<HealthCheck> {
+        let entry = self.entries.get(name)?;
+        let service = entry.service.as_deref().filter(|service| service.health_check_node_port != 0)?;
+        let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
+        health_check(service, &slices, &self.node_name)
     }
 
     fn service(&mut self, service: Box<Service>) {

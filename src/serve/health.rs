@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
+use tokio::sync::watch;
 
 /// kube-proxy's default `--iptables-sync-period` and `--nftables-sync-period`.
 const SYNC_PERIOD: Duration = Duration::from_secs(30);
@@ -16,6 +17,26 @@ pub const UPDATE_TIMEOUT: Duration = SYNC_PERIOD.saturating_mul(2);
 /// The daemon's health, shared by the agent (which writes) and the servers (which read).
 pub struct Health {
     facts: Mutex<Facts>,
+    stage: watch::Sender<Stage>,
+}
+
+/// How far the daemon has come. It never goes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Starting,
+    /// A sync has left nothing waiting.
+    Synced,
+    /// And a connection has gone through the datapath, or could not be made to.
+    Ready,
+}
+
+/// The datapath's trial: a connection that the daemon sends through it.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Trial {
+    /// Why it has not been passed.
+    Open(String),
+    /// With what people should know of it.
+    Done(Option<String>),
 }
 
 /// What is known.
@@ -25,6 +46,7 @@ pub(super) struct Facts {
     pub programmed: bool,
     /// `None` once a sync has left nothing waiting; until then why not.
     pub not_ready: Option<String>,
+    pub trial: Trial,
     /// When the oldest update that is not in the kernel came.
     pub waiting_since: Option<Instant>,
     /// When the kernel's maps last became up to date.
@@ -57,11 +79,12 @@ impl Default for Health {
         let facts = Facts {
             programmed: false,
             not_ready: Some("starting".to_owned()),
+            trial: Trial::Open("the datapath has not been probed yet".to_owned()),
             waiting_since: None,
             last_updated: None,
             node_leaves: false,
         };
-        Health { facts: Mutex::new(facts) }
+        Health { facts: Mutex::new(facts), stage: watch::Sender::new(Stage::Starting) }
     }
 }
 
@@ -91,6 +114,32 @@ impl Health {
         facts.not_ready = None;
         facts.waiting_since = None;
         facts.last_updated = Some(now);
+        drop(facts);
+        self.come_to(Stage::Synced);
+    }
+
+    /// The datapath passed its trial, or cannot be tried: `remark` says why. Comes after the first sync.
+    pub fn probed(&self, remark: Option<&str>) {
+        self.lock().trial = Trial::Done(remark.map(str::to_owned));
+        self.come_to(Stage::Ready);
+    }
+
+    /// The datapath failed its trial.
+    pub fn probe_failed(&self, reason: &str) {
+        self.lock().trial = Trial::Open(reason.to_owned());
+    }
+
+    /// How far the daemon has come, from now on.
+    pub fn stage(&self) -> watch::Receiver<Stage> {
+        self.stage.subscribe()
+    }
+
+    fn come_to(&self, stage: Stage) {
+        self.stage.send_if_modified(|now| {
+            let further = stage > *now;
+            *now = stage.max(*now);
+            further
+        });
     }
 
     /// Whether the own Node is being deleted.
@@ -128,10 +177,17 @@ impl Facts {
 
     /// For rollouts: does this daemon do its job?
     pub fn readyz(&self) -> Answer {
-        match &self.not_ready {
-            None => Answer { ok: true, body: "ok\n".to_owned() },
-            Some(reason) => Answer { ok: false, body: format!("not ready: {reason}\n") },
-        }
+        let (ok, body) = match (&self.not_ready, &self.trial) {
+            (Some(reason), _) | (None, Trial::Open(reason)) => (false, format!("not ready: {reason}\n")),
+            (None, Trial::Done(None)) => (true, "ok\n".to_owned()),
+            (None, Trial::Done(Some(remark))) => (true, format!("ok; {remark}\n")),
+        };
+        Answer { ok, body }
+    }
+
+    /// Whether the proxy itself is healthy, whatever becomes of its node.
+    pub fn serves(&self, now: Instant) -> bool {
+        self.programmed && self.stuck(now).is_none()
     }
 
     fn stuck(&self, now: Instant) -> Option<String> {
@@ -165,6 +221,7 @@ mod tests {
         Facts {
             programmed: true,
             not_ready: None,
+            trial: Trial::Done(None),
             waiting_since: None,
             last_updated: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(100)),
             node_leaves: false,
@@ -222,9 +279,17 @@ mod tests {
         health.not_ready("lists are not complete");
         assert_eq!(health.facts().readyz().body, "not ready: lists are not complete\n");
         health.up_to_date(SystemTime::now());
+        assert_eq!(health.facts().readyz().body, "not ready: the datapath has not been probed yet\n");
+        health.probe_failed("no answer");
+        assert_eq!(health.facts().readyz().body, "not ready: no answer\n");
+        assert_eq!(*health.stage().borrow(), Stage::Synced);
+        health.probed(None);
         health.update_waits(Instant::now());
         health.not_ready("too late");
-        assert!(health.facts().readyz().ok);
+        assert_eq!(health.facts().readyz(), Answer { ok: true, body: "ok\n".into() });
+        assert_eq!(*health.stage().borrow(), Stage::Ready);
+        health.probed(Some("not probed: elsewhere"));
+        assert_eq!(health.facts().readyz(), Answer { ok: true, body: "ok; not probed: elsewhere\n".into() });
     }
 
     #[test]

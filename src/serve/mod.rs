@@ -1,14 +1,16 @@
 //! The daemon's HTTP servers: health for load balancers and the kubelet, metrics for Prometheus.
 
 mod health;
+mod http;
 mod metrics;
+mod service_health;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -16,8 +18,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 
+pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
+pub use http::{Limits, listen};
 pub use metrics::{Metrics, Sample, SyncSample, Totals};
+pub use service_health::{HealthChecks, run as run_service_health};
 
 use health::Answer;
 
@@ -55,8 +60,8 @@ pub fn metrics_router(app: App) -> Router {
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
+pub fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    listen(address).and_then(TcpListener::from_std).map_err(|error| {
         let remedy = match error.kind() {
             io::ErrorKind::AddrInUse => {
                 "is kube-proxy or another kubelane running? `kubelane check` names the process; \
@@ -69,12 +74,9 @@ pub async fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener
     })
 }
 
-/// Serves until the process ends.
-///
-/// # Errors
-/// When the listener breaks.
-pub async fn run(listener: TcpListener, router: Router) -> anyhow::Result<()> {
-    axum::serve(listener, router).await.context("HTTP server")
+/// Serves until it is dropped.
+pub async fn run(listener: TcpListener, router: Router, limits: Arc<Limits>) {
+    http::serve(listener, router, limits).await;
 }
 
 async fn healthz(State(app): State<App>) -> Response {
@@ -140,6 +142,9 @@ mod tests {
         let (status, kind, body) = get(&health, "/healthz").await;
         assert_eq!((status, kind.as_str()), (200, "application/json"));
         assert!(body.contains("\"nodeEligible\":true"), "{body}");
+        let unprobed = get(&health, "/readyz").await;
+        assert!(unprobed.0 == 503 && unprobed.2.contains("has not been probed"), "{unprobed:?}");
+        app.health.probed(None);
         assert_eq!(get(&health, "/readyz").await, (200, "text/plain; charset=utf-8".into(), "ok\n".into()));
 
         app.health.node_leaves(true);
@@ -157,16 +162,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_taken_port_is_named_with_its_flag() {
-        let first = bind("--healthz-bind-address", ([127, 0, 0, 1], 0).into()).await.unwrap();
+        let first = bind("--healthz-bind-address", ([127, 0, 0, 1], 0).into()).unwrap();
         let taken = first.local_addr().unwrap();
-        let error = format!("{:#}", bind("--healthz-bind-address", taken).await.unwrap_err());
+        let error = format!("{:#}", bind("--healthz-bind-address", taken).unwrap_err());
         assert!(error.contains(&taken.to_string()) && error.contains("--healthz-bind-address"), "{error}");
         assert!(error.contains("`kubelane check` names the process"), "{error}");
     }
 
     #[tokio::test]
     async fn an_address_that_the_node_does_not_have_is_not_blamed_on_another_process() {
-        let error = format!("{:#}", bind("--metrics-bind-address", ([192, 0, 2, 1], 1).into()).await.unwrap_err());
+        let error = format!("{:#}", bind("--metrics-bind-address", ([192, 0, 2, 1], 1).into()).unwrap_err());
         assert!(error.contains("no device here has this address") && !error.contains("kube-proxy"), "{error}");
     }
 }

@@ -1,5 +1,6 @@
 //! The control plane's heart as the agent sees it: changes in, rows out. One owner, no locks, no clock of its own.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -7,7 +8,7 @@ use anyhow::Result;
 use super::adopt::{AdoptReport, adopt};
 use super::apply::Applier;
 use super::{MapIo, MapName};
-use crate::model::{Change, Ipx, Node, Protocol, SocketAddrx, Warning};
+use crate::model::{Change, HealthCheck, Ipx, Node, ObjectName, Protocol, SocketAddrx, Warning};
 use crate::plan::layout::Layout;
 use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
@@ -25,6 +26,7 @@ pub struct Core {
     world: World,
     layout: Layout,
     book: WarningBook,
+    health_checks: BTreeMap<ObjectName, HealthCheck>,
 }
 
 /// What one sync did.
@@ -45,6 +47,8 @@ pub struct SyncReport {
     pub backends_gone: Vec<(Protocol, SocketAddrx)>,
     /// A UDP frontend is new or became another Service port's: sockets connected through it before are stale.
     pub datagram_frontends_changed_hands: bool,
+    /// [`Core::health_checks`] has something else to say.
+    pub health_checks_changed: bool,
     pub duration: Duration,
 }
 
@@ -65,7 +69,12 @@ pub struct Counts {
 
 impl Core {
     pub fn new(settings: CoreSettings) -> Core {
-        Core { world: World::new(&settings.node_name), layout: Layout::default(), book: WarningBook::default() }
+        Core {
+            world: World::new(&settings.node_name),
+            layout: Layout::default(),
+            book: WarningBook::default(),
+            health_checks: BTreeMap::new(),
+        }
     }
 
     /// Takes over what the pinned maps hold. Called once, before the first sync; without it the maps must be empty.
@@ -116,6 +125,7 @@ impl Core {
                 let compiled = self.world.compile(&name);
                 self.layout.place(&name, compiled.as_ref(), &mut self.book);
                 report.services += usize::from(compiled.is_some());
+                report.health_checks_changed |= self.note_health_check(name);
             }
             Applier::new(io, &mut self.layout, &mut self.book, &mut report).run(now);
         }
@@ -132,6 +142,21 @@ impl Core {
     /// When ids or regions will have rested that a Service waits for.
     pub fn next_due(&self) -> Option<Instant> {
         self.layout.next_due()
+    }
+
+    /// What load balancers may ask about, sorted.
+    pub fn health_checks(&self) -> impl Iterator<Item = &HealthCheck> {
+        self.health_checks.values()
+    }
+
+    /// True when there is something new to tell.
+    fn note_health_check(&mut self, name: ObjectName) -> bool {
+        let check = self.world.health_check(&name);
+        let before = match check.clone() {
+            Some(check) => self.health_checks.insert(name, check),
+            None => self.health_checks.remove(&name),
+        };
+        before != check
     }
 
     pub fn node(&self) -> Option<&Node> {

@@ -10,6 +10,7 @@
 pub mod seen;
 mod selector;
 mod wire;
+mod write;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -110,6 +111,9 @@ struct State {
     watchers: Vec<Watcher>,
     scripts: Vec<(Resource, Verb, VecDeque<Answer>)>,
     requests: Vec<Request>,
+    events: Vec<Value>,
+    /// Statuses for the next writes of any sort, one each.
+    write_failures: VecDeque<u16>,
     down: bool,
     refuses_streaming: bool,
     ignores_streaming: bool,
@@ -242,6 +246,16 @@ impl ApiServer {
         for watcher in self.lock().watchers.iter().filter(|w| w.resource == resource) {
             let _ = watcher.lines.send(Line::Raw(bytes.to_owned()));
         }
+    }
+
+    /// The next writes fail with these statuses, one each.
+    pub fn fail_writes(&self, statuses: impl IntoIterator<Item = u16>) {
+        self.lock().write_failures.extend(statuses);
+    }
+
+    /// The Events of this reason, as they are now, in the order in which they were created.
+    pub fn events(&self, reason: &str) -> Vec<Value> {
+        self.lock().events.iter().filter(|event| event["reason"] == reason).cloned().collect()
     }
 
     /// Every request so far.

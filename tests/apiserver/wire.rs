@@ -9,6 +9,7 @@ use axum::body::{Body, Bytes};
 use futures::StreamExt;
 use futures::stream::{self, Stream};
 use http::Response;
+use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -29,7 +30,7 @@ impl ApiServer {
         let server = self.clone();
         let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
             let server = server.clone();
-            async move { server.answer(&request.into_parts().0).await }
+            async move { server.answer(request).await }
         });
         kube::Client::new(service, "default")
     }
@@ -43,7 +44,7 @@ impl ApiServer {
                 let server = server.clone();
                 let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
                     let server = server.clone();
-                    async move { server.answer(&request.into_parts().0).await }
+                    async move { server.answer(request).await }
                 });
                 connections.spawn(async move {
                     let builder = hyper::server::conn::http1::Builder::new();
@@ -53,7 +54,17 @@ impl ApiServer {
         }
     }
 
-    async fn answer(&self, head: &http::request::Parts) -> std::io::Result<Response<Body>> {
+    async fn answer<B>(&self, request: http::Request<B>) -> std::io::Result<Response<Body>>
+    where
+        B: hyper::body::Body,
+        B::Error: std::fmt::Debug,
+    {
+        let (head, body) = request.into_parts();
+        let body = body.collect().await.expect("a whole request").to_bytes();
+        let is_node = head.uri.path().starts_with("/api/v1/nodes/");
+        if head.method != http::Method::GET || is_node {
+            return self.write(&head, &body);
+        }
         let Some(resource) = Resource::of_path(head.uri.path()) else {
             return Ok(response(404, recorded("error-404-not-found.json")));
         };
@@ -201,7 +212,7 @@ fn body(body: Body) -> Response<Body> {
     builder.body(body).expect("a valid response")
 }
 
-fn response(status: u16, text: String) -> Response<Body> {
+pub(super) fn response(status: u16, text: String) -> Response<Body> {
     let mut response = body(Body::from(text));
     *response.status_mut() = http::StatusCode::from_u16(status).expect("a valid status");
     response

@@ -48,12 +48,23 @@ impl<'a> Daemon<'a> {
         arguments.extend(source);
         arguments.extend(["--pin-path", &pins, "--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);
         arguments.extend(options);
+        Daemon::start_as(lab, &node.name, &arguments)
+    }
+
+    /// Starts `kubelane` with these arguments and no others, and waits until it is ready.
+    pub fn start_as(lab: &'a Lab, node: &str, arguments: &[&str]) -> anyhow::Result<Daemon<'a>> {
         let began = Instant::now();
-        let process = node.host.spawn(&kubelane_binary()?, &arguments)?;
-        let mut daemon = Daemon { node, process, ready_after: Duration::ZERO };
+        let mut daemon = Daemon::spawn_as(lab, node, arguments)?;
         daemon.wait_ready()?;
         daemon.ready_after = began.elapsed();
         Ok(daemon)
+    }
+
+    /// As [`Daemon::start_as`], without waiting.
+    pub fn spawn_as(lab: &'a Lab, node: &str, arguments: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        let node = lab.node(node);
+        let process = node.host.spawn(&kubelane_binary()?, arguments)?;
+        Ok(Daemon { node, process, ready_after: Duration::ZERO })
     }
 
     fn wait_ready(&mut self) -> anyhow::Result<()> {
@@ -77,7 +88,7 @@ impl<'a> Daemon<'a> {
     }
 
     /// One HTTP request to the daemon, from its own namespace: status line, headers and body.
-    fn get(&self, address: &str, path: &str) -> anyhow::Result<String> {
+    pub fn get(&self, address: &str, path: &str) -> anyhow::Result<String> {
         let address: SocketAddr = address.parse()?;
         self.node.host.inside(|| {
             let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;

@@ -28,6 +28,7 @@ impl Convert for wire::Node {
             internal_ips,
             being_deleted: self.metadata.deletion_timestamp.is_some()
                 || self.spec.taints.iter().any(|t| t.key == DELETION_TAINT),
+            taints: self.spec.taints.iter().map(|taint| taint.key.as_str().into()).collect(),
         };
         Converted { change: Some(Change::Node(Box::new(node))), warnings: notes.finish() }
     }

@@ -1,0 +1,144 @@
+use super::*;
+
+/// The file that the kubelet mounts from kubeadm's ConfigMap.
+fn kubeadm() -> String {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/kubeadm/kube-proxy-configmap.yaml");
+    let map: Value = serde_norway::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    map["data"]["config.conf"].as_str().unwrap().to_owned()
+}
+
+fn config(body: &str) -> Result<ConfigFile, String> {
+    ConfigFile::parse(&format!("apiVersion: {API_VERSION}\nkind: {KIND}\n{body}"))
+}
+
+#[test]
+fn kubeadms_file_names_a_kubeconfig_and_leaves_everything_else_open() {
+    let expected = ConfigFile {
+        kubeconfig: Some("/var/lib/kube-proxy/kubeconfig.conf".into()),
+        bind_address: Some("0.0.0.0".parse().unwrap()),
+        ignored: vec!["clusterCIDR".to_owned()],
+        ..ConfigFile::default()
+    };
+    assert_eq!(ConfigFile::parse(&kubeadm()).unwrap(), expected);
+}
+
+#[test]
+fn what_applies_is_taken_over() {
+    let full = "
+bindAddress: '::'
+bindAddressHardFail: true
+iptables: {localhostNodePorts: true}
+clientConnection: {kubeconfig: /etc/k, qps: 0}
+healthzBindAddress: 0.0.0.0:11256
+metricsBindAddress: '127.0.0.1:0'
+hostnameOverride: node-a
+logging: {format: json, verbosity: 4}
+nodePortAddresses: [10.0.0.0/8, 'fd00::/8']
+oomScoreAdj: -999
+";
+    let expected = ConfigFile {
+        kubeconfig: Some("/etc/k".into()),
+        bind_address: Some("::".parse().unwrap()),
+        healthz: Some(BindAddress(Some("0.0.0.0:11256".parse().unwrap()))),
+        metrics: Some(BindAddress(None)),
+        hostname_override: Some("node-a".into()),
+        nodeport_addresses: Some("10.0.0.0/8,fd00::/8".parse().unwrap()),
+        oom_score_adj: Some(-999),
+        verbosity: Some(4),
+        log_format: Some(LogFormat::Json),
+        ignored: vec![],
+    };
+    assert_eq!(config(full).unwrap(), expected);
+    let primary = config("nodePortAddresses: [primary]").unwrap();
+    assert_eq!(primary.nodeport_addresses, Some(NodePortAddresses::Primary));
+}
+
+#[test]
+fn what_cannot_apply_is_named_when_it_is_set() {
+    let set = "
+mode: ipvs
+ipvs: {scheduler: rr, strictARP: true, excludeCIDRs: [10.0.0.0/8], syncPeriod: 30s, tcpTimeout: 0s}
+iptables: {masqueradeBit: 14, minSyncPeriod: 1000000000, localhostNodePorts: false}
+conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 24h0m0s, max: 5}
+featureGates: {A: true}
+logging: {vmodule: [{filePattern: x, verbosity: 3}], flushFrequency: 5s}
+winkernel: {networkName: x}
+detectLocal:
+udpIdleTimeout: 250ms
+";
+    let mut ignored = config(set).unwrap().ignored;
+    ignored.sort();
+    let expected = [
+        "conntrack.max",
+        "conntrack.tcpEstablishedTimeout",
+        "featureGates",
+        "iptables.localhostNodePorts",
+        "iptables.masqueradeBit",
+        "iptables.minSyncPeriod",
+        "ipvs.excludeCIDRs",
+        "ipvs.scheduler",
+        "ipvs.strictARP",
+        "ipvs.syncPeriod",
+        "logging.flushFrequency",
+        "logging.vmodule",
+        "mode",
+        "udpIdleTimeout",
+        "winkernel.networkName",
+    ];
+    assert_eq!(ignored, expected);
+}
+
+#[test]
+fn a_field_that_is_not_known_or_not_readable_is_named_with_what_is_allowed() {
+    let table = [
+        ("ipvs: {schedular: rr}", "ipvs.schedular: unknown field; known are excludeCIDRs, minSyncPeriod, scheduler"),
+        ("frobnicate: 1", "frobnicate: unknown field; known are apiVersion, bindAddress"),
+        ("ipvs: [1]", "ipvs: unknown field"),
+        ("mode: IPVS", "mode: \"IPVS\" is not allowed: allowed are iptables, ipvs, nftables"),
+        ("detectLocalMode: x", "detectLocalMode: \"x\" is not allowed: allowed are ClusterCIDR, NodeCIDR"),
+        ("iptables: {masqueradeBit: fourteen}", "iptables.masqueradeBit: a number is expected"),
+        ("iptables: {syncPeriod: soon}", "iptables.syncPeriod: \"soon\" is not allowed: a duration such as"),
+        ("enableProfiling: maybe", "enableProfiling: true or false is expected"),
+        ("bindAddress: here", "bindAddress: \"here\" is not allowed: an IP address is expected"),
+        ("healthzBindAddress: here:1", "healthzBindAddress: \"here:1\" is not allowed: allowed are IP:PORT"),
+        ("nodePortAddresses: [10.0.0.1]", "nodePortAddresses: \"10.0.0.1\" is not a CIDR; allowed are `primary`"),
+        ("nodePortAddresses: all", "nodePortAddresses: a list is expected"),
+        ("clusterCIDR: 10.0.0.1", "clusterCIDR: \"10.0.0.1\" is not allowed: CIDRs"),
+        ("oomScoreAdj: -1001", "oomScoreAdj: -1001 is not allowed: -1000 to 1000 is expected"),
+        ("logging: {format: xml}", "logging.format: \"xml\" is not allowed: allowed are text, json"),
+        ("logging: {verbosity: 1.5}", "logging.verbosity: 1.5 is not allowed"),
+        ("featureGates: {A: x}", "featureGates: NAME=true or NAME=false"),
+        ("ipvs: {excludeCIDRs: [1]}", "ipvs.excludeCIDRs: a list of CIDRs is expected"),
+        ("1: x", "a field whose name is no text"),
+        ("a: [", "at line 4"),
+    ];
+    for (body, expected) in table {
+        let error = config(body).unwrap_err();
+        assert!(error.contains(expected), "{body}: {error}");
+    }
+    for (text, expected) in [
+        ("[]", "not a KubeProxyConfiguration"),
+        ("kind: KubeProxyConfiguration", "apiVersion \"\" is not allowed: kubeproxy.config.k8s.io/v1alpha1"),
+        ("{apiVersion: kubeproxy.config.k8s.io/v1alpha1, kind: KubeletConfiguration}", "kind \"KubeletConfiguration\""),
+        ("apiVersion: kubeproxy.config.k8s.io/v1alpha2", "v1alpha2"),
+    ] {
+        let error = ConfigFile::parse(text).unwrap_err();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+}
+
+#[test]
+fn a_value_of_another_sort_in_any_field_is_an_error_that_names_the_field() {
+    for (field, _) in FIELDS.iter().filter(|(field, _)| !["apiVersion", "kind"].contains(field)) {
+        let steps: Vec<&str> = field.split('.').collect();
+        let nested = |value: &str| {
+            let inner = steps.iter().rev().fold(value.to_owned(), |inner, step| format!("{{{step}: {inner}}}"));
+            inner[1..inner.len() - 1].to_owned()
+        };
+        for bad in ["{x: {y: 1}}", "[[1]]"] {
+            let error = config(&nested(bad)).unwrap_err();
+            assert!(error.starts_with(&format!("{field}: ")), "{field}: {error}");
+        }
+        assert!(config(&nested("null")).unwrap().ignored.is_empty(), "{field}");
+    }
+}

@@ -1,0 +1,142 @@
+//! Flags, environment, configuration file, defaults: in this order the first that says something wins.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use super::UsageError;
+use super::address::{default_healthz, default_metrics};
+use super::config_file::ConfigFile;
+use super::flags::{NodeFlags, RunFlags, Source};
+use crate::netdev::NodePortAddresses;
+
+impl NodeFlags {
+    /// What `--config` names; nothing when it is not given.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or says something that is not known.
+    pub fn config_file(&self) -> Result<ConfigFile, UsageError> {
+        let path = self.config.as_deref().map(Path::new);
+        path.map_or_else(|| Ok(ConfigFile::default()), ConfigFile::read).map_err(UsageError)
+    }
+
+    /// Fills in from the file what was not given.
+    pub fn complete(&mut self, file: &ConfigFile) {
+        self.bind_address = self.bind_address.or(file.bind_address);
+        let ported = |port: Option<u16>, of_file| if port.is_some() { None } else { of_file };
+        self.healthz_bind_address = self.healthz_bind_address.or(ported(self.healthz_port, file.healthz));
+        self.metrics_bind_address = self.metrics_bind_address.or(ported(self.metrics_port, file.metrics));
+    }
+
+    /// Where health is served; `None`: nowhere.
+    pub fn healthz(&self) -> Option<SocketAddr> {
+        self.healthz_bind_address.unwrap_or_else(|| default_healthz(self.bind_address, self.healthz_port)).0
+    }
+
+    /// Where metrics are served; `None`: nowhere.
+    pub fn metrics(&self) -> Option<SocketAddr> {
+        self.metrics_bind_address.unwrap_or_else(|| default_metrics(self.bind_address, self.metrics_port)).0
+    }
+}
+
+impl RunFlags {
+    /// Fills in from `--config` what was not given. Returns the settings that were given and have no meaning here.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or says something that is not known.
+    pub fn complete(&mut self) -> Result<Vec<String>, UsageError> {
+        let file = self.node.config_file()?;
+        self.node.complete(&file);
+        let mut ignored = self.kube_proxy.given.clone();
+        ignored.extend(file.ignored);
+        match self.source.source {
+            Some(Source::Directory(_)) if file.kubeconfig.is_some() => {
+                ignored.push("clientConnection.kubeconfig".to_owned());
+            }
+            _ => self.source.kubeconfig = self.source.kubeconfig.take().or(file.kubeconfig),
+        }
+        let given = self.source.hostname_override.take().filter(|name| !name.trim().is_empty());
+        self.source.hostname_override = given.or(file.hostname_override);
+        self.nodeport_addresses = self.nodeport_addresses.take().or(file.nodeport_addresses);
+        self.oom_score_adj = self.oom_score_adj.or(file.oom_score_adj);
+        self.log.verbosity = self.log.verbosity.or(file.verbosity);
+        self.log.log_format = self.log.log_format.or(file.log_format);
+        Ok(ignored)
+    }
+
+    /// Which addresses serve NodePorts; `--bind-address`, if it is one, is the node's primary address of its family.
+    pub fn nodeport_addresses(&self) -> NodePortAddresses {
+        let addresses = self.nodeport_addresses.clone().unwrap_or_default();
+        match self.node.bind_address {
+            Some(ip) if !ip.is_unspecified() => addresses.with_primary(ip.into()),
+            _ => addresses,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use clap::Parser as _;
+
+    use super::super::flags::{Cli, Command, LogFormat};
+    use super::*;
+
+    const FILE: &str = "
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+bindAddress: '::'
+clientConnection: {kubeconfig: /file/kubeconfig}
+healthzBindAddress: '[::1]:1111'
+hostnameOverride: of-the-file
+logging: {format: json, verbosity: 4}
+nodePortAddresses: [primary]
+oomScoreAdj: -5
+mode: ipvs
+";
+
+    fn run(flags: &[&str]) -> (RunFlags, Vec<String>) {
+        let Command::Run(mut flags) = Cli::parse_from([&["kubelane", "run"], flags].concat()).command else {
+            panic!("another command")
+        };
+        let ignored = flags.complete().unwrap();
+        (*flags, ignored)
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(FILE.as_bytes()).unwrap();
+        let config = format!("--config={}", file.path().display());
+        let at = |text: &str| Some(text.parse::<SocketAddr>().unwrap());
+
+        let (flags, ignored) = run(&[]);
+        assert_eq!((flags.node.healthz(), flags.node.metrics()), (at("0.0.0.0:10256"), at("127.0.0.1:10249")));
+        assert!(ignored.is_empty() && flags.log.verbosity.is_none() && flags.source.kubeconfig.is_none());
+
+        let (flags, ignored) = run(&[&config]);
+        assert_eq!((flags.node.healthz(), flags.node.metrics()), (at("[::1]:1111"), at("[::1]:10249")));
+        assert_eq!(flags.source.kubeconfig.as_deref(), Some(Path::new("/file/kubeconfig")));
+        assert_eq!(flags.source.hostname_override.as_deref(), Some("of-the-file"));
+        assert_eq!(flags.nodeport_addresses(), NodePortAddresses::Primary);
+        assert_eq!((flags.log.verbosity, flags.log.log_format), (Some(4), Some(LogFormat::Json)));
+        assert_eq!((flags.oom_score_adj, ignored), (Some(-5), vec!["mode".to_owned()]));
+
+        let given = "--kubeconfig=/k --hostname-override=b --healthz-port=2222 --metrics-bind-address=127.0.0.1:3333 \
+                     --nodeport-addresses=10.0.0.0/8 -v=0 --logging-format=text --oom-score-adj=7 --proxy-mode=nftables";
+        let (flags, ignored) = run(&[&[config.as_str()], &given.split_whitespace().collect::<Vec<_>>()[..]].concat());
+        assert_eq!((flags.node.healthz(), flags.node.metrics()), (at("[::]:2222"), at("127.0.0.1:3333")));
+        assert_eq!(flags.source.kubeconfig.as_deref(), Some(Path::new("/k")));
+        assert_eq!(flags.source.hostname_override.as_deref(), Some("b"));
+        assert_eq!(flags.nodeport_addresses(), "10.0.0.0/8".parse().unwrap());
+        assert_eq!((flags.log.verbosity, flags.log.log_format), (Some(0), Some(LogFormat::Human)));
+        assert_eq!(
+            (flags.oom_score_adj, ignored.as_slice()),
+            (Some(7), &["--proxy-mode".to_owned(), "mode".to_owned()][..])
+        );
+
+        let (flags, ignored) = run(&[&config, "--source=dir:/x", "--healthz-bind-address="]);
+        assert_eq!((flags.node.healthz(), flags.source.kubeconfig), (None, None));
+        assert_eq!(ignored, ["mode", "clientConnection.kubeconfig"]);
+    }
+}

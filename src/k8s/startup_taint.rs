@@ -1,0 +1,88 @@
+//! The taint that keeps pods away from a node whose Services do not work yet (`--startup-taint`): taken off the Node
+//! when the daemon is ready, and only then.
+
+use anyhow::{Context as _, bail};
+use http::header::CONTENT_TYPE;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::backoff::Backoff;
+
+/// Takes the taint away whenever `tainted` says that the Node has it, until its sender is dropped.
+pub async fn run(client: kube::Client, node: String, key: String, mut tainted: watch::Receiver<bool>) {
+    let mut backoff = Backoff::default();
+    let mut told = None;
+    while tainted.wait_for(|is| *is).await.is_ok() {
+        match remove(&client, &node, &key).await {
+            Ok(removed) => {
+                info!(taint = key, removed, "the startup taint is off the Node");
+                (backoff, told) = (Backoff::default(), None);
+                // Until the watch has seen it.
+                if tainted.wait_for(|is| !*is).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                if told.as_ref() != Some(&error) {
+                    warn!("--startup-taint {key}: {error}; trying again");
+                    told = Some(error);
+                }
+                tokio::time::sleep(backoff.next()).await;
+            }
+        }
+    }
+}
+
+/// Returns how many taints (one key may have several effects) were removed.
+async fn remove(client: &kube::Client, node: &str, key: &str) -> anyhow::Result<usize> {
+    let path = format!("/api/v1/nodes/{node}");
+    let get = http::Request::get(&path).body(Vec::new())?;
+    let object: Value = client.request(get).await.context("reading the Node")?;
+    let taints = object["spec"]["taints"].as_array().cloned().unwrap_or_default();
+    let patch = patch(&taints, key);
+    if patch.is_empty() {
+        return Ok(0);
+    }
+    let removed = patch.len() / 2;
+    let body = serde_json::to_vec(&patch)?;
+    let request = http::Request::patch(&path).header(CONTENT_TYPE, "application/json-patch+json").body(body)?;
+    match client.request::<Value>(request).await {
+        Ok(_) => Ok(removed),
+        Err(kube::Error::Api(status)) if status.code == 403 => {
+            bail!("403 Forbidden: {}; the account needs get and patch on nodes", status.message)
+        }
+        // A taint that is not where it was read: somebody else changed the list.
+        Err(error) => Err(error).context("changing the Node"),
+    }
+}
+
+/// A JSON patch (RFC 6902) that removes the taints of this key, the last first, each only if it still is where it was.
+fn patch(taints: &[Value], key: &str) -> Vec<Value> {
+    let ours = taints.iter().enumerate().rev().filter(|(_, taint)| taint["key"] == key);
+    ours.flat_map(|(index, taint)| {
+        let path = format!("/spec/taints/{index}");
+        [json!({"op": "test", "path": path, "value": taint}), json!({"op": "remove", "path": path})]
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn taints_of_the_key_are_removed_from_the_last_on_if_they_are_still_there() {
+        let taint = |key: &str, effect: &str| json!({"key": key, "effect": effect});
+        let taints = [taint("k", "NoExecute"), taint("other", "NoSchedule"), taint("k", "NoSchedule")];
+        let expected = vec![
+            json!({"op": "test", "path": "/spec/taints/2", "value": taints[2]}),
+            json!({"op": "remove", "path": "/spec/taints/2"}),
+            json!({"op": "test", "path": "/spec/taints/0", "value": taints[0]}),
+            json!({"op": "remove", "path": "/spec/taints/0"}),
+        ];
+        assert_eq!(patch(&taints, "k"), expected);
+        assert!(patch(&taints, "absent").is_empty());
+    }
+}

@@ -1,0 +1,103 @@
+//! What a proxy writes: Events, and the taints of its Node.
+
+use axum::body::Body;
+use http::Response;
+use serde_json::{Value, json};
+
+use super::wire::response;
+use super::{ApiServer, Resource, State, key};
+
+impl ApiServer {
+    /// A request for one object, or one that changes something.
+    pub(super) fn write(&self, head: &http::request::Parts, body: &[u8]) -> std::io::Result<Response<Body>> {
+        let mut state = self.lock();
+        if state.down {
+            return Err(std::io::ErrorKind::ConnectionRefused.into());
+        }
+        let content = head.headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let steps: Vec<&str> = head.uri.path().split('/').skip(1).collect();
+        if head.method != http::Method::GET
+            && let Some(status) = state.write_failures.pop_front()
+        {
+            return Ok(failure(status, "as the test wants it"));
+        }
+        let sent = || serde_json::from_slice::<Value>(body).expect("a body in JSON");
+        Ok(match (head.method.as_str(), steps.as_slice(), content) {
+            ("POST", ["apis", "events.k8s.io", "v1", "namespaces", namespace, "events"], "application/json") => {
+                state.create_event(namespace, sent())
+            }
+            (
+                "PATCH",
+                ["apis", "events.k8s.io", "v1", "namespaces", namespace, "events", name],
+                "application/merge-patch+json",
+            ) => state.merge_event(namespace, name, &sent()),
+            ("GET", ["api", "v1", "nodes", name], _) => match state.objects.get(&(Resource::Nodes, format!("/{name}")))
+            {
+                Some(node) => response(200, node.to_string()),
+                None => failure(404, "no such Node"),
+            },
+            ("PATCH", ["api", "v1", "nodes", name], "application/json-patch+json") => state.patch_node(name, &sent()),
+            _ => failure(405, "this double does not know that"),
+        })
+    }
+}
+
+impl State {
+    /// With the rules of the API server that a client may break (validation of events.k8s.io/v1).
+    fn create_event(&mut self, namespace: &str, mut event: Value) -> Response<Body> {
+        let text = |field: &Value| field.as_str().unwrap_or_default().to_owned();
+        let regarding = text(&event["regarding"]["namespace"]);
+        let belongs = if regarding.is_empty() { "default" } else { &regarding };
+        let required = ["reportingController", "reportingInstance", "action", "reason", "eventTime"];
+        if let Some(field) = required.iter().find(|field| text(&event[**field]).is_empty()) {
+            return failure(422, &format!("{field} is required"));
+        }
+        if belongs != namespace || text(&event["note"]).len() > 1024 || text(&event["metadata"]["name"]).is_empty() {
+            return failure(422, "namespace, note or name");
+        }
+        event["metadata"]["namespace"] = json!(namespace);
+        self.events.push(event.clone());
+        response(201, event.to_string())
+    }
+
+    fn merge_event(&mut self, namespace: &str, name: &str, patch: &Value) -> Response<Body> {
+        let is = |event: &&mut Value| key(event) == format!("{namespace}/{name}");
+        let Some(event) = self.events.iter_mut().find(is) else { return failure(404, "no such Event") };
+        for (field, value) in patch.as_object().into_iter().flatten() {
+            if field != "metadata" {
+                event[field] = value.clone();
+            }
+        }
+        response(200, event.to_string())
+    }
+
+    /// Tests and removals of list items, all or none.
+    fn patch_node(&mut self, name: &str, patch: &Value) -> Response<Body> {
+        let place = (Resource::Nodes, format!("/{name}"));
+        let Some(before) = self.objects.get(&place).cloned() else { return failure(404, "no such Node") };
+        let mut node = before.clone();
+        for step in patch.as_array().expect("a list of operations") {
+            let path = step["path"].as_str().expect("a path");
+            match step["op"].as_str() {
+                Some("test") if node.pointer(path) == Some(&step["value"]) => {}
+                Some("test") => return failure(422, "the test failed"),
+                Some("remove") => {
+                    let (list, index) = path.rsplit_once('/').expect("a path of several steps");
+                    let list = node.pointer_mut(list).and_then(Value::as_array_mut).expect("a list");
+                    list.remove(index.parse().expect("an index"));
+                }
+                other => panic!("operation {other:?}"),
+            }
+        }
+        self.version += 1;
+        node["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.objects.insert(place, node.clone());
+        self.record(Resource::Nodes, Some(before), Some(node.clone()));
+        response(200, node.to_string())
+    }
+}
+
+fn failure(status: u16, message: &str) -> Response<Body> {
+    let object = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": status});
+    response(status, object.to_string())
+}
