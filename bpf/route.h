@@ -84,8 +84,9 @@ static __always_inline void route_set_next(struct route *route, const struct bpf
 }
 
 /*
- * Sends a packet on; not 0: the kernel refused. bpf_redirect_neigh() takes an Ethernet header off and drops what has none
- * (__bpf_redirect_neigh, in all kernels): a packet of a device without link headers is given one, which nobody reads.
+ * Sends a packet on; not 0: the kernel refused. bpf_redirect_neigh() takes an Ethernet header off, and drops what has
+ * none (__bpf_redirect_neigh, in all kernels): a packet of a device without link headers is given one that nobody
+ * reads.
  */
 static __always_inline int route_send(struct __sk_buff *skb, __u32 l3, struct route *route)
 {

@@ -1,4 +1,4 @@
-//! Outward devices of other kinds than Ethernet cards: VLANs and tunnels, with clients or other nodes' pods behind them.
+//! Outward devices of other kinds than Ethernet cards: VLANs and tunnels, with clients or another node's pods behind.
 #![cfg(feature = "lab")]
 
 mod cni;

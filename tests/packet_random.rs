@@ -72,7 +72,7 @@ fn every_truncation_of_every_kind_of_packet_is_left_alone_or_dropped_and_never_r
                 let header = if frame.source.is_ipv4() { 20 } else { 40 };
                 let enough = match frame.inside {
                     Inside::Tcp { .. } => header + 20,
-                    Inside::Udp { .. } => header + 8,
+                    Inside::Udp { .. } | Inside::Sctp { .. } => header + 8,
                     Inside::Icmp { .. } => header + 8 + header + 8,
                     Inside::Piece { .. } => header,
                 };

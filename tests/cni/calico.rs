@@ -1,6 +1,6 @@
 //! Nodes as Calico makes them without an overlay: a route to each pod, whose gateway is an address that nobody has and
 //! the node answers for; blocks of pods routed between the nodes, as BGP would announce them; strict reverse-path
-//! filtering (in IPv6, where the kernel has no such switch, by Calico's `rpfilter` rule); a chain for each pod's policy.
+//! filtering (in IPv6, where the kernel has no such switch, by Calico's `rpfilter` rule); a chain for each pod.
 
 use super::rules::{self, FAMILIES, Family};
 use super::{Shape, Sources};

@@ -1,4 +1,4 @@
-//! The real CNI plugins, run as a container runtime runs them: in the node's namespace, with the configuration on stdin.
+//! The real CNI plugins, run as a container runtime does it: in the node's namespace, with the configuration on stdin.
 
 use std::path::Path;
 
@@ -60,7 +60,7 @@ pub fn add_to_bridge(lab: &Lab, node: &Node, pod: &Place, bridge: Bridge) -> any
     Ok(result)
 }
 
-/// Host ports of a pod that a plugin has connected (`result`), for TCP and UDP: `host` on the node is `port` of the pod.
+/// A host port, for TCP and UDP, of a pod that a plugin has connected (`result`): `host` on the node is the pod's `port`.
 pub fn map_port(node: &Node, pod: &Place, result: &Value, host: u16, port: u16) -> anyhow::Result<()> {
     let mapping = |protocol: &str| json!({"hostPort": host, "containerPort": port, "protocol": protocol});
     let configuration = json!({

@@ -18,6 +18,9 @@ const METRICS: &str = "127.0.0.1:10249";
 /// How long a daemon may take to get ready or to follow a change on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long it may take to load its programs: an emulated processor needs half a minute for that.
+const LOADING: Duration = Duration::from_secs(60);
+
 /// A running daemon. Dropping it kills it; its maps and programs stay, as after a crash, until the laboratory goes.
 #[derive(Debug)]
 pub struct Daemon<'a> {
@@ -68,7 +71,7 @@ impl<'a> Daemon<'a> {
     }
 
     fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + LOADING;
         loop {
             if let Some(status) = self.process.ended() {
                 bail!("the daemon of {} ended with {status}; {}", self.node.name, self.node.host.log_tail());
@@ -77,11 +80,7 @@ impl<'a> Daemon<'a> {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "the daemon of {} is not ready after {PATIENCE:?}; {}",
-                    self.node.name,
-                    self.node.host.log_tail()
-                );
+                bail!("the daemon of {} is not ready after {LOADING:?}; {}", self.node.name, self.node.host.log_tail());
             }
             std::thread::sleep(Duration::from_millis(2));
         }
