@@ -2,10 +2,15 @@
 // Every bench compiles this module for itself and uses a part of it.
 #![allow(dead_code)]
 
+pub mod health;
 pub mod world;
 
 use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
+
+use anyhow::{Context as _, bail};
 
 /// Kernel, processors and the load that others put on them: a figure without these says nothing.
 pub fn machine() -> String {
@@ -24,6 +29,16 @@ pub fn machine() -> String {
         memory.unwrap_or_default(),
         read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(" "),
     )
+}
+
+/// The directory of netperf and netserver, downloaded when they are not installed.
+pub fn netperf() -> anyhow::Result<PathBuf> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/fetch-netperf");
+    let output = Command::new(script).stderr(Stdio::inherit()).output().context("running fetch-netperf")?;
+    if !output.status.success() {
+        bail!("without netperf there is nothing to compare");
+    }
+    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
 }
 
 /// Measured values, sorted.
@@ -72,22 +87,27 @@ impl Sample {
 
 /// Prints rows as a table of Markdown, which is read as well on a terminal.
 pub fn print_table(heading: &[&str], rows: &[Vec<String>]) {
+    println!("{}", table(heading, rows));
+}
+
+/// Rows as a table of Markdown, each line ended.
+pub fn table(heading: &[&str], rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = heading.iter().map(|cell| cell.chars().count()).collect();
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
-    let line = |cells: Vec<&str>| {
+    let line = |cells: &[&str]| {
         let padded: Vec<String> =
             cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}", width = *width)).collect();
-        println!("| {} |", padded.join(" | "));
+        format!("| {} |\n", padded.join(" | "))
     };
-    line(heading.to_vec());
     let rules: Vec<String> = widths.iter().map(|width| "-".repeat(*width)).collect();
-    line(rules.iter().map(String::as_str).collect());
+    let mut text = line(heading);
+    text += &line(&rules.iter().map(String::as_str).collect::<Vec<_>>());
     for row in rows {
-        line(row.iter().map(String::as_str).collect());
+        text += &line(&row.iter().map(String::as_str).collect::<Vec<_>>());
     }
-    println!();
+    text
 }

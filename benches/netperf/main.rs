@@ -9,14 +9,12 @@ mod common;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
-mod health;
 mod path;
 mod programs;
 
 use std::path::PathBuf;
-use std::process::Command;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use clap::Parser;
 use serde_json::json;
 
@@ -59,7 +57,7 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     support::preflight()?;
     let &[client, server] = arguments.processors.as_slice() else { bail!("--processors takes two numbers: 0,1") };
-    let programs = arguments.netperf.clone().map_or_else(fetch, Ok)?;
+    let programs = arguments.netperf.clone().map_or_else(common::netperf, Ok)?;
     let lab = Lab::new(&[("node1", &["client", "server"])])?;
     let manifests = lay_services(&lab, arguments.services)?;
     let daemon = Daemon::start(&lab, "node1", &manifests.dir)?;
@@ -85,17 +83,6 @@ fn main() -> anyhow::Result<()> {
     programs::print(&lab, || tests.iter().try_for_each(|(test, _)| bench.run(Path::ClusterIp, test).map(drop)))?;
     drop(daemon);
     Ok(())
-}
-
-/// The script that downloads netperf when it is not installed.
-fn fetch() -> anyhow::Result<PathBuf> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/fetch-netperf");
-    let output =
-        Command::new(script).stderr(std::process::Stdio::inherit()).output().context("running fetch-netperf")?;
-    if !output.status.success() {
-        bail!("without netperf there is nothing to compare");
-    }
-    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
 }
 
 /// One Service with the ports of the cluster IP's path, and as many others as asked for.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use kubelane::bpf::Maps;
 
-use crate::health::Trouble;
+use crate::common::health::Trouble;
 use crate::support::eventually;
 use crate::support::lab::Lab;
 use crate::support::netns;

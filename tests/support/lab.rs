@@ -187,12 +187,23 @@ impl Lab {
         netns::inside(&self.underlay(), work)
     }
 
-    /// A client process where [`Lab::outside`] is.
-    pub fn client_outside(&self) -> anyhow::Result<Client> {
+    /// Where [`Lab::outside`] is, as a place: its processes are in no node's cgroup.
+    pub fn outside_place(&self) -> anyhow::Result<Place> {
         let cgroup = cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{}", self.id)).join("outside");
         fs::create_dir_all(&cgroup).with_context(|| format!("creating {}", cgroup.display()))?;
-        let (netns, log) = (netns::path(&self.netns_name("underlay")), self.dir.join("outside.log"));
-        Client::new(Process::spawn(&netns, &cgroup, &log, &lab_binary()?, &["client"])?)
+        Ok(Place {
+            name: "outside".to_owned(),
+            v4: Ipv4Addr::new(172, 31, 0, 1),
+            v6: Ipv6Addr::new(0xfd31, 0, 0, 0, 0, 0, 0, 1),
+            netns: self.underlay(),
+            cgroup,
+            log: self.dir.join("outside.log"),
+        })
+    }
+
+    /// A client process where [`Lab::outside`] is.
+    pub fn client_outside(&self) -> anyhow::Result<Client> {
+        self.outside_place()?.client()
     }
 
     /// Lets the client outside reach `network` by `node`, as a load balancer's announcement would.

@@ -1,0 +1,83 @@
+//! Rounds: every mode has a run in each, and only what a round's runs say of each other counts.
+
+use std::collections::BTreeMap;
+
+use crate::common::Sample;
+use crate::mode::{Mode, Served};
+use crate::path::Path;
+use crate::run::{Figure, Netperf, Run, Test};
+
+/// The good rounds of one test on one path, all modes in each of them.
+pub struct Cell {
+    /// Services beside those that are measured.
+    pub others: usize,
+    pub path: Path,
+    pub test: Test,
+    pub rounds: Vec<BTreeMap<Mode, Figure>>,
+    /// Rounds that did not count, with the reasons.
+    pub spoiled: Vec<String>,
+}
+
+impl Cell {
+    pub fn rates(&self, mode: Mode) -> Sample {
+        self.each(|round| Some(round.get(&mode)?.rate))
+    }
+
+    pub fn processor(&self, mode: Mode) -> Sample {
+        self.each(|round| Some(round.get(&mode)?.processor))
+    }
+
+    /// The rounds' ratios of rates.
+    pub fn ratio(&self, of: Mode, to: Mode) -> Sample {
+        self.each(|round| Some(round.get(&of)?.rate / round.get(&to)?.rate))
+    }
+
+    /// The rounds' ratios of processor time.
+    pub fn processor_ratio(&self, of: Mode, to: Mode) -> Sample {
+        self.each(|round| Some(round.get(&of)?.processor / round.get(&to)?.processor))
+    }
+
+    fn each(&self, value: impl Fn(&BTreeMap<Mode, Figure>) -> Option<f64>) -> Sample {
+        Sample::new(self.rounds.iter().filter_map(value))
+    }
+}
+
+/// Measures until `rounds` rounds are good, or as many were spoiled.
+pub fn cell(
+    netperf: &Netperf,
+    modes: &[Served],
+    others: usize,
+    path: Path,
+    test: Test,
+    rounds: usize,
+) -> anyhow::Result<Cell> {
+    let mut cell = Cell { others, path, test, rounds: Vec::new(), spoiled: Vec::new() };
+    // The first run of a path meets cold neighbour tables and caches.
+    for served in modes {
+        netperf.run(served, path, test)?;
+    }
+    while cell.rounds.len() < rounds && cell.spoiled.len() < rounds {
+        let number = cell.rounds.len() + cell.spoiled.len();
+        let mut round = BTreeMap::new();
+        let mut reasons = Vec::new();
+        for turn in 0..modes.len() {
+            // Each mode is first, in the middle and last in turn.
+            let served = &modes[(turn + number) % modes.len()];
+            match netperf.run(served, path, test)? {
+                Run::Good(figure) => drop(round.insert(served.mode, figure)),
+                Run::Spoiled(why) => reasons.push(format!("{}: {why}", served.mode)),
+            }
+        }
+        let head = format!("{others:6} others  {path:24} {:10} round {:2}:", test.name, number + 1);
+        if reasons.is_empty() {
+            let rates = round.iter().map(|(mode, figure)| format!("{mode} {:.0}{}", figure.rate, test.unit));
+            println!("{head} {}", rates.collect::<Vec<_>>().join("  "));
+            cell.rounds.push(round);
+        } else {
+            let reasons = reasons.join("; ");
+            println!("{head} THROWN AWAY: {reasons}");
+            cell.spoiled.push(reasons);
+        }
+    }
+    Ok(cell)
+}

@@ -1,0 +1,136 @@
+//! One run of netperf, and when its figure does not count.
+
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path as FilePath, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+
+use crate::common::health::Trouble;
+use crate::mode::Served;
+use crate::path::{Path, TARGETS};
+use crate::support::eventually;
+use crate::support::lab::{Lab, Place};
+use crate::support::process::Process;
+
+/// How netperf is run.
+pub struct Netperf {
+    /// Directory of netperf and netserver.
+    pub programs: PathBuf,
+    /// Processors of client and server.
+    pub processors: (u32, u32),
+    /// Length of a run.
+    pub seconds: u32,
+}
+
+/// A test of netperf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Test {
+    pub name: &'static str,
+    /// Its rate is in this unit: transactions a second, or 10^6 bits a second.
+    pub unit: &'static str,
+}
+
+impl Test {
+    pub const ALL: [Test; 5] = [
+        Test { name: "TCP_CRR", unit: "/s" },
+        Test { name: "TCP_RR", unit: "/s" },
+        Test { name: "UDP_RR", unit: "/s" },
+        Test { name: "TCP_STREAM", unit: "Mbit/s" },
+        Test { name: "TCP_MAERTS", unit: "Mbit/s" },
+    ];
+
+    fn is_stream(self) -> bool {
+        self.unit != "/s"
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Figure {
+    /// In the test's unit.
+    pub rate: f64,
+    /// Microseconds of processor time, of all processes of the mode's laboratory, for one transaction or one Mbit.
+    pub processor: f64,
+}
+
+/// What came of a run.
+pub enum Run {
+    Good(Figure),
+    /// Why its figure says nothing about the path.
+    Spoiled(String),
+}
+
+impl Netperf {
+    /// Starts one netserver for each path, each in the pod that the path leads to.
+    pub fn serve(&self, lab: &Lab) -> anyhow::Result<Vec<Process>> {
+        let netserver = self.programs.join("netserver").display().to_string();
+        let processor = self.processors.1.to_string();
+        let mut servers = Vec::new();
+        for path in Path::ALL {
+            let (pod, control) = (lab.pod(path.target().pod), path.ports().0);
+            let port = control.to_string();
+            servers.push(spawn(pod, "taskset", &["-c", &processor, &netserver, "-D", "-4", "-p", &port])?);
+            let listens = || pod.inside(|| Ok(std::net::TcpStream::connect((pod.v4, control))?)).is_ok();
+            if !eventually(Duration::from_secs(5), listens) {
+                bail!("the netserver for {path} does not listen");
+            }
+        }
+        Ok(servers)
+    }
+
+    /// One run; fails only when it cannot even be tried.
+    pub fn run(&self, served: &Served, path: Path, test: Test) -> anyhow::Result<Run> {
+        let client = path.client(served.lab)?;
+        let (control, data) = path.ports();
+        // -P 0 -v 0: the rate alone. -r 1,1: one byte each way.
+        let mut options = format!(
+            "-4 -H {} -p {control} -t {} -l {} -T {},{} -P 0 -v 0 -- -P ,{data}",
+            path.address(served.mode, served.lab),
+            test.name,
+            self.seconds,
+            self.processors.0,
+            self.processors.1
+        );
+        if !test.is_stream() {
+            options += " -r 1,1";
+        }
+        let arguments: Vec<&str> = options.split(' ').collect();
+        let before = (trouble(served.lab)?, processor_time(served.lab)?);
+        let mut process = spawn(&client, &self.programs.join("netperf").display().to_string(), &arguments)?;
+        let mut said = String::new();
+        process.stdout()?.read_to_string(&mut said).context("reading what netperf says")?;
+        let status = process.wait()?;
+        let processor = processor_time(served.lab)? - before.1;
+        if !status.success() {
+            return Ok(Run::Spoiled(format!("netperf ended with {status}: {}", said.trim())));
+        }
+        let rate: f64 = said.trim().parse().with_context(|| format!("netperf said {said:?}"))?;
+        if let Some(why) = trouble(served.lab)?.since(&before.0) {
+            return Ok(Run::Spoiled(why));
+        }
+        Ok(Run::Good(Figure { rate, processor: processor / (rate * f64::from(self.seconds)) }))
+    }
+}
+
+/// The counters of all ends: clients and servers.
+fn trouble(lab: &Lab) -> anyhow::Result<Trouble> {
+    let mut sum = lab.outside(Trouble::read)?.and(lab.pod("client").inside(Trouble::read)?);
+    for target in TARGETS {
+        sum = sum.and(lab.pod(target.pod).inside(Trouble::read)?);
+    }
+    Ok(sum)
+}
+
+/// Microseconds that the laboratory's processes have used, daemons and the work that packets make in them included.
+fn processor_time(lab: &Lab) -> anyhow::Result<f64> {
+    let path = lab.node("node1").cgroup.with_file_name("cpu.stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let used = text.lines().find_map(|line| line.strip_prefix("usage_usec "));
+    used.and_then(|used| used.parse().ok()).with_context(|| format!("no usage_usec in {}", path.display()))
+}
+
+/// Starts a program that gets the processor whenever it wants it, so that what else runs on the machine disturbs less.
+fn spawn(place: &Place, program: &str, arguments: &[&str]) -> anyhow::Result<Process> {
+    place.spawn(FilePath::new("chrt"), &[&["--fifo", "10", program], arguments].concat())
+}
