@@ -81,7 +81,7 @@ enum counter {
 	COUNTER_FLOW_ESTABLISHED = 12, /* flow proved by both ends, moved to the lasting table */
 	COUNTER_FLOW_TABLE_FULL = 13, /* such a flow stayed among the unproved: the lasting table is full */
 	COUNTER_SNAT_RETRY = 14, /* a source port was taken and another one tried */
-	COUNTER_SNAT_RECLAIMED = 15, /* a source port was taken from an unproved flow, all others tried being in use */
+	COUNTER_SNAT_RECLAIMED = 15, /* a source port was taken from an unproved or closed flow, none being free */
 	COUNTER_ICMP_TRANSLATED = 16, /* ICMP error about a flow passed on to the other side */
 	COUNTER_ICMP_TOO_BIG = 17, /* answered with "fragmentation needed" or "packet too big" */
 	COUNTER_ICMP_TTL_EXCEEDED = 18, /* answered with "time exceeded" */

@@ -35,7 +35,7 @@ enum snat_ports {
 
 enum place {
 	PLACE_FREE = 0,
-	PLACE_UNPROVED = 1, /* taken, by a flow that no end has proved */
+	PLACE_YIELDING = 1, /* taken, by a flow that no end has proved, or that both have closed */
 	PLACE_TAKEN = 2,
 };
 
@@ -74,7 +74,7 @@ static __always_inline __u64 place_rest(const struct flow *flow, __u8 protocol)
 	return FLOW_TCP_ESTABLISHED;
 }
 
-/* May `request` have the replies of `reply`? *used: when the unproved flow that holds them was last used. */
+/* May `request` have the replies of `reply`? *used: when the yielding flow that holds them was last used. */
 static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 *used)
 {
 	__u64 now = clock_ns();
@@ -84,20 +84,23 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
 		if (ends_are_reversed(&flow->ends, &request->ends) ||
 		    flow_idle(flow, now) > place_rest(flow, reply->protocol) * NANOSECONDS)
 			return PLACE_FREE;
-		return PLACE_TAKEN;
+		*used = flow->used_ns;
+		return flow->client_closed && flow->backend_closed ? PLACE_YIELDING : PLACE_TAKEN;
 	}
 	flow = bpf_map_lookup_elem(&new_flows, reply);
 	if (!flow || ends_are_reversed(&flow->ends, &request->ends) ||
 	    flow_idle(flow, now) > (__u64)FLOW_TCP_OPENING * NANOSECONDS)
 		return PLACE_FREE;
 	*used = flow->used_ns;
-	return PLACE_UNPROVED;
+	return PLACE_YIELDING;
 }
 
 /*
  * Sets the destination port of the scratch's reply so that the place belongs to nobody else. When all ports that were
- * tried are in use, the unproved flow that has waited the longest gives way: a flood of requests takes places from
- * itself. Not 0: every port tried belongs to an established flow. `ports`: enum snat_ports.
+ * tried are in use, the unproved or closed flow that has waited the longest gives way: a flood of requests takes places
+ * from itself, and a client that connects without a pause to a backend that closes first does not wait for the end of
+ * TIME_WAIT. (The backend lets a SYN into it whose timestamp is newer, RFC 6191, as the same client's is.) Not 0: every
+ * port tried belongs to an established flow. `ports`: enum snat_ports.
  */
 __noinline int snat_reserve(int ports)
 {
@@ -122,7 +125,7 @@ __noinline int snat_reserve(int ports)
 		state = place_state(&wanted->reply, &wanted->packet.tuple, &used);
 		if (state == PLACE_FREE)
 			return 0;
-		if (state == PLACE_UNPROVED && used < oldest) {
+		if (state == PLACE_YIELDING && used < oldest) {
 			oldest = used;
 			chosen = *candidate;
 		}

@@ -126,6 +126,23 @@ fn many_clients_share_the_range_until_established_ones_fill_it() {
 }
 
 #[test]
+fn connections_that_a_backend_closed_give_way_when_the_range_is_used_up() {
+    let mut node = node_with_remote_backends(Protocol::Tcp);
+    let ((), counted) = node.counted(|node| {
+        for n in 0..30_000u16 {
+            let from = (CLIENT4, 5000 + n);
+            let port = port_of(node, &tcp(from, (NODE4, 30080), SYN));
+            node.tunnel_in(&tcp((REMOTE4, 8080), (TUNNEL4, port), SYN | ACK).numbered(7000, 1001));
+            node.uplink_in(&tcp(from, (NODE4, 30080), ACK).numbered(1001, 7001));
+            node.tunnel_in(&tcp((REMOTE4, 8080), (TUNNEL4, port), FIN | ACK).numbered(7001, 1001));
+            node.uplink_in(&tcp(from, (NODE4, 30080), FIN | ACK).numbered(1001, 7002));
+        }
+    });
+    assert_eq!((counted["flow_remote"], counted.get("dropped_snat_exhausted")), (30_000, None), "{counted:?}");
+    assert!(counted["snat_reclaimed"] > 0);
+}
+
+#[test]
 fn a_flood_of_unproved_flows_takes_places_from_itself_only() {
     let mut node = node_with_remote_backends(Protocol::Tcp);
     let from = (CLIENT4, 50_000);

@@ -33,8 +33,8 @@ const REMEDIES: [(&str, &str); 11] = [
     ),
     (
         "snat_reclaimed",
-        "connections to one backend on another node come faster than they are completed: a flood, or a backend that \
-         does not answer; more endpoints or externalTrafficPolicy Local take the load off these ports",
+        "connections to one backend on another node come faster than they are completed, or than its TIME_WAIT ends: a \
+         flood, a backend that does not answer, or one that closes hundreds of connections a second itself; more endpoints or externalTrafficPolicy Local take the load off these ports",
     ),
     (
         "dropped_snat_exhausted",
