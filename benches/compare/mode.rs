@@ -52,6 +52,10 @@ pub fn lay_out() -> anyhow::Result<Lab> {
     // Connections end without TIME_WAIT, and begin without what an earlier one learned.
     let ends = [("ipv4/tcp_max_tw_buckets", "0"), ("ipv4/tcp_no_metrics_save", "1")];
     lab.sysctl_outside(&ends)?;
+    // The wire between the nodes is a bridge, which is to be no more than a wire.
+    if FilePath::new("/proc/sys/net/bridge").exists() {
+        lab.sysctl_outside(&[("bridge/bridge-nf-call-iptables", "0")])?;
+    }
     for node in &lab.nodes {
         node.pods.iter().try_for_each(|pod| pod.sysctl(&ends))?;
         // A client on the node's own network would be told of the shorter way, to the disadvantage of rules.
