@@ -23,7 +23,7 @@ fn main() {
 
 /// The kernel's user-space headers include <asm/types.h>, which Debian keeps in a directory of the architecture.
 fn clang_arguments() -> Vec<String> {
-    let mut arguments: Vec<String> = ["-Wall", "-Wextra", "-Werror", "-mcpu=v2", "-O2"].map(String::from).to_vec();
+    let mut arguments: Vec<String> = ["-Wall", "-Wextra", "-Werror", "-mcpu=v3", "-O2"].map(String::from).to_vec();
     let triple = Command::new("clang").arg("-print-target-triple").output().ok();
     let triple = triple.and_then(|o| String::from_utf8(o.stdout).ok()).unwrap_or_default();
     for name in [triple.trim().replace("-pc-", "-"), triple.trim().to_owned()] {

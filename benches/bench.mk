@@ -1,13 +1,16 @@
 # The benches; included by the Makefile. Figures are printed beside their targets, nothing fails because of one.
 # ARGS goes to the bench: make bench-scale ARGS="--services 1000 --layout one"
 
-.PHONY: bench-scale bench-netperf bench-micro
+.PHONY: bench-scale bench-netperf bench-micro bench-packets
 
 bench-scale: setup ## The daemon at 10,000 Services: first sync, memory, one change (root)
 	cargo bench --features lab --bench scale -- $(ARGS)
 
 bench-netperf: setup ## netperf through a cluster IP against the pod's address (root)
 	cargo bench --features lab --bench netperf -- $(ARGS)
+
+bench-packets: setup ## Nanoseconds in the packet programs, for each way through them (root)
+	cargo bench --features lab --bench packets -- $(ARGS)
 
 bench-micro: ## Criterion: compile, first sync in memory, one change, parsing
 	cargo bench --bench micro -- $(ARGS)

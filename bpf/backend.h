@@ -63,7 +63,7 @@ static __always_inline struct choice backend_recall(const struct affinity_key *k
 static __always_inline struct choice backend_pick_affine(const struct affinity_key *key,
 							 const struct frontend *frontend, const struct pool *pool)
 {
-	struct affinity affinity = {.used_ns = clock_ns()};
+	struct affinity affinity = {.used_ns = bpf_ktime_get_ns()};
 	struct choice choice = backend_recall(key, frontend, pool, affinity.used_ns);
 
 	if (!choice.backend)

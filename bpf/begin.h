@@ -151,7 +151,7 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct scratch *given)
 	}
 	flow_remove(&given->reply);
 	flow->ends.source_port = given->reply.ends.destination_port;
-	flow->used_ns = clock_ns();
+	flow->used_ns = clock_now(given);
 	begin_note_ports(given);
 	if (flow_store(&packet->tuple, flow)) {
 		count(COUNTER_DROPPED_FLOW_TABLE);

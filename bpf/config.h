@@ -15,18 +15,9 @@ struct config {
 	/* Source ports towards backends elsewhere: snat_ports of them from snat_first on, host order. */
 	__u16 snat_first;
 	__u16 snat_ports;
-	/* The kernel has bpf_ktime_get_coarse_ns (5.11): the same clock, as of the last tick, for a tenth of the cost. */
-	__u32 has_coarse_clock;
-	__u32 zero;
 };
 
 const volatile struct config config = {};
-
-/* CLOCK_MONOTONIC in nanoseconds, good enough for time-outs of seconds. */
-static __always_inline __u64 clock_ns(void)
-{
-	return config.has_coarse_clock ? bpf_ktime_get_coarse_ns() : bpf_ktime_get_ns();
-}
 
 static __always_inline int in_host_namespace(void *ctx)
 {

@@ -30,7 +30,7 @@ static __always_inline int deliver_route(struct __sk_buff *skb, struct packet *p
 }
 
 /* To or from a backend elsewhere: routed here, with one hop less to live. */
-static __noinline int deliver_forward(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
+static __always_inline int deliver_forward(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
 {
 	struct route route = {};
 	__u32 epoch;

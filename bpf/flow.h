@@ -88,7 +88,7 @@ static __always_inline void flow_mark_closing(struct flow *flow, const struct fl
 }
 
 /* A FIN, an RST, or the first packet after an RST: both rows learn of it. */
-static __noinline int flow_change_state(struct flow *flow, const struct packet *packet, int proved)
+static __noinline int flow_change_state(struct flow *flow, const struct packet *packet, int proved, __u64 now)
 {
 	struct flow_key partner_key;
 	struct flow *partner;
@@ -102,7 +102,7 @@ static __noinline int flow_change_state(struct flow *flow, const struct packet *
 			flow->backend_closed = 1;
 		}
 	}
-	flow->used_ns = clock_ns();
+	flow->used_ns = now;
 	flow_key_reverse(&partner_key, &flow->ends, packet->tuple.protocol);
 	if (proved)
 		partner = bpf_map_lookup_elem(&flows, &partner_key);
@@ -121,7 +121,7 @@ static __always_inline void flow_track(struct flow *flow, const struct packet *p
 		flow->hop.interface = 0;
 	}
 	if ((packet->tcp_flags & (TCP_FIN | TCP_RST)) || flow->reset)
-		flow_change_state(flow, packet, proved);
+		flow_change_state(flow, packet, proved, now);
 }
 
 /* The row of the other direction, as the one of the requests says. */

@@ -134,11 +134,10 @@ static __always_inline int icmp_return(struct __sk_buff *skb, const struct packe
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-static __always_inline int icmp_take_budget(void)
+static __always_inline int icmp_take_budget(__u64 now)
 {
 	__u32 zero = 0;
 	struct answer_budget *budget = bpf_map_lookup_elem(&answer_budgets, &zero);
-	__u64 now = clock_ns();
 
 	if (!budget)
 		return 0;
@@ -192,7 +191,7 @@ __noinline int icmp_answer(struct __sk_buff *skb, __u32 verdict)
 	packet = &given->packet;
 	if (!icmp_is_due(skb, packet))
 		return TC_ACT_SHOT;
-	if (!icmp_take_budget()) {
+	if (!icmp_take_budget(clock_now(given))) {
 		count(COUNTER_DROPPED_ANSWER_LIMIT);
 		return TC_ACT_SHOT;
 	}

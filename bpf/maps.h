@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * The maps. The daemon fills the first five (sync/ gives the order of writes and why each state in between is safe)
- * and sets their max_entries before loading; the programs fill the others. All are pinned under the ABI's directory.
+ * The maps. The daemon fills the first five (sync/ gives the order of writes and why each state in between is safe);
+ * the programs fill the others. Those of max_entries 1 that are no arrays of one get theirs from the daemon before
+ * loading. All are pinned under the ABI's directory.
  */
 #ifndef KUBELANE_MAPS_H
 #define KUBELANE_MAPS_H
@@ -136,7 +137,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 262144);
+	__uint(max_entries, 1);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
 } flows SEC(".maps");
@@ -144,7 +145,7 @@ struct {
 /* Flows that are not proved yet. A flood of them pushes out its like, never the others. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 1);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
 } new_flows SEC(".maps");

@@ -65,9 +65,13 @@ static __always_inline void address_set_words(struct address *address, const __u
 /* Copies `size` bytes, a multiple of four: in place where they are in the linear part, which saves a call. */
 static __always_inline int packet_load(struct __sk_buff *skb, __u64 offset, void *to, const __u32 size)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	void *data, *end;
 	__u32 *from, *words = to;
 
+	/* Or the compiler keeps the places of its members in registers, which the verifier does not allow. */
+	barrier_var(skb);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
 	barrier_var(offset);
 	if (offset < 1024) {
 		from = data + offset;
@@ -222,7 +226,7 @@ static __always_inline void packet_reset(struct packet *packet, __u32 l3, __u32 
 }
 
 /* After packet_reset(). `kind` says what the packet is. */
-static __noinline int packet_parse(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int packet_parse(struct __sk_buff *skb, struct packet *packet)
 {
 	__u8 type = 0;
 

@@ -12,6 +12,7 @@ enum rewrite_mode {
 };
 
 enum {
+	IP6_HOP_LIMIT = 7, /* before the addresses, also to be written at once */
 	IP4_TAIL = 8, /* where TTL, protocol, checksum and both addresses lie side by side, to be written at once */
 };
 
@@ -70,7 +71,7 @@ static __noinline int rewrite_addresses(struct __sk_buff *skb, const struct pack
 	return rewrite_ip4(skb, packet, source, destination, mode);
 }
 
-/* Without options an IPv4 packet's ports follow its addresses, and one call writes both. */
+/* Where the ports follow the addresses, one call writes both, and the hop limit before them. */
 static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const struct packet *packet,
 					     const struct ends *ends, __be32 ports, __u32 mode)
 {
@@ -83,9 +84,34 @@ static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const struct
 	return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
 }
 
-/* Gives a TCP or UDP packet, or a piece of one, new ends. Not 0: the kernel refused. */
-static __noinline int rewrite_packet(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
-				     __u32 mode)
+/*
+ * `change`: of the addresses. Where the device has summed the packet (CHECKSUM_COMPLETE), its sum takes in the addresses
+ * and the hop limit, for which nothing in the header makes up; bpf_csum_update() does nothing in other cases. What the
+ * ports change, the transport checksum makes up for.
+ */
+static __always_inline int rewrite_plain_ip6(struct __sk_buff *skb, const struct packet *packet,
+					     const struct ends *ends, __be32 ports, __u32 change, __u32 mode)
+{
+	struct {
+		__u8 unused[IP6_HOP_LIMIT & 3];
+		__u8 hop_limit;
+		struct address source;
+		struct address destination;
+		__be32 ports;
+	} tail = {.source = ends->source, .destination = ends->destination, .ports = ports};
+
+	tail.hop_limit = packet->ttl - (mode == REWRITE_HOP);
+	if (bpf_skb_store_bytes(skb, packet->l3 + IP6_HOP_LIMIT, &tail.hop_limit, 1 + 2 * sizeof(struct address) + 4,
+				0))
+		return -1;
+	bpf_csum_update(skb,
+			checksum_fold32((__u64)change + (__u16)~bpf_htons(packet->ttl) + bpf_htons(tail.hop_limit)));
+	return 0;
+}
+
+/* Gives a TCP, UDP or SCTP packet, or a piece of one, new ends. Not 0: the kernel refused. */
+static __always_inline int rewrite_packet(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
+					  __u32 mode)
 {
 	const struct ends *old = &packet->tuple.ends;
 	__be32 old_ports = ports_word(old->source_port, old->destination_port);
@@ -96,6 +122,8 @@ static __noinline int rewrite_packet(struct __sk_buff *skb, const struct packet 
 
 		if (checksum_set_transport(skb, packet, change, old_ports, new_ports))
 			return -1;
+		if (packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct ipv6hdr))
+			return rewrite_plain_ip6(skb, packet, ends, new_ports, change, mode);
 		if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr))
 			return rewrite_plain_ip4(skb, packet, ends, new_ports, mode);
 		if (old_ports != new_ports && bpf_skb_store_bytes(skb, packet->l4, &new_ports, sizeof(new_ports), 0))

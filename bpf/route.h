@@ -25,7 +25,7 @@ enum route_result {
 struct route {
 	struct bpf_redir_neigh next; /* nh_family 0: the kernel finds it while sending */
 	__u32 interface;
-	__u32 mtu; /* what fits */
+	__u32 mtu; /* what fits; 0: not to be remembered */
 };
 
 static __always_inline void fib_fill(struct bpf_fib_lookup *fib, struct __sk_buff *skb, const struct ends *ends,
@@ -112,6 +112,10 @@ static __noinline int route_find(struct __sk_buff *skb, const struct packet *pac
 		route_set_next(route, &fib);
 		/* The device's or the path's; before 5.12 the packet's own length, which shares the place. */
 		route->mtu = fib.mtu_result;
+		if (result == BPF_FIB_LKUP_RET_NO_NEIGH && route->next.nh_family) {
+			count(COUNTER_NEIGHBOUR_UNKNOWN);
+			route->mtu = 0;
+		}
 		return ROUTE_FOUND;
 	}
 	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED) {
@@ -143,7 +147,7 @@ static __always_inline int hop_recall(struct __sk_buff *skb, const struct packet
 /* `epoch` is from before the look-up: a change that came meanwhile counts. */
 static __always_inline void hop_note(struct __sk_buff *skb, struct hop *hop, const struct route *route, __u32 epoch)
 {
-	if (skb->mark)
+	if (skb->mark || !route->mtu)
 		return;
 	hop->interface = 0;
 	barrier();

@@ -17,6 +17,8 @@ struct scratch {
 	struct frontend frontend; /* the one that the packet asks for */
 	struct flow flow; /* the flow that it begins */
 	struct flow_key reply; /* and the replies that the flow will have */
+	__u64 tick; /* in which the clock was read */
+	__u64 tick_ns; /* what it said */
 };
 
 struct {
@@ -31,6 +33,19 @@ static __always_inline struct scratch *scratch(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&scratches, &zero);
+}
+
+/* CLOCK_MONOTONIC in nanoseconds, as of the timer tick (1 to 10 ms): good enough for time-outs of seconds. The helper
+ * for ticks is inlined; the clock itself would be asked for in each packet. */
+static __always_inline __u64 clock_now(struct scratch *given)
+{
+	__u64 tick = bpf_jiffies64();
+
+	if (given->tick != tick) {
+		given->tick = tick;
+		given->tick_ns = bpf_ktime_get_ns();
+	}
+	return given->tick_ns;
 }
 
 #endif

@@ -75,9 +75,8 @@ static __always_inline __u64 place_rest(const struct flow *flow, __u8 protocol)
 }
 
 /* May `request` have the replies of `reply`? *used: when the yielding flow that holds them was last used. */
-static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 *used)
+static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 now, __u64 *used)
 {
-	__u64 now = clock_ns();
 	struct flow *flow = bpf_map_lookup_elem(&flows, reply);
 
 	if (flow) {
@@ -106,11 +105,12 @@ __noinline int snat_reserve(int ports)
 {
 	__u32 hash, step, port;
 	struct scratch *wanted = scratch();
-	__u64 oldest = ~0ULL;
+	__u64 oldest = ~0ULL, now;
 	__be16 chosen = 0;
 
 	if (!wanted)
 		return -1;
+	now = clock_now(wanted);
 	hash = snat_hash(&wanted->packet.tuple);
 	step = 1 + (hash >> 17);
 	port = hash + bpf_ntohs(wanted->packet.tuple.ends.source_port);
@@ -122,7 +122,7 @@ __noinline int snat_reserve(int ports)
 		*candidate = bpf_htons(config.snat_first + port % config.snat_ports);
 		if (ports != SNAT_ANY && i == 0)
 			*candidate = wanted->packet.tuple.ends.source_port;
-		state = place_state(&wanted->reply, &wanted->packet.tuple, &used);
+		state = place_state(&wanted->reply, &wanted->packet.tuple, now, &used);
 		if (state == PLACE_FREE)
 			return 0;
 		if (state == PLACE_YIELDING && used < oldest) {

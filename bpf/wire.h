@@ -77,9 +77,10 @@ static __always_inline struct flow *flow_recall(const struct packet *packet, __u
 	return flow;
 }
 
-static __always_inline int wire_packet(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int wire_packet(struct __sk_buff *skb, struct scratch *given)
 {
-	struct flow *flow = flow_recall(packet, clock_ns());
+	struct packet *packet = &given->packet;
+	struct flow *flow = flow_recall(packet, clock_now(given));
 	int verdict;
 
 	if (!flow) {
@@ -151,7 +152,8 @@ static __always_inline int wire_stray_piece(const struct packet *packet)
 	return VERDICT_DROP;
 }
 
-static __always_inline struct packet *wire_parse(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
+/* The scratch with the packet that the program was called for; none: neither TCP, UDP, SCTP nor an ICMP error. */
+static __always_inline struct scratch *wire_parse(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 {
 	struct scratch *given = scratch();
 
@@ -159,23 +161,25 @@ static __always_inline struct packet *wire_parse(struct __sk_buff *skb, __u32 l3
 		return (void *)0;
 	packet_reset(&given->packet, l3, is_ip6);
 	packet_parse(skb, &given->packet);
-	return &given->packet;
+	return given->packet.kind == PACKET_OTHER ? (void *)0 : given;
 }
 
 /* A packet that came in and may be for us. */
-static __noinline int wire_in(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
+static __always_inline int wire_in(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 {
-	struct packet *packet = wire_parse(skb, l3, is_ip6);
+	struct scratch *given = wire_parse(skb, l3, is_ip6);
+	struct packet *packet;
 	int verdict;
 
-	if (!packet || packet->kind == PACKET_OTHER)
+	if (!given)
 		return TC_ACT_UNSPEC;
+	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
 		verdict = wire_error(skb, 0);
 	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet))
 		verdict = wire_stray_piece(packet);
 	else
-		verdict = wire_packet(skb, packet);
+		verdict = wire_packet(skb, given);
 	return wire_finish(skb, verdict);
 }
 
@@ -195,14 +199,16 @@ static __always_inline int wire_redirect(struct __sk_buff *skb, const struct pac
 }
 
 /* A packet that leaves and may be a local backend's reply. */
-static __noinline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
+static __always_inline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 {
-	struct packet *packet = wire_parse(skb, l3, is_ip6);
+	struct scratch *given = wire_parse(skb, l3, is_ip6);
+	struct packet *packet;
 	struct flow *flow;
 	int proved;
 
-	if (!packet || packet->kind == PACKET_OTHER)
+	if (!given)
 		return TC_ACT_UNSPEC;
+	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
 		return wire_finish(skb, wire_error(skb, FLOW_AT_EGRESS));
 	if (packet->kind != PACKET_WHOLE && !fragment_ports(packet))
@@ -216,7 +222,7 @@ static __noinline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 	}
 	if (!proved)
 		flow_note_reply(flow, packet);
-	flow_track(flow, packet, proved, clock_ns());
+	flow_track(flow, packet, proved, clock_now(given));
 	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOST)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return TC_ACT_SHOT;

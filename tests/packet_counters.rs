@@ -248,6 +248,12 @@ const CASES: &[Case] = &[
         becomes: Becomes::Dropped,
     },
     Case {
+        moves: &[("flow_remote", 1), ("neighbour_unknown", 1)],
+        prepare: |n| serve(n, 122, Protocol::Tcp, "10.244.1.77"),
+        packet: || tcp(FROM, to(122), SYN),
+        becomes: Becomes::NewPort(TUNNEL4, ("10.244.1.77", 8080)),
+    },
+    Case {
         moves: &[("dropped_sctp_port", 1)],
         prepare: |n| serve(n, 121, Protocol::Sctp, LOCAL4),
         packet: || sctp(FROM, to(121), b"chunks.."),

@@ -71,6 +71,25 @@ fn a_client_that_comes_to_the_backend_itself_with_the_port_of_an_ended_connectio
 }
 
 #[test]
+fn an_address_that_leaves_the_node_keeps_its_flows_and_gets_no_new_ones() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let mut node = node_with_local_backends(protocol);
+        for (i, (client, service, _, backend)) in (0u16..).zip(ENDS) {
+            let (open, later) = (50_000 + i, 51_000 + i);
+            let packet = |port| match protocol {
+                Protocol::Tcp => tcp((client, port), (service, 30080), ACK),
+                _ => udp((client, port), (service, 30080), b"?"),
+            };
+            let translated = |port| packet(port).with_ends((client, port), (backend, 8080));
+            assert_eq!(node.uplink_in(&packet(open)), (PASS, translated(open)));
+            node.forget_address(service);
+            assert_eq!(node.uplink_in(&packet(open)), (PASS, translated(open)), "the flow runs on");
+            assert_eq!(node.uplink_in(&packet(later)), (PASS, packet(later)), "nobody's by now");
+        }
+    }
+}
+
+#[test]
 fn a_pod_that_comes_back_to_itself_by_a_load_balancer_sees_the_service_and_is_answered() {
     let mut node = node_with_local_backends(Protocol::Tcp);
     // Pods are behind a device that is not outward.

@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_secs(2);
 
 /// The counters that call for somebody, and what that somebody should do.
-const REMEDIES: [(&str, &str); 11] = [
+const REMEDIES: [(&str, &str); 12] = [
     (
         "failed_backend_missing",
         "this should never be: start the daemon again, which repairs its maps, and report it with the output of \
@@ -63,9 +63,18 @@ const REMEDIES: [(&str, &str); 11] = [
          what is answered (refused_no_endpoint, icmp_too_big, icmp_ttl_exceeded); look for a client that tries thousands \
          of times a second",
     ),
+    (
+        LASTING,
+        "a node or gateway does not answer to ARP or neighbour discovery, and what is sent there is lost: `ip neigh` says \
+         which (FAILED, INCOMPLETE), `ip route get` with the backends' addresses why it is asked",
+    ),
     ("dropped_flow_table", "look for what uses up the node's memory"),
     ("dropped_rewrite", "look for what uses up the node's memory"),
 ];
+
+/// Every next hop is unknown for a moment: told of only when it came up in so many looks in a row.
+const LASTING: &str = "neighbour_unknown";
+const LOOKS: u32 = 4;
 
 /// What is known of one counter.
 #[derive(Clone, Copy, Debug)]
@@ -73,6 +82,9 @@ struct Seen {
     /// When last told of.
     count: u64,
     told: Option<Instant>,
+    /// At the last look, and how many looks in a row found more.
+    last: u64,
+    rises: u32,
 }
 
 /// What has been told so far. Pure: it is given the counters and the time.
@@ -82,7 +94,12 @@ pub struct Drops(Vec<(&'static str, Seen)>);
 impl Drops {
     /// Starts from what an earlier daemon may have told.
     pub fn new(counters: &[(&'static str, u64)]) -> Drops {
-        Drops(counters.iter().map(|(label, count)| (*label, Seen { count: *count, told: None })).collect())
+        Drops(
+            counters
+                .iter()
+                .map(|(label, count)| (*label, Seen { count: *count, told: None, last: *count, rises: 0 }))
+                .collect(),
+        )
     }
 
     /// The lines that are due, in the order of the counters.
@@ -91,6 +108,11 @@ impl Drops {
         for (label, count) in counters {
             let Some((_, remedy)) = REMEDIES.iter().find(|(name, _)| name == label) else { continue };
             let Some((_, seen)) = self.0.iter_mut().find(|(name, _)| name == label) else { continue };
+            seen.rises = if *count > seen.last { seen.rises + 1 } else { 0 };
+            seen.last = *count;
+            if *label == LASTING && seen.rises < LOOKS {
+                continue;
+            }
             let rests = seen.told.is_some_and(|told| now.duration_since(told) < INTERVAL);
             if *count <= seen.count || rests {
                 continue;
@@ -104,7 +126,7 @@ impl Drops {
                 None => "since the daemon started".to_owned(),
             };
             lines.push(format!("{} ({label}: {times} {since}); {remedy}", meaning(label)));
-            *seen = Seen { count: *count, told: Some(now) };
+            (seen.count, seen.told) = (*count, Some(now));
         }
         lines
     }
@@ -204,13 +226,22 @@ mod tests {
     }
 
     #[test]
+    fn a_neighbour_that_is_unknown_for_a_moment_is_not_told_of() {
+        let start = Instant::now();
+        let mut drops = Drops::new(&[(LASTING, 0)]);
+        let mut look = |count, seconds| drops.look(&[(LASTING, count)], start + Duration::from_secs(seconds)).len();
+        assert_eq!([(1, 2), (2, 4), (2, 6), (3, 8), (4, 10), (5, 12)].map(|(n, s)| look(n, s)), [0; 6]);
+        assert_eq!((look(6, 14), look(7, 16)), (1, 0), "it lasts");
+    }
+
+    #[test]
     fn each_reason_has_its_own_line_and_what_is_normal_has_none() {
         let zeros: Vec<(&str, u64)> = counter::NAMES.iter().map(|(label, _)| (*label, 0)).collect();
         let mut drops = Drops::new(&zeros);
         let risen: Vec<(&str, u64)> = counter::NAMES.iter().map(|(label, _)| (*label, 7)).collect();
         let lines = drops.look(&risen, Instant::now());
-        assert_eq!(lines.len(), REMEDIES.len());
-        for (label, remedy) in REMEDIES {
+        assert_eq!(lines.len(), REMEDIES.len() - 1);
+        for (label, remedy) in REMEDIES.into_iter().filter(|(label, _)| *label != LASTING) {
             let of = |line: &&String| line.contains(&format!("({label}: 7 times")) && line.ends_with(remedy);
             assert_eq!(lines.iter().filter(of).count(), 1, "{label}: {lines:?}");
         }

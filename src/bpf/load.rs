@@ -24,7 +24,7 @@ const FLOW_ROWS_EACH: u32 = 2 * 32768;
 const FLOW_ROWS: u32 = 2 * 131_072;
 /// Flows that are not proved yet wait for a moment only.
 const NEW_FLOW_ROWS_EACH: u32 = 8192;
-const NEW_FLOW_ROWS: u32 = 65_536;
+const NEW_FLOW_ROWS: u32 = 32_768;
 
 /// Where the datapath lives and how much it can hold.
 #[derive(Clone, Debug)]
@@ -154,7 +154,6 @@ pub(super) fn open_object<'o>(
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();
-    rodata.config.has_coarse_clock = probe::has_coarse_clock().into();
     let snat = ports::snat_range();
     rodata.config.snat_first = *snat.start();
     // At most 64512: the range starts at 1024 or later.

@@ -34,12 +34,6 @@ pub fn has_set_retval() -> bool {
     has_helper(SOCK_ADDR, libbpf_sys::BPF_FUNC_set_retval)
 }
 
-/// bpf_ktime_get_coarse_ns (5.11).
-pub fn has_coarse_clock() -> bool {
-    has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_ktime_get_coarse_ns)
-        && has_helper(ProgramType::CgroupSockAddr, libbpf_sys::BPF_FUNC_ktime_get_coarse_ns)
-}
-
 /// Whether bpf_fib_lookup names the source of a route (BPF_FIB_LOOKUP_SRC, 6.7).
 pub fn has_route_source() -> bool {
     trial::fib_lookup_knows(FibFlag::Source)
@@ -171,13 +165,6 @@ fn of_packets() -> Vec<Feature> {
             required: false,
             needed_for: "the path MTU that clients and backends are told",
             without: "1280 is told wherever a packet does not fit (kernels before 5.12)",
-        },
-        Feature {
-            name: "bpf_ktime_get_coarse_ns",
-            found: has_coarse_clock(),
-            required: false,
-            needed_for: "a cheap clock for each packet",
-            without: "the exact clock is read (kernels before 5.11)",
         },
     ]
 }

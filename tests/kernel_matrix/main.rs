@@ -100,7 +100,6 @@ fn the_probes_find_what_kernels_of_this_version_have() {
         assert!(feature.found || !feature.required, "{}: {}", feature.name, feature.without);
     }
     for (name, since) in [
-        ("bpf_ktime_get_coarse_ns", (5, 11)),
         ("MTUs of routes in bpf_fib_lookup", (5, 12)),
         ("SO_NETNS_COOKIE", (5, 14)),
         ("bpf_set_retval", (5, 18)),

@@ -431,8 +431,10 @@ impl Traffic {
         // Nothing else runs these programs: what was read after the packet before holds before this one.
         let counters = node.counters();
         let moved = counters.iter().map(|(name, count)| (*name, count - self.counters[name]));
-        let counted = moved.filter(|(_, by)| *by > 0).collect();
+        let mut counted: Counted = moved.filter(|(_, by)| *by > 0).collect();
         self.counters = counters;
+        // Nobody has told this node's neighbours' link addresses.
+        counted.remove("neighbour_unknown");
         Passage { seen: parse(&outcome.frame), frame, action: outcome.action, counted }
     }
 }

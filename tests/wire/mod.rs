@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, DeviceAddresses, Flow, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, backend_flag,
-    backend_state, frontend_flag, pool_empty, pool_member,
+    Backend, DeviceAddresses, Flow, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, address_index,
+    backend_flag, backend_state, frontend_flag, pool_empty, pool_member,
 };
 use kubelane::bpf::run::{Outcome, run, run_marked};
 use kubelane::bpf::{Datapath, Direction, Settings};
@@ -172,6 +172,11 @@ impl Node {
         self.next_backend - 1
     }
 
+    pub fn forget_address(&mut self, address: &str) {
+        let failures = self.datapath.maps().delete(MapName::Addresses, &address.parse::<Ipx>().unwrap().0, 1);
+        assert!(failures.is_empty(), "{failures:?}");
+    }
+
     /// Writes backend `id`, of service 1 and generation 1.
     pub fn backend(&mut self, id: u32, address: &str, port: u16, protocol: Protocol, local: bool) {
         self.backend_row(id, &backend(address, port, protocol, local));
@@ -216,16 +221,18 @@ impl Node {
         self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
-    /// What a served frontend and a forwarded flow would leave: packets to these ports are looked at.
-    pub fn pass_ports(&self, served: &[u16], forwarded: &[u16]) {
-        let set = |map: &str, at: usize, ports: &[u16]| {
+    /// What rows and flows would leave: packets to these addresses and ports, and from these ports, are looked at.
+    pub fn pass(&self, addresses: &[&str], ports: &[u16]) {
+        let set = |map: &str, indices: &mut dyn Iterator<Item = usize>| {
             let map = self.pinned(map);
             let mut bytes = map.lookup(&[0; 4], MapFlags::ANY).unwrap().unwrap();
-            ports.iter().for_each(|port| bytes[at + usize::from(*port)] = 1);
+            indices.for_each(|index| bytes[index] = 1);
             map.update(&[0; 4], &bytes, MapFlags::ANY).unwrap();
         };
-        set("wire_filter", 65_536, served);
-        set("ports", 0, forwarded);
+        set("wire_filter", &mut addresses.iter().map(|address| address_index(&address.parse::<Ipx>().unwrap().0)));
+        for map in ["wire_filter", "ports"] {
+            set(map, &mut ports.iter().map(|port| 65_536 + usize::from(*port)));
+        }
     }
 
     pub fn source_range(&self, service: u32, ip: &str, prefix: u8) {
