@@ -251,13 +251,13 @@ impl Node {
         run_marked(self.datapath.devices(), Direction::In, &frame.bytes(), uplink, 1, 1).unwrap().action
     }
 
-    /// Every flow's last packet was so many seconds earlier.
-    pub fn age_flows(&self, seconds: u64) {
+    /// Every flow's last packet was so many seconds earlier, or later.
+    pub fn age_flows(&self, seconds: i64) {
         for map in ["flows", "new_flows"].map(|name| self.pinned(name)) {
             for key in map.keys().collect::<Vec<_>>() {
                 let row = map.lookup(&key, MapFlags::ANY).unwrap().unwrap();
                 let mut flow: Flow = bytemuck::pod_read_unaligned(&row);
-                flow.used_ns -= seconds * 1_000_000_000;
+                flow.used_ns = flow.used_ns.wrapping_sub((seconds * 1_000_000_000) as u64);
                 map.update(&key, bytemuck::bytes_of(&flow), MapFlags::EXIST).unwrap();
             }
         }
