@@ -150,3 +150,42 @@ fn traffic_in_one_direction_keeps_both_rows() {
     assert_eq!(collect_after(&mut collector, 0), 0);
     assert_eq!(collect_after(&mut collector, 121), 2);
 }
+
+#[test]
+fn flows_are_counted_once_each_by_protocol_and_state() {
+    let mut node = node();
+    let mut collector = node.datapath.flow_collector().unwrap();
+    let from = |port: u16| (CLIENT4, port);
+    open(&mut node);
+    node.uplink_in(&tcp(from(5001), TO, SYN));
+    node.uplink_in(&tcp(from(5002), TO, SYN));
+    (5001..5008).for_each(|port| drop(node.uplink_in(&udp(from(port), (NODE4, 30053), b"?"))));
+    let pass = collector.collect_at(usize::MAX / 4, now()).unwrap();
+    let counts = pass.tables.map(|table| (table.seen.unwrap().rows, table.seen.unwrap().flows));
+    assert_eq!(counts, [(2, [[0, 1, 0], [0, 0, 0], [0, 0, 0]]), (18, [[2, 0, 0], [7, 0, 0], [0, 0, 0]])]);
+    node.uplink_in(&tcp(FROM, TO, FIN | ACK));
+    let flows = collector.collect_at(usize::MAX / 4, now()).unwrap().tables[0].seen.unwrap().flows;
+    assert_eq!(flows[0], [0, 0, 1]);
+    // What a pass takes away is not there any more.
+    let emptied = collector.collect_at(usize::MAX / 4, now() + 1_000 * 1_000_000_000).unwrap();
+    assert!(emptied.tables.iter().all(|table| table.seen.unwrap().rows == 0), "{emptied:?}");
+}
+
+#[test]
+fn maps_that_programs_fill_are_counted() {
+    let mut node = node();
+    let usage = node.datapath.map_usage().unwrap();
+    let counts = |usage: &kubelane::bpf::MapUsage| {
+        let counts = usage.count().unwrap();
+        counts.into_iter().map(|(map, rows, capacity)| (map, (rows, capacity > rows))).collect::<Vec<_>>()
+    };
+    let before = counts(&usage);
+    let names: Vec<&str> = before.iter().map(|(map, _)| *map).collect();
+    assert_eq!(names, ["affinities", "datagram_overflow", "devices", "fragments"]);
+    assert!(before.iter().all(|(_, (rows, fits))| *fits && *rows < 10), "{before:?}");
+    let mut row = node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
+    row.affinity_seconds = 60;
+    node.frontend_row("0.0.0.0", 30080, Protocol::Tcp, &row);
+    (1..=5u8).for_each(|host| drop(node.uplink_in(&tcp((&format!("198.51.100.{host}"), 5000), TO, SYN))));
+    assert_eq!(counts(&usage)[0], ("affinities", (5, true)));
+}

@@ -90,8 +90,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             parts.spawn(part(name, server));
         }
     }
-    let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
-    parts.spawn(async move { ("flows", flows::collect(collector, metrics).await) });
+    let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
+    parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;

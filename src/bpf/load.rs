@@ -17,6 +17,7 @@ use super::maps::Maps;
 use super::privileges::Privileges;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
+use super::usage::MapUsage;
 use super::{namespaces, pinned, ports, probe};
 
 /// Flows have two rows each. As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
@@ -113,6 +114,11 @@ impl Datapath {
     /// Takes away flows that have ended; for use on another thread.
     pub fn flow_collector(&self) -> Result<FlowCollector> {
         FlowCollector::open(&self.pin_path)
+    }
+
+    /// Counts the rows of the maps that programs fill; for use on another thread.
+    pub fn map_usage(&self) -> Result<MapUsage> {
+        MapUsage::open(&self.pin_path)
     }
 
     /// For telling that routes have changed; for use in another task.
