@@ -1,6 +1,7 @@
 //! The daemon: puts the parts together in an order in which nothing is attached before everything else is known to
 //! work, and ends with the first part that ends.
 
+mod audit;
 mod drops;
 mod flows;
 mod outlets;
@@ -96,6 +97,9 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
+    let (requests, audits) = mpsc::channel(1);
+    let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
+    parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
     let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
@@ -111,6 +115,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
         outlets,
+        audits,
         started,
     };
     let core = Core::new(CoreSettings { node_name: settings.node_name });

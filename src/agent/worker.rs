@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use super::audit::Request;
 use super::outlets::Outlets;
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
@@ -39,6 +40,7 @@ pub struct Inputs {
     pub destroy_tcp_sockets: bool,
     pub app: App,
     pub outlets: Outlets,
+    pub audits: mpsc::Receiver<Request>,
     /// When the process started.
     pub started: Instant,
 }
@@ -118,8 +120,37 @@ impl<'m> Worker<'m> {
                 }
                 () = sleep_until(wake) => {}
                 () = self.inputs.stale.finished() => continue,
+                Some(request) = self.inputs.audits.recv() => {
+                    if !self.audit(request) {
+                        continue;
+                    }
+                }
             }
             self.round(tokio::time::Instant::now().into_std());
+        }
+    }
+
+    /// True when there is something to repair.
+    fn audit(&mut self, request: Request) -> bool {
+        let (map, keys) = match request {
+            Request::Snapshot(map, reply) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(self.core.snapshot(map));
+                return false;
+            }
+            Request::Correct(map, keys) => (map, keys),
+        };
+        match self.core.correct(map, &keys, self.maps) {
+            Ok(0) => false,
+            Ok(rows) => {
+                warn!(map = map.as_str(), rows, "somebody else has changed these rows: writing them again");
+                self.inputs.app.metrics.drifted(map.as_str(), rows as u64);
+                true
+            }
+            Err(error) => {
+                warn!("rows that an audit found different cannot be read: {error:#}");
+                true
+            }
         }
     }
 

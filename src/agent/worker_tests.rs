@@ -11,7 +11,7 @@ use super::super::wire::Hooks;
 use super::*;
 use crate::abi::address_flag;
 use crate::bpf::{Attached, Device, StalePass};
-use crate::model::{Endpoint, Node, ObjectName, Service, ServicePort, Slice, SlicePort, TrafficPolicy};
+use crate::model::{Endpoint, Node, ObjectName, Service, ServicePort, Slice, SlicePort};
 use crate::serve::Metrics;
 use crate::sync::{CoreSettings, Failure};
 
@@ -121,6 +121,7 @@ struct Stage {
     network: watch::Sender<Network>,
     app: App,
     passes: Arc<AtomicUsize>,
+    requests: mpsc::Sender<Request>,
     inputs: Option<Inputs>,
 }
 
@@ -133,6 +134,7 @@ impl Stage {
         app.health.probed(None);
         let outlets =
             Outlets { health_checks: watch::Sender::default(), notices: mpsc::channel(1).0, startup_taint: None };
+        let (requests, audits) = mpsc::channel(8);
         let passes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&passes);
         let pass = move || {
@@ -148,9 +150,10 @@ impl Stage {
             destroy_tcp_sockets: false,
             app: app.clone(),
             outlets,
+            audits,
             started: Instant::now(),
         };
-        Stage { maps: maps.clone(), changes, network, app, passes, inputs: Some(inputs) }
+        Stage { maps: maps.clone(), changes, network, app, passes, requests, inputs: Some(inputs) }
     }
 
     fn worker<'m>(&mut self, maps: &'m mut Model) -> Worker<'m> {
@@ -393,83 +396,6 @@ async fn sockets_are_searched_when_a_udp_frontend_is_anothers_from_now_on() {
     }
 }
 
-/// `slice(n, Tcp, count)`, triggered this long ago.
-fn triggered(n: u8, count: u8, ago: Duration) -> Change {
-    let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() - ago;
-    match slice(n, Protocol::Tcp, count) {
-        Change::Slice(slice) => Change::Slice(Box::new(Slice { triggered: Some(at.as_nanos() as i64), ..*slice })),
-        other => other,
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn changes_are_measured_from_their_trigger_until_they_are_in_the_kernel() {
-    const PROGRAMMED: &str = "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}";
-    const PENDING: &str = "kubeproxy_sync_proxy_rules_endpoint_changes_pending";
-    const TOTAL: &str = "kubeproxy_sync_proxy_rules_endpoint_changes_total";
-    const SUM: &str = "kubeproxy_network_programming_duration_seconds_sum{ip_family=\"IPv4\"}";
-    let mut maps = Model::default();
-    let mut stage = Stage::new(&maps);
-    stage.inputs.as_mut().unwrap().started = Instant::now() - Duration::from_secs(60);
-    let app = stage.app.clone();
-    let metric = |name: &str| -> f64 {
-        let text = app.metrics.text().unwrap();
-        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap()
-    };
-    let mut worker = stage.worker(&mut maps);
-    stage.send(world());
-    stage.send([triggered(1, 2, Duration::from_secs(3600))]);
-    run_for(&mut worker, MOMENT).await;
-    assert_eq!((metric(PROGRAMMED), metric(PENDING), metric(TOTAL)), (0.0, 0.0, 4.0), "older than the daemon");
-
-    stage.maps.state().failing = 3;
-    stage.send([triggered(1, 4, Duration::from_secs(20)), triggered(2, 3, Duration::from_secs(10))]);
-    run_for(&mut worker, Duration::from_millis(1)).await;
-    assert_eq!((metric(PROGRAMMED), metric(PENDING)), (0.0, 2.0), "the kernel has not taken it");
-    run_for(&mut worker, Duration::from_secs(300)).await;
-    assert_eq!((metric(PROGRAMMED), metric(PENDING), metric(TOTAL)), (2.0, 0.0, 6.0));
-    assert!((30.0..40.0).contains(&metric(SUM)), "{}", metric(SUM));
-    let full = "kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}";
-    let partial = "kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}";
-    assert_eq!((metric(full), metric(full) + metric(partial)), (1.0, stage.syncs() as f64));
-}
-
-#[tokio::test(start_paused = true)]
-async fn service_ports_without_a_local_endpoint_are_counted_while_others_have_one() {
-    let mut maps = Model::default();
-    let mut stage = Stage::new(&maps);
-    let app = stage.app.clone();
-    let of = |policy: &str| {
-        let name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total{ip_family=\"IPv4\",traffic_policy=";
-        let (text, name) = (app.metrics.text().unwrap(), format!("{name}\"{policy}\"}} "));
-        text.lines().find_map(|line| line.strip_prefix(&name)?.parse::<u32>().ok()).unwrap()
-    };
-    let local = |n: u8| match service(n, Protocol::Tcp) {
-        Change::Service(mut local) => {
-            local.internal_policy = TrafficPolicy::Local;
-            local.external_policy = TrafficPolicy::Local;
-            local.external_ips = vec![format!("192.0.2.{n}").parse().unwrap()];
-            Change::Service(local)
-        }
-        other => other,
-    };
-    let mut worker = stage.worker(&mut maps);
-    stage.send(world());
-    stage.send([local(1), local(2), local(7)]);
-    run_for(&mut worker, MOMENT).await;
-    assert_eq!((of("internal"), of("external")), (2, 2), "the third has no endpoint at all");
-    let here = match slice(1, Protocol::Tcp, 2) {
-        Change::Slice(mut slice) => {
-            slice.endpoints[0].node = Some("node-a".into());
-            Change::Slice(slice)
-        }
-        other => other,
-    };
-    stage.send([here, Change::ServiceGone(ObjectName::new("default", "web-2"))]);
-    run_for(&mut worker, MOMENT).await;
-    assert_eq!((of("internal"), of("external")), (0, 0));
-}
-
 #[tokio::test(start_paused = true)]
 async fn the_worker_ends_with_its_source() {
     let mut maps = Model::default();
@@ -486,3 +412,6 @@ async fn the_worker_ends_with_its_source() {
     let error = timeout(Duration::from_secs(1), worker.run()).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("addresses ended"), "{error}");
 }
+
+#[path = "worker_measures_tests.rs"]
+mod measures;

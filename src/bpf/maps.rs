@@ -250,6 +250,19 @@ impl MapIo for Maps {
         Ok(())
     }
 
+    fn read(&mut self, map: MapName, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        if map == MapName::SourceRanges {
+            // A trie answers with the longest prefix, not with the row of this key.
+            let mut found = None;
+            self.dump_by_keys(map, &mut |each, value| found = (each == key).then(|| value.to_vec()).or(found.take()))?;
+            return Ok(found);
+        }
+        self.syscalls += 1;
+        let is_array = matches!(map, MapName::Backends | MapName::Slots);
+        let value = self.handle(map).lookup(key, MapFlags::ANY).map_err(io::Error::other)?;
+        Ok(value.filter(|value| !is_array || value.iter().any(|byte| *byte != 0)))
+    }
+
     fn note_changed_hands(&mut self) -> io::Result<()> {
         self.syscalls += 2;
         epochs::count_up(&self.epochs, epoch::EPOCH_HANDS).map_err(io::Error::other)

@@ -7,6 +7,7 @@ use anyhow::Result;
 
 use super::adopt::{AdoptReport, adopt};
 use super::apply::Applier;
+use super::audit::{self, Snapshot};
 use super::{MapIo, MapName};
 use crate::model::{Change, Family, HealthCheck, Ipx, Node, ObjectName, Protocol, SocketAddrx, Warning};
 use crate::plan::arrivals::Tally;
@@ -183,6 +184,20 @@ impl Core {
     /// Service ports with a traffic policy of Local and endpoints on other nodes only.
     pub fn no_local(&self) -> NoLocal {
         self.no_local_sum
+    }
+
+    /// What an audit compares a map with; `None` while a sync has something left to write.
+    pub fn snapshot(&self, map: MapName) -> Option<Snapshot> {
+        (self.synced && !self.pending()).then(|| Snapshot::take(&self.layout.space.tables, map))
+    }
+
+    /// Reads the rows that an audit found different again; the next sync writes those that are not as they were
+    /// written. Returns how many these are.
+    ///
+    /// # Errors
+    /// A row could not be read.
+    pub fn correct(&mut self, map: MapName, keys: &[Vec<u8>], io: &mut dyn MapIo) -> Result<usize> {
+        audit::correct(&mut self.layout.space.tables, map, keys, io)
     }
 
     /// Changes of Services, and of EndpointSlices.

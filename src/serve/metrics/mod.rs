@@ -82,7 +82,7 @@ impl Metrics {
                 "Map rows that the kernel did not take (they are tried again)",
             )?,
             services: int_gauge(&registry, "kubelane_services", "Services known")?,
-            endpoints: int_gauge(&registry, "kubelane_endpoints", "Backends programmed")?,
+            endpoints: int_gauge(&registry, "kubelane_endpoints", "Endpoints in EndpointSlices, usable or not")?,
             frontends: int_gauge(&registry, "kubelane_frontends", "Frontends programmed")?,
             warnings: int_gauge(&registry, "kubelane_warnings", "Warnings about objects that hold now")?,
             map_entries: int_gauges(&registry, "kubelane_map_entries", "Rows in use, by map", &["map"])?,
