@@ -17,7 +17,8 @@ struct config {
 	__u16 snat_ports;
 	/* The kernel has bpf_ktime_get_coarse_ns (5.11): the same clock, as of the last tick, for a tenth of the cost. */
 	__u32 has_coarse_clock;
-	__u32 zero;
+	/* Connections are counted by Service. */
+	__u32 counts_services;
 };
 
 const volatile struct config config = {};

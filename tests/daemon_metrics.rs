@@ -13,7 +13,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
+use apiserver::Resource;
 use site::Site;
+use support::cluster::names;
 use support::daemon::{Daemon, PATIENCE};
 use support::manifests::{Endpoint, slice};
 use support::{eventually, skip};
@@ -81,12 +83,15 @@ fn complaints(promtool: &PathBuf, text: &str) -> Vec<String> {
 
 /// Every family has a sample.
 fn busy(site: &Site) -> Daemon<'_> {
-    let daemon = site.start();
+    let daemon = site.start_with(&["--service-metrics", "2"]);
     for path in ["/healthz", "/livez"] {
         assert!(daemon.health(path).unwrap().contains("200 OK"));
     }
     site.ask(10);
-    assert!(eventually(PATIENCE, || exposition(&daemon).contains("map=\"affinities\"")));
+    assert!(eventually(PATIENCE, || {
+        let text = exposition(&daemon);
+        text.contains("map=\"affinities\"") && text.contains("kubelane_service_connections_total{")
+    }));
     daemon
 }
 
@@ -132,4 +137,31 @@ fn a_change_of_endpoints_is_measured_from_its_annotation() {
     assert_eq!((pending(), total()), (0.0, before + 2.0));
     assert_eq!(daemon.metric("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv6\"}").unwrap(), 0.0);
     assert!(daemon.metric("kubeproxy_network_programming_duration_seconds_sum").unwrap() < 5.0);
+}
+
+#[test]
+fn connections_of_the_busiest_services_are_shown_and_no_others() {
+    let Some(site) = Site::or_skip() else { return };
+    let plain = site.start();
+    assert!(!exposition(&plain).contains("kubelane_service_connections_total"));
+    plain.kill();
+    let daemon = site.start_with(&["--service-metrics", "1"]);
+    site.put_service("other", 11);
+    site.put_slice("other", &["c"]);
+    assert!(eventually(PATIENCE, || names(&site.ask(11)) == ["c"]));
+    site.ask(10);
+    let shown = || -> Vec<String> {
+        let text = exposition(&daemon);
+        let of_services = text.lines().filter(|line| line.starts_with("kubelane_service_connections_total"));
+        of_services.map(str::to_owned).collect()
+    };
+    let asked = |service: &str, times: u32| {
+        let labels = format!("namespace=\"default\",port=\"tcp\",service=\"{service}\"");
+        vec![format!("kubelane_service_connections_total{{{labels}}} {times}")]
+    };
+    (0..20).for_each(|_| drop(site.ask(10)));
+    assert!(eventually(PATIENCE, || shown() == asked("echo", 21 * 40)), "{:?}", shown());
+    // The count goes with the Service, and its id's next owner has none of it.
+    site.server.delete(Resource::Services, "default", "echo");
+    assert!(eventually(PATIENCE, || shown().len() == 1 && shown()[0].contains("\"other\"")), "{:?}", shown());
 }

@@ -2,8 +2,10 @@
 
 mod wire;
 
-use kubelane::bpf::{Direction, FlowCollector};
+use kubelane::abi::ServiceName;
+use kubelane::bpf::{Datapath, Direction, FlowCollector, MapUsage};
 use kubelane::model::Protocol;
+use kubelane::sync::{MapIo as _, MapName};
 use nix::time::{ClockId, clock_gettime};
 use wire::frame::{ACK, FIN, RST, SYN, tcp, udp};
 use wire::{CLIENT4, LOCAL4, NODE4, Node};
@@ -19,7 +21,10 @@ fn collect_after(collector: &mut FlowCollector, seconds: u64) -> usize {
 }
 
 fn node() -> Node {
-    let mut node = Node::new();
+    served(Node::new())
+}
+
+fn served(mut node: Node) -> Node {
     node.backend(1, LOCAL4, 80, Protocol::Tcp, true);
     node.backend(2, LOCAL4, 53, Protocol::Udp, true);
     node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
@@ -175,7 +180,7 @@ fn flows_are_counted_once_each_by_protocol_and_state() {
 fn maps_that_programs_fill_are_counted() {
     let mut node = node();
     let usage = node.datapath.map_usage().unwrap();
-    let counts = |usage: &kubelane::bpf::MapUsage| {
+    let counts = |usage: &MapUsage| {
         let counts = usage.count().unwrap();
         counts.into_iter().map(|(map, rows, capacity)| (map, (rows, capacity > rows))).collect::<Vec<_>>()
     };
@@ -188,4 +193,29 @@ fn maps_that_programs_fill_are_counted() {
     node.frontend_row("0.0.0.0", 30080, Protocol::Tcp, &row);
     (1..=5u8).for_each(|host| drop(node.uplink_in(&tcp((&format!("198.51.100.{host}"), 5000), TO, SYN))));
     assert_eq!(counts(&usage)[0], ("affinities", (5, true)));
+}
+
+#[test]
+fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
+    assert!(node().datapath.service_connections().unwrap().is_none(), "nobody asked for it");
+    let mut node = served(Node::opened_by(Datapath::open_counting));
+    let connections = node.datapath.service_connections().unwrap().unwrap();
+    let name = |node: &mut Node, text: &str| {
+        node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new(text)));
+    };
+    let busiest = |most: usize| -> Vec<(String, u64)> {
+        let busiest = connections.busiest(most).unwrap();
+        busiest.into_iter().map(|(name, count)| (name.as_str().to_owned(), count)).collect()
+    };
+    name(&mut node, "shop/web:http");
+    assert_eq!(busiest(10), []);
+    open(&mut node);
+    (5001..5004).for_each(|port| drop(node.uplink_in(&udp((CLIENT4, port), (NODE4, 30053), b"?"))));
+    assert_eq!(busiest(10), [("shop/web:http".to_owned(), 4)]);
+    assert_eq!(busiest(0), []);
+    assert!(node.datapath.maps().delete(MapName::Services, &1u32.to_ne_bytes(), 1).is_empty());
+    name(&mut node, "shop/cart:http");
+    assert_eq!(busiest(10), []);
+    node.uplink_in(&tcp((CLIENT4, 5009), TO, SYN));
+    assert_eq!(busiest(10), [("shop/cart:http".to_owned(), 1)]);
 }

@@ -2,6 +2,7 @@
 //! work, and ends with the first part that ends.
 
 mod audit;
+mod connections;
 mod drops;
 mod flows;
 mod outlets;
@@ -59,6 +60,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub destroy_tcp_sockets: bool,
+    /// How many Services' connections are exposed; 0: none, and they are not counted.
+    pub service_metrics: usize,
     /// Key of the taint to be taken off the Node when the daemon is ready.
     pub startup_taint: Option<String>,
 }
@@ -79,7 +82,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
-    let mut datapath = Datapath::open(&settings.datapath)?;
+    let mut datapath = match settings.service_metrics {
+        0 => Datapath::open(&settings.datapath)?,
+        _ => Datapath::open_counting(&settings.datapath)?,
+    };
     let status = Arc::new(SourceStatus::default());
     register_counters(&app.metrics, &settings.datapath.pin_path)?;
     register_watches(&app.metrics, &status)?;
@@ -93,6 +99,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
+    if let Some(counts) = datapath.service_connections()? {
+        let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
+        parts.spawn(async move { ("connections of Services", watch.await) });
+    }
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;

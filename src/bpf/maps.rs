@@ -26,6 +26,8 @@ pub struct Maps {
     counters: MapHandle,
     epochs: MapHandle,
     filter: WireFilter,
+    /// By service id; `None`: nobody counts.
+    connections: Option<MapHandle>,
     syscalls: u64,
 }
 
@@ -45,7 +47,12 @@ impl Maps {
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
-        Ok(Maps { handles, counters, epochs, filter: WireFilter::open(pin_path)?, syscalls: 0 })
+        Ok(Maps { handles, counters, epochs, filter: WireFilter::open(pin_path)?, connections: None, syscalls: 0 })
+    }
+
+    /// From now on the count of a Service goes with its name, so that the id's next owner begins with none.
+    pub(super) fn count_connections(&mut self, counts: MapHandle) {
+        self.connections = Some(counts);
     }
 
     /// bpf(2) calls made so far.
@@ -227,7 +234,13 @@ impl MapIo for Maps {
             });
         }
         let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);
-        in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT))
+        let failures = in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT));
+        if let Some(counts) = self.connections.as_ref().filter(|_| map == MapName::Services) {
+            // A Service that was never asked for has no count.
+            keys.chunks_exact(key_size).for_each(|id| drop(counts.delete(id)));
+            self.syscalls += rows as u64;
+        }
+        failures
     }
 
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {

@@ -5,6 +5,7 @@
 mod attach;
 mod batch;
 mod btf;
+mod connections;
 mod devices;
 mod epochs;
 mod filter;
@@ -27,6 +28,7 @@ mod usage;
 pub mod verifier;
 
 pub use attach::Attached;
+pub use connections::ServiceConnections;
 pub use devices::{Device, Devices, Direction, LinkLayer, Method};
 pub use epochs::RouteEpoch;
 pub use flows::{FlowCollector, FlowPass, PROTOCOLS, STATES};
