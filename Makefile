@@ -25,7 +25,7 @@ NEEDED := \
 # Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
 TEST_THREADS ?= 2
 
-.PHONY: help setup build demo test lint format clean-lab
+.PHONY: help setup build demo test promtool lint format clean-lab
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -51,6 +51,17 @@ setup: ## Install what is missing (apt-get, as root)
 	apt-get update -q < /dev/null; \
 	apt-get install -q -y --no-install-recommends "$${missing[@]}" < /dev/null
 
+# Prometheus' own parser. Its Debian package starts a server when it is installed, so that it is only unpacked.
+promtool:
+	@if command -v promtool > /dev/null || [[ -x target/promtool ]]; then exit 0; fi; \
+	unpacked=$$(mktemp -d); trap 'rm -rf "$$unpacked"' EXIT; chmod 755 "$$unpacked"; \
+	get() { (cd "$$unpacked" && apt-get download -q prometheus < /dev/null && dpkg -x prometheus_*.deb .) &> "$$unpacked/log"; }; \
+	if get || { (( EUID == 0 )) && apt-get update -q < /dev/null > /dev/null && get; }; then \
+		mkdir -p target; install -m 755 "$$unpacked/usr/bin/promtool" target/promtool; \
+	else \
+		echo "promtool cannot be had, the test that needs it will be skipped:" >&2; tail -3 "$$unpacked/log" >&2; \
+	fi
+
 build: setup ## Build the daemon in release mode
 	cargo build --release
 
@@ -59,7 +70,7 @@ demo: setup ## Two nodes in network namespaces, Services on both, requests while
 	target/release/kubelane-lab demo --manifests manifests/demo
 
 # What cannot run here says so by itself on stderr, and is counted at the end.
-test: setup ## Run every test (those that need namespaces or BPF need root)
+test: setup promtool ## Run every test (those that need namespaces or BPF need root)
 	@if (( EUID != 0 )); then echo "Not root: tests that make namespaces, cgroups or BPF programs will be skipped." >&2; fi
 	@skips=$$(mktemp); trap 'rm -f "$$skips"' EXIT; \
 	KUBELANE_SKIPS="$$skips" cargo test --features lab -- --test-threads=$(TEST_THREADS) < /dev/null; \

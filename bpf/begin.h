@@ -158,6 +158,7 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct scratch *given)
 		return VERDICT_DROP;
 	}
 	count(flow->kind & FLOW_FORWARDED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
+	count_service(flow->service_id);
 	if (packet->tuple.protocol == IPPROTO_TCP && !(packet->tcp_flags & TCP_SYN))
 		count(COUNTER_FLOW_MIDSTREAM);
 	return VERDICT_CONTINUE;

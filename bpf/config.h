@@ -15,6 +15,9 @@ struct config {
 	/* Source ports towards backends elsewhere: snat_ports of them from snat_first on, host order. */
 	__u16 snat_first;
 	__u16 snat_ports;
+	/* Connections are counted by Service. */
+	__u32 counts_services;
+	__u32 zero;
 };
 
 const volatile struct config config = {};

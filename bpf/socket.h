@@ -181,6 +181,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	origin_store(sk, &origin);
 	request_go_to_backend(request, &origin);
 	count(COUNTER_CONNECT_TRANSLATED);
+	count_service(origin.service_id);
 	return 1;
 }
 
@@ -206,6 +207,7 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);
 		datagram_remember(ctx, sk, &request->target, &origin);
+		count_service(origin.service_id);
 	}
 	request_go_to_backend(request, &origin);
 	count(COUNTER_DATAGRAM_TRANSLATED);

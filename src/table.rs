@@ -17,6 +17,8 @@ pub trait Rows: Default {
 
     fn get(&self, key: Self::Key) -> Option<Self::Value>;
     fn put(&mut self, key: Self::Key, value: Option<Self::Value>);
+    /// In no order.
+    fn for_each(&self, each: &mut dyn FnMut(Self::Key, Self::Value));
     /// Number of rows.
     fn len(&self) -> usize;
     fn is_empty(&self) -> bool {
@@ -47,6 +49,10 @@ impl<K: Copy + Ord + Hash + Pod, V: Copy + PartialEq + Pod> Rows for Hashed<K, V
             Some(value) => self.0.insert(key, value),
             None => self.0.remove(&key),
         };
+    }
+
+    fn for_each(&self, each: &mut dyn FnMut(K, V)) {
+        self.0.iter().for_each(|(key, value)| each(*key, *value));
     }
 
     fn len(&self) -> usize {
@@ -87,6 +93,11 @@ impl<V: Copy + PartialEq + Pod> Rows for Indexed<V> {
         }
         self.rows[index] = value;
         self.used = self.used + usize::from(value != V::zeroed()) - usize::from(had);
+    }
+
+    fn for_each(&self, each: &mut dyn FnMut(u32, V)) {
+        let rows = (0u32..).zip(&self.rows).filter(|(_, row)| **row != V::zeroed());
+        rows.for_each(|(key, row)| each(key, *row));
     }
 
     fn len(&self) -> usize {
@@ -159,6 +170,13 @@ impl<R: Rows> Table<R> {
                 self.pending.shrink_to_fit();
             }
         }
+    }
+
+    /// Notes that the kernel has `value` at `key` although something else was written; what is wanted stays wanted.
+    pub fn found(&mut self, key: R::Key, value: Option<R::Value>) {
+        let wanted = self.desired(key);
+        self.applied.put(key, value);
+        self.want(key, wanted);
     }
 
     /// The rows still to be written (`Some`) or deleted (`None`), in no order.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use kubelane::model::{
     Change, Endpoint, IpRange, Ipx, Kind, Node, ObjectName, Protocol, Service, Slice, TrafficPolicy,
 };
-use kubelane::sync::{Core, SyncReport};
+use kubelane::sync::{Core, MapName, SyncReport};
 use model_kernel::ModelKernel;
 use objects::{NODE, ip, name, new_core, port, ready, service, slice, zones};
 use proptest::prelude::*;
@@ -253,6 +253,11 @@ impl Bench {
         fresh.play(Event::Sync);
         assert_eq!(self.kernel.meaning(), fresh.kernel.meaning());
         assert_eq!(self.core.counts(), fresh.core.counts());
+
+        for map in MapName::ALL {
+            let snapshot = self.core.snapshot(map).unwrap();
+            assert_eq!(snapshot.compare(&mut self.kernel).unwrap(), Vec::<Vec<u8>>::new(), "{map:?}: no drift");
+        }
 
         // A restart, and so a recompile of everything, writes nothing.
         self.restart();

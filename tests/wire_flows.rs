@@ -2,8 +2,10 @@
 
 mod wire;
 
-use kubelane::bpf::{Direction, FlowCollector};
+use kubelane::abi::ServiceName;
+use kubelane::bpf::{Datapath, Direction, FlowCollector, MapUsage};
 use kubelane::model::Protocol;
+use kubelane::sync::{MapIo as _, MapName};
 use nix::time::{ClockId, clock_gettime};
 use wire::frame::{ACK, FIN, RST, SYN, tcp, udp};
 use wire::{CLIENT4, LOCAL4, NODE4, Node};
@@ -19,7 +21,10 @@ fn collect_after(collector: &mut FlowCollector, seconds: u64) -> usize {
 }
 
 fn node() -> Node {
-    let mut node = Node::new();
+    served(Node::new())
+}
+
+fn served(mut node: Node) -> Node {
     node.backend(1, LOCAL4, 80, Protocol::Tcp, true);
     node.backend(2, LOCAL4, 53, Protocol::Udp, true);
     node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
@@ -149,4 +154,68 @@ fn traffic_in_one_direction_keeps_both_rows() {
     let mut collector = node.datapath.flow_collector().unwrap();
     assert_eq!(collect_after(&mut collector, 0), 0);
     assert_eq!(collect_after(&mut collector, 121), 2);
+}
+
+#[test]
+fn flows_are_counted_once_each_by_protocol_and_state() {
+    let mut node = node();
+    let mut collector = node.datapath.flow_collector().unwrap();
+    let from = |port: u16| (CLIENT4, port);
+    open(&mut node);
+    node.uplink_in(&tcp(from(5001), TO, SYN));
+    node.uplink_in(&tcp(from(5002), TO, SYN));
+    (5001..5008).for_each(|port| drop(node.uplink_in(&udp(from(port), (NODE4, 30053), b"?"))));
+    let pass = collector.collect_at(usize::MAX / 4, now()).unwrap();
+    let counts = pass.tables.map(|table| (table.seen.unwrap().rows, table.seen.unwrap().flows));
+    assert_eq!(counts, [(2, [[0, 1, 0], [0, 0, 0], [0, 0, 0]]), (18, [[2, 0, 0], [7, 0, 0], [0, 0, 0]])]);
+    node.uplink_in(&tcp(FROM, TO, FIN | ACK));
+    let flows = collector.collect_at(usize::MAX / 4, now()).unwrap().tables[0].seen.unwrap().flows;
+    assert_eq!(flows[0], [0, 0, 1]);
+    // What a pass takes away is not there any more.
+    let emptied = collector.collect_at(usize::MAX / 4, now() + 1_000 * 1_000_000_000).unwrap();
+    assert!(emptied.tables.iter().all(|table| table.seen.unwrap().rows == 0), "{emptied:?}");
+}
+
+#[test]
+fn maps_that_programs_fill_are_counted() {
+    let mut node = node();
+    let usage = node.datapath.map_usage().unwrap();
+    let counts = |usage: &MapUsage| {
+        let counts = usage.count().unwrap();
+        counts.into_iter().map(|(map, rows, capacity)| (map, (rows, capacity > rows))).collect::<Vec<_>>()
+    };
+    let before = counts(&usage);
+    let names: Vec<&str> = before.iter().map(|(map, _)| *map).collect();
+    assert_eq!(names, ["affinities", "datagram_overflow", "devices", "fragments"]);
+    assert!(before.iter().all(|(_, (rows, fits))| *fits && *rows < 10), "{before:?}");
+    let mut row = node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
+    row.affinity_seconds = 60;
+    node.frontend_row("0.0.0.0", 30080, Protocol::Tcp, &row);
+    (1..=5u8).for_each(|host| drop(node.uplink_in(&tcp((&format!("198.51.100.{host}"), 5000), TO, SYN))));
+    assert_eq!(counts(&usage)[0], ("affinities", (5, true)));
+}
+
+#[test]
+fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
+    assert!(node().datapath.service_connections().unwrap().is_none(), "nobody asked for it");
+    let mut node = served(Node::opened_by(Datapath::open_counting));
+    let connections = node.datapath.service_connections().unwrap().unwrap();
+    let name = |node: &mut Node, text: &str| {
+        node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new(text)));
+    };
+    let busiest = |most: usize| -> Vec<(String, u64)> {
+        let busiest = connections.busiest(most).unwrap();
+        busiest.into_iter().map(|(name, count)| (name.as_str().to_owned(), count)).collect()
+    };
+    name(&mut node, "shop/web:http");
+    assert_eq!(busiest(10), []);
+    open(&mut node);
+    (5001..5004).for_each(|port| drop(node.uplink_in(&udp((CLIENT4, port), (NODE4, 30053), b"?"))));
+    assert_eq!(busiest(10), [("shop/web:http".to_owned(), 4)]);
+    assert_eq!(busiest(0), []);
+    assert!(node.datapath.maps().delete(MapName::Services, &1u32.to_ne_bytes(), 1).is_empty());
+    name(&mut node, "shop/cart:http");
+    assert_eq!(busiest(10), []);
+    node.uplink_in(&tcp((CLIENT4, 5009), TO, SYN));
+    assert_eq!(busiest(10), [("shop/cart:http".to_owned(), 1)]);
 }

@@ -217,8 +217,8 @@ struct Syncs {
 
 fn daemon_syncs(daemon: &Daemon) -> anyhow::Result<Syncs> {
     Ok(Syncs {
-        count: daemon.metric("kubeproxy_sync_proxy_rules_duration_seconds_count")?,
-        seconds: daemon.metric("kubeproxy_sync_proxy_rules_duration_seconds_sum")?,
+        count: daemon.metric("kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}")?,
+        seconds: daemon.metric("kubeproxy_sync_proxy_rules_duration_seconds_sum{ip_family=\"IPv4\"}")?,
         calls: daemon.metric("kubelane_sync_calls_total")?,
     })
 }

@@ -1,4 +1,5 @@
-//! The background pass over the tables of flows, a bounded part at a time.
+//! The background passes over what the programs fill: tables of flows, a bounded part at a time, and, for the metrics
+//! only, how full the other maps are.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,42 +7,69 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::bpf::{FlowCollector, FlowPass};
+use crate::bpf::{FlowCollector, FlowPass, MapUsage, PROTOCOLS, STATES};
 use crate::serve::Metrics;
 
 /// Between two parts of a pass.
 const EVERY: Duration = Duration::from_secs(5);
 /// Rows of one part: some tens of milliseconds of one processor. Both tables, full, are seen in half a minute.
 const ROWS: usize = 131_072;
+/// Parts from one count of the other maps to the next: a minute.
+const PARTS_PER_COUNT: usize = 12;
+
+/// What works on a thread of its own, and what it is asked for.
+struct Passes {
+    flows: FlowCollector,
+    usage: MapUsage,
+}
 
 /// Runs for ever; a part that fails is told of when its reason is new, and tried again.
 ///
 /// # Errors
 /// When a part panics.
-pub async fn collect(mut collector: FlowCollector, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+pub async fn collect(flows: FlowCollector, usage: MapUsage, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+    let mut passes = Passes { flows, usage };
     let mut told = None;
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
+    for part in (0..PARTS_PER_COUNT).cycle() {
         ticks.tick().await;
-        let part = tokio::task::spawn_blocking(move || {
-            let pass = collector.collect(ROWS);
-            (collector, pass)
+        let metrics = Arc::clone(&metrics);
+        let work = tokio::task::spawn_blocking(move || {
+            let result = passes.run(part == 0, &metrics);
+            (passes, result)
         });
-        let pass;
-        (collector, pass) = part.await.context("the collection of ended flows broke off")?;
-        match pass {
-            Ok(FlowPass { flows, capacity, .. }) => {
-                metrics.set_map("flows", flows.unwrap_or(0) as u64, capacity as u64);
-                told = None;
+        let result;
+        (passes, result) = work.await.context("the collection of ended flows broke off")?;
+        let error = result.err().map(|error| format!("{error:#}"));
+        if let Some(error) = error.as_ref().filter(|error| told.as_ref() != Some(*error)) {
+            tracing::warn!("ended flows cannot be taken away, or maps not be counted: {error}; trying again");
+        }
+        told = error;
+    }
+    Ok(())
+}
+
+impl Passes {
+    fn run(&mut self, count_all: bool, metrics: &Metrics) -> anyhow::Result<()> {
+        measure(&self.flows.collect(ROWS)?, metrics);
+        if count_all {
+            for (map, rows, capacity) in self.usage.count()? {
+                metrics.set_map(map, rows as u64, capacity as u64);
             }
-            Err(error) => {
-                let error = format!("{error:#}");
-                if told.as_ref() != Some(&error) {
-                    tracing::warn!("ended flows cannot be taken away: {error}; trying again");
-                    told = Some(error);
-                }
-            }
+        }
+        Ok(())
+    }
+}
+
+fn measure(pass: &FlowPass, metrics: &Metrics) {
+    for (map, table) in ["flows", "new_flows"].into_iter().zip(&pass.tables) {
+        metrics.set_map(map, table.seen.map_or(0, |seen| seen.rows) as u64, table.capacity as u64);
+    }
+    for (row, protocol) in PROTOCOLS.into_iter().enumerate() {
+        for (column, state) in STATES.into_iter().enumerate() {
+            let flows = pass.tables.iter().filter_map(|table| table.seen).map(|seen| seen.flows[row][column]).sum();
+            metrics.set_flows(protocol.as_str(), state, flows);
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The daemon: puts the parts together in an order in which nothing is attached before everything else is known to
 //! work, and ends with the first part that ends.
 
+mod audit;
+mod connections;
 mod drops;
 mod flows;
 mod outlets;
@@ -58,6 +60,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub destroy_tcp_sockets: bool,
+    /// How many Services' connections are exposed; 0: none, and they are not counted.
+    pub service_metrics: usize,
     /// Key of the taint to be taken off the Node when the daemon is ready.
     pub startup_taint: Option<String>,
 }
@@ -78,7 +82,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
-    let mut datapath = Datapath::open(&settings.datapath)?;
+    let mut datapath = match settings.service_metrics {
+        0 => Datapath::open(&settings.datapath)?,
+        _ => Datapath::open_counting(&settings.datapath)?,
+    };
     let status = Arc::new(SourceStatus::default());
     register_counters(&app.metrics, &settings.datapath.pin_path)?;
     register_watches(&app.metrics, &status)?;
@@ -90,12 +97,19 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             parts.spawn(part(name, server));
         }
     }
-    let (collector, metrics) = (datapath.flow_collector()?, Arc::clone(&app.metrics));
-    parts.spawn(async move { ("flows", flows::collect(collector, metrics).await) });
+    let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
+    parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
+    if let Some(counts) = datapath.service_connections()? {
+        let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
+        parts.spawn(async move { ("connections of Services", watch.await) });
+    }
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
+    let (requests, audits) = mpsc::channel(1);
+    let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
+    parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
     let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
@@ -111,6 +125,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
         outlets,
+        audits,
         started,
     };
     let core = Core::new(CoreSettings { node_name: settings.node_name });

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use super::audit::Request;
 use super::outlets::Outlets;
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
@@ -14,7 +15,8 @@ use super::wire::Wire;
 use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Protocol};
 use crate::netdev::{DeviceSelection, Network, NodePortAddresses};
-use crate::serve::{App, SyncSample, Totals};
+use crate::plan::arrivals::Tally;
+use crate::serve::{App, Changes, SyncSample, Totals};
 use crate::sync::{Core, MapIo, MapName, SyncReport};
 
 /// Events applied before the next sync, so that a flood cannot keep writes waiting for ever. A relist that is split
@@ -38,6 +40,7 @@ pub struct Inputs {
     pub destroy_tcp_sockets: bool,
     pub app: App,
     pub outlets: Outlets,
+    pub audits: mpsc::Receiver<Request>,
     /// When the process started.
     pub started: Instant,
 }
@@ -72,6 +75,7 @@ impl<'m> Worker<'m> {
     /// # Errors
     /// When a map cannot be read.
     pub fn new(mut core: Core, maps: &'m mut dyn MapIo, wire: Wire<'m>, inputs: Inputs) -> anyhow::Result<Self> {
+        core.measure_after(SystemTime::now() - inputs.started.elapsed());
         let found = core.adopt(maps).context("reading the pinned maps")?;
         if found.frontends > 0 {
             inputs.app.health.state_adopted();
@@ -116,8 +120,37 @@ impl<'m> Worker<'m> {
                 }
                 () = sleep_until(wake) => {}
                 () = self.inputs.stale.finished() => continue,
+                Some(request) = self.inputs.audits.recv() => {
+                    if !self.audit(request) {
+                        continue;
+                    }
+                }
             }
             self.round(tokio::time::Instant::now().into_std());
+        }
+    }
+
+    /// True when there is something to repair.
+    fn audit(&mut self, request: Request) -> bool {
+        let (map, keys) = match request {
+            Request::Snapshot(map, reply) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(self.core.snapshot(map));
+                return false;
+            }
+            Request::Correct(map, keys) => (map, keys),
+        };
+        match self.core.correct(map, &keys, self.maps) {
+            Ok(0) => false,
+            Ok(rows) => {
+                warn!(map = map.as_str(), rows, "somebody else has changed these rows: writing them again");
+                self.inputs.app.metrics.drifted(map.as_str(), rows as u64);
+                true
+            }
+            Err(error) => {
+                warn!("rows that an audit found different cannot be read: {error:#}");
+                true
+            }
         }
     }
 
@@ -149,6 +182,7 @@ impl<'m> Worker<'m> {
             self.node_listed |= change == Change::ListEnd(Kind::Node);
             self.core.apply(change);
         }
+        self.measure_changes();
         let App { health, metrics } = &self.inputs.app;
         metrics.queued(SystemTime::now());
         // Before that it is the source that is waited for, and a restart would not help.
@@ -231,6 +265,7 @@ impl<'m> Worker<'m> {
         let metrics = &self.inputs.app.metrics;
         metrics.synced(SyncSample {
             duration: report.duration,
+            full: report.full,
             rows_written: report.rows_written as u64,
             rows_deleted: report.rows_deleted as u64,
             calls: report.calls as u64,
@@ -243,13 +278,31 @@ impl<'m> Worker<'m> {
             frontends: counts.frontends as u64,
         });
         let maps = [
+            (MapName::Services, counts.names),
             (MapName::Frontends, counts.frontends),
             (MapName::Backends, counts.backends),
             (MapName::Slots, counts.slots),
+            (MapName::Addresses, counts.addresses),
+            (MapName::SourceRanges, counts.source_ranges),
         ];
         for (map, entries) in maps {
             metrics.set_map(map.as_str(), entries as u64, self.maps.capacity(map).into());
         }
+        let no_local = self.core.no_local();
+        metrics.set_no_local(no_local.internal, no_local.external);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        for (family, triggered) in &report.triggers {
+            // A clock of the control plane that is ahead of this node's counts as no time at all.
+            let since = now.saturating_sub(Duration::from_nanos(u64::try_from(*triggered).unwrap_or(0)));
+            metrics.programmed(*family, since);
+        }
+        self.measure_changes();
+    }
+
+    fn measure_changes(&self) {
+        let changes = |tally: Tally| Changes { total: tally.total, pending: tally.pending };
+        let (services, slices) = self.core.tallies();
+        self.inputs.app.metrics.set_changes(changes(services), changes(slices));
     }
 
     fn tell(&self, report: &SyncReport) {

@@ -121,6 +121,7 @@ struct Stage {
     network: watch::Sender<Network>,
     app: App,
     passes: Arc<AtomicUsize>,
+    requests: mpsc::Sender<Request>,
     inputs: Option<Inputs>,
 }
 
@@ -133,6 +134,7 @@ impl Stage {
         app.health.probed(None);
         let outlets =
             Outlets { health_checks: watch::Sender::default(), notices: mpsc::channel(1).0, startup_taint: None };
+        let (requests, audits) = mpsc::channel(8);
         let passes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&passes);
         let pass = move || {
@@ -148,9 +150,10 @@ impl Stage {
             destroy_tcp_sockets: false,
             app: app.clone(),
             outlets,
+            audits,
             started: Instant::now(),
         };
-        Stage { maps: maps.clone(), changes, network, app, passes, inputs: Some(inputs) }
+        Stage { maps: maps.clone(), changes, network, app, passes, requests, inputs: Some(inputs) }
     }
 
     fn worker<'m>(&mut self, maps: &'m mut Model) -> Worker<'m> {
@@ -166,7 +169,7 @@ impl Stage {
     /// Syncs so far.
     fn syncs(&self) -> u64 {
         let text = self.app.metrics.text().unwrap();
-        let name = "kubeproxy_sync_proxy_rules_duration_seconds_count ";
+        let name = "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} ";
         text.lines().find_map(|l| l.strip_prefix(name)).unwrap().parse().unwrap()
     }
 
@@ -409,3 +412,6 @@ async fn the_worker_ends_with_its_source() {
     let error = timeout(Duration::from_secs(1), worker.run()).await.unwrap().unwrap_err();
     assert!(error.to_string().contains("addresses ended"), "{error}");
 }
+
+#[path = "worker_measures_tests.rs"]
+mod measures;

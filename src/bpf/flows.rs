@@ -4,15 +4,15 @@
 //! again only take room. When the lasting table fills up, silence is tolerated for less and less time, so that what is
 //! idle goes before what is in use is refused.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use nix::time::{ClockId, clock_gettime};
 
+use super::batch::Batches;
 use super::pinned;
+use crate::abi::flow_kind::FLOW_REPLY;
 use crate::abi::flow_timeout::{
     FLOW_TCP_CLOSED, FLOW_TCP_ESTABLISHED, FLOW_TCP_HALF_CLOSED, FLOW_TCP_OPENING, FLOW_TCP_RESET, FLOW_TCP_TIME_WAIT,
     FLOW_UDP_REPLIED, FLOW_UDP_UNREPLIED,
@@ -37,21 +37,53 @@ pub struct FlowPass {
     pub examined: usize,
     /// Rows taken away, two for a flow.
     pub removed: usize,
-    /// Rows of the lasting table, as of the last full pass over it; `None` until there was one.
-    pub flows: Option<usize>,
-    /// How many it can hold.
+    /// Of `flows`, then `new_flows`.
+    pub tables: [TableUse; 2],
+}
+
+/// A table as of the last full pass over it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableUse {
+    /// `None` until there was a pass.
+    pub seen: Option<Seen>,
+    /// Rows that it can hold.
     pub capacity: usize,
+}
+
+/// What a pass saw. Rows that came or went meanwhile may have been met twice or not at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    pub rows: usize,
+    /// By [`PROTOCOLS`] and [`STATES`], from the requests' rows: a flow counts once.
+    pub flows: [[usize; 3]; 3],
+}
+
+/// Protocols that flows have.
+pub const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+/// What becomes of a flow: not proved by both ends, proved, and (of TCP) with a FIN or RST seen.
+pub const STATES: [&str; 3] = ["opening", "established", "closing"];
+
+impl Seen {
+    fn note(&mut self, key: &FlowKey, flow: &Flow) {
+        self.rows += 1;
+        if u32::from(flow.kind) & FLOW_REPLY != 0 {
+            return;
+        }
+        let Some(protocol) = PROTOCOLS.iter().position(|protocol| *protocol as u8 == key.protocol) else { return };
+        let closing = flow.reset != 0 || flow.client_closed != 0 || flow.backend_closed != 0;
+        let state = if closing { 2 } else { usize::from(flow.replied != 0) };
+        self.flows[protocol][state] += 1;
+    }
 }
 
 /// Where a pass over one table has got to.
 struct Table {
     map: MapHandle,
-    /// The kernel's position (a bucket number); empty at the beginning.
-    position: Vec<u8>,
-    /// Rows seen since the beginning.
-    seen: usize,
-    /// Rows that a bucket may hold, grown when the kernel says that it holds more.
-    room: usize,
+    batches: Batches,
+    /// Since the beginning.
+    seen: Seen,
+    /// By the last full pass.
+    last: Option<Seen>,
 }
 
 /// The collector; each call goes on where the last one stopped.
@@ -59,8 +91,6 @@ pub struct FlowCollector {
     /// `flows`, then `new_flows`.
     tables: [Table; 2],
     turn: usize,
-    /// Rows of `flows` at the end of the last full pass.
-    flows: Option<usize>,
 }
 
 impl FlowCollector {
@@ -70,9 +100,9 @@ impl FlowCollector {
             let path = pinned::maps_directory(pin_path).join(name);
             let map = MapHandle::from_pinned_path(&path)
                 .with_context(|| format!("cannot open the pinned map {}", path.display()))?;
-            Ok(Table { map, position: Vec::new(), seen: 0, room: 64 })
+            Ok(Table { batches: Batches::new(&map), map, seen: Seen::default(), last: None })
         };
-        Ok(FlowCollector { tables: [open("flows")?, open("new_flows")?], turn: 0, flows: None })
+        Ok(FlowCollector { tables: [open("flows")?, open("new_flows")?], turn: 0 })
     }
 
     /// Looks at about `budget` rows (at least one bucket) and takes away those that are over.
@@ -83,115 +113,90 @@ impl FlowCollector {
 
     /// As `collect`, at a time of the caller's: CLOCK_MONOTONIC in nanoseconds.
     pub fn collect_at(&mut self, budget: usize, now_ns: u64) -> Result<FlowPass> {
-        let capacity = self.tables[0].map.max_entries() as usize;
-        let mut pass = FlowPass { flows: self.flows, capacity, ..FlowPass::default() };
+        let mut pass = FlowPass::default();
         // Each table at most once a call, or an empty one would be begun again for ever.
         for _ in 0..self.tables.len() {
-            let pressure = Pressure::of(self.flows.unwrap_or(0), capacity);
+            let lasting = self.tables[0].in_use();
+            let pressure = Pressure::of(lasting.seen.map_or(0, |seen| seen.rows), lasting.capacity);
             let table = &mut self.tables[self.turn];
             let ended = table.collect(budget.max(1), now_ns, pressure, &mut pass)?;
             if ended {
-                if self.turn == 0 {
-                    self.flows = Some(table.seen);
-                    pass.flows = self.flows;
-                }
-                table.position.clear();
-                table.seen = 0;
+                table.batches.restart();
+                table.last = Some(std::mem::take(&mut table.seen));
                 self.turn = (self.turn + 1) % self.tables.len();
             }
             if !ended || pass.examined >= budget {
                 break;
             }
         }
+        pass.tables = [self.tables[0].in_use(), self.tables[1].in_use()];
         Ok(pass)
     }
 }
 
 impl Table {
+    fn in_use(&self) -> TableUse {
+        TableUse { seen: self.last, capacity: self.map.max_entries() as usize }
+    }
+
     /// True at the end of the table.
     fn collect(&mut self, budget: usize, now_ns: u64, pressure: Pressure, pass: &mut FlowPass) -> Result<bool> {
         while pass.examined < budget {
-            let (rows, ended) = self.next_rows(budget - pass.examined)?;
-            pass.examined += rows.len();
-            self.seen += rows.len();
-            for (key, flow) in rows {
-                pass.removed += self.remove_if_over(&key, &flow, now_ns, pressure)?;
+            let Table { map, batches, seen, .. } = self;
+            let wanted = ROWS_AT_ONCE.min(budget - pass.examined);
+            let batch = batches.next(map, wanted).context("cannot read the table of flows")?;
+            pass.examined += batch.len();
+            for (key, flow) in batch.rows() {
+                let (key, flow) = (bytemuck::pod_read_unaligned(key), bytemuck::pod_read_unaligned(flow));
+                match remove_if_over(map, &key, &flow, now_ns, pressure)? {
+                    Some(removed) => pass.removed += removed,
+                    None => seen.note(&key, &flow),
+                }
             }
-            if ended {
+            if batch.ended {
                 return Ok(true);
             }
         }
         Ok(false)
     }
+}
 
-    /// Up to `wanted` rows (more if one bucket has more), and whether they are the last. Rows that come or go in the
-    /// meantime may be met twice or not at all.
-    fn next_rows(&mut self, wanted: usize) -> Result<(Vec<(FlowKey, Flow)>, bool)> {
-        loop {
-            let room = wanted.min(ROWS_AT_ONCE).max(self.room);
-            let mut keys = vec![<FlowKey as bytemuck::Zeroable>::zeroed(); room];
-            let mut flows = vec![<Flow as bytemuck::Zeroable>::zeroed(); room];
-            let mut next = [0u8; 8];
-            let mut count = room as u32;
-            let input = if self.position.is_empty() { std::ptr::null_mut() } else { self.position.as_mut_ptr().cast() };
-            // SAFETY: `keys` and `flows` have room for `count` rows of the map's types (the skeleton asserts their
-            // sizes); a hash's position is four bytes, for which `position` (8 bytes once set) and `next` have room.
-            let result = unsafe {
-                libbpf_sys::bpf_map_lookup_batch(
-                    self.map.as_fd().as_raw_fd(),
-                    input,
-                    next.as_mut_ptr().cast(),
-                    keys.as_mut_ptr().cast(),
-                    flows.as_mut_ptr().cast(),
-                    &mut count,
-                    std::ptr::null(),
-                )
-            };
-            let ended = result == -libc::ENOENT;
-            if result == -libc::ENOSPC && count == 0 {
-                self.room *= 2;
-                continue;
-            }
-            if result != 0 && !ended && result != -libc::ENOSPC {
-                return Err(io::Error::from_raw_os_error(-result)).context("cannot read the table of flows");
-            }
-            self.position = next.to_vec();
-            keys.truncate(count as usize);
-            return Ok((keys.into_iter().zip(flows).collect(), ended));
-        }
+/// Removes the row, and its partner, if the flow has ended: how many rows went (none, if others were faster), or `None`.
+fn remove_if_over(
+    map: &MapHandle,
+    key: &FlowKey,
+    flow: &Flow,
+    now_ns: u64,
+    pressure: Pressure,
+) -> Result<Option<usize>> {
+    let limit = pressure.limit(timeout(key, flow));
+    if idle(flow, now_ns) <= limit {
+        return Ok(None);
     }
-
-    /// Removes the row, and its partner, if the flow has ended; returns how many rows went.
-    fn remove_if_over(&self, key: &FlowKey, flow: &Flow, now_ns: u64, pressure: Pressure) -> Result<usize> {
-        let limit = pressure.limit(timeout(key, flow));
-        if idle(flow, now_ns) <= limit {
-            return Ok(0);
-        }
-        let partner_key = FlowKey { ends: flow.ends.reversed(), ..*key };
-        let partner = self.lookup(&partner_key)?.filter(|partner| partner.ends.reversed() == key.ends);
-        if let Some(partner) = &partner
-            && idle(partner, now_ns) <= pressure.limit(timeout(key, partner))
-        {
-            return Ok(0);
-        }
-        let mut removed = usize::from(self.delete(key)?);
-        if partner.is_some() {
-            removed += usize::from(self.delete(&partner_key)?);
-        }
-        Ok(removed)
+    let partner_key = FlowKey { ends: flow.ends.reversed(), ..*key };
+    let partner = lookup(map, &partner_key)?.filter(|partner| partner.ends.reversed() == key.ends);
+    if let Some(partner) = &partner
+        && idle(partner, now_ns) <= pressure.limit(timeout(key, partner))
+    {
+        return Ok(None);
     }
-
-    fn lookup(&self, key: &FlowKey) -> Result<Option<Flow>> {
-        let row = self.map.lookup(bytemuck::bytes_of(key), MapFlags::ANY).context("cannot read the table of flows")?;
-        Ok(row.map(|bytes| bytemuck::pod_read_unaligned(&bytes)))
+    let mut removed = usize::from(delete(map, key)?);
+    if partner.is_some() {
+        removed += usize::from(delete(map, &partner_key)?);
     }
+    Ok(Some(removed))
+}
 
-    fn delete(&self, key: &FlowKey) -> Result<bool> {
-        match self.map.delete(bytemuck::bytes_of(key)) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == libbpf_rs::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error).context("cannot delete from the table of flows"),
-        }
+fn lookup(map: &MapHandle, key: &FlowKey) -> Result<Option<Flow>> {
+    let row = map.lookup(bytemuck::bytes_of(key), MapFlags::ANY).context("cannot read the table of flows")?;
+    Ok(row.map(|bytes| bytemuck::pod_read_unaligned(&bytes)))
+}
+
+fn delete(map: &MapHandle, key: &FlowKey) -> Result<bool> {
+    match map.delete(bytemuck::bytes_of(key)) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == libbpf_rs::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).context("cannot delete from the table of flows"),
     }
 }
 

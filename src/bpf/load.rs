@@ -10,6 +10,7 @@ use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 
 use super::attach::{Attached, Cgroup, attach};
 use super::btf::EmptyBtf;
+use super::connections::ServiceConnections;
 use super::devices::Devices;
 use super::epochs::RouteEpoch;
 use super::flows::FlowCollector;
@@ -17,6 +18,7 @@ use super::maps::Maps;
 use super::privileges::Privileges;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
+use super::usage::MapUsage;
 use super::{namespaces, pinned, ports, probe};
 
 /// Flows have two rows each. As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
@@ -47,6 +49,8 @@ pub struct Datapath {
     /// True when an earlier daemon's links were taken over.
     adopted: bool,
     devices: Devices,
+    /// `None`: connections are not counted by Service.
+    service_connections: Option<MapHandle>,
     pin_path: PathBuf,
     _lock: pinned::Lock,
 }
@@ -55,6 +59,15 @@ impl Datapath {
     /// Loads the object, takes over what is pinned, and attaches the programs to the cgroup. On an error nothing that
     /// was attached before is touched.
     pub fn open(settings: &Settings) -> Result<Datapath> {
+        Datapath::load(settings, false)
+    }
+
+    /// As [`Datapath::open`], and the programs count each Service's connections.
+    pub fn open_counting(settings: &Settings) -> Result<Datapath> {
+        Datapath::load(settings, true)
+    }
+
+    fn load(settings: &Settings, counts_services: bool) -> Result<Datapath> {
         libbpf_rs::set_print(Some((PrintLevel::Warn, log_libbpf)));
         let missing = Privileges::own().missing();
         ensure!(
@@ -68,6 +81,9 @@ impl Datapath {
         let btf = btf_stand_in()?;
         let mut skeleton = open_object(&mut storage, btf.as_ref())?;
         size_and_pin_maps(&mut skeleton, settings)?;
+        if counts_services {
+            count_services(&mut skeleton, settings)?;
+        }
         let skeleton = skeleton.load().with_context(|| {
             format!(
                 "the kernel did not take the BPF object (see the lines above; `kubelane check` names what is missing, and if the maps in {} are of another make, `kubelane cleanup` removes them)",
@@ -80,8 +96,15 @@ impl Datapath {
         }
         let stale_iterator = attach_iterator(&skeleton)?;
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
+        let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_connections);
+        let service_connections = counts_services.then(|| counts(&skeleton)).transpose()?;
+        let mut maps = Maps::open(&settings.pin_path)?;
+        if counts_services {
+            maps.count_connections(counts(&skeleton)?);
+        }
         Ok(Datapath {
-            maps: Maps::open(&settings.pin_path)?,
+            maps,
+            service_connections,
             stale_iterator,
             adopted,
             devices,
@@ -113,6 +136,17 @@ impl Datapath {
     /// Takes away flows that have ended; for use on another thread.
     pub fn flow_collector(&self) -> Result<FlowCollector> {
         FlowCollector::open(&self.pin_path)
+    }
+
+    /// Counts the rows of the maps that programs fill; for use on another thread.
+    pub fn map_usage(&self) -> Result<MapUsage> {
+        MapUsage::open(&self.pin_path)
+    }
+
+    /// Reads what the programs count, once; for use on another thread. `None`: they do not.
+    pub fn service_connections(&mut self) -> Result<Option<ServiceConnections>> {
+        let counts = self.service_connections.take();
+        counts.map(|counts| ServiceConnections::new(counts, &self.pin_path)).transpose()
     }
 
     /// For telling that routes have changed; for use in another task.
@@ -200,6 +234,14 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         map.set_pin_path(&pin).with_context(|| format!("cannot pin the map {name}"))?;
     }
     Ok(())
+}
+
+/// For as many as may have names.
+fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
+    rodata.config.counts_services = 1;
+    let most = settings.max_services.saturating_mul(2);
+    skeleton.maps.service_connections.set_max_entries(most).context("cannot size the map service_connections")
 }
 
 fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {

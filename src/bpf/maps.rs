@@ -1,7 +1,7 @@
 //! The pinned maps as a [`MapIo`]: batched system calls, and an exact account of what was written.
 //!
 //! libbpf-rs's batch calls lose the count of processed rows when one fails, and its iterators end silently on an
-//! error, so that the two batch calls and the dump are made through libbpf-sys here.
+//! error, so that the two batch calls are made through libbpf-sys here, and reads in `batch`.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
+use super::batch::Batches;
 use super::epochs;
 use super::filter::WireFilter;
 use super::pinned;
@@ -25,6 +26,8 @@ pub struct Maps {
     counters: MapHandle,
     epochs: MapHandle,
     filter: WireFilter,
+    /// By service id; `None`: nobody counts.
+    connections: Option<MapHandle>,
     syscalls: u64,
 }
 
@@ -44,7 +47,12 @@ impl Maps {
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
-        Ok(Maps { handles, counters, epochs, filter: WireFilter::open(pin_path)?, syscalls: 0 })
+        Ok(Maps { handles, counters, epochs, filter: WireFilter::open(pin_path)?, connections: None, syscalls: 0 })
+    }
+
+    /// From now on the count of a Service goes with its name, so that the id's next owner begins with none.
+    pub(super) fn count_connections(&mut self, counts: MapHandle) {
+        self.connections = Some(counts);
     }
 
     /// bpf(2) calls made so far.
@@ -226,7 +234,13 @@ impl MapIo for Maps {
             });
         }
         let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);
-        in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT))
+        let failures = in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT));
+        if let Some(counts) = self.connections.as_ref().filter(|_| map == MapName::Services) {
+            // A Service that was never asked for has no count.
+            keys.chunks_exact(key_size).for_each(|id| drop(counts.delete(id)));
+            self.syscalls += rows as u64;
+        }
+        failures
     }
 
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
@@ -235,51 +249,31 @@ impl MapIo for Maps {
         }
         let is_array = matches!(map, MapName::Backends | MapName::Slots);
         let handle = self.handle(map);
-        let (key_size, value_size) = (handle.key_size() as usize, handle.value_size() as usize);
-        let fd = handle.as_fd().as_raw_fd();
-        // A hash's cursor is a bucket number, an array's an index: four bytes, but never less than a key.
-        let mut cursor = vec![0u8; key_size.max(8)];
-        let mut next = cursor.clone();
-        let mut started = false;
-        // A hash bucket is copied whole or not at all (ENOSPC): room grows until the largest one fits.
-        let mut room = BATCH;
+        let (mut batches, mut calls) = (Batches::new(handle), 0);
         loop {
-            let mut count = room as u32;
-            let (mut keys, mut values) = (vec![0u8; room * key_size], vec![0u8; room * value_size]);
-            let input = if started { cursor.as_mut_ptr().cast() } else { std::ptr::null_mut() };
-            // SAFETY: `keys` and `values` have room for `count` rows, `cursor` and `next` for a key; all outlive the call.
-            let result = unsafe {
-                libbpf_sys::bpf_map_lookup_batch(
-                    fd,
-                    input,
-                    next.as_mut_ptr().cast(),
-                    keys.as_mut_ptr().cast(),
-                    values.as_mut_ptr().cast(),
-                    &mut count,
-                    std::ptr::null(),
-                )
-            };
-            self.syscalls += 1;
-            let ended = result == -libc::ENOENT;
-            if result == -libc::ENOSPC && count == 0 {
-                room *= 2;
-                continue;
+            let batch = batches.next(handle, BATCH)?;
+            calls += 1;
+            let rows = batch.rows().filter(|(_, value)| !is_array || value.iter().any(|byte| *byte != 0));
+            rows.for_each(|(key, value)| each(key, value));
+            if batch.ended {
+                break;
             }
-            if result != 0 && !ended && result != -libc::ENOSPC {
-                return Err(io::Error::from_raw_os_error(-result));
-            }
-            for row in 0..count as usize {
-                let value = &values[row * value_size..][..value_size];
-                if !is_array || value.iter().any(|b| *b != 0) {
-                    each(&keys[row * key_size..][..key_size], value);
-                }
-            }
-            if ended {
-                return Ok(());
-            }
-            std::mem::swap(&mut cursor, &mut next);
-            started = true;
         }
+        self.syscalls += calls;
+        Ok(())
+    }
+
+    fn read(&mut self, map: MapName, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        if map == MapName::SourceRanges {
+            // A trie answers with the longest prefix, not with the row of this key.
+            let mut found = None;
+            self.dump_by_keys(map, &mut |each, value| found = (each == key).then(|| value.to_vec()).or(found.take()))?;
+            return Ok(found);
+        }
+        self.syscalls += 1;
+        let is_array = matches!(map, MapName::Backends | MapName::Slots);
+        let value = self.handle(map).lookup(key, MapFlags::ANY).map_err(io::Error::other)?;
+        Ok(value.filter(|value| !is_array || value.iter().any(|byte| *byte != 0)))
     }
 
     fn note_changed_hands(&mut self) -> io::Result<()> {

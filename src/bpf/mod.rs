@@ -3,7 +3,9 @@
 //! devices, the collection of ended flows, and the search for sockets whose backend is gone.
 
 mod attach;
+mod batch;
 mod btf;
+mod connections;
 mod devices;
 mod epochs;
 mod filter;
@@ -22,14 +24,17 @@ pub mod run;
 mod skeleton;
 mod stale;
 mod trial;
+mod usage;
 pub mod verifier;
 
 pub use attach::Attached;
+pub use connections::ServiceConnections;
 pub use devices::{Device, Devices, Direction, LinkLayer, Method};
 pub use epochs::RouteEpoch;
-pub use flows::{FlowCollector, FlowPass};
+pub use flows::{FlowCollector, FlowPass, PROTOCOLS, STATES};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
 pub use pinned::cleanup;
 pub use privileges::Privileges;
 pub use stale::{StalePass, StaleSockets};
+pub use usage::MapUsage;

@@ -156,6 +156,12 @@ pub struct RunFlags {
     #[arg(long, help_heading = "Node")]
     pub destroy_tcp_sockets: bool,
 
+    /// Count connections by Service, and show this many of the busiest as kubelane_service_connections_total. 0: none,
+    /// and nothing is counted
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    #[arg(help_heading = "Node")]
+    pub service_metrics: u16,
+
     /// Key of a taint of this node's Node object that is taken away when the daemon is ready, and not before (needs the
     /// rights to get and patch nodes)
     #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new(), help_heading = "Node")]

@@ -78,6 +78,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         nodeport_addresses,
         devices: flags.devices,
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
+        service_metrics: usize::from(flags.service_metrics),
         startup_taint: flags.startup_taint,
     })
 }

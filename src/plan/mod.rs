@@ -1,11 +1,13 @@
 //! From records to rows, without a kernel: `world` holds what the sources say, `select` and `compile` define what a
 //! Service means, `layout` gives it ids and a place in the maps.
 
+pub mod arrivals;
 pub mod claims;
 pub mod compile;
 pub mod health;
 pub mod ids;
 pub mod layout;
+pub mod no_local;
 pub mod pool;
 pub mod port;
 mod ranges;

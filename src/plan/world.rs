@@ -3,6 +3,7 @@
 
 use std::mem;
 
+use super::arrivals::Arrivals;
 use super::compile::{Compiled, Context, compile};
 use super::health::health_check;
 use super::select::Place;
@@ -53,6 +54,9 @@ pub struct World {
     nodes: Listing,
     bound: HashSet<Ipx>,
     dirty: HashSet<ObjectName>,
+    /// Every Service has to be compiled again, because the node's zone is another.
+    zone_changed: bool,
+    arrivals: Arrivals,
     service_count: usize,
     endpoint_count: usize,
 }
@@ -65,6 +69,11 @@ impl World {
 
     /// Applies one event of a source.
     pub fn apply(&mut self, change: Change, book: &mut WarningBook) {
+        match &change {
+            Change::Service(_) | Change::ServiceGone(_) => self.arrivals.services.total += 1,
+            Change::Slice(_) | Change::SliceGone(_) => self.arrivals.slices.total += 1,
+            _ => {}
+        }
         match change {
             Change::Service(service) => self.service(service),
             Change::ServiceGone(name) => self.service_gone(&name),
@@ -110,6 +119,20 @@ impl World {
         self.dirty.extend(self.entries.iter().filter(|(_, e)| touched(e)).map(|(name, _)| name.clone()));
     }
 
+    /// What came, for the metrics.
+    pub fn arrivals(&self) -> &Arrivals {
+        &self.arrivals
+    }
+
+    pub fn arrivals_mut(&mut self) -> &mut Arrivals {
+        &mut self.arrivals
+    }
+
+    /// Whether all Services were made dirty at once since this was last asked.
+    pub fn take_zone_changed(&mut self) -> bool {
+        mem::take(&mut self.zone_changed)
+    }
+
     /// Marks a Service to be compiled again.
     pub fn mark(&mut self, name: ObjectName) {
         self.dirty.insert(name);
@@ -148,6 +171,7 @@ impl World {
         }
         self.service_count += usize::from(entry.service.is_none());
         self.dirty.insert(service.name.clone());
+        self.arrivals.services.pending += 1;
         entry.service = Some(service);
     }
 
@@ -155,6 +179,7 @@ impl World {
         let Some(entry) = self.entries.get_mut(name) else { return };
         if entry.service.take().is_some() {
             self.service_count -= 1;
+            self.arrivals.services.pending += 1;
             self.dirty.insert(name.clone());
         }
         if entry.slices.is_empty() {
@@ -172,6 +197,7 @@ impl World {
         if let Some((old_stamp, old)) = entry.slices.iter_mut().find(|(_, s)| s.name == slice.name) {
             *old_stamp = stamp;
             if old.ports != slice.ports || old.endpoints != slice.endpoints {
+                self.arrivals.slice_changed(&owner, &slice, Some(old));
                 self.dirty.insert(owner);
             }
             self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
@@ -180,6 +206,7 @@ impl World {
         }
         self.endpoint_count += slice.endpoints.len();
         self.owners.insert(slice.name.clone(), owner.clone());
+        self.arrivals.slice_changed(&owner, &slice, None);
         self.dirty.insert(owner);
         entry.slices.push((stamp, slice));
     }
@@ -194,6 +221,7 @@ impl World {
         if entry.slices.is_empty() && entry.service.is_none() {
             self.entries.remove(&owner);
         }
+        self.arrivals.slice_gone(&owner);
         self.dirty.insert(owner);
     }
 
@@ -203,6 +231,7 @@ impl World {
         let moved = zone_of(&node) != zone_of(&self.node);
         self.node = node;
         if moved {
+            self.zone_changed = true;
             self.dirty.extend(self.entries.keys().cloned());
         }
     }
@@ -225,6 +254,7 @@ impl World {
                 let stale = |entry: &Entry| entry.service.is_some() && entry.stamp != epoch;
                 let gone: Vec<ObjectName> =
                     self.entries.iter().filter(|(_, e)| stale(e)).map(|(name, _)| name.clone()).collect();
+                self.arrivals.services.total += gone.len() as u64;
                 gone.iter().for_each(|name| self.service_gone(name));
             }
             Kind::EndpointSlices if self.slices.end() => {
@@ -232,6 +262,7 @@ impl World {
                 let all = self.entries.values().flat_map(|entry| &entry.slices);
                 let gone: Vec<ObjectName> =
                     all.filter(|(stamp, _)| *stamp != epoch).map(|(_, slice)| slice.name.clone()).collect();
+                self.arrivals.slices.total += gone.len() as u64;
                 gone.iter().for_each(|name| self.slice_gone(name));
             }
             Kind::Node if self.nodes.end() && !self.node_seen => self.set_node(None),

@@ -1,7 +1,7 @@
 //! What makes which Service dirty, and what a relist leaves.
 
 use super::*;
-use crate::model::{Endpoint, TrafficPolicy};
+use crate::model::{Endpoint, Family, TrafficPolicy};
 
 fn name(text: &str) -> ObjectName {
     ObjectName::new("default", text)
@@ -156,4 +156,57 @@ fn slices_may_come_before_their_service_and_stay_after_it() {
     assert_eq!((world.counts(), world.entries.len()), ((0, 1, 2), 1));
     apply(&mut world, [Change::SliceGone(name("a-1"))]);
     assert_eq!((world.counts(), world.entries.len()), ((0, 0, 0), 0));
+}
+
+fn retriggered(object: &str, of: &str, hosts: u8, triggered: i64) -> Change {
+    match slice(object, of, hosts) {
+        Change::Slice(slice) => Change::Slice(Box::new(Slice { triggered: Some(triggered), ..*slice })),
+        other => other,
+    }
+}
+
+#[test]
+fn triggers_count_when_their_slice_changed_and_the_daemon_was_there() {
+    let ipv4 = |at: i64| (Family::Ipv4, at);
+    let table: Vec<(&str, Vec<Change>, Vec<(Family, i64)>)> = vec![
+        ("a new slice", vec![retriggered("a-2", "a", 1, 101)], vec![ipv4(101)]),
+        (
+            "two changes of one",
+            vec![retriggered("a-1", "a", 1, 101), retriggered("a-1", "a", 3, 102)],
+            vec![ipv4(101), ipv4(102)],
+        ),
+        ("all endpoints gone", vec![retriggered("a-1", "a", 0, 101)], vec![ipv4(101)]),
+        ("before the daemon", vec![retriggered("a-1", "a", 1, 100)], vec![]),
+        ("without an annotation", vec![slice("a-1", "a", 1)], vec![]),
+        ("nothing but the annotation", vec![retriggered("a-1", "a", 2, 101)], vec![]),
+        ("never an endpoint", vec![retriggered("a-2", "a", 0, 101)], vec![]),
+        ("a slice that went", vec![retriggered("a-1", "a", 1, 101), Change::SliceGone(name("a-1"))], vec![]),
+    ];
+    for (what, changes, expected) in table {
+        let mut world = world();
+        world.arrivals_mut().measure_after(100);
+        apply(&mut world, changes);
+        assert_eq!(world.arrivals_mut().settle(), expected, "{what}");
+        assert_eq!(world.arrivals_mut().settle(), [], "{what}: twice");
+    }
+}
+
+#[test]
+fn what_comes_is_counted_and_waits_for_a_sync_when_it_changed_anything() {
+    let mut world = world();
+    world.arrivals_mut().settle();
+    let before = (world.arrivals().services, world.arrivals().slices);
+    apply(
+        &mut world,
+        [service("a", "10.96.0.1"), service("b", "10.96.0.9"), slice("a-1", "a", 2), slice("a-1", "a", 3)],
+    );
+    apply(
+        &mut world,
+        [Change::ListBegin(Kind::Services), Change::ListEnd(Kind::Services), Change::SliceGone(name("b-1"))],
+    );
+    let Arrivals { services, slices, .. } = world.arrivals();
+    assert_eq!((services.total - before.0.total, services.pending), (4, 3));
+    assert_eq!((slices.total - before.1.total, slices.pending), (3, 2));
+    world.arrivals_mut().settle();
+    assert_eq!((world.arrivals().services.pending, world.arrivals().slices.pending), (0, 0));
 }

@@ -21,7 +21,7 @@ use tokio::net::TcpListener;
 pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
 pub use http::{Limits, listen};
-pub use metrics::{Metrics, Sample, SyncSample, Totals};
+pub use metrics::{Changes, Metrics, Sample, SyncSample, Totals};
 pub use service_health::{HealthChecks, run as run_service_health};
 
 use health::Answer;

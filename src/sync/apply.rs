@@ -138,8 +138,10 @@ impl<'a> Applier<'a> {
         let addresses = &self.layout.space.tables.addresses;
         let mut rows: Vec<([u8; 16], Option<u32>)> = Vec::new();
         for (address, wanted) in addresses.pending() {
+            let unwanted = wanted.is_none();
             let (has, wanted) = (addresses.applied(address).unwrap_or(0), wanted.unwrap_or(0));
-            if has & !wanted != 0 {
+            // A row without a role, which is never written, goes too.
+            if has & !wanted != 0 || unwanted {
                 rows.push((address, Some(has & wanted).filter(|left| *left != 0)));
             }
         }

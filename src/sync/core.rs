@@ -1,17 +1,22 @@
 //! The control plane's heart as the agent sees it: changes in, rows out. One owner, no locks, no clock of its own.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
 
 use super::adopt::{AdoptReport, adopt};
 use super::apply::Applier;
+use super::audit::{self, Snapshot};
 use super::{MapIo, MapName};
-use crate::model::{Change, HealthCheck, Ipx, Node, ObjectName, Protocol, SocketAddrx, Warning};
+use crate::model::{Change, Family, HealthCheck, Ipx, Node, ObjectName, Protocol, SocketAddrx, Warning};
+use crate::plan::arrivals::Tally;
+use crate::plan::compile::Compiled;
 use crate::plan::layout::Layout;
+use crate::plan::no_local::NoLocal;
 use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
+use crate::table::{HashMap, Rows as _};
 
 /// What does not change while the daemon runs.
 #[derive(Clone, Debug)]
@@ -27,6 +32,10 @@ pub struct Core {
     layout: Layout,
     book: WarningBook,
     health_checks: BTreeMap<ObjectName, HealthCheck>,
+    /// Of Services that have any, and their sum.
+    no_local: HashMap<ObjectName, NoLocal>,
+    no_local_sum: NoLocal,
+    synced: bool,
 }
 
 /// What one sync did.
@@ -49,6 +58,11 @@ pub struct SyncReport {
     pub datagram_frontends_changed_hands: bool,
     /// [`Core::health_checks`] has something else to say.
     pub health_checks_changed: bool,
+    /// Every Service was compiled: the first sync, or the node's zone is another.
+    pub full: bool,
+    /// When the changes of endpoints that are in the kernel now had been triggered, in Unix nanoseconds, by the family
+    /// of their slice. Empty as long as something waits.
+    pub triggers: Vec<(Family, i64)>,
     pub duration: Duration,
 }
 
@@ -65,6 +79,10 @@ pub struct Counts {
     pub backends: usize,
     /// Slots in use.
     pub slots: usize,
+    /// Rows in the kernel.
+    pub names: usize,
+    pub addresses: usize,
+    pub source_ranges: usize,
 }
 
 impl Core {
@@ -74,7 +92,16 @@ impl Core {
             layout: Layout::default(),
             book: WarningBook::default(),
             health_checks: BTreeMap::new(),
+            no_local: HashMap::default(),
+            no_local_sum: NoLocal::default(),
+            synced: false,
         }
+    }
+
+    /// Changes of endpoints that were triggered before `time` are not reported in [`SyncReport::triggers`].
+    pub fn measure_after(&mut self, time: SystemTime) {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.world.arrivals_mut().measure_after(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX));
     }
 
     /// Takes over what the pinned maps hold. Called once, before the first sync; without it the maps must be empty.
@@ -125,9 +152,14 @@ impl Core {
                 let compiled = self.world.compile(&name);
                 self.layout.place(&name, compiled.as_ref(), &mut self.book);
                 report.services += usize::from(compiled.is_some());
+                self.note_no_local(&name, compiled.as_ref());
                 report.health_checks_changed |= self.note_health_check(name);
             }
             Applier::new(io, &mut self.layout, &mut self.book, &mut report).run(now);
+            report.full = self.world.take_zone_changed() | !std::mem::replace(&mut self.synced, true);
+            if !self.pending() {
+                report.triggers = self.world.arrivals_mut().settle();
+            }
         }
         (report.warnings, report.resolved) = self.book.take();
         report.duration = started.elapsed();
@@ -149,6 +181,40 @@ impl Core {
         self.health_checks.values()
     }
 
+    /// Service ports with a traffic policy of Local and endpoints on other nodes only.
+    pub fn no_local(&self) -> NoLocal {
+        self.no_local_sum
+    }
+
+    /// What an audit compares a map with; `None` while a sync has something left to write.
+    pub fn snapshot(&self, map: MapName) -> Option<Snapshot> {
+        (self.synced && !self.pending()).then(|| Snapshot::take(&self.layout.space.tables, map))
+    }
+
+    /// Reads the rows that an audit found different again; the next sync writes those that are not as they were
+    /// written. Returns how many these are.
+    ///
+    /// # Errors
+    /// A row could not be read.
+    pub fn correct(&mut self, map: MapName, keys: &[Vec<u8>], io: &mut dyn MapIo) -> Result<usize> {
+        audit::correct(&mut self.layout.space.tables, map, keys, io)
+    }
+
+    /// Changes of Services, and of EndpointSlices.
+    pub fn tallies(&self) -> (Tally, Tally) {
+        (self.world.arrivals().services, self.world.arrivals().slices)
+    }
+
+    fn note_no_local(&mut self, name: &ObjectName, compiled: Option<&Compiled>) {
+        let now = compiled.map(NoLocal::of).unwrap_or_default();
+        let before = match now == NoLocal::default() {
+            true => self.no_local.remove(name),
+            false => self.no_local.insert(name.clone(), now),
+        };
+        self.no_local_sum.subtract(before.unwrap_or_default());
+        self.no_local_sum.add(now);
+    }
+
     /// True when there is something new to tell.
     fn note_health_check(&mut self, name: ObjectName) -> bool {
         let check = self.world.health_check(&name);
@@ -166,7 +232,10 @@ impl Core {
     pub fn counts(&self) -> Counts {
         let (services, slices, endpoints) = self.world.counts();
         let (frontends, backends, slots) = self.layout.counts();
-        Counts { services, slices, endpoints, frontends, backends, slots }
+        let tables = &self.layout.space.tables;
+        let (names, addresses) = (tables.services.rows().len(), tables.addresses.rows().len());
+        let source_ranges = tables.source_ranges.rows().len();
+        Counts { services, slices, endpoints, frontends, backends, slots, names, addresses, source_ranges }
     }
 
     fn set_capacity(&mut self, io: &dyn MapIo) {

@@ -64,6 +64,17 @@ pub trait MapIo {
     /// than ending early: an incomplete dump is never taken for the whole.
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()>;
 
+    /// One row, or `None`; of an array, a row of zeros is none.
+    fn read(&mut self, map: MapName, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        let mut found = None;
+        self.dump(map, &mut |each, value| {
+            if each == key {
+                found = Some(value.to_vec());
+            }
+        })?;
+        Ok(found)
+    }
+
     /// Tells the packet programs that frontends of UDP or SCTP, already written, have become another Service's: flows
     /// that ask for them are looked at again.
     fn note_changed_hands(&mut self) -> io::Result<()>;

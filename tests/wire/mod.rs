@@ -125,6 +125,11 @@ fn device(name: &str, address4: &str, address6: &str, mtu: u32, neighbours: &[&s
 impl Node {
     /// The calling thread moves into the node's namespace for good.
     pub fn new() -> Node {
+        Node::opened_by(Datapath::open)
+    }
+
+    /// As [`Node::new`], with a datapath that is opened in another way.
+    pub fn opened_by(open: impl FnOnce(&Settings) -> anyhow::Result<Datapath>) -> Node {
         unshare(CloneFlags::CLONE_NEWNET).expect("these tests need root");
         ip_command("link set lo up");
         for family in ["ipv4/conf", "ipv6/conf"] {
@@ -135,7 +140,7 @@ impl Node {
         ip_command("route add default via 10.0.0.254");
         ip_command("-6 route add default via fd00::254");
         let place = Place::new();
-        let datapath = Datapath::open(&place.settings()).unwrap();
+        let datapath = open(&place.settings()).unwrap();
         let mut node = Node::with(datapath, place, uplink, tunnel);
         node.note_device(uplink, NODE4, NODE6);
         node.note_device(tunnel, TUNNEL4, TUNNEL6);

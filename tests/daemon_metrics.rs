@@ -1,0 +1,167 @@
+//! What Prometheus gets from the daemon: readable to its own parser, as README says, and true.
+#![cfg(feature = "lab")]
+
+mod apiserver;
+mod site;
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::json;
+
+use apiserver::Resource;
+use site::Site;
+use support::cluster::names;
+use support::daemon::{Daemon, PATIENCE};
+use support::manifests::{Endpoint, slice};
+use support::{eventually, skip};
+
+/// The body of /metrics.
+fn exposition(daemon: &Daemon) -> String {
+    let answer = daemon.metrics().unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains("text/plain; version=0.0.4"), "{head}");
+    body.to_owned()
+}
+
+/// A type and the names of its labels, by metric.
+type Families = BTreeMap<String, (String, BTreeSet<String>)>;
+
+fn exposed(text: &str) -> Families {
+    let mut families = Families::new();
+    let mut current = String::new();
+    for line in text.lines() {
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+            current = name.to_owned();
+            families.insert(current.clone(), (kind.to_owned(), BTreeSet::new()));
+        } else if let Some((_, labels)) = line.split_once('{').filter(|_| !line.starts_with('#')) {
+            // No value of ours has a comma, a brace or an equals sign.
+            let labels = labels.split('}').next().unwrap().split(',').map(|label| label.split('=').next().unwrap());
+            let of = families.get_mut(&current).unwrap();
+            of.1.extend(labels.filter(|label| *label != "le").map(str::to_owned));
+        }
+    }
+    families
+}
+
+/// The table of README.md: `name` | type | `label`, `label` | meaning.
+fn documented() -> Families {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let rows = readme.lines().filter(|line| line.starts_with("| `kubeproxy_") || line.starts_with("| `kubelane_"));
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let bare = |text: &str| text.trim().trim_matches('`').to_owned();
+        assert!(cells.len() == 6 && cells[4].len() > 10, "{line}");
+        let labels = cells[3].split(',').map(bare).filter(|label| !label.is_empty()).collect();
+        (bare(cells[1]), (cells[2].to_owned(), labels))
+    };
+    rows.map(row).collect()
+}
+
+fn promtool() -> Option<PathBuf> {
+    let unpacked = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/target/promtool"));
+    if support::process::in_path("promtool") {
+        return Some("promtool".into());
+    }
+    unpacked.exists().then_some(unpacked)
+}
+
+/// What promtool has to say about it, line by line.
+fn complaints(promtool: &PathBuf, text: &str) -> Vec<String> {
+    let piped = || Stdio::piped();
+    let mut command = Command::new(promtool);
+    let mut child = command.args(["check", "metrics"]).stdin(piped()).stdout(piped()).stderr(piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    String::from_utf8(said).unwrap().lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+}
+
+/// Every family has a sample.
+fn busy(site: &Site) -> Daemon<'_> {
+    let daemon = site.start_with(&["--service-metrics", "2"]);
+    for path in ["/healthz", "/livez"] {
+        assert!(daemon.health(path).unwrap().contains("200 OK"));
+    }
+    site.ask(10);
+    assert!(eventually(PATIENCE, || {
+        let text = exposition(&daemon);
+        text.contains("map=\"affinities\"") && text.contains("kubelane_service_connections_total{")
+    }));
+    daemon
+}
+
+#[test]
+fn prometheus_reads_all_of_it_and_minds_nothing_but_a_name_of_kube_proxys() {
+    let Some(promtool) = promtool() else { return skip("needs promtool (`make promtool` fetches it)") };
+    let Some(site) = Site::or_skip() else { return };
+    let text = exposition(&busy(&site));
+    let told = complaints(&promtool, &text);
+    let name = "kubeproxy_sync_proxy_rules_no_local_endpoints_total";
+    assert_eq!(told, [format!("{name} non-counter metrics should not have \"_total\" suffix")]);
+    let broken = text.replacen("# TYPE kubelane_services gauge", "# TYPE kubelane_services nonsense", 1);
+    assert_ne!(complaints(&promtool, &broken), told, "it does read");
+}
+
+#[test]
+fn readme_lists_every_metric_with_its_type_and_labels() {
+    let Some(site) = Site::or_skip() else { return };
+    assert_eq!(exposed(&exposition(&busy(&site))), documented());
+}
+
+#[test]
+fn a_change_of_endpoints_is_measured_from_its_annotation() {
+    let Some(site) = Site::or_skip() else { return };
+    let daemon = site.start();
+    let count = || daemon.metric("kubeproxy_network_programming_duration_seconds_count").unwrap();
+    let pending = || daemon.metric("kubeproxy_sync_proxy_rules_endpoint_changes_pending").unwrap();
+    let total = || daemon.metric("kubeproxy_sync_proxy_rules_endpoint_changes_total").unwrap();
+    let annotate = |seconds: i64, pods: &[&str]| {
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64 + seconds;
+        let time = jiff::Timestamp::from_second(at).unwrap().to_string();
+        let ends: Vec<Endpoint> = pods.iter().map(|pod| Endpoint::ready(site.address(pod), "node2")).collect();
+        let mut object = slice("echo-1", "echo", &[("tcp", "TCP", 9000)], &ends);
+        object["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": time});
+        site.server.upsert(object);
+    };
+    assert_eq!((count(), pending()), (0.0, 0.0), "the first list is none of it");
+    let before = total();
+    annotate(-3600, &["a"]);
+    assert!(eventually(PATIENCE, || total() > before));
+    annotate(1, &["a", "b"]);
+    assert!(eventually(PATIENCE, || count() == 1.0), "{}", daemon.log());
+    assert_eq!((pending(), total()), (0.0, before + 2.0));
+    assert_eq!(daemon.metric("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv6\"}").unwrap(), 0.0);
+    assert!(daemon.metric("kubeproxy_network_programming_duration_seconds_sum").unwrap() < 5.0);
+}
+
+#[test]
+fn connections_of_the_busiest_services_are_shown_and_no_others() {
+    let Some(site) = Site::or_skip() else { return };
+    let plain = site.start();
+    assert!(!exposition(&plain).contains("kubelane_service_connections_total"));
+    plain.kill();
+    let daemon = site.start_with(&["--service-metrics", "1"]);
+    site.put_service("other", 11);
+    site.put_slice("other", &["c"]);
+    assert!(eventually(PATIENCE, || names(&site.ask(11)) == ["c"]));
+    site.ask(10);
+    let shown = || -> Vec<String> {
+        let text = exposition(&daemon);
+        let of_services = text.lines().filter(|line| line.starts_with("kubelane_service_connections_total"));
+        of_services.map(str::to_owned).collect()
+    };
+    let asked = |service: &str, times: u32| {
+        let labels = format!("namespace=\"default\",port=\"tcp\",service=\"{service}\"");
+        vec![format!("kubelane_service_connections_total{{{labels}}} {times}")]
+    };
+    (0..20).for_each(|_| drop(site.ask(10)));
+    assert!(eventually(PATIENCE, || shown() == asked("echo", 21 * 40)), "{:?}", shown());
+    // The count goes with the Service, and its id's next owner has none of it.
+    site.server.delete(Resource::Services, "default", "echo");
+    assert!(eventually(PATIENCE, || shown().len() == 1 && shown()[0].contains("\"other\"")), "{:?}", shown());
+}
