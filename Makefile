@@ -25,7 +25,7 @@ NEEDED := \
 # Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
 TEST_THREADS ?= 2
 
-.PHONY: help setup build demo test promtool lint format clean-lab
+.PHONY: help setup build image-binary demo test promtool lint format clean-lab
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -64,6 +64,26 @@ promtool:
 
 build: setup ## Build the daemon in release mode
 	cargo build --release
+
+# The image's binary needs nothing of the image: no C library, no libelf, no zlib. The linker takes a library's first
+# match, so that a directory with nothing but archives makes it take these; crt-static does the same for the C library.
+# Only the last step differs from other builds of the profile (and the crates are theirs): CARGO_BUILD_BUILD_DIR.
+IMAGE_PROFILE ?= release
+IMAGE_FLAGS ?=
+ARCHIVES = elf z $(if $(wildcard $(shell cc -print-file-name=libzstd.a)),zstd)
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+image-binary: setup ## Build the daemon as one static file, target/image/*/kubelane (IMAGE_PROFILE=dev: a quick one)
+	@mkdir -p $(TARGET)/archives
+	@for name in $(ARCHIVES); do \
+		archive=$$(cc -print-file-name=lib$$name.a); \
+		[[ $$archive == /* ]] || { echo "lib$$name.a is missing" >&2; exit 1; }; \
+		ln -sf "$$archive" $(TARGET)/archives/; \
+	done
+	CARGO_BUILD_BUILD_DIR=$(abspath $(TARGET)) CARGO_TARGET_DIR=$(TARGET)/image \
+		cargo rustc --profile $(IMAGE_PROFILE) $(IMAGE_FLAGS) --bin kubelane -- \
+		-C target-feature=+crt-static -L native=$(abspath $(TARGET)/archives) \
+		$(if $(filter zstd,$(ARCHIVES)),-C link-arg=-lzstd)
 
 demo: setup ## Two nodes in network namespaces, Services on both, requests while backends change (root)
 	cargo build --release --features lab

@@ -62,10 +62,22 @@ fn mount_bpffs(pin_path: &Path) -> Result<()> {
             "--pin-path {path} is not on a BPF file system; mount one there: mkdir -p {path} && mount -t bpf bpf {path}"
         );
     }
+    if has_own_mounts() {
+        bail!(
+            "the node has no BPF file system at {BPFFS}, and one mounted in this container would end with it: on the \
+             node, mount -t bpf bpf {BPFFS} (systemd does at boot)"
+        );
+    }
     nix::mount::mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
         .with_context(|| format!("no BPF file system at {BPFFS}, and it cannot be mounted"))?;
     tracing::info!("mounted a BPF file system at {BPFFS}");
     Ok(())
+}
+
+/// Whether this process has other mounts than the first process of its PID namespace; `false` when it may not know.
+fn has_own_mounts() -> bool {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    matches!((namespace("self"), namespace("1")), (Some(own), Some(first)) if own != first)
 }
 
 fn lock(pin_path: &Path, remedy: &str) -> Result<Lock> {

@@ -28,13 +28,14 @@ use clap::Parser as _;
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
 use crate::chain::chain;
-use flags::{Cli, Command, PinFlags};
+use flags::PinFlags;
+pub use flags::{Cli, Command};
 
 const USAGE_EXIT_CODE: u8 = 2;
 
 /// A command line that cannot be meant: exit code 2, as clap's own errors.
 #[derive(Debug)]
-struct UsageError(String);
+pub struct UsageError(String);
 
 impl fmt::Display for UsageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -46,7 +47,7 @@ impl std::error::Error for UsageError {}
 
 /// The whole program. `started`: when the process did.
 pub fn main(started: Instant) -> ExitCode {
-    let result = match Cli::parse_from(with_subcommand(std::env::args_os().collect())).command {
+    let result = match parse(std::env::args_os().collect()).unwrap_or_else(|error| error.exit()).command {
         Command::Run(flags) if flags.cleanup => cleanup(&flags.node.pins),
         Command::Run(flags) => run::run(*flags, started),
         Command::Check(flags) => match check::run(flags) {
@@ -64,6 +65,14 @@ pub fn main(started: Instant) -> ExitCode {
             if error.is::<UsageError>() { ExitCode::from(USAGE_EXIT_CODE) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// The command line as it is meant; the first argument is the program's name.
+///
+/// # Errors
+/// When it cannot be meant; also when it asks for help or the version, which clap counts among its errors.
+pub fn parse(arguments: Vec<OsString>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(with_subcommand(arguments))
 }
 
 /// kube-proxy has no subcommands: flags alone mean `run`. Nor does it tell --log_dir from --log-dir.

@@ -57,7 +57,7 @@ async fn post(recorder: &Recorder, event: &Event, regarding: &ObjectReference) -
         let error = match tokio::time::timeout(ANSWER, recorder.publish(event, regarding)).await {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(kube::Error::Api(status))) if status.code == 403 => {
-                return Err(format!("403 Forbidden: {}; apply manifests/rbac.yaml", status.message));
+                return Err(format!("403 Forbidden: {}; apply manifests/base/rbac.yaml", status.message));
             }
             // The object or its namespace is gone, or the server will never take this.
             Ok(Err(kube::Error::Api(status))) if matches!(status.code, 400..=428) => {

@@ -29,7 +29,7 @@ pub fn explain(error: &Error) -> Trouble {
         ),
         Some(403) => (
             "the API server forbids the watch (403 Forbidden)",
-            "apply manifests/rbac.yaml: kubelane may have to list and watch services, endpointslices.discovery.k8s.io and nodes",
+            "apply manifests/base/rbac.yaml: kubelane may have to list and watch services, endpointslices.discovery.k8s.io and nodes",
         ),
         Some(404) => (
             "the API server does not have this resource (404 Not Found)",

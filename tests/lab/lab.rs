@@ -3,6 +3,7 @@
 //! A test tool: built with the feature `lab`, never installed on a node.
 
 mod client;
+mod contain;
 mod demo;
 mod enter;
 mod http;
@@ -44,6 +45,8 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Become COMMAND in a container as the DaemonSet describes it.
+    Contain(contain::Options),
     /// Answer everything with NAME; prints "ready" when all sockets listen.
     Serve(serve::Options),
     /// Make sockets as told on stdin, one JSON object a line, and say what came of it on stdout.
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Demo { manifests } => demo::run(&manifests),
         Command::Sweep => sweep(),
         Command::Enter { netns, cgroup, command } => enter::run(&netns, &cgroup, &command),
+        Command::Contain(options) => contain::run(&options),
         Command::Serve(options) => serve::run(&options),
         Command::Client => client::run(),
         Command::Load { to, pause } => load::run(to, pause),

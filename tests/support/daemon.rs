@@ -56,8 +56,15 @@ impl<'a> Daemon<'a> {
 
     /// Starts `kubelane` with these arguments and no others, and waits until it is ready.
     pub fn start_as(lab: &'a Lab, node: &str, arguments: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        Daemon::start_program(lab, node, &kubelane_binary()?, arguments)
+    }
+
+    /// As [`Daemon::start_as`], where `program` is another binary, or becomes the daemon.
+    pub fn start_program(lab: &'a Lab, node: &str, program: &Path, arguments: &[&str]) -> anyhow::Result<Daemon<'a>> {
         let began = Instant::now();
-        let mut daemon = Daemon::spawn_as(lab, node, arguments)?;
+        let node = lab.node(node);
+        let process = node.host.spawn(program, arguments)?;
+        let mut daemon = Daemon { node, process, ready_after: Duration::ZERO };
         daemon.wait_ready()?;
         daemon.ready_after = began.elapsed();
         Ok(daemon)

@@ -1,0 +1,274 @@
+//! The container image, without an engine: the recipe makes the binary; the image's root directory has what the
+//! Dockerfile copies and nothing else; and the daemon runs there with the mounts and capabilities that the DaemonSet
+//! gives it.
+#![cfg(feature = "lab")]
+
+mod apiserver;
+mod kustomize;
+mod site;
+mod support;
+
+use std::fs;
+use std::net::UdpSocket;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use k8s_openapi::api::core::v1::{PodSpec, VolumeMount};
+use serde::Deserialize as _;
+
+use site::Site;
+use support::cluster::{all, names};
+use support::daemon::{Daemon, PATIENCE};
+use support::{eventually, lab_binary, preflight, skip};
+
+const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
+/// The API server's name, to be asked of DNS, and another that is in /etc/hosts.
+const BY_DNS: &str = "api.cluster.test";
+const BY_FILE: &str = "api.hosts.test";
+
+/// The recipe, with the profile that the tests are built with. Cargo sees to it that a second run does nothing.
+fn binary() -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    // Of what cargo tells a test, much would make another cargo build the crates anew that look at it.
+    let told = |name: &str| name == "OUT_DIR" || name.starts_with("CARGO") && name != "CARGO_HOME";
+    let told_by_cargo = std::env::vars().map(|(name, _)| name).filter(|name| told(name));
+    let mut make = Command::new("make");
+    for name in told_by_cargo {
+        make.env_remove(name);
+    }
+    let make = make
+        .args(["-C", REPOSITORY, "image-binary", "IMAGE_PROFILE=dev", "IMAGE_FLAGS=--features lab"])
+        .env("CARGO_TARGET_DIR", target)
+        .output()
+        .unwrap();
+    assert!(make.status.success(), "{}", String::from_utf8_lossy(&make.stderr));
+    target.join("image/debug/kubelane")
+}
+
+/// What the Dockerfile's last stage copies into the image, with `binary` for what its first stage builds. Also the
+/// directories that a runtime makes: mount points, and what the kubelet mounts for every pod.
+fn image(root: &Path, binary: &Path, pod: &PodSpec) {
+    let dockerfile = fs::read_to_string(Path::new(REPOSITORY).join("image/Dockerfile")).unwrap();
+    let (_, last) = dockerfile.split_once("\nFROM scratch\n").expect("the last stage begins with nothing");
+    for line in last.lines().filter(|line| !line.is_empty()) {
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["COPY", "--from=build", "/src/target/image/release/kubelane", to] => copy(binary, &below(root, to)),
+            ["COPY", from, to] => copy(&Path::new(REPOSITORY).join(from), &below(root, to)),
+            ["ENTRYPOINT", entry] => assert_eq!(entry, r#"["/kubelane"]"#),
+            _ => panic!("{line}"),
+        }
+    }
+    let mounts = pod.containers[0].volume_mounts.iter().flatten().map(|mount| mount.mount_path.as_str());
+    for directory in mounts.chain(["/proc", "/sys", "/var/run/secrets/kubernetes.io/serviceaccount"]) {
+        // What is below /sys is there when the runtime has mounted it.
+        if !directory.starts_with("/sys/") {
+            fs::create_dir_all(below(root, directory)).unwrap();
+        }
+    }
+    fs::write(root.join("etc/hosts"), format!("127.0.0.1 localhost {BY_FILE}\n")).unwrap();
+    fs::write(root.join("etc/resolv.conf"), "nameserver 127.0.0.1\n").unwrap();
+    let account = root.join("var/run/secrets/kubernetes.io/serviceaccount");
+    fs::write(account.join("token"), "a-token").unwrap();
+    fs::copy(Path::new(REPOSITORY).join("tests/data/ca.crt"), account.join("ca.crt")).unwrap();
+}
+
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.strip_prefix('/').unwrap())
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to.parent().unwrap()).unwrap();
+    fs::copy(from, to).unwrap();
+}
+
+fn pod() -> PodSpec {
+    let objects = kustomize::build(&Path::new(REPOSITORY).join("manifests/base"));
+    let daemon_set = objects.iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    PodSpec::deserialize(&daemon_set["spec"]["template"]["spec"]).unwrap()
+}
+
+/// The DaemonSet's mounts as options of `kubelane-lab contain`; the laboratory's BPF file system stands for the host's.
+fn binds(pod: &PodSpec, bpffs: &Path, config: &Path) -> Vec<String> {
+    let bind = |mount: &VolumeMount| {
+        let volume = pod.volumes.iter().flatten().find(|volume| volume.name == mount.name).unwrap();
+        let source = match (&volume.host_path, &volume.config_map) {
+            (Some(host), None) if host.path == "/sys/fs/bpf" => bpffs.to_owned(),
+            (Some(host), None) => host.path.clone().into(),
+            (None, Some(_)) => config.to_owned(),
+            _ => panic!("{volume:?}"),
+        };
+        let read_only = if mount.read_only == Some(true) { ":ro" } else { "" };
+        let follow = if mount.mount_propagation.as_deref() == Some("HostToContainer") { ":follow" } else { "" };
+        format!("--bind={}:{}{read_only}{follow}", source.display(), mount.mount_path)
+    };
+    pod.containers[0].volume_mounts.iter().flatten().map(bind).collect()
+}
+
+/// The DaemonSet's capabilities by number (linux/capability.h).
+fn capabilities(pod: &PodSpec) -> String {
+    let number = |name: &String| match name.as_str() {
+        "NET_ADMIN" => "12",
+        "SYS_PTRACE" => "19",
+        "SYS_ADMIN" => "21",
+        "SYS_RESOURCE" => "24",
+        "PERFMON" => "38",
+        "BPF" => "39",
+        _ => panic!("{name}"),
+    };
+    let context = pod.containers[0].security_context.as_ref().unwrap();
+    let names = context.capabilities.as_ref().unwrap().add.as_ref().unwrap();
+    format!("--capabilities={}", names.iter().map(number).collect::<Vec<_>>().join(","))
+}
+
+#[test]
+fn the_binary_asks_for_no_library_and_no_file() {
+    let binary = binary();
+    let ldd = Command::new("ldd").arg(&binary).output().unwrap();
+    let said = String::from_utf8_lossy(&ldd.stdout);
+    assert!(said.contains("statically linked"), "{said}");
+    if !nix::unistd::geteuid().is_root() {
+        return skip("needs root: it changes the root directory");
+    }
+    let root = tempfile::tempdir().unwrap();
+    copy(&binary, &root.path().join("kubelane"));
+    let output = Command::new("chroot").arg(root.path()).args(["/kubelane", "version"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.starts_with(concat!("kubelane ", env!("CARGO_PKG_VERSION"))), "{output:?}");
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1, "an empty directory was enough");
+}
+
+/// A name server that knows one name, in the calling thread's namespace. RFC 1035: the answer is the question, with the
+/// header's bits for an answer and, for an A record, 127.0.0.1 behind it.
+fn serve_names(socket: &UdpSocket) {
+    let mut packet = [0; 512];
+    while let Ok((length, from)) = socket.recv_from(&mut packet) {
+        let labels: Vec<u8> =
+            BY_DNS.split('.').flat_map(|label| [&[label.len() as u8], label.as_bytes()].concat()).chain([0]).collect();
+        let end = 12 + labels.len() + 4;
+        if length < end {
+            return;
+        }
+        let is_known = packet[12..].starts_with(&labels);
+        let is_a = packet[12 + labels.len()..end] == [0, 1, 0, 1];
+        let mut answer = packet[..end].to_vec();
+        answer[2..4].copy_from_slice(&[0x84 | (packet[2] & 1), if is_known { 0x80 } else { 0x83 }]);
+        answer[4..12].copy_from_slice(&[0, 1, 0, u8::from(is_known && is_a), 0, 0, 0, 0]);
+        if is_known && is_a {
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1]);
+        }
+        let _ = socket.send_to(&answer, from);
+    }
+}
+
+/// What `overlays/k3s` has, but for where the server is: at another name, without TLS.
+fn kubeconfig(site: &Site, name: &str) -> String {
+    let objects = kustomize::build(&Path::new(REPOSITORY).join("manifests/overlays/k3s"));
+    let map = objects.iter().find(|object| object["kind"] == "ConfigMap").unwrap();
+    let at = fs::read_to_string(&site.kubeconfig).unwrap();
+    let at = at.split('"').find(|part| part.starts_with("http://")).unwrap().replace("127.0.0.1", name);
+    let kubeconfig = map["data"]["kubeconfig"].as_str().unwrap().replace("https://127.0.0.1:6444", &at);
+    assert!(kubeconfig.contains(&at) && kubeconfig.contains("/serviceaccount/token"), "{kubeconfig}");
+    kubeconfig
+}
+
+/// The root directory of the container's processes; the tests' view into what they see.
+fn seen_by(daemon: &Daemon<'_>, path: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/root{path}", daemon.pid()))
+}
+
+#[test]
+fn the_daemon_runs_with_the_images_files_and_the_daemonsets_mounts_and_nothing_else() {
+    if let Err(reason) = preflight() {
+        return skip(&format!("{reason:#}"));
+    }
+    let binary = binary();
+    let Some(site) = Site::or_skip() else { return };
+    let (lab, pod) = (&site.cluster.lab, pod());
+    let node = lab.node("node1");
+    let root = lab.dir.join("image");
+    image(&root, &binary, &pod);
+    let config = lab.dir.join("config");
+    fs::create_dir(&config).unwrap();
+    let names_socket = node.host.inside(|| Ok(UdpSocket::bind("127.0.0.1:53")?)).unwrap();
+    std::thread::spawn(move || serve_names(&names_socket));
+
+    let mut contain = vec!["contain".to_owned(), format!("--root={}", root.display()), capabilities(&pod)];
+    contain.extend(binds(&pod, node.pin_path.parent().unwrap(), &config));
+    contain.extend(["--".to_owned(), "/kubelane".to_owned()]);
+    let with = |arguments: &[&str]| contain.iter().cloned().chain(arguments.iter().map(|a| (*a).to_owned())).collect();
+    let mount_point = support::cgroup::mount_point().unwrap();
+    let hosts_cgroups = Path::new("/host").join(mount_point.strip_prefix("/").unwrap());
+
+    let check: Vec<String> = with(&["check"]);
+    let mut process =
+        node.host.spawn(&lab_binary().unwrap(), &check.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut process.stdout().unwrap(), &mut said).unwrap();
+    assert!(process.wait().unwrap().success(), "{said} {}", node.host.log_tail());
+    assert!(said.contains(&format!("{} (every process)", hosts_cgroups.display())), "the host's own root: {said}");
+    assert!(said.contains("ok    privileges") && said.contains("ok    BPF filesystem"), "{said}");
+
+    // A laboratory's daemon keeps to its node's processes.
+    let cgroup = hosts_cgroups.join(node.cgroup.strip_prefix(&mount_point).unwrap()).display().to_string();
+    let pins = Path::new("/sys/fs/bpf").join(node.pin_path.file_name().unwrap()).display().to_string();
+    let arguments = pod.containers[0].args.as_ref().unwrap();
+    let extra = ["--cgroup", &cgroup, "--pin-path", &pins, "--hostname-override", "node1"];
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).chain(extra).collect();
+    let run: Vec<String> = with(&arguments);
+    let run: Vec<&str> = run.iter().map(String::as_str).collect();
+    for (name, pod_that_answers) in [(BY_DNS, "a"), (BY_FILE, "b")] {
+        fs::write(config.join("kubeconfig"), kubeconfig(&site, name)).unwrap();
+        let daemon = Daemon::start_program(lab, "node1", &lab_binary().unwrap(), &run).expect(name);
+        let ready = daemon.health("/readyz").unwrap();
+        assert!(ready.ends_with("\r\n\r\nok") || ready.ends_with("ok\n"), "the datapath was probed: {ready}");
+        site.put_slice("echo", &[pod_that_answers]);
+        assert!(eventually(PATIENCE, || site.ask(10) == all(pod_that_answers, 40)), "{name}: {}", site.log());
+        assert!(fs::write(seen_by(&daemon, "/file"), "").is_err(), "the root file system can be written to");
+        assert_eq!(fs::metadata(seen_by(&daemon, "/kubelane")).unwrap().permissions().mode() & 0o111, 0o111);
+        a_namespace_that_is_named_later_is_seen(&daemon, lab);
+        assert_eq!(daemon.terminate().unwrap().code(), Some(0));
+    }
+    assert_eq!(names(&site.ask(10)), ["b"], "what is pinned on the host's BPF file system outlives the container");
+}
+
+/// The kubelet's next pod: a mount on the host below /run/netns, made after the daemon's start.
+fn a_namespace_that_is_named_later_is_seen(daemon: &Daemon<'_>, lab: &support::Lab) {
+    let name = format!("{}-later", lab.pod("a").netns().file_name().unwrap().to_str().unwrap());
+    support::netns::ip(None, &[format!("netns add {name}")]).unwrap();
+    let path = support::netns::path(&name);
+    let inode = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    let (there, here) = (inode(&seen_by(daemon, path.to_str().unwrap())), inode(&path));
+    support::netns::delete(&[name]);
+    assert!(here.is_some() && there == here, "{there:?} instead of {here:?}");
+}
+
+#[test]
+fn without_a_bpf_file_system_on_the_host_the_daemon_does_not_hide_one_in_its_container() {
+    if let Err(reason) = preflight() {
+        return skip(&format!("{reason:#}"));
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let cgroup = support::cgroup::mount_point().unwrap();
+    // The shell is the first process of a PID namespace; what it starts has mounts of its own, and nothing at
+    // /sys/fs/bpf.
+    let script = format!(
+        "umount -l /sys/fs/bpf 2> /dev/null; exec unshare --mount {} run --source dir:{} --cgroup {} \
+         --healthz-bind-address '' --metrics-bind-address '' --devices no-such-device",
+        env!("CARGO_BIN_EXE_kubelane"),
+        directory.path().display(),
+        cgroup.display(),
+    );
+    let script = format!("{script} & wait $!");
+    let output = Command::new("unshare")
+        .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &script])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("no BPF file system at /sys/fs/bpf, and one mounted in this container would end with it"),
+        "{said}"
+    );
+}
