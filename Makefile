@@ -25,7 +25,7 @@ NEEDED := \
 # Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
 TEST_THREADS ?= 2
 
-.PHONY: help setup build image-binary demo test promtool lint format clean-lab
+.PHONY: help setup build image-binary demo test test-cluster promtool lint format clean-lab
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -97,6 +97,12 @@ test: setup promtool ## Run every test (those that need namespaces or BPF need r
 	count=$$(wc -l < "$$skips"); \
 	echo "All tests passed; $$count skipped for want of something on this machine."; \
 	cat "$$skips"
+
+# Objects are made in a namespace of the run, and deleted at its end; pods are namespaces of this machine.
+test-cluster: setup ## Kubernetes' own questions to a proxy, with a real API server: KUBECONFIG=FILE (root)
+	@if [[ -z "$(KUBECONFIG)" ]]; then echo "Which API server? make test-cluster KUBECONFIG=FILE" >&2; exit 2; fi
+	KUBELANE_TEST_KUBECONFIG="$(abspath $(KUBECONFIG))" \
+		cargo test --features lab --test conformance -- --test-threads=1 --nocapture < /dev/null
 
 lint: setup ## Check formatting and lints
 	cargo fmt --check

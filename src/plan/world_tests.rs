@@ -168,7 +168,8 @@ fn retriggered(object: &str, of: &str, hosts: u8, triggered: i64) -> Change {
 #[test]
 fn triggers_count_when_their_slice_changed_and_the_daemon_was_there() {
     let ipv4 = |at: i64| (Family::Ipv4, at);
-    let table: Vec<(&str, Vec<Change>, Vec<(Family, i64)>)> = vec![
+    type Row = (&'static str, Vec<Change>, Vec<(Family, i64)>);
+    let table: Vec<Row> = vec![
         ("a new slice", vec![retriggered("a-2", "a", 1, 101)], vec![ipv4(101)]),
         (
             "two changes of one",

@@ -7,6 +7,7 @@
 
 #![allow(dead_code, reason = "each test crate that includes this module uses a part of it")]
 
+mod objects;
 pub mod seen;
 mod selector;
 mod wire;
@@ -104,6 +105,8 @@ pub struct ApiServer {
 #[derive(Default)]
 struct State {
     version: u64,
+    /// Addresses and ports that were given to Services so far.
+    allotted: u64,
     /// Watches from before this version get 410.
     compacted: u64,
     objects: BTreeMap<(Resource, String), Value>,

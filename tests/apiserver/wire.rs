@@ -61,8 +61,8 @@ impl ApiServer {
     {
         let (head, body) = request.into_parts();
         let body = body.collect().await.expect("a whole request").to_bytes();
-        let is_node = head.uri.path().starts_with("/api/v1/nodes/");
-        if head.method != http::Method::GET || is_node {
+        let is_one = head.uri.path().starts_with("/api/v1/nodes/") || head.uri.path().contains("/namespaces/");
+        if head.method != http::Method::GET || is_one {
             return self.write(&head, &body);
         }
         let Some(resource) = Resource::of_path(head.uri.path()) else {

@@ -1,4 +1,4 @@
-//! What a proxy writes: Events, and the taints of its Node.
+//! What a proxy writes: Events, and the taints of its Node. What users write is in `objects.rs`.
 
 use axum::body::Body;
 use http::Response;
@@ -22,6 +22,13 @@ impl ApiServer {
             return Ok(failure(status, "as the test wants it"));
         }
         let sent = || serde_json::from_slice::<Value>(body).expect("a body in JSON");
+        if content != "application/json-patch+json" {
+            drop(state);
+            if let Some(response) = self.object(head.method.as_str(), &steps, body) {
+                return Ok(response);
+            }
+            state = self.lock();
+        }
         Ok(match (head.method.as_str(), steps.as_slice(), content) {
             ("POST", ["apis", "events.k8s.io", "v1", "namespaces", namespace, "events"], "application/json") => {
                 state.create_event(namespace, sent())
@@ -31,11 +38,6 @@ impl ApiServer {
                 ["apis", "events.k8s.io", "v1", "namespaces", namespace, "events", name],
                 "application/merge-patch+json",
             ) => state.merge_event(namespace, name, &sent()),
-            ("GET", ["api", "v1", "nodes", name], _) => match state.objects.get(&(Resource::Nodes, format!("/{name}")))
-            {
-                Some(node) => response(200, node.to_string()),
-                None => failure(404, "no such Node"),
-            },
             ("PATCH", ["api", "v1", "nodes", name], "application/json-patch+json") => state.patch_node(name, &sent()),
             _ => failure(405, "this double does not know that"),
         })
@@ -97,7 +99,7 @@ impl State {
     }
 }
 
-fn failure(status: u16, message: &str) -> Response<Body> {
+pub(super) fn failure(status: u16, message: &str) -> Response<Body> {
     let object = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": status});
     response(status, object.to_string())
 }
