@@ -46,9 +46,9 @@ struct Arguments {
     /// Rounds of each test on each path.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// Length of one run.
+    /// Makes runs this many times as long; one is about half a second.
     #[arg(long, default_value_t = 1)]
-    seconds: u32,
+    length: u32,
     /// Processors of client and server.
     #[arg(long, default_value = "1,1", value_delimiter = ',', num_args = 1)]
     processors: Vec<u32>,
@@ -68,12 +68,12 @@ fn main() -> anyhow::Result<()> {
     support::preflight()?;
     let &[client, server] = arguments.processors.as_slice() else { bail!("--processors takes two numbers: 0,1") };
     let programs = arguments.netperf.clone().map_or_else(common::netperf, Ok)?;
-    let netperf = Netperf { programs, processors: (client, server), seconds: arguments.seconds };
+    let netperf = Netperf { programs, processors: (client, server), length: arguments.length };
     let began = Instant::now();
     let head = format!(
-        "{}\nnetperf and netserver in real time (SCHED_FIFO), client on processor {client}, server on {server}; runs of {} s\n",
+        "{}\nnetperf and netserver in real time (SCHED_FIFO), client on processor {client}, server on {server}; length of runs {}\n",
         common::machine(),
-        arguments.seconds
+        arguments.length
     );
     println!("{head}");
     let modes = if arguments.mode.is_empty() { Mode::ALL.to_vec() } else { arguments.mode.clone() };
