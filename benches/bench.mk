@@ -1,7 +1,14 @@
 # The benches; included by the Makefile. Figures are printed beside their targets, nothing fails because of one.
-# ARGS goes to the bench: make bench-scale ARGS="--services 1000 --layout one"
+# ARGS goes to the bench: make bench ARGS="--path node-port-remote --rounds 9"
 
-.PHONY: bench-scale bench-netperf bench-micro bench-packets
+.PHONY: bench bench-quick bench-scale bench-netperf bench-packets bench-micro
+
+bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, tables and plots in target/bench (root, 25 min)
+	cargo bench --features lab --bench compare -- $(ARGS)
+
+# The programs in the kernel are the same in every profile, and tests have built this one.
+bench-quick: setup ## The same in three minutes and few rounds, from the debug build (root)
+	cargo bench --profile dev --features lab --bench compare -- --quick --output target/bench/quick $(ARGS)
 
 bench-scale: setup ## The daemon at 10,000 Services: first sync, memory, one change (root)
 	cargo bench --features lab --bench scale -- $(ARGS)

@@ -42,27 +42,32 @@ impl Cell {
     }
 }
 
+/// One run in each mode, which meets the path's cold neighbour tables and caches, and does not count.
+pub fn warm_up(netperf: &Netperf, served: &[Served], path: Path) -> anyhow::Result<()> {
+    served.iter().filter(|served| served.mode.has(path)).try_for_each(|served| {
+        netperf.run(served, path, Test::ALL[0])?;
+        Ok(())
+    })
+}
+
 /// Measures until `rounds` rounds are good, or as many were spoiled.
 pub fn cell(
     netperf: &Netperf,
-    modes: &[Served],
+    served: &[Served],
     others: usize,
     path: Path,
     test: Test,
     rounds: usize,
 ) -> anyhow::Result<Cell> {
     let mut cell = Cell { others, path, test, rounds: Vec::new(), spoiled: Vec::new() };
-    // The first run of a path meets cold neighbour tables and caches.
-    for served in modes {
-        netperf.run(served, path, test)?;
-    }
+    let modes: Vec<&Served> = served.iter().filter(|served| served.mode.has(path)).collect();
     while cell.rounds.len() < rounds && cell.spoiled.len() < rounds {
         let number = cell.rounds.len() + cell.spoiled.len();
         let mut round = BTreeMap::new();
         let mut reasons = Vec::new();
         for turn in 0..modes.len() {
             // Each mode is first, in the middle and last in turn.
-            let served = &modes[(turn + number) % modes.len()];
+            let served = modes[(turn + number) % modes.len()];
             match netperf.run(served, path, test)? {
                 Run::Good(figure) => drop(round.insert(served.mode, figure)),
                 Run::Spoiled(why) => reasons.push(format!("{}: {why}", served.mode)),

@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::common::world::{BenchService, BenchWorld, ENDPOINT_PORT, Layout, SERVICE_PORT, Style};
-use crate::path::{TARGETS, Target};
+use crate::path::{Path, TARGETS, Target};
 use crate::rulesets::{self, Family, Protocol, ServicePort, State, World, load};
 use crate::support::daemon::Daemon;
 use crate::support::lab::{Lab, Node};
@@ -18,8 +18,10 @@ use crate::support::manifests::{Endpoint, Manifests, port, service, slice};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Mode {
-    /// Nobody: clients use the pods' addresses.
+    /// Nobody: clients use the pods' addresses, and packets go the shortest way.
     Direct,
+    /// The same, but by the node that proxies have to go by, which has no rules and only forwards, both ways.
+    Routed,
     Kubelane,
     /// As kube-proxy's iptables mode has it, in legacy iptables: through nf_tables, 10,000 Services take ten minutes.
     Iptables,
@@ -28,13 +30,24 @@ pub enum Mode {
 }
 
 impl Mode {
-    pub const ALL: [Mode; 4] = [Mode::Direct, Mode::Kubelane, Mode::Iptables, Mode::Nftables];
+    /// Nobody serves the Services.
+    pub fn is_plain(self) -> bool {
+        matches!(self, Mode::Direct | Mode::Routed)
+    }
+
+    /// Whether a path is one of its own in this mode: for most there is no other way than the direct one.
+    pub fn has(self, path: Path) -> bool {
+        self != Mode::Routed || path == Path::NodePortRemote
+    }
+
+    pub const ALL: [Mode; 5] = [Mode::Direct, Mode::Routed, Mode::Kubelane, Mode::Iptables, Mode::Nftables];
 }
 
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Mode::Direct => "direct",
+            Mode::Routed => "routed",
             Mode::Kubelane => "kubelane",
             Mode::Iptables => "iptables",
             Mode::Nftables => "nftables",
@@ -43,12 +56,18 @@ impl fmt::Display for Mode {
 }
 
 /// The namespaces of a mode.
-pub fn lay_out() -> anyhow::Result<Lab> {
+pub fn lay_out(mode: Mode) -> anyhow::Result<Lab> {
     let lab = Lab::new(&[("node1", &["client", "here"]), ("node2", &["there"])])?;
     // As a load balancer's announcement would have it; the pods' networks are for the mode without a proxy.
     lab.route_outside("192.0.2.0/24", "node1")?;
     lab.route_outside("10.244.1.0/24", "node1")?;
-    lab.route_outside("10.244.2.0/24", "node2")?;
+    if mode == Mode::Routed {
+        lab.route_outside("10.244.2.0/24", "node1")?;
+        let (client, by) = (lab.outside_place()?.v4, lab.node("node1").host.v4);
+        lab.node("node2").host.ip(&[&format!("route add {client}/32 via {by}")])?;
+    } else {
+        lab.route_outside("10.244.2.0/24", "node2")?;
+    }
     // Connections end without TIME_WAIT, and begin without what an earlier one learned.
     let ends = [("ipv4/tcp_max_tw_buckets", "0"), ("ipv4/tcp_no_metrics_save", "1")];
     lab.sysctl_outside(&ends)?;
@@ -82,7 +101,7 @@ impl<'a> Served<'a> {
         let mut daemons = Vec::new();
         for node in &lab.nodes {
             match mode {
-                Mode::Direct => {}
+                Mode::Direct | Mode::Routed => {}
                 Mode::Kubelane => daemons.push(start_daemon(lab, node, &dir, others.services.len())?),
                 Mode::Iptables | Mode::Nftables => load_rules(mode, lab, node, &others.services)?,
             }
@@ -135,7 +154,8 @@ fn load_rules(mode: Mode, lab: &Lab, node: &Node, others: &[BenchService]) -> an
     };
     node.host.inside(load).with_context(|| format!("loading the rules of {}", node.name))?;
     // What kube-proxy asks of a node: replies between pods of one bridge must pass the rules, too.
-    node.host.sysctl(&[("bridge/bridge-nf-call-iptables", "1")])
+    let setting = node.host.sysctl(&[("bridge/bridge-nf-call-iptables", "1")]);
+    setting.context("the rules need the kernel's module br_netfilter (modprobe br_netfilter)")
 }
 
 /// The ports of a target, for the rules of `node`.

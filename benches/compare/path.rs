@@ -101,7 +101,7 @@ impl Path {
     pub fn address(self, mode: Mode, lab: &Lab) -> Ipv4Addr {
         let target = self.target();
         match self {
-            _ if mode == Mode::Direct => lab.pod(target.pod).v4,
+            _ if mode.is_plain() => lab.pod(target.pod).v4,
             Path::Pod => lab.pod(target.pod).v4,
             Path::ClusterIpRemote | Path::ClusterIpLocal => target.cluster_ip,
             Path::NodePortLocal | Path::NodePortRemote => lab.node("node1").host.v4,

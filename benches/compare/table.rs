@@ -15,8 +15,11 @@ pub fn rates(cells: &[Cell], modes: &[Mode]) -> String {
 /// Processor time and its ratios, a row for each cell.
 pub fn processor(cells: &[Cell], modes: &[Mode]) -> String {
     let text = |cell: &Cell, mode| {
-        let per = if cell.test.unit == "/s" { "" } else { "/Mbit" };
-        format!("{:.2} µs{per}", cell.processor(mode).median())
+        let sample = cell.processor(mode);
+        if sample.len() == 0 {
+            return String::new();
+        }
+        format!("{:.2} µs{}", sample.median(), if cell.test.unit == "/s" { "" } else { "/Mbit" })
     };
     compare(cells, modes, text, Cell::processor_ratio)
 }
@@ -52,10 +55,16 @@ fn compare(
 }
 
 fn rate(cell: &Cell, sample: &Sample) -> String {
+    if sample.len() == 0 {
+        return String::new();
+    }
     format!("{:.0}{}", sample.median(), if cell.test.unit == "/s" { "/s" } else { " Mbit/s" })
 }
 
 fn spread(sample: &Sample) -> String {
+    if sample.len() == 0 {
+        return String::new();
+    }
     format!("{:.3} [{:.3}, {:.3}]", sample.median(), sample.percentile(25.0), sample.percentile(75.0))
 }
 
