@@ -267,7 +267,7 @@ fn the_container_has_the_capabilities_of_readmes_table_and_no_more() {
 }
 
 #[test]
-fn the_image_is_of_this_version_and_its_entry_point_is_the_binary() {
+fn the_image_has_the_version_of_this_tree() {
     let image = format!("kubelane:{}", env!("CARGO_PKG_VERSION"));
     let base = pod(&kustomize::build(&manifests().join("base")));
     let cleanup = std::fs::read_to_string(manifests().join(JOBS[1])).unwrap();
