@@ -82,7 +82,7 @@ image-binary: setup ## Build the daemon as one static file, target/image/*/kubel
 	done
 	CARGO_BUILD_BUILD_DIR=$(abspath $(TARGET)) CARGO_TARGET_DIR=$(TARGET)/image \
 		cargo rustc --profile $(IMAGE_PROFILE) $(IMAGE_FLAGS) --bin kubelane -- \
-		-C target-feature=+crt-static -L native=$(abspath $(TARGET)/archives) \
+		-C target-feature=+crt-static -C strip=debuginfo -L native=$(abspath $(TARGET)/archives) \
 		$(if $(filter zstd,$(ARCHIVES)),-C link-arg=-lzstd)
 
 demo: setup ## Two nodes in network namespaces, Services on both, requests while backends change (root)
