@@ -1,14 +1,19 @@
 //! The BPF object in the real kernel, without the daemon: loading, pinning, adopting, the account of map writes, and
 //! leaving nothing behind. Each test has a BPF file system and a cgroup of its own.
 
+#[path = "support/objects.rs"]
+mod objects;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
-use kubelane::abi::{FrontendKey, ServiceName};
+use kubelane::abi::{FrontendKey, ServiceName, SourceRangeKey};
 use kubelane::bpf::{self, Datapath, Maps, Settings};
-use kubelane::model::Protocol;
+use kubelane::model::{IpRange, Protocol};
 use kubelane::sync::{MapIo, MapName};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -203,4 +208,49 @@ fn this_kernel_has_every_required_feature() {
     for feature in bpf::probe::features() {
         assert!(feature.found || !feature.required, "{}: {}", feature.name, feature.without);
     }
+}
+
+#[test]
+fn an_audit_finds_the_rows_that_somebody_else_changed_and_the_next_sync_repairs_them() {
+    type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+    let world = World::new();
+    let mut datapath = Datapath::open(&world.settings()).unwrap();
+    let mut others = Maps::open(&world.settings().pin_path).unwrap();
+    let mut dump = |map: MapName| {
+        let mut rows = Rows::new();
+        others.dump(map, &mut |key, value| drop(rows.insert(key.to_vec(), value.to_vec()))).unwrap();
+        rows
+    };
+    let range = |text: &str, prefix: u8| IpRange { ip: objects::ip(text), prefix };
+    let mut service = objects::service("web", "10.96.0.1");
+    service.load_balancer_ips = vec![objects::ip("192.0.2.1")];
+    service.source_ranges = vec![range("10.1.0.0", 16), range("10.2.0.0", 16)];
+    let endpoints = ["10.244.0.1", "10.244.0.2"].map(objects::ready).into();
+    let mut core = objects::new_core();
+    objects::list(&mut core, [service], [objects::slice("web-1", "web", endpoints)]);
+    assert_eq!(core.sync(datapath.maps(), Instant::now()).failures, []);
+    let mut reader = Maps::open(&world.settings().pin_path).unwrap();
+    let mut audit = |core: &kubelane::sync::Core, map| core.snapshot(map).unwrap().compare(&mut reader).unwrap();
+    let before = MapName::ALL.map(&mut dump);
+    assert!(before.iter().all(|rows| !rows.is_empty()), "{before:?}");
+    assert!(MapName::ALL.iter().all(|map| audit(&core, *map).is_empty()));
+
+    let mut foreign = Maps::open(&world.settings().pin_path).unwrap();
+    let first = |map: MapName| before[map as usize].first_key_value().unwrap();
+    let value = |map: MapName| vec![0xee; first(map).1.len()];
+    assert!(foreign.delete(MapName::Frontends, first(MapName::Frontends).0, 1).is_empty());
+    assert!(foreign.delete(MapName::SourceRanges, first(MapName::SourceRanges).0, 1).is_empty());
+    // It covers the one that is gone: a look-up of that finds this.
+    let wide = SourceRangeKey::new(1, range("10.0.0.0", 8));
+    assert!(foreign.write(MapName::SourceRanges, bytemuck::bytes_of(&wide), &1u32.to_ne_bytes(), 1).is_empty());
+    for map in [MapName::Services, MapName::Slots, MapName::Addresses] {
+        assert!(foreign.write(map, first(map).0, &value(map), 1).is_empty());
+    }
+    let expected = [1, 0, 1, 1, 1, 2];
+    let different = MapName::ALL.map(|map| audit(&core, map));
+    let corrected = MapName::ALL.map(|map| core.correct(map, &different[map as usize], datapath.maps()).unwrap());
+    assert_eq!((different.map(|keys| keys.len()), corrected), (expected, expected));
+    assert_eq!(core.sync(datapath.maps(), Instant::now()).failures, []);
+    assert_eq!(MapName::ALL.map(dump), before);
+    assert!(MapName::ALL.iter().all(|map| audit(&core, *map).is_empty()));
 }

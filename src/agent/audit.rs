@@ -1,6 +1,5 @@
 //! Now and then, whether the maps are still what the daemon wrote. Reading and comparing goes on beside the worker, map
-//! after map; the worker is asked for a copy of what it wrote (a millisecond for ten thousand Services), and to look
-//! again at what differs.
+//! after map; the worker is asked for a copy of what it wrote, and to look again at what differs.
 
 use std::time::{Duration, SystemTime};
 

@@ -97,19 +97,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             parts.spawn(part(name, server));
         }
     }
-    let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
-    parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
-    if let Some(counts) = datapath.service_connections()? {
-        let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
-        parts.spawn(async move { ("connections of Services", watch.await) });
-    }
-    let epoch = datapath.route_epoch()?;
-    parts.spawn(async move { ("routes", routes::follow(epoch).await) });
-    let counters = Maps::open(&settings.datapath.pin_path)?;
-    parts.spawn(async move { ("drops", drops::watch(counters).await) });
-    let (requests, audits) = mpsc::channel(1);
-    let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
-    parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
+    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app)?;
     let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
@@ -149,6 +137,29 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
 async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static str, anyhow::Result<()>) {
     work.await;
     (name, Ok(()))
+}
+
+/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits, which ask the worker.
+fn watch_kernel(
+    parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
+    datapath: &mut Datapath,
+    settings: &Settings,
+    app: &App,
+) -> anyhow::Result<mpsc::Receiver<audit::Request>> {
+    let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
+    parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
+    if let Some(counts) = datapath.service_connections()? {
+        let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
+        parts.spawn(async move { ("connections of Services", watch.await) });
+    }
+    let epoch = datapath.route_epoch()?;
+    parts.spawn(async move { ("routes", routes::follow(epoch).await) });
+    let counters = Maps::open(&settings.datapath.pin_path)?;
+    parts.spawn(async move { ("drops", drops::watch(counters).await) });
+    let (requests, audits) = mpsc::channel(1);
+    let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
+    parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
+    Ok(audits)
 }
 
 /// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
