@@ -49,7 +49,7 @@ fn binary() -> PathBuf {
 /// What the Dockerfile's last stage copies into the image, with `binary` for what its first stage builds. Also the
 /// directories that a runtime makes: mount points, and what the kubelet mounts for every pod.
 fn image(root: &Path, binary: &Path, pod: &PodSpec) {
-    let dockerfile = fs::read_to_string(Path::new(REPOSITORY).join("image/Dockerfile")).unwrap();
+    let dockerfile = fs::read_to_string(Path::new(REPOSITORY).join("manifests/image/Dockerfile")).unwrap();
     let (_, last) = dockerfile.split_once("\nFROM scratch\n").expect("the last stage begins with nothing");
     for line in last.lines().filter(|line| !line.is_empty()) {
         let words: Vec<&str> = line.split(' ').collect();
