@@ -232,6 +232,8 @@ impl<'m> Worker<'m> {
     }
 
     fn after_sync(&mut self, report: &SyncReport, now: Instant) {
+        // Before anybody is told that it is ready, and scrapes.
+        self.measure(report);
         let tell = self.retry.due().is_none_or(|due| now >= due);
         if self.core.pending() {
             self.retry.failed(now);
@@ -246,7 +248,6 @@ impl<'m> Worker<'m> {
             let failed = report.failures.len();
             warn!(failed, "the kernel did not take {failed} rows (map {}: {error}); trying again", map.as_str());
         }
-        self.measure(report);
         self.tell(report);
         let datagrams = |gone: &(Protocol, _)| gone.0 == Protocol::Udp;
         let gone = report.backends_gone.iter().any(|gone| self.inputs.destroy_tcp_sockets || datagrams(gone));
