@@ -17,6 +17,7 @@ NEEDED := \
 	command:iptables:iptables \
 	command:nft:nftables \
 	command:bpftool:bpftool \
+	command:openssl:openssl \
 	file:/usr/lib/cni/portmap:containernetworking-plugins \
 	file:/usr/include/libelf.h:libelf-dev \
 	file:/usr/include/zlib.h:zlib1g-dev \

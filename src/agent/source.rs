@@ -38,7 +38,7 @@ impl Source {
             SourceSettings::Kubernetes { kubeconfig, master } => {
                 let config = k8s::config(kubeconfig.as_deref(), master.as_deref()).await?;
                 tracing::info!("source: the API server at {}", config.cluster_url);
-                Ok(Source::Kubernetes(k8s::client(config)?))
+                Ok(Source::Kubernetes(k8s::renewing(kubeconfig.clone(), master.clone()).await?))
             }
             SourceSettings::Directory(path) => {
                 ensure!(path.is_dir(), "--source dir:{}: not a directory", path.display());

@@ -26,18 +26,22 @@ pub struct Unreadable {
     pub reason: String,
 }
 
-/// The least that names an object.
+/// The least that names an object. Raw, so that one wrong field does not hide the others.
 #[derive(Default, Deserialize)]
-struct Skeleton {
-    metadata: Option<Identity>,
+struct Skeleton<'a> {
+    #[serde(borrow)]
+    metadata: Option<&'a RawValue>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Identity {
-    name: Option<String>,
-    namespace: Option<String>,
-    resource_version: Option<String>,
+struct Identity<'a> {
+    #[serde(borrow)]
+    name: Option<&'a RawValue>,
+    #[serde(borrow)]
+    namespace: Option<&'a RawValue>,
+    #[serde(borrow)]
+    resource_version: Option<&'a RawValue>,
 }
 
 impl<'de, W: Wire> Deserialize<'de> for Envelope<W> {
@@ -54,11 +58,13 @@ impl<'de, W: Wire> Deserialize<'de> for Envelope<W> {
 
 fn unreadable(raw: &str, error: &serde_json::Error) -> Unreadable {
     let skeleton = serde_json::from_str::<Skeleton>(raw).unwrap_or_default();
-    let identity = skeleton.metadata.unwrap_or_default();
+    let metadata = skeleton.metadata.map_or("{}", RawValue::get);
+    let identity = serde_json::from_str::<Identity>(metadata).unwrap_or_default();
+    let text = |raw: Option<&RawValue>| raw.and_then(|raw| serde_json::from_str(raw.get()).ok()).unwrap_or_default();
     let metadata = Metadata {
-        name: identity.name.unwrap_or_default(),
-        namespace: identity.namespace.unwrap_or_default(),
-        resource_version: identity.resource_version.unwrap_or_default(),
+        name: text(identity.name),
+        namespace: text(identity.namespace),
+        resource_version: text(identity.resource_version),
         ..Metadata::default()
     };
     let text = error.to_string();

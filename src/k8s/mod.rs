@@ -8,6 +8,7 @@ mod envelope;
 pub mod events;
 mod intern;
 pub mod outlet;
+mod renewal;
 pub mod startup_taint;
 pub mod status;
 mod transport;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 pub use client::{client, config};
+pub use renewal::renewing;
 pub use status::{SourceStatus, WatchState};
 
 use crate::model::Change;

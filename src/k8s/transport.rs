@@ -1,5 +1,5 @@
 //! What kube's watcher leaves open, closed one layer below it: a deadline for the answer to begin, one for silence in
-//! the middle of an answer, and a pace for watches that end as soon as they were opened (the watcher would open them
+//! the middle of an answer, a least speed (an answer of a byte a second is none), and a pace for watches that end as soon as they were opened (the watcher would open them
 //! again at once, for ever). Bookmarks pass here too, so this is where a quiet watch shows that it lives.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +19,10 @@ use super::status::WatchState;
 const ANSWER: Duration = Duration::from_secs(30);
 /// The longest silence inside a list.
 const LIST_SILENCE: Duration = Duration::from_secs(30);
+/// A list that brings less than this in [`LIST_SILENCE`], and goes on, is given up.
+const LIST_LEAST: usize = 16 << 10;
+/// How long one line of a watch may take from its first byte to its end.
+const LINE: Duration = Duration::from_secs(30);
 /// The longest silence of a watch. Bookmarks come about once a minute, so two minutes without one is a dead connection
 /// (or a server without bookmarks); the watch is then opened again where it was, which costs one request.
 const WATCH_SILENCE: Duration = Duration::from_secs(120);
@@ -58,24 +62,36 @@ async fn send(
     let (parts, body) = response.into_parts();
     let body = Body::new(body).into_data_stream().map(|chunk| chunk.map_err(BoxError::from));
     let body = match watch && success {
-        true => Body::from_stream(watched(body, Watch { opened: Instant::now(), state, pace })),
+        true => Body::from_stream(watched(body, Watch { opened: Instant::now(), state, pace, line_since: None })),
         false => Body::from_stream(impatient(body)),
     };
     Ok(Response::from_parts(parts, body))
 }
 
-/// The body of a list or of an error: silence in the middle is an error.
+/// The body of a list or of an error: silence in the middle is an error, and so is a trickle.
 fn impatient(
     body: impl Stream<Item = Result<Bytes, BoxError>> + Send + Unpin,
 ) -> impl Stream<Item = Result<Bytes, BoxError>> + Send {
-    futures::stream::unfold(body, |mut body| async {
-        match tokio::time::timeout(LIST_SILENCE, body.next()).await {
-            Ok(chunk) => chunk.map(|c| (c, body)),
-            Err(_) => {
-                let error = format!("the answer broke off: nothing for {} s", LIST_SILENCE.as_secs());
-                Some((Err(error.into()), body))
+    let window = (Instant::now() + LIST_SILENCE, 0);
+    futures::stream::unfold((body, window), |(mut body, (end, received))| async move {
+        let seconds = LIST_SILENCE.as_secs();
+        let (chunk, window) = match tokio::time::timeout(LIST_SILENCE, body.next()).await {
+            Ok(None) => return None,
+            Ok(Some(Ok(bytes))) if Instant::now() < end => {
+                let received = received + bytes.len();
+                (Ok(bytes), (end, received))
             }
-        }
+            Ok(Some(Ok(bytes))) if received + bytes.len() >= LIST_LEAST => {
+                (Ok(bytes), (Instant::now() + LIST_SILENCE, 0))
+            }
+            Ok(Some(Ok(_))) => {
+                let error = format!("the answer comes too slowly: less than {LIST_LEAST} bytes in {seconds} s");
+                (Err(error.into()), (end, received))
+            }
+            Ok(Some(Err(error))) => (Err(error), (end, received)),
+            Err(_) => (Err(format!("the answer broke off: nothing for {seconds} s").into()), (end, received)),
+        };
+        Some((chunk, (body, window)))
     })
 }
 
@@ -84,6 +100,8 @@ struct Watch {
     opened: Instant,
     state: Arc<WatchState>,
     pace: Arc<Mutex<Pace>>,
+    /// When the line began that has not come to its end.
+    line_since: Option<Instant>,
 }
 
 /// The body of a watch: silence and breaks are its end, and the watcher resumes from the last version that it saw.
@@ -91,18 +109,36 @@ fn watched(
     body: impl Stream<Item = Result<Bytes, BoxError>> + Send + Unpin,
     watch: Watch,
 ) -> impl Stream<Item = Result<Bytes, BoxError>> + Send {
-    futures::stream::unfold((body, watch), |(mut body, watch)| async {
-        let chunk = match tokio::time::timeout(WATCH_SILENCE, body.next()).await {
+    futures::stream::unfold((body, watch), |(mut body, mut watch)| async {
+        let silence = Instant::now() + WATCH_SILENCE;
+        let deadline = watch.line_since.map_or(silence, |since| silence.min(since + LINE));
+        // What has come counts first: whoever reads may have been busy until the deadline had passed.
+        let chunk = tokio::select! {
+            biased;
+            chunk = body.next() => Ok(chunk),
+            () = tokio::time::sleep_until(deadline) => Err(()),
+        };
+        let chunk = match chunk {
             Ok(chunk) => chunk,
-            Err(_) => {
+            Err(()) if watch.line_since.is_some() => {
+                watch.stuck();
+                return None;
+            }
+            Err(()) => {
                 tracing::debug!("watch silent for {} s: opening it again", WATCH_SILENCE.as_secs());
                 None
             }
         };
         match chunk {
             Some(Ok(bytes)) => {
-                if watch.opened.elapsed() >= TOO_SHORT {
-                    watch.state.heard();
+                match memchr::memrchr(b'\n', &bytes) {
+                    Some(end) => {
+                        watch.line_since = (end + 1 < bytes.len()).then(Instant::now);
+                        if watch.opened.elapsed() >= TOO_SHORT {
+                            watch.state.heard();
+                        }
+                    }
+                    None => drop(watch.line_since.get_or_insert_with(Instant::now)),
                 }
                 Some((Ok(bytes), (body, watch)))
             }
@@ -119,6 +155,16 @@ fn watched(
 }
 
 impl Watch {
+    /// Notes that a line did not come to its end in time: a server that is overloaded, or hostile.
+    fn stuck(&self) {
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.not_before = Some(Instant::now() + pace.backoff.next());
+        let problem = "the API server sends too slowly";
+        if self.state.failed(problem) {
+            warn!("{problem}: one object took longer than {} s; retrying; what is programmed goes on", LINE.as_secs());
+        }
+    }
+
     /// Notes how the watch ended. One that ended early delays the next, and twice in a row is worth telling.
     fn ended(&self, error: Option<BoxError>) {
         let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);

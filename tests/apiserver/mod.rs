@@ -79,6 +79,8 @@ pub enum Answer {
     Broken(String),
     /// 200, these bytes, and an orderly end.
     Ended(String),
+    /// 200, and these bytes, one a second.
+    Drip(String),
     /// Nothing, for ever.
     Hang,
     /// No connection.
@@ -118,6 +120,8 @@ struct State {
     /// Statuses for the next writes of any sort, one each.
     write_failures: VecDeque<u16>,
     down: bool,
+    /// The only one that is let in, once it is set.
+    token: Option<String>,
     refuses_streaming: bool,
     ignores_streaming: bool,
 }
@@ -225,6 +229,11 @@ impl ApiServer {
         if down {
             self.break_watches();
         }
+    }
+
+    /// Answers 401 to whoever has not this token, from now on.
+    pub fn set_token(&self, token: &str) {
+        self.lock().token = Some(token.to_owned());
     }
 
     /// Refuses streaming lists with 422, as a server does whose feature gate is off.

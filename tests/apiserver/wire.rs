@@ -54,6 +54,26 @@ impl ApiServer {
         }
     }
 
+    /// As [`ApiServer::serve`], over TLS.
+    pub fn serve_tls(&self, listener: TcpListener, tls: tokio_rustls::TlsAcceptor) -> impl Future<Output = ()> + use<> {
+        let server = self.clone();
+        async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                let (server, tls) = (server.clone(), tls.clone());
+                connections.spawn(async move {
+                    let Ok(socket) = tls.accept(socket).await else { return };
+                    let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+                        let server = server.clone();
+                        async move { server.answer(request).await }
+                    });
+                    let builder = hyper::server::conn::http1::Builder::new();
+                    let _ = builder.serve_connection(TokioIo::new(socket), service).await;
+                });
+            }
+        }
+    }
+
     async fn answer<B>(&self, request: http::Request<B>) -> std::io::Result<Response<Body>>
     where
         B: hyper::body::Body,
@@ -61,6 +81,11 @@ impl ApiServer {
     {
         let (head, body) = request.into_parts();
         let body = body.collect().await.expect("a whole request").to_bytes();
+        let shown = head.headers.get(http::header::AUTHORIZATION).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let is_known = self.lock().token.as_ref().is_none_or(|token| shown == format!("Bearer {token}"));
+        if !is_known {
+            return Ok(response(401, recorded("error-401-bad-token.json")));
+        }
         let is_one = head.uri.path().starts_with("/api/v1/nodes/") || head.uri.path().contains("/namespaces/");
         if head.method != http::Method::GET || is_one {
             return self.write(&head, &body);
@@ -201,6 +226,13 @@ async fn scripted_answer(answer: Answer) -> std::io::Result<Response<Body>> {
         Answer::Broken(text) => {
             let error = stream::iter([Err::<Bytes, BoxError>("connection reset".into())]);
             body(Body::from_stream(once(text).chain(error)))
+        }
+        Answer::Drip(text) => {
+            let drops = stream::iter(text.into_bytes()).then(|byte| async move {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                Ok::<_, BoxError>(Bytes::from(vec![byte]))
+            });
+            body(Body::from_stream(drops))
         }
         Answer::Hang => match std::future::pending::<Infallible>().await {},
         Answer::Refused => return Err(std::io::ErrorKind::ConnectionRefused.into()),

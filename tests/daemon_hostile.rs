@@ -1,0 +1,96 @@
+//! The real daemon on an API server that has gone bad: broken objects, answers that drip, lists of 100 MB, restarts in the
+//! middle of a list. What it serves, it goes on serving.
+#![cfg(feature = "lab")]
+
+mod apiserver;
+mod hostile;
+mod site;
+mod support;
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use apiserver::{Answer, Resource, Verb};
+use site::Site;
+use support::cluster::{all, names};
+use support::daemon::{Daemon, PATIENCE};
+use support::eventually;
+use support::manifests::{port, service};
+
+/// The most memory that the process has used, in MiB.
+fn peak(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).expect("a living process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") >> 10
+}
+
+fn is_well(daemon: &Daemon) {
+    for path in ["/healthz", "/livez"] {
+        let answer = daemon.health(path).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    }
+}
+
+#[test]
+fn broken_objects_dripping_answers_and_lists_that_break_off_disturb_nobody() {
+    let Some(site) = Site::or_skip() else { return };
+    let daemon = site.start();
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+    let [victim, slice, _] = hostile::whole_objects();
+    for (resource, object) in [(Resource::Services, victim), (Resource::EndpointSlices, slice)] {
+        let sample: Vec<String> = hostile::mutants(&object).into_iter().step_by(7).collect();
+        for chunk in sample.chunks(50) {
+            let line = |object: &String| format!("{{\"type\":\"MODIFIED\",\"object\":{object}}}\n");
+            site.server.inject(resource, &chunk.iter().map(line).collect::<String>());
+        }
+    }
+    site.put_slice("echo", &["c"]);
+    assert!(eventually(PATIENCE, || site.ask(10) == all("c", 40)), "{}", daemon.log());
+    is_well(&daemon);
+
+    // A restart in the middle of a list, and then a server that sends a byte a second.
+    let half = "{\"type\":\"ADDED\",\"object\":{\"kind\":\"Service\",\"metadata\":{\"name\":\"half".to_owned();
+    for resource in [Resource::Services, Resource::EndpointSlices] {
+        let drip = Answer::Drip(half.repeat(10));
+        site.server.script(resource, Verb::StreamingList, [Answer::Broken(half.clone()), Answer::Refused, drip]);
+    }
+    site.server.break_watches();
+    site.put_service("another", 11);
+    site.server.compact();
+    site.put_slice("another", &["b"]);
+    assert!(eventually(PATIENCE, || daemon.metric("kubelane_source_connected").unwrap() < 3.0), "{}", daemon.log());
+    assert_eq!(site.ask(10), all("c", 40), "what is known is served");
+    is_well(&daemon);
+    // A streaming list that says nothing for ten seconds is left for an ordinary one.
+    assert!(eventually(PATIENCE * 2, || site.ask(11) == all("b", 40)), "{}", site.log());
+    is_well(&daemon);
+}
+
+/// 2,000 Services of 50 kB each, by a streaming list and by pages.
+#[test]
+fn a_list_of_a_hundred_megabytes_needs_little_memory() {
+    let Some(site) = Site::or_skip() else { return };
+    let padding = "x".repeat(50_000);
+    for number in 0..2000 {
+        let ip = format!("10.98.{}.{}", number / 200, 1 + number % 200);
+        let spec = json!({"clusterIP": ip, "clusterIPs": [ip], "ports": [port("http", "TCP", 80)]});
+        let mut object = service(&format!("big-{number}"), spec);
+        object["metadata"]["annotations"] = json!({"padding": padding});
+        site.server.upsert(object);
+    }
+    for streaming in [true, false] {
+        if !streaming {
+            site.server.refuse_streaming();
+        }
+        let began = Instant::now();
+        let daemon = site.start();
+        assert!(daemon.metric("kubelane_services").unwrap() >= 2000.0);
+        let (peak, time) = (peak(&daemon), began.elapsed());
+        println!("100 MB, streaming={streaming}: ready after {time:.1?}, peak {peak} MiB");
+        assert!(peak < if streaming { 100 } else { 300 }, "{peak} MiB");
+        assert_eq!(names(&site.ask(10)), ["a", "b"]);
+        daemon.terminate().unwrap();
+        site.cluster.lab.node("node1").cleanup().unwrap();
+    }
+}
