@@ -1,7 +1,7 @@
 # The benches; included by the Makefile. Figures are printed beside their targets, nothing fails because of one.
 # ARGS goes to the bench: make bench ARGS="--path node-port-remote --rounds 9"
 
-.PHONY: bench bench-quick bench-scale bench-netperf bench-packets bench-micro
+.PHONY: bench bench-api bench-quick bench-scale bench-netperf bench-packets bench-micro
 
 bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, tables and plots in target/bench (root, 25 min)
 	cargo bench --features lab --bench compare -- $(ARGS)
@@ -12,6 +12,9 @@ bench-quick: setup ## The same in three minutes and few rounds, from the debug b
 
 bench-scale: setup ## The daemon at 10,000 Services: first sync, memory, one change (root)
 	cargo bench --features lab --bench scale -- $(ARGS)
+
+bench-api: setup ## The daemon on an API server with 10,000 Services: first sync, memory, changes, idle (root)
+	cargo bench --features lab --bench api -- $(ARGS)
 
 bench-netperf: setup ## netperf through a cluster IP against the pod's address (root)
 	cargo bench --features lab --bench netperf -- $(ARGS)
