@@ -88,7 +88,9 @@ fn a_list_of_a_hundred_megabytes_needs_little_memory() {
         assert!(daemon.metric("kubelane_services").unwrap() >= 2000.0);
         let (peak, time) = (peak(&daemon), began.elapsed());
         println!("100 MB, streaming={streaming}: ready after {time:.1?}, peak {peak} MiB");
-        assert!(peak < if streaming { 100 } else { 300 }, "{peak} MiB");
+        // A machine too busy to begin to stream within ten seconds is asked for pages instead, 25 MB each.
+        let streamed = streaming && !daemon.log().contains("using list and watch");
+        assert!(peak < if streamed { 100 } else { 300 }, "{peak} MiB");
         assert_eq!(names(&site.ask(10)), ["a", "b"]);
         daemon.terminate().unwrap();
         site.cluster.lab.node("node1").cleanup().unwrap();

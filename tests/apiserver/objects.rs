@@ -97,8 +97,14 @@ impl State {
                 (spec["clusterIP"], spec["clusterIPs"]) = (old["clusterIP"].clone(), old["clusterIPs"].clone());
             } else {
                 let number = self.allot();
-                spec["clusterIP"] = json!(format!("10.96.{}.{}", 100 + number / 200, 1 + number % 200));
-                spec["clusterIPs"] = json!([spec["clusterIP"], format!("fd96::1:{number:x}")]);
+                let v4 = format!("10.96.{}.{}", 100 + number / 200, 1 + number % 200);
+                let mut ips = vec![v4, format!("fd96::1:{number:x}")];
+                if spec["ipFamilyPolicy"] == "SingleStack" {
+                    let is_ipv6 = spec["ipFamilies"][0] == "IPv6";
+                    ips.retain(|ip| ip.contains(':') == is_ipv6);
+                }
+                spec["clusterIP"] = json!(ips[0]);
+                spec["clusterIPs"] = json!(ips);
             }
         } else if spec["clusterIPs"].is_null() {
             spec["clusterIPs"] = json!([spec["clusterIP"]]);
