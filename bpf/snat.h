@@ -15,6 +15,7 @@
 
 enum {
 	SNAT_TRIES = 16,
+	SNAT_TRIES_FOR_FREE = 2, /* before a client may follow a closed connection of its own */
 };
 
 /* Verifiers before 5.11 do not see that a swapped port has 16 bits; the compiler does, and would drop the mask. */
@@ -36,7 +37,8 @@ enum snat_ports {
 enum place {
 	PLACE_FREE = 0,
 	PLACE_YIELDING = 1, /* taken, by a flow that no end has proved, or that both have closed */
-	PLACE_TAKEN = 2,
+	PLACE_OWN = 2, /* taken, by a connection of the same client that both ends have closed seconds ago */
+	PLACE_TAKEN = 3,
 };
 
 /* A 32-bit mixer (the finaliser of MurmurHash3). */
@@ -74,6 +76,14 @@ static __always_inline __u64 place_rest(const struct flow *flow, __u8 protocol)
 	return FLOW_TCP_ESTABLISHED;
 }
 
+static __always_inline int place_of_closed(const struct flow *flow, const struct flow_key *request, __u64 now)
+{
+	if (address_equal(&flow->ends.destination, &request->ends.source) &&
+	    flow_idle(flow, now) > (__u64)FLOW_TCP_PORT_REST * NANOSECONDS)
+		return PLACE_OWN;
+	return PLACE_YIELDING;
+}
+
 /* May `request` have the replies of `reply`? *used: when the yielding flow that holds them was last used. */
 static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 now, __u64 *used)
 {
@@ -84,7 +94,7 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
 		    flow_idle(flow, now) > place_rest(flow, reply->protocol) * NANOSECONDS)
 			return PLACE_FREE;
 		*used = flow->used_ns;
-		return flow->client_closed && flow->backend_closed ? PLACE_YIELDING : PLACE_TAKEN;
+		return flow->client_closed && flow->backend_closed ? place_of_closed(flow, request, now) : PLACE_TAKEN;
 	}
 	flow = bpf_map_lookup_elem(&new_flows, reply);
 	if (!flow || ends_are_reversed(&flow->ends, &request->ends) ||
@@ -95,18 +105,19 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
 }
 
 /*
- * Sets the destination port of the scratch's reply so that the place belongs to nobody else. When all ports that were
- * tried are in use, the unproved or closed flow that has waited the longest gives way: a flood of requests takes places
- * from itself, and a client that connects without a pause to a backend that closes first does not wait for the end of
- * TIME_WAIT. (The backend lets a SYN into it whose timestamp is newer, RFC 6191, as the same client's is.) Not 0: every
- * port tried belongs to an established flow. `ports`: enum snat_ports.
+ * Sets the destination port of the scratch's reply so that the place belongs to nobody else. A client that connects
+ * without a pause to a backend that closes first need not wait for the end of TIME_WAIT: when a few tries find nothing
+ * free, it follows a connection of its own. (The backend lets a SYN into TIME_WAIT whose timestamp is newer, RFC 6191,
+ * as the same client's is.) When all ports that were tried are in use, the unproved or closed flow that has waited the
+ * longest gives way: a flood of requests takes places from itself. Not 0: every port tried belongs to an established
+ * flow. `ports`: enum snat_ports.
  */
 __noinline int snat_reserve(int ports)
 {
 	__u32 hash, step, port;
 	struct scratch *wanted = scratch();
 	__u64 oldest = ~0ULL, now;
-	__be16 chosen = 0;
+	__be16 chosen = 0, own = 0;
 
 	if (!wanted)
 		return -1;
@@ -125,7 +136,13 @@ __noinline int snat_reserve(int ports)
 		state = place_state(&wanted->reply, &wanted->packet.tuple, now, &used);
 		if (state == PLACE_FREE)
 			return 0;
-		if (state == PLACE_YIELDING && used < oldest) {
+		if (state == PLACE_OWN && !own)
+			own = *candidate;
+		if (own && i + 1 >= SNAT_TRIES_FOR_FREE) {
+			*candidate = own;
+			return 0;
+		}
+		if (state != PLACE_TAKEN && used < oldest) {
 			oldest = used;
 			chosen = *candidate;
 		}
