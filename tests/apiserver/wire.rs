@@ -41,6 +41,8 @@ impl ApiServer {
         async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
+                // As Go's servers do: an event is not to wait for the acknowledgement of the one before.
+                let _ = socket.set_nodelay(true);
                 let server = server.clone();
                 let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
                     let server = server.clone();
@@ -60,6 +62,8 @@ impl ApiServer {
         async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
+                // As Go's servers do: an event is not to wait for the acknowledgement of the one before.
+                let _ = socket.set_nodelay(true);
                 let (server, tls) = (server.clone(), tls.clone());
                 connections.spawn(async move {
                     let Ok(socket) = tls.accept(socket).await else { return };
