@@ -140,16 +140,18 @@ static __noinline int begin_flow(struct __sk_buff *skb, struct scratch *given)
 	const struct packet *packet = &given->packet;
 	struct flow *flow = &given->flow;
 	__u32 ports;
-	int verdict = begin_source(skb, packet, flow, &ports);
+	int verdict = begin_source(skb, packet, flow, &ports), reserved;
 
 	if (verdict != VERDICT_CONTINUE)
 		return verdict;
 	flow_key_reverse(&given->reply, &flow->ends, packet->tuple.protocol);
-	if (snat_reserve(ports)) {
+	reserved = snat_reserve(ports);
+	if (reserved == RESERVED_NONE) {
 		count(COUNTER_DROPPED_SNAT_EXHAUSTED);
 		return VERDICT_DROP;
 	}
-	flow_remove(&given->reply);
+	if (reserved == RESERVED_USED)
+		flow_remove(&given->reply);
 	flow->ends.source_port = given->reply.ends.destination_port;
 	flow->used_ns = clock_now(given);
 	begin_note_ports(given);

@@ -35,10 +35,18 @@ enum snat_ports {
 };
 
 enum place {
-	PLACE_FREE = 0,
-	PLACE_YIELDING = 1, /* taken, by a flow that no end has proved, or that both have closed */
-	PLACE_OWN = 2, /* taken, by a connection of the same client that both ends have closed seconds ago */
-	PLACE_TAKEN = 3,
+	PLACE_EMPTY = 0,
+	PLACE_FREE = 1, /* its flow has ended, or is the asking one's own */
+	PLACE_YIELDING = 2, /* taken, by a flow that no end has proved, or that both have closed */
+	PLACE_OWN = 3, /* taken, by a connection of the same client that both ends have closed seconds ago */
+	PLACE_TAKEN = 4,
+};
+
+/* What snat_reserve() has found. */
+enum reserved {
+	RESERVED_NONE = -1, /* every port tried belongs to an established flow */
+	RESERVED_EMPTY = 0,
+	RESERVED_USED = 1, /* rows of an earlier flow are there, to be removed */
 };
 
 /* A 32-bit mixer (the finaliser of MurmurHash3). */
@@ -97,7 +105,9 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
 		return flow->client_closed && flow->backend_closed ? place_of_closed(flow, request, now) : PLACE_TAKEN;
 	}
 	flow = bpf_map_lookup_elem(&new_flows, reply);
-	if (!flow || ends_are_reversed(&flow->ends, &request->ends) ||
+	if (!flow)
+		return PLACE_EMPTY;
+	if (ends_are_reversed(&flow->ends, &request->ends) ||
 	    flow_idle(flow, now) > (__u64)FLOW_TCP_OPENING * NANOSECONDS)
 		return PLACE_FREE;
 	*used = flow->used_ns;
@@ -109,8 +119,7 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
  * without a pause to a backend that closes first need not wait for the end of TIME_WAIT: when a few tries find nothing
  * free, it follows a connection of its own. (The backend lets a SYN into TIME_WAIT whose timestamp is newer, RFC 6191,
  * as the same client's is.) When all ports that were tried are in use, the unproved or closed flow that has waited the
- * longest gives way: a flood of requests takes places from itself. Not 0: every port tried belongs to an established
- * flow. `ports`: enum snat_ports.
+ * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers an enum reserved.
  */
 __noinline int snat_reserve(int ports)
 {
@@ -120,7 +129,7 @@ __noinline int snat_reserve(int ports)
 	__be16 chosen = 0, own = 0;
 
 	if (!wanted)
-		return -1;
+		return RESERVED_NONE;
 	now = clock_now(wanted);
 	hash = snat_hash(&wanted->packet.tuple);
 	step = 1 + (hash >> 17);
@@ -134,13 +143,15 @@ __noinline int snat_reserve(int ports)
 		if (ports != SNAT_ANY && i == 0)
 			*candidate = wanted->packet.tuple.ends.source_port;
 		state = place_state(&wanted->reply, &wanted->packet.tuple, now, &used);
+		if (state == PLACE_EMPTY)
+			return RESERVED_EMPTY;
 		if (state == PLACE_FREE)
-			return 0;
+			return RESERVED_USED;
 		if (state == PLACE_OWN && !own)
 			own = *candidate;
 		if (own && i + 1 >= SNAT_TRIES_FOR_FREE) {
 			*candidate = own;
-			return 0;
+			return RESERVED_USED;
 		}
 		if (state != PLACE_TAKEN && used < oldest) {
 			oldest = used;
@@ -152,10 +163,10 @@ __noinline int snat_reserve(int ports)
 		port += step;
 	}
 	if (!chosen)
-		return -1;
+		return RESERVED_NONE;
 	wanted->reply.ends.destination_port = chosen;
 	count(COUNTER_SNAT_RECLAIMED);
-	return 0;
+	return RESERVED_USED;
 }
 
 #endif
