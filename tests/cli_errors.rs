@@ -44,7 +44,7 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["--cleanup=perhaps"], &["--cleanup", "perhaps"]),
         (&["--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),
         (&["check", "--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),
-        (&["get", "pods"], &["pods", "services", "backends"]),
+        (&["get", "pods"], &["pods", "services", "backends", "status"]),
         (&["get", "services", "-o", "xml"], &["--output", "xml", "json", "yaml", "wide"]),
         (&["frobnicate"], &["frobnicate"]),
     ];
@@ -188,7 +188,7 @@ fn help_names_every_subcommand_and_flag_with_its_default() {
             ],
         ),
         ("check", &["--pin-path", "--cgroup", "--healthz-bind-address", "--metrics-bind-address"]),
-        ("get", &["services", "backends", "-o, --output", "json", "yaml", "wide", "--pin-path"]),
+        ("get", &["services", "backends", "status", "-o, --output", "json", "yaml", "wide", "--pin-path"]),
         ("cleanup", &["--pin-path"]),
     ];
     for (command, parts) in table {

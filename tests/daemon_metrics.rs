@@ -165,3 +165,23 @@ fn connections_of_the_busiest_services_are_shown_and_no_others() {
     site.server.delete(Resource::Services, "default", "echo");
     assert!(eventually(PATIENCE, || shown().len() == 1 && shown()[0].contains("\"other\"")), "{:?}", shown());
 }
+
+#[test]
+fn get_status_says_what_bpftool_does_of_the_maps_and_counts_services() {
+    let Some(site) = Site::or_skip() else { return };
+    let daemon = site.start();
+    let node = site.cluster.lab.node("node1");
+    let services = daemon.metric("kubelane_services ").unwrap();
+    let pins = kubelane::bpf::pinned::maps_directory(&node.pin_path);
+    let memlock = |pin: PathBuf| -> u64 {
+        let output = Command::new("bpftool").args(["-j", "map", "show", "pinned"]).arg(pin).output().unwrap();
+        let shown: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        shown["bytes_memlock"].as_u64().unwrap()
+    };
+    let bytes: u64 = std::fs::read_dir(pins).unwrap().map(|entry| memlock(entry.unwrap().path())).sum();
+    let line = format!("maps: {:.1} MiB for {services} services\n", bytes as f64 / f64::from(1 << 20));
+    assert!(services > 1.0);
+    assert_eq!(node.get("status", &[]).unwrap(), line);
+    let told: serde_json::Value = serde_json::from_str(&node.get("status", &["-o", "json"]).unwrap()).unwrap();
+    assert_eq!(told["mapBytes"], bytes, "{told}");
+}

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -128,17 +127,9 @@ pub fn check_complete(pin_path: &Path, world: &BenchWorld) -> anyhow::Result<()>
     Ok(())
 }
 
-/// What the kernel accounts for all pinned maps (`memlock` of their fdinfo).
+/// What the kernel accounts for all pinned maps.
 pub fn maps_bytes(pin_path: &Path) -> anyhow::Result<u64> {
-    let directory = map_path(pin_path, "");
-    let mut bytes = 0;
-    for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
-        let map = MapHandle::from_pinned_path(entry?.path())?;
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd()))?;
-        let line = info.lines().find_map(|line| line.strip_prefix("memlock:"));
-        bytes += line.and_then(|text| text.trim().parse::<u64>().ok()).context("a map's fdinfo has no memlock")?;
-    }
-    Ok(bytes)
+    Ok(kubelane::bpf::map_memory(pin_path)?.iter().map(|map| map.bytes).sum())
 }
 
 /// What a process has used.

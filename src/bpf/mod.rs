@@ -1,7 +1,8 @@
 //! The only door to libbpf and the only `unsafe`: loading, pinning and attaching the BPF object, the kernel maps as a
 //! [`MapIo`](crate::sync::MapIo), probes of kernel features, the programs of outward
-//! devices, the collection of ended flows, and the search for sockets whose backend is gone.
+//! devices, the collection of ended flows, the search for sockets whose backend is gone, and what maps take up.
 
+mod account;
 mod attach;
 mod batch;
 mod btf;
@@ -27,6 +28,7 @@ mod trial;
 mod usage;
 pub mod verifier;
 
+pub use account::{MapMemory, map_memory};
 pub use attach::Attached;
 pub use connections::ServiceConnections;
 pub use devices::{Device, Devices, Direction, LinkLayer, Method};

@@ -148,7 +148,8 @@ fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()>
     fs::remove_dir(version).with_context(|| format!("cannot remove {}", version.display()))
 }
 
-fn children(directory: &Path) -> Result<Vec<PathBuf>> {
+/// What is in a directory, sorted.
+pub(super) fn children(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(directory).and_then(|d| d.map(|e| e.map(|e| e.path())).collect::<io::Result<Vec<_>>>());
     let mut entries = entries.with_context(|| format!("cannot read {}", directory.display()))?;
     entries.sort();

@@ -257,6 +257,8 @@ pub enum What {
     /// Backends: where connections go
     #[value(alias = "backend")]
     Backends,
+    /// What the maps take up, and for how many Services
+    Status,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]

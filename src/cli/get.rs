@@ -1,10 +1,11 @@
-//! `kubelane get`: the records of a snapshot as a table, JSON or YAML.
+//! `kubelane get`: the records of a snapshot as a table, JSON or YAML. (`status` is in a file of its own.)
 
 use anyhow::Context as _;
 use serde::Serialize;
 
 use super::flags::{GetFlags, Output, What};
 use super::snapshot::{BackendRecord, FrontendRecord, PoolRecord, Snapshot};
+use super::status::Status;
 use super::table;
 use crate::bpf::Maps;
 
@@ -13,8 +14,13 @@ use crate::bpf::Maps;
 /// # Errors
 /// When nothing is pinned there, or the maps cannot be read.
 pub fn run(flags: &GetFlags) -> anyhow::Result<()> {
-    let snapshot = Snapshot::read(&mut Maps::open(&flags.pins.pin_path)?)?;
-    super::print(&render(&snapshot, flags.what, flags.output)?)
+    let pin_path = &flags.pins.pin_path;
+    let read = || Snapshot::read(&mut Maps::open(pin_path)?);
+    super::print(&match flags.what {
+        What::Services => services(&read()?, flags.output)?,
+        What::Backends => backends(&read()?, flags.output)?,
+        What::Status => Status::read(pin_path)?.render(flags.output)?,
+    })
 }
 
 /// JSON and YAML are one object with the list `items`, as kubectl's are.
@@ -23,17 +29,14 @@ struct List<'a, T> {
     items: &'a [T],
 }
 
-fn render(snapshot: &Snapshot, what: What, output: Option<Output>) -> anyhow::Result<String> {
-    match what {
-        What::Services => {
-            let items = snapshot.frontends();
-            records(&items, output, |wide| services_table(&items, wide))
-        }
-        What::Backends => {
-            let items = snapshot.backends();
-            records(&items, output, |wide| backends_table(&items, wide))
-        }
-    }
+fn services(snapshot: &Snapshot, output: Option<Output>) -> anyhow::Result<String> {
+    let items = snapshot.frontends();
+    records(&items, output, |wide| services_table(&items, wide))
+}
+
+fn backends(snapshot: &Snapshot, output: Option<Output>) -> anyhow::Result<String> {
+    let items = snapshot.backends();
+    records(&items, output, |wide| backends_table(&items, wide))
 }
 
 fn records<T: Serialize>(

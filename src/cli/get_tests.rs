@@ -81,14 +81,16 @@ fn maps() -> Rows {
     maps
 }
 
-fn rendered(what: What, output: Option<Output>) -> String {
-    render(&Snapshot::read(&mut maps()).unwrap(), what, output).unwrap()
+type Render = fn(&Snapshot, Option<Output>) -> anyhow::Result<String>;
+
+fn rendered(render: Render, output: Option<Output>) -> String {
+    render(&Snapshot::read(&mut maps()).unwrap(), output).unwrap()
 }
 
 #[test]
 fn services_are_shown_as_a_table_like_kubectls() {
     assert_eq!(
-        rendered(What::Services, None),
+        rendered(services, None),
         "\
 NAMESPACE     NAME   PORT   PROTOCOL   FRONTEND        KIND                   ENDPOINTS
 default       web    http   TCP        10.96.0.10:80   ClusterIP              2
@@ -101,7 +103,7 @@ kube-system   dns    -      UDP        10.96.0.53:53   ClusterIP,ExternalIP   0 
 
 #[test]
 fn the_wide_table_names_affinity_ids_and_addresses() {
-    let text = rendered(What::Services, Some(Output::Wide));
+    let text = rendered(services, Some(Output::Wide));
     assert!(
         text.lines().next().unwrap().ends_with("ENDPOINTS                     AFFINITY   ID   ADDRESSES"),
         "{text}"
@@ -112,7 +114,7 @@ fn the_wide_table_names_affinity_ids_and_addresses() {
 #[test]
 fn backends_are_shown_without_those_that_are_gone() {
     assert_eq!(
-        rendered(What::Backends, Some(Output::Wide)),
+        rendered(backends, Some(Output::Wide)),
         "\
 NAMESPACE   NAME   PORT   PROTOCOL   BACKEND           STATE         LOCAL   SETS            ID   GENERATION   SERVICE-ID
 default     web    http   TCP        10.244.1.2:8080   Active        yes     Cluster,Local   0    4            1
@@ -120,17 +122,17 @@ default     web    http   TCP        10.244.2.2:8080   Active        no      Clu
 default     web    http   TCP        10.244.3.2:8080   Terminating   no      Cluster         2    4            1
 "
     );
-    assert!(!rendered(What::Backends, None).contains("SETS"));
+    assert!(!rendered(backends, None).contains("SETS"));
 }
 
 #[test]
 fn json_and_yaml_say_the_same() {
-    for what in [What::Services, What::Backends] {
-        let json: serde_json::Value = serde_json::from_str(&rendered(what, Some(Output::Json))).unwrap();
-        let yaml: serde_json::Value = serde_norway::from_str(&rendered(what, Some(Output::Yaml))).unwrap();
+    for render in [services as Render, backends] {
+        let json: serde_json::Value = serde_json::from_str(&rendered(render, Some(Output::Json))).unwrap();
+        let yaml: serde_json::Value = serde_norway::from_str(&rendered(render, Some(Output::Yaml))).unwrap();
         assert_eq!(json, yaml);
     }
-    let json: serde_json::Value = serde_json::from_str(&rendered(What::Services, Some(Output::Json))).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&rendered(services, Some(Output::Json))).unwrap();
     let dns = &json["items"][3];
     assert_eq!(dns["namespace"], "kube-system");
     assert_eq!(dns["kinds"], serde_json::json!(["ClusterIP", "ExternalIP"]));

@@ -13,6 +13,7 @@ mod log;
 mod merge;
 mod run;
 mod snapshot;
+mod status;
 mod table;
 mod value;
 

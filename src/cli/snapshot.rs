@@ -159,7 +159,11 @@ impl Snapshot {
     }
 }
 
-fn rows<K: Pod, V: Pod>(maps: &mut dyn MapIo, map: MapName) -> anyhow::Result<Vec<(K, V)>> {
+/// All rows of a map.
+///
+/// # Errors
+/// When the map cannot be read to its end, or its rows are not those of this version.
+pub fn rows<K: Pod, V: Pod>(maps: &mut dyn MapIo, map: MapName) -> anyhow::Result<Vec<(K, V)>> {
     let mut rows = Vec::new();
     let mut foreign = false;
     let read = maps.dump(map, &mut |key, value| match (
