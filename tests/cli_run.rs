@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -46,14 +46,21 @@ struct World {
     metrics: SocketAddr,
 }
 
+/// A loopback address that is this process's alone (127.64.0.0/10 has one for each process id), with a port below those
+/// that the kernel gives to clients: one that was asked for and let go again is anybody's until the daemon has it.
+fn address_of(number: u16) -> SocketAddr {
+    (Ipv4Addr::from_bits(0x7f40_0000 | std::process::id() & 0x3f_ffff), 20_000 + number).into()
+}
+
 impl World {
     fn or_skip() -> Option<World> {
         if let Err(reason) = preflight() {
             skip(&format!("{reason:#}"));
             return None;
         }
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("klcli-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("klcli-{}-{number}", std::process::id());
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(directory.path().join("bpf")).unwrap();
         fs::create_dir(directory.path().join("manifests")).unwrap();
@@ -61,9 +68,7 @@ impl World {
         mount(Some("bpf"), &directory.path().join("bpf"), Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
         let cgroup = cgroup::mount_point().unwrap().join(&name);
         fs::create_dir(&cgroup).unwrap();
-        let free = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let (healthz, metrics) = (free(), free());
-        let (healthz, metrics) = (healthz.local_addr().unwrap(), metrics.local_addr().unwrap());
+        let (healthz, metrics) = (address_of(2 * number), address_of(2 * number + 1));
         Some(World { directory, cgroup, healthz, metrics })
     }
 
