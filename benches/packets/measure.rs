@@ -46,12 +46,15 @@ impl Hook {
     }
 }
 
+/// Makes the next packet, on a node that it may send others through first.
+type Make = dyn FnMut(&mut Node) -> Vec<u8>;
+
 /// The packets that take a way.
 pub enum Packets {
     /// One, which is run again and again on what the last run left of it.
     Same(Vec<u8>),
     /// Another for each run, made ready by this.
-    Fresh(Box<dyn FnMut(&mut Node) -> Vec<u8>>),
+    Fresh(Box<Make>),
 }
 
 /// A way through a program.
