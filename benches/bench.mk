@@ -1,7 +1,8 @@
-# The benches; included by the Makefile. Figures are printed beside their targets, nothing fails because of one.
+# The benches; included by the Makefile. Figures are printed beside their targets, and nothing fails because of one, but
+# for those of single packets: check-figures.
 # ARGS goes to the bench: make bench ARGS="--path node-port-remote --rounds 9"
 
-.PHONY: bench bench-quick bench-api bench-scale bench-netperf bench-packets bench-micro
+.PHONY: bench bench-quick bench-api bench-scale bench-netperf bench-packets bench-micro check-figures
 
 bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, tables and plots in target/bench (root, 25 min)
 	cargo bench --features lab --bench compare -- $(ARGS)
@@ -19,8 +20,12 @@ bench-api: setup ## The daemon on an API server with 10,000 Services: first sync
 bench-netperf: setup ## netperf through a cluster IP against the pod's address (root)
 	cargo bench --features lab --bench netperf -- $(ARGS)
 
-bench-packets: setup ## Nanoseconds in the packet programs, for each way through them (root)
+bench-packets: setup ## Nanoseconds in the packet programs, for each way through them (root; ARGS=--record keeps them)
 	cargo bench --features lab --bench packets -- $(ARGS)
+
+# Alone on the machine, as far as that can be had: not beside other tests. The dev profile is what they have built.
+check-figures: setup ## Fail if the BPF programs cost a tenth more than benches/FIGURES.md says (root, a minute)
+	cargo bench --profile dev --features lab --bench packets -- --check $(ARGS)
 
 bench-micro: ## Criterion: compile, first sync in memory, one change, parsing
 	cargo bench --bench micro -- $(ARGS)

@@ -27,6 +27,8 @@ mod stale;
 mod trial;
 mod usage;
 pub mod verifier;
+#[cfg(feature = "lab")]
+pub mod yardstick;
 
 pub use account::{MapMemory, map_memory};
 pub use attach::Attached;

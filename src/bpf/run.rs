@@ -55,6 +55,32 @@ pub fn run_marked(
     repeat: u32,
 ) -> Result<Outcome> {
     let context = Context { interface, mark, ..Zeroable::zeroed() };
+    run_program(devices.program(direction, LinkLayer::Ethernet).as_fd(), frame, &context, repeat)
+}
+
+/// As [`run`], with the program of a device without link headers: `packet` begins with its IP header.
+///
+/// The kernel knows no such packets here: it takes the first 14 bytes for an Ethernet header, learns the protocol from
+/// it, and then shows the program all bytes all the same. So bytes 12 and 13, which belong to the source address, must
+/// be the number of the packet's protocol: 8.0.x.y in IPv4, the third group 86dd in IPv6. A program that sends such a
+/// packet on puts a link header before it, so that only the first run sees a packet.
+pub fn run_bare(
+    devices: &Devices,
+    direction: Direction,
+    packet: &[u8],
+    interface: u32,
+    repeat: u32,
+) -> Result<Outcome> {
+    let context = Context { interface, ..Zeroable::zeroed() };
+    run_program(devices.program(direction, LinkLayer::None).as_fd(), packet, &context, repeat)
+}
+
+/// Runs any packet program on `frame`, in a context that says nothing.
+pub(super) fn run_plain(program: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<Outcome> {
+    run_program(program, frame, &Zeroable::zeroed(), repeat)
+}
+
+fn run_program(program: BorrowedFd<'_>, frame: &[u8], context: &Context, repeat: u32) -> Result<Outcome> {
     let mut out = vec![0u8; frame.len() + 512];
     let mut options = libbpf_sys::bpf_test_run_opts {
         sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,
@@ -62,14 +88,13 @@ pub fn run_marked(
         data_size_in: frame.len() as u32,
         data_out: out.as_mut_ptr().cast(),
         data_size_out: out.len() as u32,
-        ctx_in: std::ptr::from_ref(&context).cast(),
+        ctx_in: std::ptr::from_ref(context).cast(),
         ctx_size_in: size_of::<Context>() as u32,
         repeat: repeat as i32,
         ..Default::default()
     };
-    let program = devices.program(direction, LinkLayer::Ethernet).as_fd().as_raw_fd();
     // SAFETY: the pointers lead to buffers of the given sizes that outlive the call.
-    let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program, &mut options) };
+    let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) };
     if result != 0 {
         bail!("BPF_PROG_TEST_RUN: {}", io::Error::from_raw_os_error(-result));
     }

@@ -1,5 +1,7 @@
 //! Trial programs: questions about the kernel that no list of helpers or map types answers. Each is a packet program of
 //! a dozen instructions, loaded, run once on an empty frame or offered to a hook, and let go.
+//!
+//! How such a program is written down and loaded is also what the laboratory's yardstick needs (yardstick.rs).
 
 use std::ffi::CStr;
 use std::io;
@@ -26,21 +28,22 @@ const LOOPBACK: i32 = 1;
 /// Opcodes (linux/bpf.h, linux/bpf_common.h).
 const STORE_8: u8 = 0x72;
 const STORE_32: u8 = 0x62;
-const STORE_64: u8 = 0x7a;
-const MOVE_CONSTANT: u8 = 0xb7;
-const MOVE_REGISTER: u8 = 0xbf;
-const ADD_CONSTANT: u8 = 0x07;
-const CALL: u8 = 0x85;
-const EXIT: u8 = 0x95;
+pub(super) const STORE_64: u8 = 0x7a;
+pub(super) const MOVE_CONSTANT: u8 = 0xb7;
+pub(super) const MOVE_REGISTER: u8 = 0xbf;
+pub(super) const ADD_CONSTANT: u8 = 0x07;
+pub(super) const CALL: u8 = 0x85;
+pub(super) const EXIT: u8 = 0x95;
 /// The frame pointer.
-const R10: u8 = 10;
+pub(super) const R10: u8 = 10;
 
-fn instruction(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> libbpf_sys::bpf_insn {
+pub(super) fn instruction(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> libbpf_sys::bpf_insn {
     let _bitfield_1 = libbpf_sys::bpf_insn::new_bitfield_1(to, from);
     libbpf_sys::bpf_insn { code, off: offset, imm: constant, _bitfield_1, ..Default::default() }
 }
 
-fn load(instructions: &[libbpf_sys::bpf_insn]) -> io::Result<OwnedFd> {
+/// A packet program.
+pub(super) fn load(instructions: &[libbpf_sys::bpf_insn]) -> io::Result<OwnedFd> {
     let mut options =
         libbpf_sys::bpf_prog_load_opts { sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as _, ..Default::default() };
     load_as(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, instructions, &mut options)

@@ -3,6 +3,9 @@
 
 #![cfg(feature = "lab")]
 
+#[path = "../../benches/packets/figures.rs"]
+#[allow(dead_code, reason = "nothing is recorded here")]
+mod figures;
 mod node;
 mod node_port;
 mod pods;
@@ -15,7 +18,9 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
+use figures::{Figures, Found, Table, release_line};
 use kubelane::abi::pool_empty;
+use kubelane::bpf::verifier::VerifiedProgram;
 use kubelane::bpf::{probe, verifier};
 use kubelane::model::{Family, Ipx, Protocol};
 use nix::mount::{MsFlags, mount};
@@ -85,6 +90,32 @@ fn every_program_passes_this_kernels_verifier() {
         // The limit is a million; a program that comes near it will be refused by some kernel.
         assert!((1..100_000).contains(&program.instructions), "{program:?}");
     }
+    assert_no_growth(&programs);
+}
+
+/// No program asks a tenth more of the verifier than benches/FIGURES.md says of this kernel.
+fn assert_no_growth(programs: &[VerifiedProgram]) {
+    let kernel = release_line(&release());
+    let figures = Figures::read().unwrap();
+    if !figures.knows(Table::Instructions, &kernel) {
+        support::skip(&format!("benches/FIGURES.md says nothing of Linux {kernel}, so that nothing is compared"));
+        return;
+    }
+    let found = |p: &VerifiedProgram| Found { name: p.name.clone(), value: f64::from(p.instructions), ns: None };
+    let found: Vec<Found> = programs.iter().map(found).collect();
+    let mut differences = figures.compare(Table::Instructions, &kernel, &found, 0.0);
+    differences.retain(|difference| difference.fails());
+    let text: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    assert!(
+        text.is_empty(),
+        "more than a tenth more instructions to verify on Linux {kernel}, or not on file:\n{}\n\
+         record it with a reason: make bench-packets ARGS=\"--record --why '...'\" (after make test-vm: --guests, too)",
+        text.join("\n")
+    );
+}
+
+fn release() -> String {
+    nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned()
 }
 
 #[test]
@@ -92,7 +123,7 @@ fn the_probes_find_what_kernels_of_this_version_have() {
     if !can_run() {
         return;
     }
-    let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+    let release = release();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     for feature in probe::features() {

@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, DeviceAddresses, Flow, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag, address_index,
-    backend_flag, backend_state, frontend_flag, pool_empty, pool_member,
+    Backend, DeviceAddresses, Ends, Flow, FlowKey, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag,
+    address_index, backend_flag, backend_state, frontend_flag, pool_empty, pool_member,
 };
 use kubelane::bpf::run::{Outcome, run, run_marked};
 use kubelane::bpf::{Datapath, Direction, Settings};
@@ -273,6 +273,24 @@ impl Node {
         self.pinned(map).keys().count()
     }
 
+    /// Removes the flow that this request is of, if there is one: both rows, wherever they are.
+    pub fn forget_flow(&self, request: &Frame, protocol: Protocol) {
+        let key = FlowKey { ends: ends(request), protocol: protocol as u8, zero: [0; 3] };
+        for map in ["flows", "new_flows"].map(|name| self.pinned(name)) {
+            let Some(row) = map.lookup(bytemuck::bytes_of(&key), MapFlags::ANY).unwrap() else { continue };
+            let there = bytemuck::pod_read_unaligned::<Flow>(&row).ends;
+            let back = Ends {
+                source: there.destination,
+                destination: there.source,
+                source_port_be: there.destination_port_be,
+                destination_port_be: there.source_port_be,
+            };
+            for key in [key, FlowKey { ends: back, ..key }] {
+                map.delete(bytemuck::bytes_of(&key)).unwrap();
+            }
+        }
+    }
+
     pub fn raw(&mut self, direction: Direction, interface: u32, bytes: &[u8]) -> Outcome {
         run(self.datapath.devices(), direction, bytes, interface, 1).unwrap()
     }
@@ -318,6 +336,17 @@ pub fn backend(address: &str, port: u16, protocol: Protocol, local: bool) -> Bac
         protocol: protocol as u8,
         flags: if local { backend_flag::BACKEND_NODE_LOCAL as u8 } else { 0 },
         zero: 0,
+    }
+}
+
+/// A packet's ends, as keys of flows have them.
+pub fn ends(frame: &Frame) -> Ends {
+    let (source, destination) = frame.ports();
+    Ends {
+        source: Ipx::from(frame.source).0,
+        destination: Ipx::from(frame.destination).0,
+        source_port_be: source.to_be_bytes(),
+        destination_port_be: destination.to_be_bytes(),
     }
 }
 
