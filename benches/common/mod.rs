@@ -2,6 +2,7 @@
 // Every bench compiles this module for itself and uses a part of it.
 #![allow(dead_code)]
 
+pub mod empty;
 pub mod health;
 pub mod programs;
 pub mod world;

@@ -1,7 +1,8 @@
 //! How long a first connection takes: percentiles of connect(2), at different numbers of Services.
 //!
 //! The laboratories of all modes and of all numbers of Services are there at the same time and take turns in short
-//! chunks, so that the machine's mood is in all of them.
+//! chunks, so that the machine's mood is in all of them. Chunks are shorter than a second: of each one, the kernel keeps
+//! 50 ms from processes in real time (sched_rt_runtime_us), which would be somebody's p99.9.
 
 use std::io::BufRead as _;
 use std::net::SocketAddrV4;

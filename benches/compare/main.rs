@@ -73,11 +73,10 @@ fn main() -> anyhow::Result<()> {
         arguments,
         figures: Figures::default(),
     };
-    for others in bench.arguments.others() {
-        bench.beside(others).with_context(|| format!("beside {others} other Services"))?;
-    }
-    bench.first_connections().context("first connections")?;
+    // What was measured before something failed is told, too.
+    let outcome = bench.measure();
     bench.report(&head)?;
+    outcome?;
     let seconds = began.elapsed().as_secs_f64();
     println!("{seconds:.0} s in all; the tables, the CSV and the plots are in {}", bench.arguments.output.display());
     Ok(())
@@ -100,6 +99,8 @@ struct Figures {
     cells: Vec<Cell>,
     ran: Vec<Ran>,
     latencies: Vec<Latency>,
+    /// What the kernel's run statistics say of a program that does nothing, in nanoseconds.
+    clock: f64,
     /// Modes that were not measured somewhere, and why.
     left_out: Vec<String>,
 }
@@ -108,6 +109,14 @@ struct Figures {
 type Side = (Mode, usize);
 
 impl Bench {
+    fn measure(&mut self) -> anyhow::Result<()> {
+        self.figures.clock = common::empty::cost()?;
+        for others in self.arguments.others() {
+            self.beside(others).with_context(|| format!("beside {others} other Services"))?;
+        }
+        self.first_connections().context("first connections")
+    }
+
     /// All tests on all paths beside `others` Services.
     fn beside(&mut self, others: usize) -> anyhow::Result<()> {
         let began = Instant::now();
@@ -129,7 +138,9 @@ impl Bench {
                 self.figures.cells.push(cell);
             }
         }
-        self.figures.ran.extend(programs::measure(&self.netperf, &served, others, &paths)?);
+        if self.arguments.has_statistics(others) {
+            self.figures.ran.extend(programs::measure(&self.netperf, &served, others, &paths)?);
+        }
         println!("{others:6} others  {:.0} s", began.elapsed().as_secs_f64());
         Ok(())
     }
@@ -220,7 +231,7 @@ impl Bench {
 
     /// All tables.
     fn text(&self, head: &str) -> String {
-        let Figures { cells, ran, latencies, left_out } = &self.figures;
+        let Figures { cells, ran, latencies, clock, left_out } = &self.figures;
         let rules = match &self.real {
             Some(_) => "Rules are those of the kube-proxy that was given, by legacy iptables",
             None => "Rules are written here, as kube-proxy 1.36 writes them, and loaded by legacy iptables",
@@ -247,10 +258,11 @@ impl Bench {
              mode's p99 beside the fewest others"
                 .to_owned(),
             table::latencies(latencies),
-            "kubelane's programs under load, by the kernel's run statistics. Two readings of the clock are in each \
-             figure: what a program takes that leaves at once (pod to pod) is the most that these can be"
-                .to_owned(),
-            programs::text(ran),
+            format!(
+                "kubelane's programs under load, by the kernel's run statistics; of a program that does nothing these \
+                 say {clock:.0} ns: two readings of the clock"
+            ),
+            programs::text(ran, *clock),
             "Targets".to_owned(),
             table::targets(cells, latencies),
         ]);

@@ -151,20 +151,21 @@ fn first_connections(path: &FilePath, caption: &str, machine: &str, sides: &[&La
     lines(path, caption, machine, &counts, &modes.map(line).collect::<Vec<_>>())
 }
 
-/// A line for each mode: microseconds at each of `counts`, NaN for none. Numbers of Services are set out evenly.
+/// A line for each mode: microseconds at each of `counts`, NaN for none. Numbers of Services are set out evenly. Times
+/// are set out by their logarithm: one mode may take thirty times as long as the others.
 fn lines(path: &FilePath, caption: &str, machine: &str, counts: &[usize], modes: &[(Mode, Vec<f64>)]) -> Drawn {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let area = area.titled(machine, (FONT, 12))?;
-    let all = modes.iter().flat_map(|(_, times)| times.iter().copied());
-    let most = all.filter(|time| time.is_finite()).fold(0.0, f64::max);
+    let all = modes.iter().flat_map(|(_, times)| times.iter().copied()).filter(|time| time.is_finite());
+    let (least, most) = all.fold((1e6, 1.0), |(least, most), time| (f64::min(least, time), f64::max(most, time)));
     let last = (counts.len() - 1) as f64;
     let mut chart = ChartBuilder::on(&area)
         .caption(caption, (FONT, 16))
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d(-0.2..last + 0.2, 0.0..most * 1.1)?;
+        .build_cartesian_2d(-0.2..last + 0.2, (least.min(most) * 0.8..most * 1.2).log_scale())?;
     chart
         .configure_mesh()
         .disable_x_mesh()
@@ -174,7 +175,8 @@ fn lines(path: &FilePath, caption: &str, machine: &str, counts: &[usize], modes:
             counts.get(x.round() as usize).filter(|_| is_whole).map(ToString::to_string).unwrap_or_default()
         })
         .x_desc("other Services")
-        .y_desc("microseconds")
+        .y_desc("microseconds, logarithmic")
+        .y_label_formatter(&|time| format!("{time:.0}"))
         .draw()?;
     for (mode, times) in modes {
         let colour = colour(*mode);
