@@ -14,7 +14,7 @@
  *   origin.h     connected sockets: what was asked for, which backend it got
  *   datagram.h   unconnected sockets: the same, for each destination
  *   socket.h     the verdict on connect() and sendmsg(), the reverse for recvmsg() and getpeername()
- *   stale.h      the iterator that finds connected sockets that go where they should not any more
+ *   stale.h      the iterators that find connected sockets that go where they should not any more
  *
  * and, for packets from and to the wire, which share abi.h to backend.h with them:
  *
@@ -182,7 +182,31 @@ int getpeername6(struct bpf_sock_addr *ctx)
 SEC("iter/bpf_sk_storage_map")
 int find_stale_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 {
-	print_stale_socket(ctx);
+	print_stale_socket(ctx->meta->seq, ctx->sk, ctx->value);
+	return 0;
+}
+
+/* The same, of one network namespace, for kernels that refuse the iterator over a map. */
+SEC("iter/udp")
+int find_stale_udp(struct bpf_iter__udp *ctx)
+{
+	struct sock *sk = (void *)ctx->udp_sk;
+
+	if (sk)
+		print_stale_socket(ctx->meta->seq, sk, bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0));
+	return 0;
+}
+
+SEC("iter/tcp")
+int find_stale_tcp(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *any = ctx->sk_common;
+	/* What waits in SYN_RECV or TIME_WAIT is no whole socket. */
+	struct tcp_sock *whole = any ? bpf_skc_to_tcp_sock(any) : (void *)0;
+
+	if (whole)
+		print_stale_socket(ctx->meta->seq, (void *)whole,
+				   bpf_sk_storage_get(&socket_origins, whole, (void *)0, 0));
 	return 0;
 }
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Finding the connected sockets whose backend is gone, or whose destination became another Service's. The iterator
- * walks the sockets that have an origin, in every network namespace, and those only; the daemon then destroys them
- * through sock_diag, namespace by namespace.
+ * Finding the connected sockets whose backend is gone, or whose destination became another Service's. One iterator
+ * walks the sockets that have an origin, in every network namespace, and those only. Where a kernel refuses it, two
+ * others walk all sockets of one namespace and of UDP or TCP, and the daemon asks them in each namespace. The daemon
+ * destroys what they print through sock_diag.
  *
  * Kernel structs are declared with the few members that are read; libbpf moves the offsets to the running kernel's.
  */
@@ -48,11 +49,24 @@ struct sock {
 	__u16 sk_protocol;
 };
 
+struct udp_sock;
+struct tcp_sock;
+
 struct bpf_iter__bpf_sk_storage_map {
 	struct bpf_iter_meta *meta;
 	struct bpf_map *map;
 	struct sock *sk;
 	void *value;
+};
+
+struct bpf_iter__udp {
+	struct bpf_iter_meta *meta;
+	struct udp_sock *udp_sk;
+};
+
+struct bpf_iter__tcp {
+	struct bpf_iter_meta *meta;
+	struct sock_common *sk_common;
 };
 
 #pragma clang attribute pop
@@ -82,11 +96,9 @@ static __always_inline int origin_has_moved(const struct origin *origin)
 	return key.protocol == IPPROTO_UDP && frontend_has_moved(&key, 1, origin->service_id);
 }
 
-static __always_inline void print_stale_socket(struct bpf_iter__bpf_sk_storage_map *ctx)
+static __always_inline void print_stale_socket(struct seq_file *seq, struct sock *sk, const struct origin *origin)
 {
 	struct stale_socket stale = {};
-	struct origin *origin = ctx->value;
-	struct sock *sk = ctx->sk;
 
 	if (!sk || !origin)
 		return;
@@ -108,7 +120,7 @@ static __always_inline void print_stale_socket(struct bpf_iter__bpf_sk_storage_m
 	stale.protocol = origin->protocol;
 	stale.netns_inum = sk->__sk_common.skc_net.net->ns.inum;
 	stale.interface = sk->__sk_common.skc_bound_dev_if;
-	bpf_seq_write(ctx->meta->seq, &stale, sizeof(stale));
+	bpf_seq_write(seq, &stale, sizeof(stale));
 }
 
 #endif

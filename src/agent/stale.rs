@@ -17,11 +17,13 @@ pub struct StaleSocketPasses {
     pass: Option<Pass>,
     running: Option<JoinHandle<anyhow::Result<StalePass>>>,
     again: bool,
+    /// Namespaces that are not searched are told of once.
+    told: bool,
 }
 
 impl StaleSocketPasses {
     pub fn new(pass: Option<Pass>) -> Self {
-        StaleSocketPasses { pass, running: None, again: false }
+        StaleSocketPasses { pass, running: None, again: false, told: false }
     }
 
     /// Backends went: have a pass begin after now.
@@ -40,29 +42,34 @@ impl StaleSocketPasses {
         let Some(running) = &mut self.running else { return std::future::pending().await };
         let result = running.await.context("the search for sockets of removed backends broke off").flatten();
         self.running = None;
-        report(result);
+        match result {
+            Ok(pass) => self.report(pass),
+            Err(error) => tracing::warn!("sockets of removed backends were not ended: {error:#}"),
+        }
         if std::mem::take(&mut self.again) {
             self.request();
         }
     }
-}
-
-fn report(result: anyhow::Result<StalePass>) {
-    match result {
-        Ok(StalePass { found: 0, .. }) => {}
-        Ok(StalePass { found, destroyed, unreachable: 0 }) => {
-            tracing::info!(found, destroyed, "ended sockets of removed backends");
-        }
-        Ok(StalePass { found, destroyed, unreachable }) => {
+    fn report(&mut self, pass: StalePass) {
+        const REMEDY: &str =
+            "share the host's PID namespace and have CAP_SYS_ADMIN and CAP_SYS_PTRACE, or its /run/netns";
+        let StalePass { found, destroyed, unreachable, hidden } = pass;
+        if unreachable > 0 {
             tracing::warn!(
                 found,
                 destroyed,
                 unreachable,
-                "some sockets of removed backends are in network namespaces that cannot be found: share the host's PID \
-                 namespace and have CAP_SYS_PTRACE, or its /run/netns"
+                "some sockets of removed backends are in network namespaces that cannot be found or entered: {REMEDY}"
+            );
+        } else if found > 0 {
+            tracing::info!(found, destroyed, "ended sockets of removed backends");
+        }
+        if hidden > 0 && !std::mem::replace(&mut self.told, true) {
+            tracing::warn!(
+                hidden,
+                "sockets of removed backends are not looked for in some network namespaces: {REMEDY}"
             );
         }
-        Err(error) => tracing::warn!("sockets of removed backends were not ended: {error:#}"),
     }
 }
 

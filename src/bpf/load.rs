@@ -16,6 +16,7 @@ use super::epochs::RouteEpoch;
 use super::flows::FlowCollector;
 use super::maps::Maps;
 use super::privileges::Privileges;
+use super::probe::SocketSearch;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
 use super::usage::MapUsage;
@@ -44,8 +45,8 @@ pub struct Settings {
 /// The attached datapath. Dropping it leaves everything attached and pinned.
 pub struct Datapath {
     maps: Maps,
-    /// The iterator over socket storage; `None` without kernel BTF.
-    stale_iterator: Option<StaleSockets>,
+    /// `None` where the kernel has no way to find them.
+    stale_sockets: Option<StaleSockets>,
     /// True when an earlier daemon's links were taken over.
     adopted: bool,
     devices: Devices,
@@ -78,8 +79,8 @@ impl Datapath {
         let cgroup = Cgroup::open(&settings.cgroup)?;
         let lock = pinned::prepare(&settings.pin_path)?;
         let mut storage = MaybeUninit::uninit();
-        let btf = btf_stand_in()?;
-        let mut skeleton = open_object(&mut storage, btf.as_ref())?;
+        let (btf, search) = (btf_stand_in()?, probe::socket_search());
+        let mut skeleton = open_object(&mut storage, btf.as_ref(), search)?;
         size_and_pin_maps(&mut skeleton, settings)?;
         if counts_services {
             count_services(&mut skeleton, settings)?;
@@ -94,7 +95,7 @@ impl Datapath {
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
         }
-        let stale_iterator = attach_iterator(&skeleton)?;
+        let stale_sockets = attach_iterators(&skeleton, search)?;
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
         let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_connections);
         let service_connections = counts_services.then(|| counts(&skeleton)).transpose()?;
@@ -105,7 +106,7 @@ impl Datapath {
         Ok(Datapath {
             maps,
             service_connections,
-            stale_iterator,
+            stale_sockets,
             adopted,
             devices,
             pin_path: settings.pin_path.clone(),
@@ -154,9 +155,9 @@ impl Datapath {
         RouteEpoch::open(&self.pin_path)
     }
 
-    /// Finds and ends sockets whose backend is gone; for use on another thread. `None` without kernel BTF.
+    /// Finds and ends sockets whose backend is gone; for use on another thread. `None` where the kernel cannot find them.
     pub fn stale_sockets(&self) -> Option<StaleSockets> {
-        self.stale_iterator.clone()
+        self.stale_sockets.clone()
     }
 }
 
@@ -179,6 +180,7 @@ pub(super) fn btf_stand_in() -> Result<Option<EmptyBtf>> {
 pub(super) fn open_object<'o>(
     storage: &'o mut MaybeUninit<OpenObject>,
     btf: Option<&EmptyBtf>,
+    search: SocketSearch,
 ) -> Result<OpenKubelaneSkel<'o>> {
     let mut builder = KubelaneSkelBuilder::default();
     if let Some(btf) = btf {
@@ -192,9 +194,9 @@ pub(super) fn open_object<'o>(
     rodata.config.snat_first = *snat.start();
     // At most 64512: the range starts at 1024 or later.
     rodata.config.snat_ports = snat.end() - snat.start() + 1;
-    if btf.is_some() {
-        skeleton.progs.find_stale_sockets.set_autoload(false);
-    }
+    skeleton.progs.find_stale_sockets.set_autoload(search == SocketSearch::Origins);
+    skeleton.progs.find_stale_udp.set_autoload(search == SocketSearch::Namespaces);
+    skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
     Ok(skeleton)
 }
 
@@ -280,11 +282,17 @@ fn attach_all(skeleton: &KubelaneSkel<'_>, cgroup: &Cgroup, pin_path: &Path) -> 
     Ok(adopted)
 }
 
-fn attach_iterator(skeleton: &KubelaneSkel<'_>) -> Result<Option<StaleSockets>> {
-    if !probe::has_kernel_btf() {
-        return Ok(None);
-    }
-    let map = skeleton.maps.socket_origins.as_fd();
-    let link = skeleton.progs.find_stale_sockets.attach_iter(map).context("cannot make the socket iterator")?;
-    Ok(Some(StaleSockets::new(link)))
+fn attach_iterators(skeleton: &KubelaneSkel<'_>, search: SocketSearch) -> Result<Option<StaleSockets>> {
+    let (progs, origins) = (&skeleton.progs, skeleton.maps.socket_origins.as_fd());
+    let why = "cannot make the socket iterator";
+    Ok(match search {
+        SocketSearch::Origins => {
+            Some(StaleSockets::of_origins(progs.find_stale_sockets.attach_iter(origins).context(why)?))
+        }
+        SocketSearch::Namespaces => Some(StaleSockets::of_namespaces(
+            progs.find_stale_udp.attach().context(why)?,
+            progs.find_stale_tcp.attach().context(why)?,
+        )),
+        SocketSearch::None => None,
+    })
 }

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{NSFS_MAGIC, statfs};
 
 /// asm-generic/socket.h (5.14).
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -27,28 +28,43 @@ pub fn own_cookie() -> Option<u64> {
     (result == 0).then_some(cookie)
 }
 
+/// A handle of the calling thread's own.
+const OWN: &str = "/proc/thread-self/ns/net";
+
 /// Where container runtimes and iproute2 keep handles of namespaces.
 const HANDLE_DIRECTORIES: [&str; 2] = ["/run/netns", "/run/docker/netns"];
 
-/// Finds a handle for each wanted namespace (inode number): the daemon's own, the runtimes' handle directories, and
-/// the processes that /proc shows (all of the node's when the daemon shares its PID namespace). Those that have no
-/// handle anywhere are missing from the result.
-pub fn find(wanted: &[u32]) -> HashMap<u32, PathBuf> {
-    let mut found = HashMap::new();
-    let own = std::iter::once(PathBuf::from("/proc/self/ns/net"));
+/// The network namespaces that can be found.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    /// One handle for each, by inode number.
+    pub handles: HashMap<u32, PathBuf>,
+    /// Processes whose namespace may not be looked at.
+    pub hidden: usize,
+}
+
+/// Every network namespace that has a handle: the calling thread's, those of the runtimes' handle directories, and of
+/// the processes that /proc shows (all of the node's when the daemon shares its PID namespace).
+pub fn all() -> Namespaces {
+    let mut namespaces = Namespaces::default();
+    let own = std::iter::once(PathBuf::from(OWN));
     let handles = HANDLE_DIRECTORIES.iter().flat_map(|d| entries(Path::new(d)));
     let processes = entries(Path::new("/proc")).filter(|p| is_process(p)).map(|p| p.join("ns/net"));
     for path in own.chain(handles).chain(processes) {
-        if found.len() == wanted.len() {
-            break;
-        }
-        let Ok(metadata) = fs::metadata(&path) else { continue };
-        let inum = metadata.ino() as u32;
-        if wanted.contains(&inum) {
-            found.entry(inum).or_insert(path);
+        match fs::metadata(&path) {
+            Ok(metadata) if is_namespace(&path) => {
+                namespaces.handles.entry(metadata.ino() as u32).or_insert(path);
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => namespaces.hidden += 1,
+            // A process that has ended, or the file that a handle was once mounted on.
+            _ => {}
         }
     }
-    found
+    namespaces
+}
+
+fn is_namespace(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
 }
 
 fn entries(directory: &Path) -> impl Iterator<Item = PathBuf> + use<> {
@@ -59,13 +75,16 @@ fn is_process(path: &Path) -> bool {
     path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// Runs `work` inside the namespace, on a thread of its own: a namespace belongs to a thread, and this one ends.
-pub fn run_inside<T: Send>(namespace: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let file = File::open(namespace).with_context(|| format!("cannot open {}", namespace.display()))?;
+/// What `work` gives inside the namespace, on a thread of its own: a namespace belongs to a thread, and this one ends.
+/// The caller's own needs neither a thread nor a right. Fails when the namespace cannot be entered.
+pub fn run_inside<T: Send>(namespace: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    if namespace == Path::new(OWN) {
+        return Ok(work());
+    }
+    let file = File::open(namespace)?;
     let inside = || {
-        setns(file.as_fd(), CloneFlags::CLONE_NEWNET)
-            .with_context(|| format!("cannot enter {} (CAP_SYS_ADMIN is needed)", namespace.display()))?;
-        work()
+        setns(file.as_fd(), CloneFlags::CLONE_NEWNET)?;
+        Ok(work())
     };
     std::thread::scope(|scope| match scope.spawn(inside).join() {
         Ok(result) => result,

@@ -44,9 +44,34 @@ pub fn has_route_mtu() -> bool {
     has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_check_mtu)
 }
 
-/// BTF of the running kernel, which the socket iterator is relocated against.
+/// BTF of the running kernel, which the socket iterators are relocated against.
 pub fn has_kernel_btf() -> bool {
     Path::new("/sys/kernel/btf/vmlinux").exists()
+}
+
+/// How connected sockets are found whose backend is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketSearch {
+    /// The iterator over the map of their origins, in all network namespaces (5.8).
+    Origins,
+    /// The iterators over UDP and TCP sockets (bpf_sk_storage_get() there: 5.11), in one namespace after the other.
+    Namespaces,
+    /// Not at all: no BTF, or the kernel refuses these programs.
+    None,
+}
+
+/// The first of these that the kernel has. Hardened kernels have been met that refuse the iterators over maps only.
+pub fn socket_search() -> SocketSearch {
+    let has_storage = |target| trial::iterator_knows(target, libbpf_sys::BPF_FUNC_sk_storage_get);
+    if !has_kernel_btf() {
+        SocketSearch::None
+    } else if trial::iterator_knows(c"bpf_sk_storage_map", libbpf_sys::BPF_FUNC_seq_write) {
+        SocketSearch::Origins
+    } else if has_storage(c"udp") && has_storage(c"tcp") {
+        SocketSearch::Namespaces
+    } else {
+        SocketSearch::None
+    }
 }
 
 /// Every feature, the required ones first. Needs CAP_BPF (or CAP_SYS_ADMIN): without it nothing is found.
@@ -113,8 +138,8 @@ fn of_sockets() -> Vec<Feature> {
             without: "applications see EPERM instead (kernels before 5.18)",
         },
         Feature {
-            name: "kernel BTF",
-            found: has_kernel_btf(),
+            name: "socket iterators",
+            found: socket_search() != SocketSearch::None,
             required: false,
             needed_for: "finding sockets whose backend is gone",
             without: "connected UDP sockets keep a removed backend until they fail by themselves (CONFIG_DEBUG_INFO_BTF)",

@@ -12,7 +12,7 @@ use libbpf_rs::skel::OpenSkel;
 
 use super::devices::{Devices, Direction, LinkLayer};
 use super::load::{btf_stand_in, open_object};
-use super::pinned;
+use super::{pinned, probe};
 
 /// What a program did to a packet.
 #[derive(Clone, Debug)]
@@ -86,7 +86,7 @@ pub fn run_marked(
 pub fn with_stand_in(pin_path: &Path, map: &str, stand_in: BorrowedFd<'_>) -> Result<Devices> {
     let mut storage = MaybeUninit::uninit();
     let btf = btf_stand_in()?;
-    let mut skeleton = open_object(&mut storage, btf.as_ref())?;
+    let mut skeleton = open_object(&mut storage, btf.as_ref(), probe::socket_search())?;
     for mut theirs in skeleton.open_object_mut().maps_mut() {
         let name = theirs.name().to_string_lossy().into_owned();
         let pin = pinned::maps_directory(pin_path).join(&name);

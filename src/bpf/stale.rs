@@ -1,8 +1,9 @@
 //! Ending the connected sockets whose backend is gone.
 //!
-//! A connected UDP socket sends without passing any hook, so that it would go on to a backend that is no more. The BPF
-//! iterator over socket storage names such sockets in all namespaces (and looks at no other socket); SOCK_DESTROY of
-//! sock_diag(7) then ends each, inside its own namespace. Its owner sees ECONNABORTED and connects anew.
+//! A connected UDP socket sends without passing any hook, so that it would go on to a backend that is no more. A BPF
+//! iterator names such sockets: that over socket storage, which looks at no other socket and into all namespaces, or
+//! where the kernel refuses it, those over UDP and TCP in one namespace after the other. SOCK_DESTROY of sock_diag(7)
+//! then ends each, inside its own namespace. Its owner sees ECONNABORTED and connects anew.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -56,45 +57,87 @@ pub struct StalePass {
     pub found: usize,
     /// Of these, the ones that were ended.
     pub destroyed: usize,
-    /// Of these, the ones in a network namespace that no handle leads to.
+    /// Of these, the ones in a network namespace that no handle leads to, or that cannot be entered.
     pub unreachable: usize,
+    /// Namespaces that were not searched: they cannot be entered, or belong to processes that may not be looked at.
+    pub hidden: usize,
 }
 
-/// The search for stale sockets. Cheap to clone; the iterator's program is loaded once.
+/// The search for stale sockets. Cheap to clone; the iterators' programs are loaded once.
 #[derive(Clone)]
-pub struct StaleSockets(Arc<Link>);
+pub struct StaleSockets(Arc<Iterators>);
+
+enum Iterators {
+    /// Over the sockets with an origin, in all namespaces.
+    Origins(Link),
+    /// Over all sockets of a protocol, in the namespace that the iterator is opened in.
+    Namespaces { udp: Link, tcp: Link },
+}
 
 impl StaleSockets {
-    pub(super) fn new(iterator: Link) -> Self {
-        StaleSockets(Arc::new(iterator))
+    pub(super) fn of_origins(iterator: Link) -> Self {
+        StaleSockets(Arc::new(Iterators::Origins(iterator)))
+    }
+
+    pub(super) fn of_namespaces(udp: Link, tcp: Link) -> Self {
+        StaleSockets(Arc::new(Iterators::Namespaces { udp, tcp }))
     }
 
     /// Ends the sockets that are connected to a backend that is gone: UDP and UDP-Lite always, TCP if asked. Blocks
-    /// for as long as it takes to walk the sockets that were sent to a Service.
+    /// for as long as it takes to walk the sockets that were sent to a Service, or all of these protocols.
     pub fn destroy(&self, with_tcp: bool) -> Result<StalePass> {
-        let mut by_namespace: BTreeMap<u32, Vec<StaleSocket>> = BTreeMap::new();
-        let mut pass = StalePass::default();
-        for socket in read_stale(&self.0)? {
-            let is_datagram = matches!(socket.protocol as i32, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
-            if is_datagram || with_tcp {
-                by_namespace.entry(socket.netns_inum).or_default().push(socket);
-                pass.found += 1;
+        match &*self.0 {
+            Iterators::Origins(link) => destroy_everywhere(link, with_tcp),
+            Iterators::Namespaces { udp, tcp } => {
+                let links: &[&Link] = if with_tcp { &[udp, tcp] } else { &[udp] };
+                destroy_in_each(links)
             }
         }
-        let wanted: Vec<u32> = by_namespace.keys().copied().collect();
-        let handles = if wanted.is_empty() { Default::default() } else { namespaces::find(&wanted) };
-        for (inum, sockets) in by_namespace {
-            let Some(handle) = handles.get(&inum) else {
-                pass.unreachable += sockets.len();
-                continue;
-            };
-            match namespaces::run_inside(handle, || destroy_all(&sockets)) {
-                Ok(destroyed) => pass.destroyed += destroyed,
-                Err(error) => tracing::warn!("cannot end {} sockets of removed backends: {error:#}", sockets.len()),
-            }
-        }
-        Ok(pass)
     }
+}
+
+fn destroy_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
+    let mut by_namespace: BTreeMap<u32, Vec<StaleSocket>> = BTreeMap::new();
+    let mut pass = StalePass::default();
+    for socket in read_stale(origins)? {
+        let is_datagram = matches!(socket.protocol as i32, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
+        if is_datagram || with_tcp {
+            by_namespace.entry(socket.netns_inum).or_default().push(socket);
+            pass.found += 1;
+        }
+    }
+    let handles = if pass.found == 0 { Default::default() } else { namespaces::all().handles };
+    for (inum, sockets) in by_namespace {
+        let inside = handles.get(&inum).map(|handle| namespaces::run_inside(handle, || destroy_all(&sockets)));
+        match inside {
+            Some(Ok(destroyed)) => pass.destroyed += destroyed?,
+            Some(Err(_)) | None => pass.unreachable += sockets.len(),
+        }
+    }
+    Ok(pass)
+}
+
+fn destroy_in_each(links: &[&Link]) -> Result<StalePass> {
+    let found = namespaces::all();
+    let mut pass = StalePass { hidden: found.hidden, ..StalePass::default() };
+    let search = || -> Result<(usize, usize)> {
+        let read: Vec<Vec<StaleSocket>> = links.iter().map(|link| read_stale(link)).collect::<Result<_>>()?;
+        let sockets = read.concat();
+        Ok((sockets.len(), if sockets.is_empty() { 0 } else { destroy_all(&sockets)? }))
+    };
+    for handle in found.handles.values() {
+        match namespaces::run_inside(handle, search) {
+            Ok(result) => {
+                let (found, destroyed) = result?;
+                pass.found += found;
+                pass.destroyed += destroyed;
+            }
+            // It may have gone with its last process.
+            Err(_) if !handle.exists() => {}
+            Err(_) => pass.hidden += 1,
+        }
+    }
+    Ok(pass)
 }
 
 fn read_stale(iterator: &Link) -> Result<Vec<StaleSocket>> {

@@ -1,6 +1,7 @@
 //! Trial programs: questions about the kernel that no list of helpers or map types answers. Each is a packet program of
 //! a dozen instructions, loaded, run once on an empty frame or offered to a hook, and let go.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
@@ -40,15 +41,26 @@ fn instruction(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> libbpf
 }
 
 fn load(instructions: &[libbpf_sys::bpf_insn]) -> io::Result<OwnedFd> {
-    // SAFETY: the pointers lead to NUL-terminated strings and to as many instructions as is said; no options.
+    let mut options =
+        libbpf_sys::bpf_prog_load_opts { sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as _, ..Default::default() };
+    load_as(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, instructions, &mut options)
+}
+
+fn load_as(
+    kind: libbpf_sys::bpf_prog_type,
+    instructions: &[libbpf_sys::bpf_insn],
+    options: &mut libbpf_sys::bpf_prog_load_opts,
+) -> io::Result<OwnedFd> {
+    // SAFETY: the pointers lead to NUL-terminated strings, to as many instructions as is said, and to options of the
+    // size that they say.
     let fd = unsafe {
         libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            kind,
             c"kubelane_trial".as_ptr(),
             c"GPL".as_ptr(),
             instructions.as_ptr(),
             instructions.len() as u64,
-            std::ptr::null_mut(),
+            options,
         )
     };
     if fd < 0 {
@@ -56,6 +68,25 @@ fn load(instructions: &[libbpf_sys::bpf_insn]) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel has just given this descriptor to us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Whether BPF iterators over `target` are to be had, and their programs may call a helper. One that
+/// calls it with nothing in its argument registers is refused for that (EACCES), or before for another reason.
+pub(super) fn iterator_knows(target: &CStr, helper: u32) -> bool {
+    // SAFETY: the name ends with a NUL.
+    let id = unsafe { libbpf_sys::libbpf_find_vmlinux_btf_id(target.as_ptr(), libbpf_sys::BPF_TRACE_ITER) };
+    if id <= 0 {
+        return false;
+    }
+    let program = [instruction(CALL, 0, 0, 0, helper as i32), instruction(EXIT, 0, 0, 0, 0)];
+    let mut options = libbpf_sys::bpf_prog_load_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: libbpf_sys::BPF_TRACE_ITER,
+        attach_btf_id: id as u32,
+        ..Default::default()
+    };
+    load_as(libbpf_sys::BPF_PROG_TYPE_TRACING, &program, &mut options)
+        .is_err_and(|error| error.raw_os_error() == Some(libc::EACCES))
 }
 
 /// What the program answers about an empty Ethernet frame.

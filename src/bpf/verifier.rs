@@ -8,6 +8,7 @@ use libbpf_rs::AsRawLibbpf;
 use libbpf_rs::skel::OpenSkel;
 
 use super::load::{btf_stand_in, open_object};
+use super::probe;
 
 /// BPF_LOG_STATS of linux/bpf_verifier.h (5.2): a few lines of figures, and the reason when a program is refused.
 const LOG_STATISTICS: u32 = 4;
@@ -41,7 +42,7 @@ impl VerifiedProgram {
 pub fn verify_all() -> Result<Vec<VerifiedProgram>> {
     let mut storage = MaybeUninit::uninit();
     let btf = btf_stand_in()?;
-    let mut skeleton = open_object(&mut storage, btf.as_ref())?;
+    let mut skeleton = open_object(&mut storage, btf.as_ref(), probe::socket_search())?;
     let mut logs: Vec<(String, Vec<u8>)> = Vec::new();
     for mut program in skeleton.open_object_mut().progs_mut().filter(|p| p.autoload()) {
         let mut log = vec![0u8; LOG_BYTES];
