@@ -112,7 +112,7 @@ fn in_a_namespace(command: &str, work: impl FnOnce() + Send) {
 fn the_kernel_takes_the_iptables_rules_of_both_families() {
     in_a_namespace(load::iptables_command(Family::V4), || {
         for family in FAMILIES {
-            load::iptables(family, &iptables::render(&world(), family)).unwrap();
+            load::iptables(family, &iptables::render(&world(), family), load::NO_HURRY).unwrap();
         }
     });
 }
@@ -121,13 +121,13 @@ fn the_kernel_takes_the_iptables_rules_of_both_families() {
 fn the_kernel_takes_the_nftables_rules_of_both_families() {
     in_a_namespace("nft", || {
         for family in FAMILIES {
-            load::nftables(&nftables::render(&world(), family)).unwrap();
+            load::nftables(&nftables::render(&world(), family), load::NO_HURRY).unwrap();
         }
     });
 }
 
 #[test]
 fn the_machines_own_rules_are_not_touched() {
-    let refused = load::nftables("").unwrap_err().to_string();
+    let refused = load::nftables("", load::NO_HURRY).unwrap_err().to_string();
     assert!(refused.contains("enter another network namespace"), "{refused}");
 }

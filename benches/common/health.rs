@@ -47,10 +47,10 @@ impl Trouble {
         self
     }
 
-    /// What moved since `earlier`; `None` when nothing did.
-    pub fn since(&self, earlier: &Trouble) -> Option<String> {
+    /// What moved since `earlier`, apart from what is `no_trouble`; `None` when nothing did.
+    pub fn since(&self, earlier: &Trouble, no_trouble: &[&str]) -> Option<String> {
         let count = |of: &Trouble, name: &str| of.0.get(name).copied().unwrap_or(0);
-        let moved = SIGNS.iter().filter_map(|name| {
+        let moved = SIGNS.iter().filter(|name| !no_trouble.contains(name)).filter_map(|name| {
             let more = count(self, name).saturating_sub(count(earlier, name));
             (more > 0).then(|| format!("{name} +{more}"))
         });

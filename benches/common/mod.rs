@@ -2,7 +2,9 @@
 // Every bench compiles this module for itself and uses a part of it.
 #![allow(dead_code)]
 
+pub mod empty;
 pub mod health;
+pub mod programs;
 pub mod world;
 
 use std::fs;
@@ -70,6 +72,11 @@ impl Sample {
             n if n % 2 == 0 => f64::midpoint(self.0[middle - 1], self.0[middle]),
             _ => self.0[middle],
         }
+    }
+
+    /// The values, the smallest first.
+    pub fn values(&self) -> impl Iterator<Item = f64> {
+        self.0.iter().copied()
     }
 
     pub fn min(&self) -> f64 {

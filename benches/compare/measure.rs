@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::common::Sample;
+use crate::instructions::Instructions;
 use crate::mode::{Mode, Served};
 use crate::path::Path;
 use crate::run::{Figure, Netperf, Run, Test};
@@ -16,6 +17,8 @@ pub struct Cell {
     pub rounds: Vec<BTreeMap<Mode, Figure>>,
     /// Rounds that did not count, with the reasons.
     pub spoiled: Vec<String>,
+    /// Instructions for one transaction or one Mbit, of one more run; empty where the machine does not count them.
+    pub instructions: BTreeMap<Mode, f64>,
 }
 
 impl Cell {
@@ -30,6 +33,12 @@ impl Cell {
     /// The rounds' ratios of rates.
     pub fn ratio(&self, of: Mode, to: Mode) -> Sample {
         self.each(|round| Some(round.get(&of)?.rate / round.get(&to)?.rate))
+    }
+
+    /// The ratio of instructions, if both were counted.
+    pub fn instructions_ratio(&self, of: Mode, to: Mode) -> Sample {
+        let count = |mode: &Mode| self.instructions.get(mode).copied();
+        Sample::new(count(&of).zip(count(&to)).map(|(of, to)| of / to))
     }
 
     /// The rounds' ratios of processor time.
@@ -59,7 +68,7 @@ pub fn cell(
     test: Test,
     rounds: usize,
 ) -> anyhow::Result<Cell> {
-    let mut cell = Cell { others, path, test, rounds: Vec::new(), spoiled: Vec::new() };
+    let mut cell = Cell { others, path, test, rounds: Vec::new(), spoiled: Vec::new(), instructions: BTreeMap::new() };
     let modes: Vec<&Served> = served.iter().filter(|served| served.mode.has(path)).collect();
     while cell.rounds.len() < rounds && cell.spoiled.len() < rounds {
         let number = cell.rounds.len() + cell.spoiled.len();
@@ -85,4 +94,17 @@ pub fn cell(
         }
     }
     Ok(cell)
+}
+
+/// One more run in each mode, in which instructions are counted: counting costs time.
+pub fn count_instructions(netperf: &Netperf, served: &[Served], cell: &mut Cell) -> anyhow::Result<()> {
+    for served in served.iter().filter(|served| served.mode.has(cell.path)) {
+        let instructions = Instructions::start(served.lab)?;
+        let run = netperf.run(served, cell.path, cell.test)?;
+        let count = instructions.stop()?;
+        if let Run::Good(figure) = run {
+            cell.instructions.insert(served.mode, count / figure.units);
+        }
+    }
+    Ok(())
 }

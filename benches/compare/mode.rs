@@ -1,20 +1,22 @@
 //! Who serves the Services: each mode has two nodes and a client of its own, in namespaces that no other mode touches.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::path::Path as FilePath;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
-use serde_json::json;
 
-use crate::common::world::{BenchService, BenchWorld, ENDPOINT_PORT, Layout, SERVICE_PORT, Style};
-use crate::path::{Path, TARGETS, Target};
-use crate::rulesets::{self, Family, Protocol, ServicePort, State, World, load};
+use crate::cluster::Cluster;
+use crate::common::world::{BenchService, BenchWorld, Layout, Style};
+use crate::path::{Path, TARGETS};
+use crate::rulesets::{self, Family, World, load};
+use crate::services;
 use crate::support::daemon::Daemon;
 use crate::support::lab::{Lab, Node};
-use crate::support::manifests::{Endpoint, Manifests, port, service, slice};
+use crate::support::manifests::Manifests;
+use crate::support::process::Process;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Mode {
@@ -33,6 +35,11 @@ impl Mode {
     /// Nobody serves the Services.
     pub fn is_plain(self) -> bool {
         matches!(self, Mode::Direct | Mode::Routed)
+    }
+
+    /// kube-proxy's rules serve them.
+    pub fn has_rules(self) -> bool {
+        matches!(self, Mode::Iptables | Mode::Nftables)
     }
 
     /// Whether a path is one of its own in this mode: for most there is no other way than the direct one.
@@ -88,50 +95,80 @@ pub fn lay_out(mode: Mode) -> anyhow::Result<Lab> {
 pub struct Served<'a> {
     pub mode: Mode,
     pub lab: &'a Lab,
+    /// Services beside the targets.
+    pub others: usize,
     /// Until everything was in the kernel of both nodes.
     pub loaded_after: Duration,
+    /// Of the targets, in their order.
+    cluster_ips: [Ipv4Addr; 2],
     _daemons: Vec<Daemon<'a>>,
+    _proxies: Vec<Process>,
 }
 
 impl<'a> Served<'a> {
-    pub fn start(mode: Mode, lab: &'a Lab, others: usize) -> anyhow::Result<Served<'a>> {
+    /// Services come from `cluster`, with kube-proxy's own rules, or else from files, with rules that are written here.
+    /// [`load::TooSlow`] when a node's rules take longer than `limit`.
+    pub fn start(
+        mode: Mode,
+        lab: &'a Lab,
+        others: usize,
+        cluster: Option<&Cluster>,
+        limit: Duration,
+    ) -> anyhow::Result<Served<'a>> {
         let dir = lab.dir.join("manifests");
-        let others = BenchWorld::write(&dir, others, 1, Layout::Big, Style::Plain)?;
+        let world = BenchWorld::write(&dir, others, 1, Layout::Big, Style::Plain)?;
         let began = Instant::now();
-        let mut daemons = Vec::new();
+        let (mut daemons, mut proxies) = (Vec::new(), Vec::new());
         for node in &lab.nodes {
-            match mode {
-                Mode::Direct | Mode::Routed => {}
-                Mode::Kubelane => daemons.push(start_daemon(lab, node, &dir, others.services.len())?),
-                Mode::Iptables | Mode::Nftables => load_rules(mode, lab, node, &others.services)?,
+            match (mode, cluster) {
+                (Mode::Direct | Mode::Routed, _) => {}
+                (Mode::Kubelane, None) => daemons.push(start_daemon(lab, node, &dir, others)?),
+                (Mode::Kubelane, Some(cluster)) => daemons.push(cluster.start_daemon(lab, node)?),
+                (Mode::Iptables | Mode::Nftables, None) => load_rules(mode, lab, node, &world.services, limit)?,
+                (Mode::Iptables | Mode::Nftables, Some(cluster)) => {
+                    proxies.push(cluster.start_kube_proxy(mode, lab, node, limit)?);
+                }
+            }
+            if mode.has_rules() {
+                // What kube-proxy asks of a node: replies between pods of one bridge must pass the rules, too.
+                let setting = node.host.sysctl(&[("bridge/bridge-nf-call-iptables", "1")]);
+                setting.context("the rules need the kernel's module br_netfilter (modprobe br_netfilter)")?;
             }
         }
-        Ok(Served { mode, lab, loaded_after: began.elapsed(), _daemons: daemons })
+        let cluster_ips = cluster.map_or(TARGETS.map(|target| target.cluster_ip), |cluster| cluster.cluster_ips);
+        let loaded_after = began.elapsed();
+        if mode.has_rules() && cluster.is_none() {
+            for node in &lab.nodes {
+                let loaded = count_rules(mode, node, services::OTHERS_NAMESPACE)?;
+                if loaded != others {
+                    bail!("the rules of {} are for {loaded} Services, not {others}", node.name);
+                }
+            }
+        }
+        Ok(Served { mode, lab, others, loaded_after, cluster_ips, _daemons: daemons, _proxies: proxies })
+    }
+
+    /// What the client of a path connects to. Without a proxy it is the pod itself, from the same client.
+    pub fn address(&self, path: Path) -> Ipv4Addr {
+        let target = path.target();
+        match path {
+            _ if self.mode.is_plain() => self.lab.pod(target.pod).v4,
+            Path::Pod => self.lab.pod(target.pod).v4,
+            Path::ClusterIpRemote | Path::ClusterIpLocal => {
+                let at = TARGETS.iter().position(|other| other.name == target.name);
+                at.map_or(target.cluster_ip, |at| self.cluster_ips[at])
+            }
+            Path::NodePortLocal | Path::NodePortRemote => self.lab.node("node1").host.v4,
+            Path::LoadBalancerIp => target.load_balancer_ip,
+        }
     }
 }
 
 fn start_daemon<'a>(lab: &'a Lab, node: &Node, dir: &FilePath, others: usize) -> anyhow::Result<Daemon<'a>> {
     let manifests = Manifests::new(dir.to_owned());
     for target in TARGETS {
-        let ports = target.ports();
-        let ports: Vec<(&str, &str, u16)> = ports
-            .iter()
-            .map(|(name, is_tcp, number)| (name.as_str(), if *is_tcp { "TCP" } else { "UDP" }, *number))
-            .collect();
-        let make = |(name, protocol, number): &(&str, &str, u16)| {
-            let mut port = port(name, protocol, *number);
-            port["nodePort"] = json!(number);
-            port
-        };
-        let spec = json!({
-            "type": "LoadBalancer",
-            "clusterIP": target.cluster_ip.to_string(),
-            "ports": ports.iter().map(make).collect::<Vec<_>>(),
-        });
-        let mut object = service(target.name, spec);
-        object["status"] = json!({"loadBalancer": {"ingress": [{"ip": target.load_balancer_ip.to_string()}]}});
-        let endpoint = Endpoint::ready(lab.pod(target.pod).v4.into(), lab.node_of(target.pod));
-        manifests.save(target.name, &[object, slice(&format!("{}-1", target.name), target.name, &ports, &[endpoint])]);
+        let objects = services::target(target, lab, Some(target.cluster_ip.into()), str::to_owned);
+        manifests.save(target.name, &objects);
     }
     let daemon = Daemon::start(lab, &node.name, dir)?;
     let known = daemon.metric("kubelane_frontends ")?;
@@ -141,59 +178,29 @@ fn start_daemon<'a>(lab: &'a Lab, node: &Node, dir: &FilePath, others: usize) ->
     Ok(daemon)
 }
 
-fn load_rules(mode: Mode, lab: &Lab, node: &Node, others: &[BenchService]) -> anyhow::Result<()> {
-    let targets = TARGETS.iter().flat_map(|target| service_ports(*target, lab, node));
+fn load_rules(mode: Mode, lab: &Lab, node: &Node, others: &[BenchService], limit: Duration) -> anyhow::Result<()> {
     let world = World {
         pods: vec!["10.244.0.0/16".parse()?],
         node: vec![node.host.v4.into()],
-        services: others.iter().map(other).chain(targets).collect(),
+        services: services::ports(lab, node, others),
     };
     let load = || match mode {
-        Mode::Nftables => load::nftables(&rulesets::nftables::render(&world, Family::V4)),
-        _ => load::iptables(Family::V4, &rulesets::iptables::render(&world, Family::V4)),
+        Mode::Nftables => load::nftables(&rulesets::nftables::render(&world, Family::V4), limit),
+        _ => load::iptables(Family::V4, &rulesets::iptables::render(&world, Family::V4), limit),
     };
-    node.host.inside(load).with_context(|| format!("loading the rules of {}", node.name))?;
-    // What kube-proxy asks of a node: replies between pods of one bridge must pass the rules, too.
-    let setting = node.host.sysctl(&[("bridge/bridge-nf-call-iptables", "1")]);
-    setting.context("the rules need the kernel's module br_netfilter (modprobe br_netfilter)")
+    node.host.inside(load).with_context(|| format!("loading the rules of {}", node.name))
 }
 
-/// The ports of a target, for the rules of `node`.
-fn service_ports(target: Target, lab: &Lab, node: &Node) -> Vec<ServicePort> {
-    let endpoint = |number: u16| rulesets::Endpoint {
-        at: SocketAddr::new(lab.pod(target.pod).v4.into(), number),
-        is_local: lab.node_of(target.pod) == node.name,
-        state: State::Ready,
-    };
-    let make = |(name, is_tcp, number): (String, bool, u16)| ServicePort {
-        namespace: "default".to_owned(),
-        name: target.name.to_owned(),
-        port_name: name,
-        protocol: if is_tcp { Protocol::Tcp } else { Protocol::Udp },
-        cluster_ips: vec![target.cluster_ip.into()],
-        port: number,
-        node_port: number,
-        load_balancer_ips: vec![target.load_balancer_ip.into()],
-        endpoints: vec![endpoint(number)],
-        ..ServicePort::default()
-    };
-    target.ports().into_iter().map(make).collect()
-}
-
-/// One of the other Services, which no packet is for.
-fn other(service: &BenchService) -> ServicePort {
-    let endpoint = |at: &std::net::Ipv4Addr| rulesets::Endpoint {
-        at: SocketAddr::new(IpAddr::V4(*at), ENDPOINT_PORT),
-        is_local: false,
-        state: State::Ready,
-    };
-    ServicePort {
-        namespace: "bench".to_owned(),
-        name: format!("service-{}", service.number),
-        port_name: "http".to_owned(),
-        cluster_ips: vec![service.cluster_ip().into()],
-        port: SERVICE_PORT,
-        endpoints: service.endpoints.iter().map(endpoint).collect(),
-        ..ServicePort::default()
+/// Of how many ports of Services in `namespace` the node's rules have the cluster IP.
+pub fn count_rules(mode: Mode, node: &Node, namespace: &str) -> anyhow::Result<usize> {
+    if mode == Mode::Nftables {
+        let list = node.host.run("nft", &["list", "map", "ip", "kube-proxy", "service-ips"], "")?;
+        let ours = format!("-{namespace}/");
+        let chains = list.split("goto service-").skip(1);
+        return Ok(chains.filter(|chain| chain.split_whitespace().next().is_some_and(|c| c.contains(&ours))).count());
     }
+    let list = node.host.run("iptables-legacy-save", &["-t", "nat"], "")?;
+    let ours = format!("\"{namespace}/");
+    let is_ours = |line: &&str| line.starts_with("-A KUBE-SERVICES ") && line.contains(&ours);
+    Ok(list.lines().filter(is_ours).filter(|line| line.contains(" cluster IP\"")).count())
 }

@@ -9,7 +9,6 @@ use std::net::Ipv4Addr;
 
 use clap::ValueEnum;
 
-use crate::mode::Mode;
 use crate::support::lab::{Lab, Place};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -94,18 +93,6 @@ impl Path {
         match self {
             Path::Pod | Path::ClusterIpRemote | Path::ClusterIpLocal => Ok(lab.pod("client").clone()),
             Path::NodePortLocal | Path::NodePortRemote | Path::LoadBalancerIp => lab.outside_place(),
-        }
-    }
-
-    /// What the client connects to. Without a proxy it is the pod itself, from the same client.
-    pub fn address(self, mode: Mode, lab: &Lab) -> Ipv4Addr {
-        let target = self.target();
-        match self {
-            _ if mode.is_plain() => lab.pod(target.pod).v4,
-            Path::Pod => lab.pod(target.pod).v4,
-            Path::ClusterIpRemote | Path::ClusterIpLocal => target.cluster_ip,
-            Path::NodePortLocal | Path::NodePortRemote => lab.node("node1").host.v4,
-            Path::LoadBalancerIp => target.load_balancer_ip,
         }
     }
 }

@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use clap::ValueEnum as _;
 use plotters::prelude::*;
 
+use crate::latency::{self, Latency};
 use crate::measure::Cell;
 use crate::mode::Mode;
 use crate::path::Path;
@@ -24,8 +25,14 @@ fn colour(mode: Mode) -> RGBColor {
     }
 }
 
-/// Writes all plots that the cells allow into `directory`; their paths.
-pub fn write(directory: &FilePath, cells: &[Cell], modes: &[Mode], machine: &str) -> anyhow::Result<Vec<PathBuf>> {
+/// Writes all plots that the figures allow into `directory`; their paths.
+pub fn write(
+    directory: &FilePath,
+    cells: &[Cell],
+    latencies: &[Latency],
+    modes: &[Mode],
+    machine: &str,
+) -> anyhow::Result<Vec<PathBuf>> {
     let mut written = Vec::new();
     let mut counts: Vec<usize> = cells.iter().map(|cell| cell.others).collect();
     counts.dedup();
@@ -42,15 +49,30 @@ pub fn write(directory: &FilePath, cells: &[Cell], modes: &[Mode], machine: &str
         for way in Path::ALL {
             let line: Vec<&Cell> = cells.iter().filter(|c| c.test == test && c.path == way).collect();
             if line.len() > 1 && test.unit == "/s" {
-                let name = way.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-                let path = directory.join(format!("growth-{}-{name}.svg", test.name));
+                let path = directory.join(format!("growth-{}-{}.svg", test.name, file_name(way)));
                 let caption = format!("{} on the path \"{way}\": time of a transaction", test.name);
                 growth(&path, &caption, machine, &line, modes).map_err(|error| anyhow!("{error}"))?;
                 written.push(path);
             }
         }
     }
+    for way in latency::PATHS {
+        let sides: Vec<&Latency> = latencies.iter().filter(|side| side.path == way).collect();
+        for percent in [50.0, 99.0] {
+            if !sides.is_empty() {
+                let path = directory.join(format!("first-connection-p{percent}-{}.svg", file_name(way)));
+                let caption = format!("First connection on the path \"{way}\": p{percent} of connect()");
+                first_connections(&path, &caption, machine, &sides, percent).map_err(|error| anyhow!("{error}"))?;
+                written.push(path);
+            }
+        }
+    }
     Ok(written)
+}
+
+/// A path's name on the command line.
+fn file_name(way: Path) -> String {
+    way.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 type Drawn = Result<(), Box<dyn std::error::Error>>;
@@ -106,40 +128,60 @@ fn bars(path: &FilePath, caption: &str, machine: &str, cells: &[&Cell], modes: &
     Ok(())
 }
 
-/// A line for each mode; numbers of Services are set out evenly.
+/// The time of a transaction in each mode.
 fn growth(path: &FilePath, caption: &str, machine: &str, cells: &[&Cell], modes: &[Mode]) -> Drawn {
+    let counts: Vec<usize> = cells.iter().map(|cell| cell.others).collect();
+    let line = |mode: &Mode| (*mode, cells.iter().map(|cell| 1e6 / cell.rates(*mode).median()).collect());
+    lines(path, caption, machine, &counts, &modes.iter().map(line).collect::<Vec<_>>())
+}
+
+/// A percentile of first connections in each mode. One that knows no Services has the same at any number of them.
+fn first_connections(path: &FilePath, caption: &str, machine: &str, sides: &[&Latency], percent: f64) -> Drawn {
+    let mut counts: Vec<usize> = sides.iter().map(|side| side.others).collect();
+    counts.sort_unstable();
+    counts.dedup();
+    let modes = Mode::ALL.into_iter().filter(|mode| sides.iter().any(|side| side.mode == *mode));
+    let line = |mode: Mode| {
+        let at = |count: &usize| {
+            let side = sides.iter().find(|side| side.mode == mode && (side.others == *count || mode.is_plain()));
+            side.map_or(f64::NAN, |side| side.all().percentile(percent))
+        };
+        (mode, counts.iter().map(at).collect())
+    };
+    lines(path, caption, machine, &counts, &modes.map(line).collect::<Vec<_>>())
+}
+
+/// A line for each mode: microseconds at each of `counts`, NaN for none. Numbers of Services are set out evenly. Times
+/// are set out by their logarithm: one mode may take thirty times as long as the others.
+fn lines(path: &FilePath, caption: &str, machine: &str, counts: &[usize], modes: &[(Mode, Vec<f64>)]) -> Drawn {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let area = area.titled(machine, (FONT, 12))?;
-    let microseconds = |cell: &Cell, mode| 1e6 / cell.rates(mode).median();
-    let all = cells.iter().flat_map(|cell| modes.iter().map(|mode| microseconds(cell, *mode)));
-    let most = all.filter(|time| time.is_finite()).fold(0.0, f64::max);
-    let last = (cells.len() - 1) as f64;
+    let all = modes.iter().flat_map(|(_, times)| times.iter().copied()).filter(|time| time.is_finite());
+    let (least, most) = all.fold((1e6, 1.0), |(least, most), time| (f64::min(least, time), f64::max(most, time)));
+    let last = (counts.len() - 1) as f64;
     let mut chart = ChartBuilder::on(&area)
         .caption(caption, (FONT, 16))
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d(-0.2..last + 0.2, 0.0..most * 1.1)?;
+        .build_cartesian_2d(-0.2..last + 0.2, (least.min(most) * 0.8..most * 1.2).log_scale())?;
     chart
         .configure_mesh()
         .disable_x_mesh()
-        .x_labels(5 * cells.len())
+        .x_labels(5 * counts.len())
         .x_label_formatter(&|x| {
             let is_whole = (x - x.round()).abs() < 0.01 && *x > -0.01;
-            cells.get(x.round() as usize).filter(|_| is_whole).map(|c| c.others.to_string()).unwrap_or_default()
+            counts.get(x.round() as usize).filter(|_| is_whole).map(ToString::to_string).unwrap_or_default()
         })
         .x_desc("other Services")
-        .y_desc("microseconds")
+        .y_desc("microseconds, logarithmic")
+        .y_label_formatter(&|time| format!("{time:.0}"))
         .draw()?;
-    for mode in modes {
+    for (mode, times) in modes {
         let colour = colour(*mode);
-        let line: Vec<(f64, f64)> = cells
-            .iter()
-            .enumerate()
-            .map(|(at, cell)| (at as f64, microseconds(cell, *mode)))
-            .filter(|(_, time)| time.is_finite())
-            .collect();
+        let points = times.iter().enumerate().map(|(at, time)| (at as f64, *time));
+        let line: Vec<(f64, f64)> = points.filter(|(_, time)| time.is_finite()).collect();
         chart
             .draw_series(LineSeries::new(line.clone(), colour.stroke_width(2)))?
             .label(mode.to_string())

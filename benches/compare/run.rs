@@ -31,29 +31,72 @@ pub struct Test {
     /// Its rate is in this unit: transactions a second, or 10^6 bits a second.
     pub unit: &'static str,
     /// Transactions or bytes of a run, about half a second's. A run that ends by the clock instead has netserver wait
-    /// for four seconds more (PAD_TIME).
+    /// for four seconds more (PAD_TIME). A stream of datagrams ends for netserver with an empty one.
     amount: u64,
 }
 
 impl Test {
-    pub const ALL: [Test; 5] = [
+    pub const ALL: [Test; 6] = [
         Test { name: "TCP_CRR", unit: "/s", amount: 5_000 },
         Test { name: "TCP_RR", unit: "/s", amount: 20_000 },
         Test { name: "UDP_RR", unit: "/s", amount: 20_000 },
         Test { name: "TCP_STREAM", unit: "Mbit/s", amount: 1_000_000_000 },
         Test { name: "TCP_MAERTS", unit: "Mbit/s", amount: 1_000_000_000 },
+        UDP_STREAM,
     ];
 
-    fn is_stream(self) -> bool {
+    pub fn is_stream(self) -> bool {
         self.unit != "/s"
     }
 
-    /// Transactions or Mbit of a run.
-    fn units(self, length: u32) -> f64 {
-        let amount = (self.amount * u64::from(length)) as f64;
-        if self.is_stream() { amount * 8e-6 } else { amount }
+    /// Transactions or bytes of a run.
+    fn amount(self, length: u32) -> u64 {
+        self.amount * u64::from(length)
+    }
+
+    /// netperf's options for the test itself: message sizes and what is to be printed.
+    fn options(self) -> &'static str {
+        match self {
+            // What netperf prints unasked is what was sent. Datagrams that every path takes in one piece; without -R 1
+            // netperf asks for no routing (SO_DONTROUTE).
+            UDP_STREAM => " -R 1 -m 1400 -o REMOTE_RECV_THROUGHPUT,REMOTE_BYTES_RECVD",
+            _ if self.is_stream() => "",
+            // One byte each way.
+            _ => " -r 1,1",
+        }
+    }
+
+    /// The client's real-time priority. Nothing holds back a sender of datagrams: on a processor of its own it may
+    /// overrun the receiver, and on the receiver's it would never let it run. It gives way to it, so that each datagram
+    /// is received before the next one is sent.
+    fn client_priority(self) -> u32 {
+        if self == UDP_STREAM { PRIORITY - 1 } else { PRIORITY }
+    }
+
+    /// Of the signs of trouble, those that belong to the test.
+    fn no_trouble(self) -> &'static [&'static str] {
+        // The rate is that of the receiver, which need not keep up with the sender.
+        if self == UDP_STREAM { &["Udp:RcvbufErrors"] } else { &[] }
+    }
+
+    /// What netperf says: the rate, and transactions or Mbit of the run.
+    fn figures(self, said: &str, length: u32) -> anyhow::Result<(f64, f64)> {
+        let numbers: Result<Vec<f64>, _> = said.trim().split(',').map(str::parse).collect();
+        let amount = self.amount(length) as f64;
+        match numbers.with_context(|| format!("netperf said {said:?}"))?.as_slice() {
+            [rate, received] if self == UDP_STREAM => Ok((*rate, received * 8e-6)),
+            [rate] if self.is_stream() => Ok((*rate, amount * 8e-6)),
+            [rate] => Ok((*rate, amount)),
+            _ => bail!("netperf said {said:?}"),
+        }
     }
 }
+
+/// What arrives counts, and what it takes to send and lose the rest.
+const UDP_STREAM: Test = Test { name: "UDP_STREAM", unit: "Mbit/s", amount: 70_000_000 };
+
+/// The real-time priority of all servers and most clients.
+pub const PRIORITY: u32 = 10;
 
 /// A run that takes longer has lost a datagram that nobody sends again, or meets a path that does not work.
 const PATIENCE_SECONDS: &str = "30";
@@ -64,6 +107,8 @@ pub struct Figure {
     pub rate: f64,
     /// Microseconds of processor time, of all processes of the mode's laboratory, for one transaction or one Mbit.
     pub processor: f64,
+    /// Transactions or Mbit of the run.
+    pub units: f64,
 }
 
 /// What came of a run.
@@ -82,7 +127,7 @@ impl Netperf {
         for path in Path::ALL {
             let (pod, control) = (lab.pod(path.target().pod), path.ports().0);
             let port = control.to_string();
-            servers.push(spawn(pod, "taskset", &["-c", &processor, &netserver, "-D", "-4", "-p", &port])?);
+            servers.push(spawn(pod, PRIORITY, "taskset", &["-c", &processor, &netserver, "-D", "-4", "-p", &port])?);
             let listens = || pod.inside(|| Ok(std::net::TcpStream::connect((pod.v4, control))?)).is_ok();
             if !eventually(Duration::from_secs(5), listens) {
                 bail!("the netserver for {path} does not listen");
@@ -95,23 +140,21 @@ impl Netperf {
     pub fn run(&self, served: &Served, path: Path, test: Test) -> anyhow::Result<Run> {
         let client = path.client(served.lab)?;
         let (control, data) = path.ports();
-        // -P 0 -v 0: the rate alone. -r 1,1: one byte each way.
-        let mut options = format!(
-            "-4 -H {} -p {control} -t {} -l -{} -T {},{} -P 0 -v 0 -- -P ,{data}",
-            path.address(served.mode, served.lab),
+        // -P 0 -v 0: the figures alone.
+        let options = format!(
+            "-4 -H {} -p {control} -t {} -l -{} -T {},{} -P 0 -v 0 -- -P ,{data}{}",
+            served.address(path),
             test.name,
-            test.amount * u64::from(self.length),
+            test.amount(self.length),
             self.processors.0,
-            self.processors.1
+            self.processors.1,
+            test.options(),
         );
-        if !test.is_stream() {
-            options += " -r 1,1";
-        }
         let netperf = self.programs.join("netperf").display().to_string();
         let mut arguments = vec![PATIENCE_SECONDS, netperf.as_str()];
         arguments.extend(options.split(' '));
         let before = (trouble(served.lab)?, processor_time(served.lab)?);
-        let mut process = spawn(&client, "timeout", &arguments)?;
+        let mut process = spawn(&client, test.client_priority(), "timeout", &arguments)?;
         let mut said = String::new();
         process.stdout()?.read_to_string(&mut said).context("reading what netperf says")?;
         let status = process.wait()?;
@@ -119,16 +162,19 @@ impl Netperf {
         if !status.success() {
             return Ok(Run::Spoiled(format!("netperf ended with {status}: {}", said.trim())));
         }
-        let rate: f64 = said.trim().parse().with_context(|| format!("netperf said {said:?}"))?;
-        if let Some(why) = trouble(served.lab)?.since(&before.0) {
+        let (rate, units) = test.figures(&said, self.length)?;
+        if let Some(why) = trouble(served.lab)?.since(&before.0, test.no_trouble()) {
             return Ok(Run::Spoiled(why));
         }
-        Ok(Run::Good(Figure { rate, processor: processor / test.units(self.length) }))
+        if units == 0.0 {
+            return Ok(Run::Spoiled("nothing arrived".to_owned()));
+        }
+        Ok(Run::Good(Figure { rate, processor: processor / units, units }))
     }
 }
 
 /// The counters of all ends: clients and servers.
-fn trouble(lab: &Lab) -> anyhow::Result<Trouble> {
+pub fn trouble(lab: &Lab) -> anyhow::Result<Trouble> {
     let mut sum = lab.outside(Trouble::read)?.and(lab.pod("client").inside(Trouble::read)?);
     for target in TARGETS {
         sum = sum.and(lab.pod(target.pod).inside(Trouble::read)?);
@@ -145,6 +191,7 @@ fn processor_time(lab: &Lab) -> anyhow::Result<f64> {
 }
 
 /// Starts a program that gets the processor whenever it wants it, so that what else runs on the machine disturbs less.
-fn spawn(place: &Place, program: &str, arguments: &[&str]) -> anyhow::Result<Process> {
-    place.spawn(FilePath::new("chrt"), &[&["--fifo", "10", program], arguments].concat())
+pub fn spawn(place: &Place, priority: u32, program: &str, arguments: &[&str]) -> anyhow::Result<Process> {
+    let priority = priority.to_string();
+    place.spawn(FilePath::new("chrt"), &[&["--fifo", &priority, program], arguments].concat())
 }

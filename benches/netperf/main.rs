@@ -10,7 +10,6 @@ mod common;
 mod support;
 
 mod path;
-mod programs;
 
 use std::path::PathBuf;
 
@@ -18,8 +17,9 @@ use anyhow::bail;
 use clap::Parser;
 use serde_json::json;
 
+use common::programs::Mean;
 use common::world::{BenchWorld, Layout, Style};
-use common::{Sample, machine, print_table};
+use common::{Sample, machine, print_table, programs};
 use path::{Bench, CLUSTER_IP, Path, Run};
 use support::daemon::Daemon;
 use support::lab::Lab;
@@ -80,7 +80,13 @@ fn main() -> anyhow::Result<()> {
         &["test", "without", "direct", "cluster IP", "cluster IP / direct", "target", "cluster IP / without", "rounds"],
         &rows,
     );
-    programs::print(&lab, || tests.iter().try_for_each(|(test, _)| bench.run(Path::ClusterIp, test).map(drop)))?;
+    let node = lab.node("node1");
+    let means = programs::watch(&[(&node.name, &node.pin_path)], || {
+        tests.iter().try_for_each(|(test, _)| bench.run(Path::ClusterIp, test).map(drop))
+    })?;
+    println!("Kernel run statistics of the programs while the same tests go through the cluster IP once more:\n");
+    let row = |mean: &Mean| vec![mean.program.clone(), mean.runs.to_string(), format!("{:.0} ns", mean.nanoseconds)];
+    print_table(&["program", "runs", "mean"], &means.iter().map(row).collect::<Vec<_>>());
     drop(daemon);
     Ok(())
 }

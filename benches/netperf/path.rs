@@ -123,7 +123,7 @@ impl<'a> Bench<'a> {
             return Ok(Run::Spoiled(format!("netperf ended with {status}: {}", said.trim())));
         }
         let rate: f64 = said.trim().parse().with_context(|| format!("netperf said {said:?}"))?;
-        if let Some(why) = self.trouble()?.since(&before.0) {
+        if let Some(why) = self.trouble()?.since(&before.0, &[]) {
             return Ok(Run::Spoiled(why));
         }
         let translated = self.translated()? - before.1;

@@ -12,6 +12,8 @@ macro_rules! cases {
 
 mod affinity;
 mod api;
+#[path = "../api_client/mod.rs"]
+mod api_client;
 #[path = "../apiserver/mod.rs"]
 mod apiserver;
 mod datagrams;
@@ -19,7 +21,6 @@ mod endpoints;
 mod listed;
 mod policies;
 mod ports;
-mod relay;
 #[path = "../support/mod.rs"]
 mod support;
 mod topology;

@@ -9,7 +9,7 @@ use kubelane::bpf::Maps;
 use kubelane::sync::{MapIo as _, MapName};
 use serde_json::{Value, json};
 
-use crate::api::Api;
+use crate::api::Server;
 use crate::support::client::{Client, Counts};
 use crate::support::cluster::Cluster;
 use crate::support::daemon::{Daemon, PATIENCE};
@@ -56,7 +56,7 @@ impl By {
 }
 
 pub struct World<'a> {
-    pub api: &'a Api,
+    pub api: &'a Server,
     pub cluster: &'a Cluster,
     pub daemon: &'a Daemon<'a>,
     clients: RefCell<BTreeMap<From, Client>>,
@@ -79,7 +79,7 @@ impl World<'_> {
         let run = lab.dir.file_name().and_then(|name| name.to_str()).expect("a laboratory's name").to_owned();
         let cluster = Cluster::on(lab, &["a", "b", "c"], LISTEN);
         let hosts = ["node1", "node2"].map(|node| cluster.lab.node(node).host.serve(HOST_LISTEN).unwrap());
-        let api = Api::open(&run).unwrap();
+        let api = Server::open(&run).unwrap();
         let kubeconfig = cluster.lab.dir.join("kubeconfig");
         api.write_kubeconfig(&cluster.lab.node("node1").host, &kubeconfig);
         for number in 1..=2 {

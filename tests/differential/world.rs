@@ -186,7 +186,9 @@ pub fn load_rules(lab: &Lab) {
             services: SERVICES.iter().flat_map(|service| service.service_ports(lab, &node.name)).collect(),
         };
         let outcome = node.host.inside(|| {
-            FAMILIES.iter().try_for_each(|family| load::iptables(*family, &iptables::render(&world, *family)))
+            FAMILIES
+                .iter()
+                .try_for_each(|family| load::iptables(*family, &iptables::render(&world, *family), load::NO_HURRY))
         });
         outcome.unwrap();
         let settings = [

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -16,25 +17,40 @@ pub fn iptables_command(family: Family) -> &'static str {
     }
 }
 
-/// Replaces the tables nat and filter by those of `rules`.
-pub fn iptables(family: Family, rules: &str) -> anyhow::Result<()> {
+/// A loader that was ended because it took too long.
+#[derive(Debug, thiserror::Error)]
+#[error("{loader} had not loaded the rules after {limit:?}")]
+pub struct TooSlow {
+    pub loader: String,
+    pub limit: Duration,
+}
+
+/// For a caller who waits for as long as it takes.
+pub const NO_HURRY: Duration = Duration::from_secs(3600);
+
+/// Replaces the tables nat and filter by those of `rules`. [`TooSlow`] when that takes longer than `limit`.
+pub fn iptables(family: Family, rules: &str, limit: Duration) -> anyhow::Result<()> {
     // All namespaces share a lock: wait for it.
-    run(&[iptables_command(family), "-w"], rules)
+    run(&[iptables_command(family), "-w"], rules, limit)
 }
 
-/// Adds the table of `rules`.
-pub fn nftables(rules: &str) -> anyhow::Result<()> {
-    run(&["nft", "-f", "-"], rules)
+/// Adds the table of `rules`. [`TooSlow`] when that takes longer than `limit`.
+pub fn nftables(rules: &str, limit: Duration) -> anyhow::Result<()> {
+    run(&["nft", "-f", "-"], rules, limit)
 }
 
-fn run(command: &[&str], input: &str) -> anyhow::Result<()> {
+/// The exit code with which timeout(1) says that time was up.
+const TIME_UP: i32 = 124;
+
+fn run(command: &[&str], input: &str, limit: Duration) -> anyhow::Result<()> {
     let namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/net")).context("reading a link to a namespace");
     // A thread that entered a namespace is never the first one.
     if namespace("thread-self")? == namespace("self")? {
         bail!("{} would change this process's own rules: enter another network namespace first", command[0]);
     }
-    let mut child = Command::new(command[0])
-        .args(&command[1..])
+    let mut child = Command::new("timeout")
+        .arg(limit.as_secs_f64().to_string())
+        .args(command)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -43,6 +59,9 @@ fn run(command: &[&str], input: &str) -> anyhow::Result<()> {
     // A loader that ends early breaks the pipe; what it says then is the better reason.
     let told = child.stdin.take().context("a loader has a stdin")?.write_all(input.as_bytes());
     let output = child.wait_with_output().with_context(|| format!("waiting for {}", command[0]))?;
+    if output.status.code() == Some(TIME_UP) {
+        return Err(TooSlow { loader: command[0].to_owned(), limit }.into());
+    }
     if !output.status.success() {
         bail!("{} failed: {}", command.join(" "), String::from_utf8_lossy(&output.stderr).trim());
     }
