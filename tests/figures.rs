@@ -100,6 +100,11 @@ fn what_is_not_on_file_fails_and_what_is_gone_is_told() {
     let differences = file().compare(Table::Instructions, "6.18", &found, 0.0);
     let changes: Vec<_> = differences.iter().map(|d| (d.name.as_str(), d.change, d.fails())).collect();
     assert_eq!(changes, [("connect6", Change::New, true), ("wire_in_ethernet", Change::Gone, false)]);
+
+    let found = [program("wire_in_ethernet", 9000.0)];
+    let differences = file().compare(Table::Instructions, "5.10", &found, 0.0);
+    let changes: Vec<_> = differences.iter().map(|d| (d.name.as_str(), d.change, d.fails())).collect();
+    assert_eq!(changes, [("wire_in_ethernet", Change::Elsewhere, false), ("connect4", Change::Gone, false)]);
 }
 
 #[test]

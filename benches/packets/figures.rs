@@ -76,8 +76,10 @@ struct Row {
 /// How a figure differs from the one on file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Change {
-    /// There is none on file.
+    /// There is none on file, of no place.
     New,
+    /// There is none on file of this place: what only some kernels of a line take, as hardened ones refuse programs.
+    Elsewhere,
     Grown,
     Shrunk,
     /// By no more than what is let pass.
@@ -108,6 +110,7 @@ impl std::fmt::Display for Difference {
         write!(f, "{}: ", self.name)?;
         match (self.change, self.old, self.new) {
             (Change::New, ..) => write!(f, "{}, not on file", text(self.new)),
+            (Change::Elsewhere, ..) => write!(f, "{}, on file for others than this one only", text(self.new)),
             (Change::Gone, ..) => write!(f, "on file, but not there any more"),
             (_, Some(old), Some(new)) => {
                 write!(f, "{} -> {} ({:+.1} %)", text(self.old), text(self.new), (new / old - 1.0) * 100.0)
@@ -211,7 +214,9 @@ impl Figures {
 
     fn difference(&self, table: Table, place: &str, found: &Found, slack: f64) -> Difference {
         let old = self.row(table, place, &found.name).map(|row| row.found.value);
-        let change = old.map_or(Change::New, |old| change(old, found.value, slack));
+        let is_known = self.rows.iter().any(|row| row.table == table && row.found.name == found.name);
+        let new = if is_known { Change::Elsewhere } else { Change::New };
+        let change = old.map_or(new, |old| change(old, found.value, slack));
         Difference { table, name: found.name.clone(), change, old, new: Some(found.value) }
     }
 

@@ -131,6 +131,7 @@ fn check(words: &[String]) -> Result<()> {
 fn sentence(difference: &Difference) -> String {
     match difference.change {
         Change::Shrunk => format!("better {difference}: record it, or it may grow back unseen"),
+        Change::Elsewhere => format!("new    {difference}: record it"),
         Change::Gone => format!("gone   {difference}: record without it"),
         _ => format!("FAILED {difference}"),
     }
