@@ -269,7 +269,9 @@ fn register_watches(metrics: &Metrics, status: &Arc<SourceStatus>) -> anyhow::Re
 
 fn stale_pass(datapath: &Datapath, with_tcp: bool) -> Option<Pass> {
     let Some(sockets) = datapath.stale_sockets() else {
-        warn!("this kernel has no BTF: connected UDP sockets keep a removed backend until they fail by themselves");
+        warn!(
+            "this kernel lets nobody walk over socket storage (`kubelane check`): connected UDP sockets keep a removed backend until they fail by themselves"
+        );
         return None;
     };
     Some(Arc::new(move || sockets.destroy(with_tcp)))

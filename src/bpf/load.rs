@@ -44,7 +44,7 @@ pub struct Settings {
 /// The attached datapath. Dropping it leaves everything attached and pinned.
 pub struct Datapath {
     maps: Maps,
-    /// The iterator over socket storage; `None` without kernel BTF.
+    /// The iterator over socket storage; `None` where the kernel does not let it in.
     stale_iterator: Option<StaleSockets>,
     /// True when an earlier daemon's links were taken over.
     adopted: bool,
@@ -154,7 +154,7 @@ impl Datapath {
         RouteEpoch::open(&self.pin_path)
     }
 
-    /// Finds and ends sockets whose backend is gone; for use on another thread. `None` without kernel BTF.
+    /// Finds and ends sockets whose backend is gone; for use on another thread. `None` where the kernel does not let it in.
     pub fn stale_sockets(&self) -> Option<StaleSockets> {
         self.stale_iterator.clone()
     }
@@ -192,7 +192,7 @@ pub(super) fn open_object<'o>(
     rodata.config.snat_first = *snat.start();
     // At most 64512: the range starts at 1024 or later.
     rodata.config.snat_ports = snat.end() - snat.start() + 1;
-    if btf.is_some() {
+    if !probe::has_socket_iterator() {
         skeleton.progs.find_stale_sockets.set_autoload(false);
     }
     Ok(skeleton)
@@ -281,7 +281,7 @@ fn attach_all(skeleton: &KubelaneSkel<'_>, cgroup: &Cgroup, pin_path: &Path) -> 
 }
 
 fn attach_iterator(skeleton: &KubelaneSkel<'_>) -> Result<Option<StaleSockets>> {
-    if !probe::has_kernel_btf() {
+    if !probe::has_socket_iterator() {
         return Ok(None);
     }
     let map = skeleton.maps.socket_origins.as_fd();

@@ -49,6 +49,11 @@ pub fn has_kernel_btf() -> bool {
     Path::new("/sys/kernel/btf/vmlinux").exists()
 }
 
+/// Whether the socket iterator can be had.
+pub fn has_socket_iterator() -> bool {
+    has_kernel_btf() && trial::has_storage_iterator()
+}
+
 /// Every feature, the required ones first. Needs CAP_BPF (or CAP_SYS_ADMIN): without it nothing is found.
 pub fn features() -> Vec<Feature> {
     [required(), of_sockets(), of_packets()].concat()
@@ -113,11 +118,11 @@ fn of_sockets() -> Vec<Feature> {
             without: "applications see EPERM instead (kernels before 5.18)",
         },
         Feature {
-            name: "kernel BTF",
-            found: has_kernel_btf(),
+            name: "walks over socket storage",
+            found: has_socket_iterator(),
             required: false,
             needed_for: "finding sockets whose backend is gone",
-            without: "connected UDP sockets keep a removed backend until they fail by themselves (CONFIG_DEBUG_INFO_BTF)",
+            without: "connected UDP sockets keep a removed backend until they fail by themselves (CONFIG_DEBUG_INFO_BTF, and a lockdown that lets BPF iterators in)",
         },
         Feature {
             name: "destroying sockets through sock_diag",

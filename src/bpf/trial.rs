@@ -40,15 +40,24 @@ fn instruction(code: u8, to: u8, from: u8, offset: i16, constant: i32) -> libbpf
 }
 
 fn load(instructions: &[libbpf_sys::bpf_insn]) -> io::Result<OwnedFd> {
-    // SAFETY: the pointers lead to NUL-terminated strings and to as many instructions as is said; no options.
+    load_as(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, instructions, None)
+}
+
+fn load_as(
+    kind: libbpf_sys::bpf_prog_type,
+    instructions: &[libbpf_sys::bpf_insn],
+    options: Option<&mut libbpf_sys::bpf_prog_load_opts>,
+) -> io::Result<OwnedFd> {
+    // SAFETY: the pointers lead to NUL-terminated strings, to as many instructions as is said, and to options that say
+    // how large they are, or to none.
     let fd = unsafe {
         libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            kind,
             c"kubelane_trial".as_ptr(),
             c"GPL".as_ptr(),
             instructions.as_ptr(),
             instructions.len() as u64,
-            std::ptr::null_mut(),
+            options.map_or(std::ptr::null_mut(), std::ptr::from_mut),
         )
     };
     if fd < 0 {
@@ -100,6 +109,23 @@ pub(super) fn fib_lookup_knows(flag: FibFlag) -> bool {
 pub(super) fn has_tcx() -> bool {
     let pass = [instruction(MOVE_CONSTANT, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)];
     load(&pass).is_ok_and(|program| hook::has_tcx(program.as_fd()))
+}
+
+/// Whether a program may walk the storage of sockets. It needs BTF of the running kernel, and a kernel that is locked
+/// down may refuse the walks that could write to what they meet (seen with a 6.18 that takes `iter/tcp`).
+pub(super) fn has_storage_iterator() -> bool {
+    // SAFETY: the name is a NUL-terminated string.
+    let id =
+        unsafe { libbpf_sys::libbpf_find_vmlinux_btf_id(c"bpf_sk_storage_map".as_ptr(), libbpf_sys::BPF_TRACE_ITER) };
+    let Ok(attach_btf_id) = u32::try_from(id) else { return false };
+    let mut options = libbpf_sys::bpf_prog_load_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_load_opts>() as _,
+        expected_attach_type: libbpf_sys::BPF_TRACE_ITER,
+        attach_btf_id,
+        ..Default::default()
+    };
+    let nothing = [instruction(MOVE_CONSTANT, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)];
+    load_as(libbpf_sys::BPF_PROG_TYPE_TRACING, &nothing, Some(&mut options)).is_ok()
 }
 
 /// Whether a hash map's rows can be read, and so written and deleted, many at a time: an empty one says ENOENT.
