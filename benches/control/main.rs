@@ -46,7 +46,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1)]
     starts: usize,
     /// Changes of one endpoint.
-    #[arg(long, default_value_t = 1000, default_value_if("quick", "true", "100"))]
+    #[arg(long, default_value_t = 1000, default_value_if("quick", "true", "50"))]
     changes: usize,
     /// Of these, in a second.
     #[arg(long, default_value_t = 100)]
@@ -55,7 +55,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1000)]
     burst: usize,
     /// Endpoints of the Service that gets thousands.
-    #[arg(long, default_value_t = 5000)]
+    #[arg(long, default_value_t = 5000, default_value_if("quick", "true", "1000"))]
     grown: usize,
     /// How long to look at an idle daemon, in seconds; 0: not at all.
     #[arg(long, default_value_t = 0)]

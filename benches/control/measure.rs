@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(900);
 /// Between two looks at /readyz.
 const PAUSE: Duration = Duration::from_millis(10);
 /// After the last row, what belongs to a sync goes on for a moment.
-const SETTLE: Duration = Duration::from_millis(500);
+const SETTLE: Duration = Duration::from_millis(300);
 
 /// Everything about `services` Services.
 pub fn measure(services: usize, arguments: &Arguments) -> anyhow::Result<Figures> {
