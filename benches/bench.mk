@@ -2,20 +2,21 @@
 # for those of single packets: check-figures.
 # ARGS goes to the bench: make bench ARGS="--path node-port-remote --rounds 9"
 
-.PHONY: bench bench-quick bench-api bench-scale bench-netperf bench-packets bench-micro check-figures
+.PHONY: bench bench-quick bench-control bench-scale bench-netperf bench-packets bench-micro check-figures
 
 bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, first connections, plots in target/bench (root, 20 min)
 	cargo bench --features lab --bench compare -- $(ARGS)
 
 # The programs in the kernel are the same in every profile, and tests have built this one.
-bench-quick: setup ## The same in three minutes and few rounds, from the debug build (root)
+bench-quick: setup ## The same and bench-control, small and in few rounds, from the debug build: four minutes (root)
 	cargo bench --profile dev --features lab --bench compare -- --quick --output target/bench/quick $(ARGS)
+	cargo bench --profile dev --features lab --bench control -- --quick --output target/bench/quick
 
 bench-scale: setup ## The daemon at 10,000 Services: first sync, memory, one change (root)
 	cargo bench --features lab --bench scale -- $(ARGS)
 
-bench-api: setup ## The daemon on an API server with 10,000 Services: first sync, memory, changes, idle (root)
-	cargo bench --features lab --bench api -- $(ARGS)
+bench-control: setup ## The control plane at 100 to 100,000 Services, and kube-proxy's rule sets beside it (root, 10 min)
+	cargo bench --features lab --bench control -- $(ARGS)
 
 bench-netperf: setup ## netperf through a cluster IP against the pod's address (root)
 	cargo bench --features lab --bench netperf -- $(ARGS)

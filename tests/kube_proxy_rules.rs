@@ -4,8 +4,11 @@
 mod rulesets;
 mod support;
 
+use std::time::Duration;
+
 use nix::sched::{CloneFlags, unshare};
 
+use rulesets::load::Loader;
 use rulesets::{Endpoint, FAMILIES, Family, Protocol, ServicePort, State, World, iptables, load, nftables};
 
 fn endpoint(at: &str, is_local: bool, state: State) -> Endpoint {
@@ -123,6 +126,75 @@ fn the_kernel_takes_the_nftables_rules_of_both_families() {
         for family in FAMILIES {
             load::nftables(&nftables::render(&world(), family), load::NO_HURRY).unwrap();
         }
+    });
+}
+
+/// The world after the second Service's remote pod got another address, and that address.
+fn changed_world() -> (World, &'static str) {
+    let (mut world, address) = (world(), "10.244.2.99");
+    world.services[1].endpoints[1] = endpoint("10.244.2.99:53", false, State::Ready);
+    (world, address)
+}
+
+#[test]
+fn a_change_of_iptables_rules_has_one_services_chains_and_everybodys_rules_in_shared_chains() {
+    let (world, address) = changed_world();
+    let whole = iptables::render(&world, Family::V4);
+    let change = iptables::render_change(&world, Family::V4, 1);
+    assert!(change.contains(address) && change.contains(":KUBE-SVC-3DJUKJGPBQVDKUF4 - [0:0]"), "{change}");
+    assert!(!change.contains("PREROUTING") && !change.contains(":KUBE-SVC-M6LKEOKFSA6F6FH5 "), "{change}");
+    let shared = |text: &str| -> Vec<String> {
+        let is_shared = |line: &&str| line.starts_with("-A KUBE-SERVICES ") || line.starts_with("-A KUBE-NODEPORTS ");
+        text.lines().filter(is_shared).map(str::to_owned).collect()
+    };
+    assert_eq!(shared(&change), shared(&whole));
+}
+
+#[test]
+fn the_kernel_takes_a_change_of_iptables_rules_and_keeps_everything_else() {
+    in_a_namespace(load::iptables_command(Family::V4), || {
+        let (changed, _) = changed_world();
+        let saved = || support::netns::run("iptables-legacy-save", &["-t", "nat"], "").unwrap();
+        // Chains of endpoints that are gone stay: only rules are compared, in no order.
+        let rules = |text: &str| -> std::collections::BTreeSet<String> {
+            let gone = chain_that_is_left(text);
+            let is_rule = |line: &&str| line.starts_with("-A ") && !line.starts_with(&format!("-A {gone} "));
+            text.lines().filter(is_rule).map(str::to_owned).collect()
+        };
+        load::iptables(Family::V4, &iptables::render(&changed, Family::V4), load::NO_HURRY).unwrap();
+        let wanted = rules(&saved());
+        load::iptables(Family::V4, &iptables::render(&world(), Family::V4), load::NO_HURRY).unwrap();
+        assert_ne!(rules(&saved()), wanted);
+        let change = iptables::render_change(&changed, Family::V4, 1);
+        let spent = load::within(Duration::from_secs(60), Loader::IptablesChange(Family::V4), &change).unwrap();
+        assert!(spent.expect("it takes no minute").cpu > Duration::ZERO);
+        assert_eq!(rules(&saved()), wanted);
+    });
+}
+
+/// The chain of the endpoint that has another address in [`changed_world`].
+fn chain_that_is_left(saved: &str) -> String {
+    let rule = saved.lines().find(|line| line.contains("--to-destination 10.244.2.11:53"));
+    rule.and_then(|rule| rule.split(' ').nth(1)).unwrap_or("none").to_owned()
+}
+
+#[test]
+fn the_kernel_takes_a_change_of_nftables_rules_and_keeps_everything_else() {
+    in_a_namespace("nft", || {
+        let (changed, address) = changed_world();
+        let listed = || support::netns::run("nft", &["list", "ruleset"], "").unwrap();
+        load::nftables(&nftables::render(&world(), Family::V4), load::NO_HURRY).unwrap();
+        let before = listed();
+        load::nftables(&nftables::render_change(&changed, Family::V4, 1), load::NO_HURRY).unwrap();
+        assert_eq!(listed(), before.replace("10.244.2.11", address));
+    });
+}
+
+#[test]
+fn a_loader_that_takes_too_long_is_ended() {
+    in_a_namespace("nft", || {
+        let rules = nftables::render(&world(), Family::V4);
+        assert_eq!(load::within(Duration::ZERO, Loader::Nftables, &rules).unwrap(), None);
     });
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bench::{Bench, hosts, web};
 use kubelane::abi::{Backend, FrontendKey, ServiceName};
-use kubelane::model::{Ipx, Protocol, Service, ServicePort, TrafficPolicy};
+use kubelane::model::{Ipx, Protocol, Service, ServicePort, Slice, TrafficPolicy};
 use kubelane::sync::{Core, CoreSettings, MapName};
 use model_kernel::ModelKernel;
 use objects::{ip, new_core, port, ready, service, slice};
@@ -37,6 +37,42 @@ fn an_id_given_up_just_before_a_restart_is_not_used_right_after_it() {
     bench.slice(web(0..0));
     bench.restart(std::slice::from_ref(&web_service), &[web(1..2)]);
     assert_eq!(bench.kernel.slots[&bench.row("10.96.0.1", 80).unwrap().inside.base], 2);
+}
+
+/// More Services than one pass of a first sync lays out, each with one endpoint.
+fn many_services() -> (Vec<Service>, Vec<Slice>) {
+    let one = |n: u32| {
+        let (name, [_, _, third, fourth]) = (format!("service-{n}"), n.to_be_bytes());
+        let endpoint = ready(&format!("10.1.{third}.{fourth}"));
+        (service(&name, &format!("10.96.{third}.{fourth}")), slice(&format!("{name}-1"), &name, vec![endpoint]))
+    };
+    (1..=4500).map(one).unzip()
+}
+
+/// To judge each single write takes minutes with so many rows.
+fn unjudging() -> ModelKernel {
+    let mut kernel = ModelKernel::default();
+    kernel.judging = false;
+    kernel
+}
+
+#[test]
+fn a_first_sync_of_thousands_of_services_finishes_some_before_it_lays_out_others() {
+    let (services, slices) = many_services();
+    let bench = Bench::on(unjudging(), &services, &slices);
+    assert_eq!(bench.kernel.frontends.len(), 4500);
+    let place = |map: MapName| bench.kernel.calls.iter().position(|(called, _)| *called == map).unwrap();
+    let last_names = bench.kernel.calls.iter().rposition(|(called, _)| *called == MapName::Services).unwrap();
+    assert!(place(MapName::Services) < place(MapName::Addresses) && place(MapName::Addresses) < last_names);
+}
+
+#[test]
+fn a_restart_lays_out_thousands_of_services_before_it_judges_what_it_found() {
+    let (services, slices) = many_services();
+    let mut bench = Bench::on(unjudging(), &services, &slices);
+    let report = bench.restart(&services, &slices);
+    assert_eq!((report.services, report.rows_written, report.rows_deleted), (4500, 0, 0));
+    bench.kernel.check();
 }
 
 #[test]

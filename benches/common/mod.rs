@@ -4,6 +4,7 @@
 
 pub mod empty;
 pub mod health;
+pub mod observe;
 pub mod programs;
 pub mod world;
 
@@ -41,6 +42,11 @@ pub fn netperf() -> anyhow::Result<PathBuf> {
         bail!("without netperf there is nothing to compare");
     }
     Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
+}
+
+/// Options as commands take them.
+pub fn refs(options: &[String]) -> Vec<&str> {
+    options.iter().map(String::as_str).collect()
 }
 
 /// Measured values, sorted.

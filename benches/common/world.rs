@@ -1,4 +1,4 @@
-//! A world of N Services with M endpoints each, as a directory of ordinary YAML.
+//! A world of N Services with M endpoints each: as a directory of ordinary YAML, or as the objects of an API server.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use serde_json::{Value, json};
 
 /// Port of every Service, and of every endpoint.
 pub const SERVICE_PORT: u16 = 80;
@@ -31,6 +32,8 @@ pub enum Style {
 }
 
 const SERVICES_OF_A_BIG_FILE: usize = 1000;
+/// As the EndpointSlice controller fills them (its `--max-endpoints-per-slice`).
+pub const ENDPOINTS_OF_A_SLICE: usize = 100;
 
 /// A Service by its number, with the addresses of its endpoints.
 #[derive(Clone, Debug)]
@@ -45,11 +48,18 @@ impl BenchService {
         Ipv4Addr::from_bits(Ipv4Addr::new(10, 96, 1, 0).to_bits() + self.number as u32)
     }
 
-    fn yaml(&self, style: Style, into: &mut String) {
+    fn yaml(&self, style: Style, into: &mut String) -> anyhow::Result<()> {
         match style {
             Style::Plain => self.plain(into),
-            Style::Cluster => self.as_returned(into),
+            Style::Cluster => {
+                into.push_str(&serde_norway::to_string(&self.service())?);
+                for index in 0..self.slices() {
+                    into.push_str("---\n");
+                    into.push_str(&serde_norway::to_string(&self.slice(index))?);
+                }
+            }
         }
+        Ok(())
     }
 
     fn plain(&self, into: &mut String) {
@@ -96,93 +106,99 @@ endpoints:
         }
     }
 
-    fn as_returned(&self, into: &mut String) {
-        let (number, ip) = (self.number, self.cluster_ip());
-        let _ = write!(
-            into,
-            "apiVersion: v1
-kind: Service
-metadata:
-  creationTimestamp: \"2026-01-01T00:00:00Z\"
-  labels:
-    app: service-{number}
-  name: service-{number}
-  namespace: bench
-  resourceVersion: \"{version}\"
-  uid: 5f0f1c52-0000-4000-8000-{number:012}
-spec:
-  clusterIP: {ip}
-  clusterIPs:
-  - {ip}
-  internalTrafficPolicy: Cluster
-  ipFamilies:
-  - IPv4
-  ipFamilyPolicy: SingleStack
-  ports:
-  - name: http
-    port: {SERVICE_PORT}
-    protocol: TCP
-    targetPort: {ENDPOINT_PORT}
-  selector:
-    app: service-{number}
-  sessionAffinity: None
-  type: ClusterIP
-status:
-  loadBalancer: {{}}
----
-addressType: IPv4
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata:
-  annotations:
-    endpoints.kubernetes.io/last-change-trigger-time: \"2026-01-01T00:00:07Z\"
-  creationTimestamp: \"2026-01-01T00:00:00Z\"
-  generateName: service-{number}-
-  generation: 2
-  labels:
-    app: service-{number}
-    endpointslice.kubernetes.io/managed-by: endpointslice-controller.k8s.io
-    kubernetes.io/service-name: service-{number}
-  name: service-{number}-x7k2p
-  namespace: bench
-  ownerReferences:
-  - apiVersion: v1
-    blockOwnerDeletion: true
-    controller: true
-    kind: Service
-    name: service-{number}
-    uid: 5f0f1c52-0000-4000-8000-{number:012}
-  resourceVersion: \"{version}\"
-  uid: 9a6d7c11-0000-4000-8000-{number:012}
-ports:
-- name: http
-  port: {ENDPOINT_PORT}
-  protocol: TCP
-endpoints:
-",
-            version = 1000 + number,
-        );
-        for (index, ip) in self.endpoints.iter().enumerate() {
-            let node = index % 100;
-            let _ = write!(
-                into,
-                "- addresses:
-  - {ip}
-  conditions:
-    ready: true
-    serving: true
-    terminating: false
-  nodeName: node-{node}
-  targetRef:
-    kind: Pod
-    name: service-{number}-5c9d7b9c4-p{index}
-    namespace: bench
-    uid: 77b3a1d0-{index:04}-4000-8000-{number:012}
-  zone: zone-{zone}
-",
-                zone = node % 3,
-            );
-        }
+    /// The Service as an API server has it.
+    pub fn service(&self) -> Value {
+        let (number, ip) = (self.number, self.cluster_ip().to_string());
+        let name = format!("service-{number}");
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {
+                "creationTimestamp": "2026-01-01T00:00:00Z",
+                "labels": {"app": name},
+                "name": name,
+                "namespace": "bench",
+                "resourceVersion": (1000 + number).to_string(),
+                "uid": self.uid(),
+            },
+            "spec": {
+                "clusterIP": ip,
+                "clusterIPs": [ip],
+                "internalTrafficPolicy": "Cluster",
+                "ipFamilies": ["IPv4"],
+                "ipFamilyPolicy": "SingleStack",
+                "ports": [
+                    {"name": "http", "port": SERVICE_PORT, "protocol": "TCP", "targetPort": ENDPOINT_PORT},
+                ],
+                "selector": {"app": name},
+                "sessionAffinity": "None",
+                "type": "ClusterIP",
+            },
+            "status": {"loadBalancer": {}},
+        })
+    }
+
+    /// How many EndpointSlices the controller makes of the endpoints.
+    pub fn slices(&self) -> usize {
+        self.endpoints.len().div_ceil(ENDPOINTS_OF_A_SLICE)
+    }
+
+    /// One of the EndpointSlices, as the controller writes it and an API server has it.
+    pub fn slice(&self, index: usize) -> Value {
+        let number = self.number;
+        let name = format!("service-{number}");
+        let first = index * ENDPOINTS_OF_A_SLICE;
+        let own = self.endpoints.iter().enumerate().skip(first).take(ENDPOINTS_OF_A_SLICE);
+        json!({
+            "addressType": "IPv4",
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "annotations": {"endpoints.kubernetes.io/last-change-trigger-time": "2026-01-01T00:00:07Z"},
+                "creationTimestamp": "2026-01-01T00:00:00Z",
+                "generateName": format!("{name}-"),
+                "generation": 2,
+                "labels": {
+                    "app": name,
+                    "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+                    "kubernetes.io/service-name": name,
+                },
+                "name": format!("{name}-x7k{index:02}"),
+                "namespace": "bench",
+                "ownerReferences": [{
+                    "apiVersion": "v1",
+                    "blockOwnerDeletion": true,
+                    "controller": true,
+                    "kind": "Service",
+                    "name": name,
+                    "uid": self.uid(),
+                }],
+                "resourceVersion": (1000 + number).to_string(),
+                "uid": format!("9a6d7c11-{index:04}-4000-8000-{number:012}"),
+            },
+            "ports": [{"name": "http", "port": ENDPOINT_PORT, "protocol": "TCP"}],
+            "endpoints": own.map(|(index, ip)| self.endpoint(index, *ip)).collect::<Vec<_>>(),
+        })
+    }
+
+    fn endpoint(&self, index: usize, ip: Ipv4Addr) -> Value {
+        let number = self.number;
+        json!({
+            "addresses": [ip],
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+            "nodeName": format!("node-{}", index % 100),
+            "targetRef": {
+                "kind": "Pod",
+                "name": format!("service-{number}-5c9d7b9c4-p{index}"),
+                "namespace": "bench",
+                "uid": format!("77b3a1d0-{index:04}-4000-8000-{number:012}"),
+            },
+            "zone": format!("zone-{}", index % 3),
+        })
+    }
+
+    fn uid(&self) -> String {
+        format!("5f0f1c52-0000-4000-8000-{:012}", self.number)
     }
 }
 
@@ -199,6 +215,15 @@ impl BenchWorld {
     /// Writes the files of a new world into the new directory `dir`.
     pub fn write(dir: &Path, services: usize, endpoints: usize, layout: Layout, style: Style) -> anyhow::Result<Self> {
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+        let world = BenchWorld { dir: dir.to_owned(), layout, style, ..BenchWorld::new(services, endpoints) };
+        for first in (0..world.services.len()).step_by(world.services_of_a_file()) {
+            fs::write(world.path(first), world.text(first)?).context("writing the world")?;
+        }
+        Ok(world)
+    }
+
+    /// A new world that has no files.
+    pub fn new(services: usize, endpoints: usize) -> Self {
         let mut next_ip = Ipv4Addr::new(10, 128, 0, 1).to_bits();
         let mut fresh = || {
             next_ip += 1;
@@ -207,11 +232,7 @@ impl BenchWorld {
         let services = (0..services)
             .map(|number| BenchService { number, endpoints: (0..endpoints).map(|_| fresh()).collect() })
             .collect();
-        let world = BenchWorld { dir: dir.to_owned(), services, layout, style, next_ip };
-        for first in (0..world.services.len()).step_by(world.services_of_a_file()) {
-            fs::write(world.path(first), world.text(first)).context("writing the world")?;
-        }
-        Ok(world)
+        BenchWorld { dir: PathBuf::new(), services, layout: Layout::One, style: Style::Plain, next_ip }
     }
 
     fn services_of_a_file(&self) -> usize {
@@ -227,7 +248,7 @@ impl BenchWorld {
     }
 
     /// The whole text of the file that holds a Service.
-    pub fn text(&self, service: usize) -> String {
+    pub fn text(&self, service: usize) -> anyhow::Result<String> {
         let size = self.services_of_a_file();
         let first = service / size * size;
         let mut text = String::new();
@@ -235,9 +256,9 @@ impl BenchWorld {
             if !text.is_empty() {
                 text.push_str("---\n");
             }
-            service.yaml(self.style, &mut text);
+            service.yaml(self.style, &mut text)?;
         }
-        text
+        Ok(text)
     }
 
     /// An address that no endpoint has had.
@@ -248,6 +269,13 @@ impl BenchWorld {
 
     pub fn endpoints(&self) -> usize {
         self.services.iter().map(|service| service.endpoints.len()).sum()
+    }
+
+    /// The daemon's limits, with which its maps hold the world and what changes leave behind for a while.
+    pub fn limits(&self) -> [String; 4] {
+        let services = (self.services.len() * 5 / 4).max(65_536);
+        let endpoints = (self.endpoints() * 5 / 4).max(262_144);
+        ["--max-services".to_owned(), services.to_string(), "--max-endpoints".to_owned(), endpoints.to_string()]
     }
 
     /// Bytes of all files.

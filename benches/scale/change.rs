@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
+use crate::common::observe::Eyes;
 use crate::common::world::BenchWorld;
-use crate::observe::Eyes;
 
 /// Pause between two changes: each meets a daemon that has nothing to do.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -68,7 +68,7 @@ impl<'a> Changes<'a> {
         let wanted: BTreeSet<_> = service.endpoints.iter().copied().collect();
         let (cluster_ip, path) = (service.cluster_ip(), self.world.path(number));
         let fresh = path.with_file_name(".save");
-        fs::write(&fresh, self.world.text(number)).context("writing a changed file")?;
+        fs::write(&fresh, self.world.text(number)?).context("writing a changed file")?;
         std::thread::sleep(PAUSE);
         let began = Instant::now();
         fs::rename(&fresh, &path).context("saving a changed file")?;

@@ -9,20 +9,18 @@ mod common;
 mod support;
 
 mod change;
-mod observe;
 mod syscalls;
 
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Parser;
 
 use change::{Changes, Edit};
+use common::observe::{self, Eyes, Usage};
 use common::world::{BenchWorld, Layout, Style};
-use common::{Sample, machine, print_table};
-use observe::{Eyes, Usage};
-use support::daemon::Daemon;
+use common::{Sample, machine, print_table, refs};
+use support::daemon::{Daemon, LOADING};
 use support::lab::Lab;
 
 #[derive(Parser)]
@@ -115,14 +113,10 @@ impl Start {
     fn observe<'a>(lab: &'a Lab, world: &BenchWorld) -> anyhow::Result<(Start, Daemon<'a>)> {
         let pin_path = lab.node("node1").pin_path.clone();
         let began = Instant::now();
-        let (seen, daemon) = std::thread::scope(|scope| {
-            let watcher = scope.spawn(|| Eyes::wait_for_all(&pin_path, world, began));
-            let daemon = start(lab, world);
-            (watcher.join(), daemon)
-        });
-        let daemon = daemon?;
-        let Ok(seen) = seen else { bail!("the watcher of the maps panicked") };
-        let last_row = seen?;
+        let (source, limits) = (format!("dir:{}", world.dir.display()), world.limits());
+        let mut daemon = Daemon::spawn_on(lab, "node1", &["--source", &source], &refs(&limits))?;
+        let last_row = Eyes::wait_for_all(&pin_path, world, began, &mut || daemon.check_running())?;
+        daemon.wait_ready(began, LOADING, Duration::from_millis(2))?;
         let start = Start {
             last_row,
             ready: daemon.ready_after,
@@ -132,14 +126,6 @@ impl Start {
         observe::check_complete(&pin_path, world)?;
         Ok((start, daemon))
     }
-}
-
-fn start<'a>(lab: &'a Lab, world: &BenchWorld) -> anyhow::Result<Daemon<'a>> {
-    // The maps have to hold the world, and the backends that changes leave behind for a while.
-    let services = (world.services.len() * 2).max(65_536).to_string();
-    let endpoints = (world.endpoints() * 2).max(262_144).to_string();
-    let options = ["--max-services", &services, "--max-endpoints", &endpoints];
-    Daemon::start_with(lab, "node1", &world.dir, &options)
 }
 
 fn print_starts(starts: &[Start]) {
@@ -240,7 +226,7 @@ impl Syncs {
 /// The daemon ends as in a crash and starts again on the same world: it should find everything and write nothing.
 fn measure_restart(lab: &Lab, daemon: Daemon, world: &BenchWorld) -> anyhow::Result<()> {
     daemon.kill();
-    let daemon = start(lab, world)?;
+    let daemon = Daemon::start_with(lab, "node1", &world.dir, &refs(&world.limits()))?;
     let usage = Usage::of(daemon.pid())?;
     let rows = vec![
         vec!["process start to /readyz 200".to_owned(), format!("{:.2} s", daemon.ready_after.as_secs_f64())],
@@ -251,9 +237,4 @@ fn measure_restart(lab: &Lab, daemon: Daemon, world: &BenchWorld) -> anyhow::Res
     println!("Killed and started again, the world unchanged:\n");
     print_table(&["", ""], &rows);
     Ok(())
-}
-
-/// Where the pinned maps are.
-fn map_path(pin_path: &Path, map: &str) -> PathBuf {
-    kubelane::bpf::pinned::maps_directory(pin_path).join(map)
 }

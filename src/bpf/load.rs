@@ -21,6 +21,7 @@ use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
 use super::stale::StaleSockets;
 use super::usage::MapUsage;
 use super::{namespaces, pinned, ports, probe};
+use crate::sync::MapName;
 
 /// Flows have two rows each. As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
 const FLOW_ROWS_EACH: u32 = 2 * 32768;
@@ -81,6 +82,7 @@ impl Datapath {
         let mut storage = MaybeUninit::uninit();
         let (btf, search) = (btf_stand_in()?, probe::socket_search());
         let mut skeleton = open_object(&mut storage, btf.as_ref(), search)?;
+        let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
         if counts_services {
             count_services(&mut skeleton, settings)?;
@@ -100,6 +102,7 @@ impl Datapath {
         let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_connections);
         let service_connections = counts_services.then(|| counts(&skeleton)).transpose()?;
         let mut maps = Maps::open(&settings.pin_path)?;
+        maps.know_empty(new);
         if counts_services {
             maps.count_connections(counts(&skeleton)?);
         }
@@ -198,6 +201,12 @@ pub(super) fn open_object<'o>(
     skeleton.progs.find_stale_udp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
     Ok(skeleton)
+}
+
+/// The maps that nothing is pinned of yet.
+fn maps_to_be_made(pin_path: &Path) -> Vec<MapName> {
+    let directory = pinned::maps_directory(pin_path);
+    MapName::ALL.into_iter().filter(|map| !directory.join(map.as_str()).exists()).collect()
 }
 
 /// Sizes are chosen when a map is created and kept for as long as it is pinned.

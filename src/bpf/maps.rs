@@ -28,6 +28,8 @@ pub struct Maps {
     filter: WireFilter,
     /// By service id; `None`: nobody counts.
     connections: Option<MapHandle>,
+    /// Made by this process, and neither written to nor read yet.
+    empty: Vec<MapName>,
     syscalls: u64,
 }
 
@@ -47,7 +49,14 @@ impl Maps {
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
-        Ok(Maps { handles, counters, epochs, filter: WireFilter::open(pin_path)?, connections: None, syscalls: 0 })
+        let (filter, connections) = (WireFilter::open(pin_path)?, None);
+        Ok(Maps { handles, counters, epochs, filter, connections, empty: Vec::new(), syscalls: 0 })
+    }
+
+    /// These maps have just been made: the first to read them finds nothing, without reading. To read an array is to
+    /// read every row that fits, which may be millions.
+    pub(super) fn know_empty(&mut self, maps: Vec<MapName>) {
+        self.empty = maps;
     }
 
     /// From now on the count of a Service goes with its name, so that the id's next owner begins with none.
@@ -204,6 +213,7 @@ impl MapIo for Maps {
     fn write(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> Vec<Failure> {
         let (key_size, value_size) = (self.handle(map).key_size() as usize, self.handle(map).value_size() as usize);
         assert!(keys.len() == rows * key_size && values.len() == rows * value_size, "{map:?}: rows of another size");
+        self.empty.retain(|empty| *empty != map);
         if let Err(error) = self.open_filter(map, keys, values) {
             let failure = |row| Failure { row, error: io::Error::other(format!("the map wire_filter: {error}")) };
             return (0..rows).map(failure).collect();
@@ -244,6 +254,10 @@ impl MapIo for Maps {
     }
 
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
+        if let Some(at) = self.empty.iter().position(|empty| *empty == map) {
+            self.empty.swap_remove(at);
+            return Ok(());
+        }
         if map == MapName::SourceRanges {
             return self.dump_by_keys(map, each);
         }

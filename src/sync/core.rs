@@ -18,6 +18,10 @@ use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
 use crate::table::{HashMap, Rows as _};
 
+/// Services that are laid out before their rows are written. All at once, the first sync would hold every row of a cluster
+/// as one that is wanted, which takes more than to hold it as one that is there.
+const SERVICES_OF_A_PASS: usize = 4096;
+
 /// What does not change while the daemon runs.
 #[derive(Clone, Debug)]
 pub struct CoreSettings {
@@ -36,6 +40,8 @@ pub struct Core {
     no_local: HashMap<ObjectName, NoLocal>,
     no_local_sum: NoLocal,
     synced: bool,
+    /// Rows of an earlier daemon have been taken over, and no sync has compared them with the world yet.
+    has_found: bool,
 }
 
 /// What one sync did.
@@ -95,6 +101,7 @@ impl Core {
             no_local: HashMap::default(),
             no_local_sum: NoLocal::default(),
             synced: false,
+            has_found: false,
         }
     }
 
@@ -111,6 +118,7 @@ impl Core {
     pub fn adopt(&mut self, io: &mut dyn MapIo) -> Result<AdoptReport> {
         self.set_capacity(io);
         let (report, names) = adopt(&mut self.layout, io)?;
+        self.has_found = report != AdoptReport::default();
         for name in names {
             self.world.mark(name);
         }
@@ -148,14 +156,22 @@ impl Core {
             for name in self.layout.release(now) {
                 self.world.mark(name);
             }
-            for name in self.world.take_dirty() {
-                let compiled = self.world.compile(&name);
-                self.layout.place(&name, compiled.as_ref(), &mut self.book);
-                report.services += usize::from(compiled.is_some());
-                self.note_no_local(&name, compiled.as_ref());
-                report.health_checks_changed |= self.note_health_check(name);
+            let dirty = self.world.take_dirty();
+            let mut waiting = dirty.as_slice();
+            loop {
+                // What was found in the kernel is not to be judged before all have said what they want of it. And after a
+                // failure each further pass would only try in vain again what failed.
+                let at_once = self.has_found || !report.failures.is_empty();
+                let size = if at_once { usize::MAX } else { SERVICES_OF_A_PASS };
+                let (part, rest) = waiting.split_at(size.min(waiting.len()));
+                part.iter().for_each(|name| self.place(name, &mut report));
+                Applier::new(io, &mut self.layout, &mut self.book, &mut report).run(now);
+                if rest.is_empty() {
+                    break;
+                }
+                waiting = rest;
             }
-            Applier::new(io, &mut self.layout, &mut self.book, &mut report).run(now);
+            self.has_found = false;
             report.full = self.world.take_zone_changed() | !std::mem::replace(&mut self.synced, true);
             if !self.pending() {
                 report.triggers = self.world.arrivals_mut().settle();
@@ -164,6 +180,14 @@ impl Core {
         (report.warnings, report.resolved) = self.book.take();
         report.duration = started.elapsed();
         report
+    }
+
+    fn place(&mut self, name: &ObjectName, report: &mut SyncReport) {
+        let compiled = self.world.compile(name);
+        self.layout.place(name, compiled.as_ref(), &mut self.book);
+        report.services += usize::from(compiled.is_some());
+        self.note_no_local(name, compiled.as_ref());
+        report.health_checks_changed |= self.note_health_check(name);
     }
 
     /// Something that the last sync wanted is not in the kernel: sync again later.
@@ -216,11 +240,11 @@ impl Core {
     }
 
     /// True when there is something new to tell.
-    fn note_health_check(&mut self, name: ObjectName) -> bool {
-        let check = self.world.health_check(&name);
+    fn note_health_check(&mut self, name: &ObjectName) -> bool {
+        let check = self.world.health_check(name);
         let before = match check.clone() {
-            Some(check) => self.health_checks.insert(name, check),
-            None => self.health_checks.remove(&name),
+            Some(check) => self.health_checks.insert(name.clone(), check),
+            None => self.health_checks.remove(name),
         };
         before != check
     }

@@ -13,6 +13,7 @@ mod selector;
 mod wire;
 mod write;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -111,7 +112,7 @@ struct State {
     allotted: u64,
     /// Watches from before this version get 410.
     compacted: u64,
-    objects: BTreeMap<(Resource, String), Value>,
+    objects: BTreeMap<(Resource, String), Arc<Value>>,
     history: Vec<Record>,
     watchers: Vec<Watcher>,
     scripts: Vec<(Resource, Verb, VecDeque<Answer>)>,
@@ -131,8 +132,8 @@ struct State {
 struct Record {
     version: u64,
     resource: Resource,
-    before: Option<Value>,
-    after: Option<Value>,
+    before: Option<Arc<Value>>,
+    after: Option<Arc<Value>>,
 }
 
 struct Watcher {
@@ -168,7 +169,7 @@ impl ApiServer {
             let list: Value = serde_json::from_str(&recorded(file)).unwrap();
             state.version = list["metadata"]["resourceVersion"].as_str().unwrap().parse().unwrap();
             for object in list["items"].as_array().unwrap() {
-                state.objects.insert((resource, key(object)), object.clone());
+                state.objects.insert((resource, key(object)), Arc::new(object.clone()));
             }
         }
         state.compacted = state.version;
@@ -186,7 +187,8 @@ impl ApiServer {
         let mut state = self.lock();
         state.version += 1;
         object["metadata"]["resourceVersion"] = json!(state.version.to_string());
-        let before = state.objects.insert((resource, key(&object)), object.clone());
+        let (place, object) = ((resource, key(&object)), Arc::new(object));
+        let before = state.objects.insert(place, Arc::clone(&object));
         state.record(resource, before, Some(object))
     }
 
@@ -208,7 +210,7 @@ impl ApiServer {
 
     /// The object as stored.
     pub fn get(&self, resource: Resource, namespace: &str, name: &str) -> Option<Value> {
-        self.lock().objects.get(&(resource, format!("{namespace}/{name}"))).cloned()
+        self.lock().objects.get(&(resource, format!("{namespace}/{name}"))).map(|object| (**object).clone())
     }
 
     /// Forgets history: watches that resume from before now get 410.
@@ -284,7 +286,7 @@ impl ApiServer {
 }
 
 impl State {
-    fn record(&mut self, resource: Resource, before: Option<Value>, after: Option<Value>) -> u64 {
+    fn record(&mut self, resource: Resource, before: Option<Arc<Value>>, after: Option<Arc<Value>>) -> u64 {
         let record = Record { version: self.version, resource, before, after };
         self.watchers.retain(|w| !w.lines.is_closed());
         for watcher in self.watchers.iter().filter(|w| w.resource == resource) {
@@ -297,7 +299,7 @@ impl State {
     }
 
     /// The selected objects, in the order of a list.
-    fn selected(&self, resource: Resource, selection: &Selection) -> Vec<Value> {
+    fn selected(&self, resource: Resource, selection: &Selection) -> Vec<Arc<Value>> {
         let objects = self.objects.iter().filter(|((r, _), _)| *r == resource).map(|(_, object)| object);
         objects.filter(|object| selection.matches(object)).cloned().collect()
     }
@@ -313,22 +315,32 @@ impl Record {
     fn event(&self, selection: &Selection) -> Option<String> {
         let before = self.before.as_ref().filter(|o| selection.matches(o));
         let after = self.after.as_ref().filter(|o| selection.matches(o));
-        let (kind, mut object) = match (before, after) {
-            (None, None) => return None,
-            (None, Some(object)) => ("ADDED", object.clone()),
-            (Some(_), Some(object)) => ("MODIFIED", object.clone()),
-            (Some(object), None) => ("DELETED", object.clone()),
-        };
-        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        Some(event(kind, self.resource, object))
+        match (before, after) {
+            (None, None) => None,
+            // Both have this version already.
+            (None, Some(object)) => Some(event("ADDED", self.resource, object)),
+            (Some(_), Some(object)) => Some(event("MODIFIED", self.resource, object)),
+            (Some(object), None) => {
+                let mut object = (**object).clone();
+                object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+                Some(event("DELETED", self.resource, &object))
+            }
+        }
     }
 }
 
 /// One line of a watch; API servers write the type first.
-fn event(kind: &str, resource: Resource, mut object: Value) -> String {
+fn event(kind: &str, resource: Resource, object: &Value) -> String {
+    // What lists hold has no kind; whoever brings his own objects, a hundred thousand perhaps, has it in them.
+    let is_whole = object["kind"] == resource.kind() && object["apiVersion"] == resource.api_version();
+    let object = if is_whole { Cow::Borrowed(object) } else { Cow::Owned(named(resource, object.clone())) };
+    format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n")
+}
+
+fn named(resource: Resource, mut object: Value) -> Value {
     object["kind"] = json!(resource.kind());
     object["apiVersion"] = json!(resource.api_version());
-    format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n")
+    object
 }
 
 fn resource_of(object: &Value) -> Resource {

@@ -69,7 +69,7 @@ impl ApiServer {
     }
 
     fn delete_namespace(&self, namespace: &str) -> Response<Body> {
-        let of = |object: &&Value| object["metadata"]["namespace"] == namespace;
+        let of = |object: &Value| object["metadata"]["namespace"] == namespace;
         let left: Vec<_> = self.lock().objects.iter().filter(|(_, o)| of(o)).map(|(place, _)| place.clone()).collect();
         for (resource, place) in left {
             self.delete(resource, namespace, place.split_once('/').expect("a namespace and a name").1);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
@@ -11,7 +12,7 @@ use futures::stream::{self, Stream};
 use http::Response;
 use http_body_util::BodyExt as _;
 use hyper_util::rt::TokioIo;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -138,11 +139,9 @@ impl ApiServer {
         let resource = request.resource;
         let from: u64 = request.query.get("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(0);
         let streaming = request.verb == Verb::StreamingList;
-        let mut start = String::new();
+        let (mut initial, mut start) = (Vec::new(), String::new());
         if streaming || from == 0 {
-            for object in state.selected(resource, &selection) {
-                start += &event("ADDED", resource, object);
-            }
+            initial = state.selected(resource, &selection);
             if streaming && !state.ignores_streaming {
                 start += &bookmark(resource, state.version, true);
             }
@@ -157,8 +156,22 @@ impl ApiServer {
         let seconds = request.query.get("timeoutSeconds").and_then(|v| v.parse().ok()).unwrap_or(1800);
         let open = Open { server: self.clone(), resource, lines, end: Instant::now() + Duration::from_secs(seconds) };
         let first = stream::iter((!start.is_empty()).then(|| Ok(Bytes::from(start))));
-        body(Body::from_stream(first.chain(open.stream())))
+        body(Body::from_stream(added(resource, initial).chain(first).chain(open.stream())))
     }
+}
+
+/// The initial events of a watch, written as they are sent: of a large cluster they are hundreds of megabytes.
+fn added(resource: Resource, objects: Vec<Arc<Value>>) -> impl Stream<Item = Result<Bytes, BoxError>> + Send {
+    const CHUNK: usize = 256 << 10;
+    stream::unfold(objects.into_iter(), move |mut objects| async move {
+        let mut text = String::new();
+        while text.len() < CHUNK
+            && let Some(object) = objects.next()
+        {
+            text += &event("ADDED", resource, &object);
+        }
+        (!text.is_empty()).then(|| (Ok(text.into()), objects))
+    })
 }
 
 /// An open watch.
@@ -192,7 +205,7 @@ fn bookmark(resource: Resource, version: u64, initial_end: bool) -> String {
     if initial_end {
         metadata["annotations"] = json!({"k8s.io/initial-events-end": "true"});
     }
-    event("BOOKMARK", resource, json!({"metadata": metadata}))
+    event("BOOKMARK", resource, &json!({"metadata": metadata}))
 }
 
 /// A list, or a page of one. A continue token is the version of the first page and the place where to go on.

@@ -1,5 +1,7 @@
 //! What a proxy writes: Events, and the taints of its Node. What users write is in `objects.rs`.
 
+use std::sync::Arc;
+
 use axum::body::Body;
 use http::Response;
 use serde_json::{Value, json};
@@ -77,7 +79,7 @@ impl State {
     fn patch_node(&mut self, name: &str, patch: &Value) -> Response<Body> {
         let place = (Resource::Nodes, format!("/{name}"));
         let Some(before) = self.objects.get(&place).cloned() else { return failure(404, "no such Node") };
-        let mut node = before.clone();
+        let mut node = (*before).clone();
         for step in patch.as_array().expect("a list of operations") {
             let path = step["path"].as_str().expect("a path");
             match step["op"].as_str() {
@@ -93,8 +95,9 @@ impl State {
         }
         self.version += 1;
         node["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        self.objects.insert(place, node.clone());
-        self.record(Resource::Nodes, Some(before), Some(node.clone()));
+        let node = Arc::new(node);
+        self.objects.insert(place, Arc::clone(&node));
+        self.record(Resource::Nodes, Some(before), Some(Arc::clone(&node)));
         response(200, node.to_string())
     }
 }

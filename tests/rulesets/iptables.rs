@@ -39,13 +39,34 @@ const NAT_CHAINS: [&str; 4] = ["KUBE-NODEPORTS", "KUBE-SERVICES", "KUBE-MARK-MAS
 /// The rules of `world` for one family. Loading them replaces all that the two tables held.
 pub fn render(world: &World, family: Family) -> String {
     let mut tables = Tables::default();
+    write_services(world, family, |_, own| tables.append(own));
+    tables.finish(family, true)
+}
+
+/// What kube-proxy writes when one Service (by its place in `world`) has changed and nothing else, for
+/// `iptables-restore --noflush`. Its partial sync (`syncProxyRules` without `doFullSync`, since 1.26) leaves out the
+/// chains of Services that have not changed; the chains that all share (KUBE-SERVICES, KUBE-NODEPORTS and those of the
+/// table filter) it writes as a whole, a rule or more for every Service. Jumps from the kernel's hooks are left alone,
+/// and so are chains of endpoints that are gone: they are deleted later, in a large cluster once in a sync period.
+pub fn render_change(world: &World, family: Family, changed: usize) -> String {
+    let mut tables = Tables::default();
+    write_services(world, family, |number, own| match number == changed {
+        true => tables.append(own),
+        false => tables.append_shared(own),
+    });
+    tables.finish(family, false)
+}
+
+/// What each Service adds, with its place in `world`.
+fn write_services(world: &World, family: Family, mut each: impl FnMut(usize, Tables)) {
     let endpoints: usize = world.services.iter().map(|service| service.endpoints.len()).sum();
-    for service in &world.services {
+    for (number, service) in world.services.iter().enumerate() {
         for cluster_ip in family.of(&service.cluster_ips) {
-            ServiceRules::new(world, service, cluster_ip, family, endpoints <= LARGE).write(&mut tables);
+            let mut own = Tables::default();
+            ServiceRules::new(world, service, cluster_ip, family, endpoints <= LARGE).write(&mut own);
+            each(number, own);
         }
     }
-    tables.finish(family)
 }
 
 /// What a service adds to, in the order in which it is put together.
@@ -61,13 +82,32 @@ impl Tables {
         self.nat_chains.add(format_args!(":{name} - [0:0]"));
     }
 
-    fn finish(self, family: Family) -> String {
+    fn append(&mut self, own: Tables) {
+        self.filter.0.push_str(&own.filter.0);
+        self.nat_chains.0.push_str(&own.nat_chains.0);
+        self.nat.0.push_str(&own.nat.0);
+    }
+
+    /// Of a Service's rules those that are in chains of all.
+    fn append_shared(&mut self, own: Tables) {
+        self.filter.0.push_str(&own.filter.0);
+        let shared = |line: &&str| NAT_CHAINS.iter().any(|chain| line.starts_with(&format!("-A {chain} ")));
+        own.nat.0.lines().filter(shared).for_each(|line| self.nat.add(format_args!("{line}")));
+    }
+
+    /// `with_hooks`: with the kernel's own chains, and the jumps from there.
+    fn finish(self, family: Family, with_hooks: bool) -> String {
         let mut all = Lines::default();
-        all.add(format_args!("*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]"));
+        all.add(format_args!("*filter"));
+        if with_hooks {
+            all.add(format_args!(":INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]"));
+        }
         for chain in FILTER_CHAINS {
             all.add(format_args!(":{chain} - [0:0]"));
         }
-        jumps(&mut all, "filter");
+        if with_hooks {
+            jumps(&mut all, "filter");
+        }
         all.0.push_str(&self.filter.0);
         if family == Family::V4 {
             // route_localnet, which NodePorts at 127.0.0.1 need, would let others in.
@@ -83,13 +123,18 @@ impl Tables {
              -A KUBE-FORWARD -m comment --comment \"kubernetes forwarding conntrack rule\" -m conntrack --ctstate \
              RELATED,ESTABLISHED -j ACCEPT\nCOMMIT"
         ));
-        all.add(format_args!("*nat\n:PREROUTING ACCEPT [0:0]\n:INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]"));
-        all.add(format_args!(":POSTROUTING ACCEPT [0:0]"));
+        all.add(format_args!("*nat"));
+        if with_hooks {
+            all.add(format_args!(":PREROUTING ACCEPT [0:0]\n:INPUT ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]"));
+            all.add(format_args!(":POSTROUTING ACCEPT [0:0]"));
+        }
         for chain in NAT_CHAINS {
             all.add(format_args!(":{chain} - [0:0]"));
         }
         all.0.push_str(&self.nat_chains.0);
-        jumps(&mut all, "nat");
+        if with_hooks {
+            jumps(&mut all, "nat");
+        }
         all.add(format_args!(
             "-A KUBE-POSTROUTING -m mark ! --mark {MASQUERADE_MARK}/{MASQUERADE_MARK} -j RETURN\n\
              -A KUBE-POSTROUTING -j MARK --xor-mark {MASQUERADE_MARK}\n\

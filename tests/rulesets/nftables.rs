@@ -59,6 +59,26 @@ pub fn render(world: &World, family: Family) -> String {
     table.lines.0
 }
 
+/// What kube-proxy writes when one Service (by its place in `world`) has changed and nothing else: in a partial sync
+/// (`syncProxyRules` with `skipServiceUpdate` for all others, since 1.33) its chains are added, which does nothing to
+/// those that are there, emptied, and filled again. Elements of sets and maps are written only where they are new or
+/// others than before (`ensureElem`): none when it is an endpoint on another node that has changed.
+pub fn render_change(world: &World, family: Family, changed: usize) -> String {
+    let mut table = Table::new(family);
+    let service = &world.services[changed];
+    for cluster_ip in family.of(&service.cluster_ips) {
+        ServiceRules::new(world, service, cluster_ip, family).write(&mut table);
+    }
+    let mut lines = Lines::default();
+    for line in table.lines.0.lines().filter(|line| !line.starts_with("add element ")) {
+        lines.add(format_args!("{line}"));
+        if let Some(chain) = line.strip_prefix("add chain ") {
+            lines.add(format_args!("flush chain {chain}"));
+        }
+    }
+    lines.0
+}
+
 struct Table {
     lines: Lines,
     family: Family,

@@ -19,7 +19,7 @@ const METRICS: &str = "127.0.0.1:10249";
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long it may take to load its programs: an emulated processor needs half a minute for that.
-const LOADING: Duration = Duration::from_secs(60);
+pub const LOADING: Duration = Duration::from_secs(60);
 
 /// A running daemon. Dropping it kills it; its maps and programs stay, as after a crash, until the laboratory goes.
 #[derive(Debug)]
@@ -44,14 +44,14 @@ impl<'a> Daemon<'a> {
 
     /// As [`Daemon::start_with`], on the source that these options name.
     pub fn start_on(lab: &'a Lab, node: &str, source: &[&str], options: &[&str]) -> anyhow::Result<Daemon<'a>> {
-        let node = lab.node(node);
-        let cgroup = node.cgroup.display().to_string();
-        let pins = node.pin_path.display().to_string();
-        let mut arguments = vec!["run", "--hostname-override", &node.name, "--cgroup", &cgroup];
-        arguments.extend(source);
-        arguments.extend(["--pin-path", &pins, "--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);
-        arguments.extend(options);
-        Daemon::start_as(lab, &node.name, &arguments)
+        let arguments = arguments(lab.node(node), source, options);
+        Daemon::start_as(lab, node, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// As [`Daemon::start_on`], without waiting.
+    pub fn spawn_on(lab: &'a Lab, node: &str, source: &[&str], options: &[&str]) -> anyhow::Result<Daemon<'a>> {
+        let arguments = arguments(lab.node(node), source, options);
+        Daemon::spawn_as(lab, node, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     /// Starts `kubelane` with these arguments and no others, and waits until it is ready.
@@ -65,8 +65,7 @@ impl<'a> Daemon<'a> {
         let node = lab.node(node);
         let process = node.host.spawn(program, arguments)?;
         let mut daemon = Daemon { node, process, ready_after: Duration::ZERO };
-        daemon.wait_ready()?;
-        daemon.ready_after = began.elapsed();
+        daemon.wait_ready(began, LOADING, Duration::from_millis(2))?;
         Ok(daemon)
     }
 
@@ -77,19 +76,33 @@ impl<'a> Daemon<'a> {
         Ok(Daemon { node, process, ready_after: Duration::ZERO })
     }
 
-    fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + LOADING;
+    /// Waits for a daemon that was only spawned; asks once in a `pause`, which costs the daemon something, too. `began`:
+    /// when it was.
+    pub fn wait_ready(&mut self, began: Instant, patience: Duration, pause: Duration) -> anyhow::Result<()> {
         loop {
-            if let Some(status) = self.process.ended() {
-                bail!("the daemon of {} ended with {status}; {}", self.node.name, self.node.host.log_tail());
-            }
+            self.check_running()?;
             if self.get(HEALTH, "/readyz").is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
+                self.ready_after = began.elapsed();
                 return Ok(());
             }
-            if Instant::now() > deadline {
-                bail!("the daemon of {} is not ready after {LOADING:?}; {}", self.node.name, self.node.host.log_tail());
+            if began.elapsed() > patience {
+                bail!(
+                    "the daemon of {} is not ready after {patience:?}; {}",
+                    self.node.name,
+                    self.node.host.log_tail()
+                );
             }
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(pause);
+        }
+    }
+
+    /// Fails when the daemon has ended, with what it said.
+    pub fn check_running(&mut self) -> anyhow::Result<()> {
+        match self.process.ended() {
+            None => Ok(()),
+            Some(status) => {
+                bail!("the daemon of {} ended with {status}; {}", self.node.name, self.node.host.log_tail())
+            }
         }
     }
 
@@ -144,6 +157,14 @@ impl<'a> Daemon<'a> {
     pub fn log(&self) -> String {
         self.node.host.log_tail()
     }
+}
+
+/// The command line of a node's daemon on the source that these options name.
+fn arguments(node: &Node, source: &[&str], options: &[&str]) -> Vec<String> {
+    let (cgroup, pins) = (node.cgroup.display().to_string(), node.pin_path.display().to_string());
+    let own = ["run", "--hostname-override", &node.name, "--cgroup", &cgroup, "--pin-path", &pins];
+    let own = own.into_iter().chain(["--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);
+    own.chain(source.iter().copied()).chain(options.iter().copied()).map(str::to_owned).collect()
 }
 
 impl Node {

@@ -2,22 +2,24 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use kubelane::abi::{Backend, Frontend, FrontendKey, backend_state};
-use kubelane::bpf::Maps;
+use kubelane::bpf::{Maps, pinned};
 use kubelane::model::{Ipx, Protocol};
 use kubelane::sync::{MapIo as _, MapName};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 
-use crate::common::world::{BenchWorld, SERVICE_PORT};
-use crate::map_path;
+use super::world::{BenchWorld, SERVICE_PORT};
 
-/// How long a watcher waits before it gives up.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a watcher waits before it gives up: ten times as long as 100,000 Services take a debug build.
+const PATIENCE: Duration = Duration::from_secs(900);
 /// Pause of a watcher that has to leave the processor to the daemon.
 const PAUSE: Duration = Duration::from_micros(200);
 
@@ -32,7 +34,7 @@ pub struct Eyes {
 impl Eyes {
     pub fn open(pin_path: &Path) -> anyhow::Result<Eyes> {
         let open = |map: MapName| {
-            let path = map_path(pin_path, map.as_str());
+            let path = pinned::maps_directory(pin_path).join(map.as_str());
             MapHandle::from_pinned_path(&path).with_context(|| format!("opening {}", path.display()))
         };
         Ok(Eyes {
@@ -45,9 +47,15 @@ impl Eyes {
 
     /// Waits until the maps are there and hold every frontend and every address of the world; how long after `began`
     /// the last one was seen. Backends and slots are written before the frontends that lead to them, and are counted
-    /// afterwards by [`check_complete`].
-    pub fn wait_for_all(pin_path: &Path, world: &BenchWorld, began: Instant) -> anyhow::Result<Duration> {
+    /// afterwards by [`check_complete`]. `check` ends the wait with an error when there is nothing to wait for any more.
+    pub fn wait_for_all(
+        pin_path: &Path,
+        world: &BenchWorld,
+        began: Instant,
+        check: &mut dyn FnMut() -> anyhow::Result<()>,
+    ) -> anyhow::Result<Duration> {
         let eyes = loop {
+            check()?;
             match Eyes::open(pin_path) {
                 Ok(eyes) => break eyes,
                 Err(error) if began.elapsed() > PATIENCE => return Err(error),
@@ -56,16 +64,23 @@ impl Eyes {
         };
         for service in &world.services {
             let key = frontend_key(service.cluster_ip());
-            eyes.wait_for(&eyes.frontends, bytemuck::bytes_of(&key), began)?;
+            eyes.wait_for(&eyes.frontends, bytemuck::bytes_of(&key), began, check)?;
         }
         for service in &world.services {
-            eyes.wait_for(&eyes.addresses, &Ipx::from(service.cluster_ip()).0, began)?;
+            eyes.wait_for(&eyes.addresses, &Ipx::from(service.cluster_ip()).0, began, check)?;
         }
         Ok(began.elapsed())
     }
 
-    fn wait_for(&self, map: &MapHandle, key: &[u8], began: Instant) -> anyhow::Result<()> {
+    fn wait_for(
+        &self,
+        map: &MapHandle,
+        key: &[u8],
+        began: Instant,
+        check: &mut dyn FnMut() -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         while map.lookup(key, MapFlags::ANY)?.is_none() {
+            check()?;
             if began.elapsed() > PATIENCE {
                 bail!("a row of {:?} has not come within {PATIENCE:?}", map.name());
             }
@@ -74,10 +89,16 @@ impl Eyes {
         Ok(())
     }
 
+    /// Waits until the maps know the cluster IP.
+    pub fn wait_for_frontend(&self, cluster_ip: Ipv4Addr) -> anyhow::Result<()> {
+        let key = frontend_key(cluster_ip);
+        self.wait_for(&self.frontends, bytemuck::bytes_of(&key), Instant::now(), &mut || Ok(()))
+    }
+
     /// Spins until new connections to the cluster IP would go to `wanted`, all of them and no other.
     pub fn spin_until(&self, cluster_ip: Ipv4Addr, wanted: &BTreeSet<Ipv4Addr>) -> anyhow::Result<()> {
         let began = Instant::now();
-        while self.endpoints(cluster_ip)? != *wanted {
+        while !self.leads_to(cluster_ip, wanted)? {
             if began.elapsed() > PATIENCE {
                 bail!("{cluster_ip} does not lead to {wanted:?} within {PATIENCE:?}");
             }
@@ -85,22 +106,59 @@ impl Eyes {
         Ok(())
     }
 
-    /// Where the programs would send a new connection now.
-    fn endpoints(&self, cluster_ip: Ipv4Addr) -> anyhow::Result<BTreeSet<Ipv4Addr>> {
-        let key = frontend_key(cluster_ip);
-        let row = self.frontends.lookup(bytemuck::bytes_of(&key), MapFlags::ANY)?;
-        let Some(row) = row else { return Ok(BTreeSet::new()) };
-        let frontend: Frontend = bytemuck::pod_read_unaligned(&row);
-        let mut endpoints = BTreeSet::new();
-        for slot in frontend.inside.base..frontend.inside.base + frontend.inside.count {
-            let id = self.slots.lookup(&slot.to_ne_bytes(), MapFlags::ANY)?.context("a slot beyond the map's end")?;
-            let row = self.backends.lookup(&id, MapFlags::ANY)?.context("a backend beyond the map's end")?;
-            let backend: Backend = bytemuck::pod_read_unaligned(&row);
-            if let std::net::IpAddr::V4(ip) = Ipx(backend.address).to_ip() {
-                endpoints.insert(ip);
+    /// Whether new connections to the cluster IP would go to `wanted`, all of them and no other.
+    pub fn leads_to(&self, cluster_ip: Ipv4Addr, wanted: &BTreeSet<Ipv4Addr>) -> anyhow::Result<bool> {
+        let pool = self.pool(cluster_ip)?;
+        // Else a look at a Service with thousands of endpoints would take longer than what is waited for.
+        if pool.len() != wanted.len() {
+            return Ok(false);
+        }
+        let found: BTreeSet<Ipv4Addr> = pool.map(|slot| self.endpoint(slot)).collect::<Result<_, _>>()?;
+        Ok(found == *wanted)
+    }
+
+    /// Which of the pool's slots leads to an endpoint.
+    pub fn slot_of(&self, cluster_ip: Ipv4Addr, endpoint: Ipv4Addr) -> anyhow::Result<usize> {
+        let at = self.endpoints(cluster_ip)?.iter().position(|ip| *ip == endpoint);
+        at.with_context(|| format!("{cluster_ip} does not lead to {endpoint}"))
+    }
+
+    /// Spins until this slot of the pool leads to `endpoint`: an endpoint that takes another's place takes its slot.
+    /// Three look-ups each time, however large the pool is.
+    pub fn spin_until_slot(&self, cluster_ip: Ipv4Addr, slot: usize, endpoint: Ipv4Addr) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            let pool = self.pool(cluster_ip)?.nth(slot);
+            if pool.map(|slot| self.endpoint(slot)).transpose()? == Some(endpoint) {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE {
+                bail!("{cluster_ip} does not lead to {endpoint} within {PATIENCE:?}");
             }
         }
-        Ok(endpoints)
+    }
+
+    /// Where the programs would send a new connection now, in the order of the slots.
+    fn endpoints(&self, cluster_ip: Ipv4Addr) -> anyhow::Result<Vec<Ipv4Addr>> {
+        self.pool(cluster_ip)?.map(|slot| self.endpoint(slot)).collect()
+    }
+
+    /// The slots of a cluster IP's pool; none without a frontend.
+    fn pool(&self, cluster_ip: Ipv4Addr) -> anyhow::Result<Range<u32>> {
+        let key = frontend_key(cluster_ip);
+        let row = self.frontends.lookup(bytemuck::bytes_of(&key), MapFlags::ANY)?;
+        let pool = row.map(|row| bytemuck::pod_read_unaligned::<Frontend>(&row).inside);
+        Ok(pool.map_or(0..0, |pool| pool.base..pool.base + pool.count))
+    }
+
+    fn endpoint(&self, slot: u32) -> anyhow::Result<Ipv4Addr> {
+        let id = self.slots.lookup(&slot.to_ne_bytes(), MapFlags::ANY)?.context("a slot beyond the map's end")?;
+        let row = self.backends.lookup(&id, MapFlags::ANY)?.context("a backend beyond the map's end")?;
+        match Ipx(bytemuck::pod_read_unaligned::<Backend>(&row).address).to_ip() {
+            IpAddr::V4(ip) => Ok(ip),
+            // An empty row, which a slot leads to only for as long as it takes to read both.
+            IpAddr::V6(_) => Ok(Ipv4Addr::UNSPECIFIED),
+        }
     }
 }
 
@@ -150,12 +208,9 @@ impl Usage {
     }
 }
 
-/// User and system time of all threads, ended ones included (utime and stime of /proc/PID/stat, in 1/100 s).
+/// User and system time of all threads, ended ones included, in nanoseconds (CLOCK_PROCESS_CPUTIME_ID of the process).
 pub fn cpu_time(pid: u32) -> anyhow::Result<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("reading the daemon's stat")?;
-    // The name in parentheses may hold spaces; the third field follows it.
-    let fields = stat.rsplit_once(") ").context("stat without a name")?.1;
-    let ticks = |index: usize| fields.split(' ').nth(index).and_then(|field| field.parse::<u64>().ok());
-    let (user, system) = (ticks(11).context("no utime")?, ticks(12).context("no stime")?);
-    Ok(Duration::from_millis(10 * (user + system)))
+    let clock =
+        clock_getcpuclockid(Pid::from_raw(pid.cast_signed())).context("the clock of the daemon's processor time")?;
+    Ok(Duration::from(clock_gettime(clock).context("reading the daemon's processor time")?))
 }

@@ -1,0 +1,140 @@
+//! The control plane at 100 to 100,000 Services: time, processor and memory of the first sync, one change, a burst of
+//! changes, one Service with thousands of endpoints and a restart, of the real daemon on an API server; and how long
+//! the rule sets of kube-proxy's iptables and nftables modes take to load and to change at the same sizes.
+//!
+//! The server is the tests' double, in a process of its own (this binary again, with `--serve`). Figures are printed
+//! beside their targets and never asserted, with a table of how they grow; a CSV goes to the output directory.
+
+#[path = "../../tests/apiserver/mod.rs"]
+mod apiserver;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../../tests/rulesets/mod.rs"]
+mod rulesets;
+#[path = "../../tests/support/mod.rs"]
+mod support;
+
+mod measure;
+mod report;
+mod rules;
+mod serve;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser;
+
+use common::machine;
+use report::Figures;
+use rules::Mode;
+
+#[derive(Parser)]
+struct Arguments {
+    /// Sizes at which the daemon is measured.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "100,1000,10000,100000",
+        default_value_if("quick", "true", "100,1000")
+    )]
+    services: Vec<usize>,
+    /// Endpoints of each Service.
+    #[arg(long, default_value_t = 10)]
+    endpoints: usize,
+    /// Cold starts of each size, each in a laboratory of its own; medians are shown.
+    #[arg(long, default_value_t = 1)]
+    starts: usize,
+    /// Changes of one endpoint.
+    #[arg(long, default_value_t = 1000, default_value_if("quick", "true", "50"))]
+    changes: usize,
+    /// Of these, in a second.
+    #[arg(long, default_value_t = 100)]
+    rate: u32,
+    /// Changes of a burst, each of another Service as far as there are any.
+    #[arg(long, default_value_t = 1000)]
+    burst: usize,
+    /// Endpoints of the Service that gets thousands.
+    #[arg(long, default_value_t = 5000, default_value_if("quick", "true", "1000"))]
+    grown: usize,
+    /// How long to look at an idle daemon, in seconds; 0: not at all.
+    #[arg(long, default_value_t = 0)]
+    idle: u64,
+    /// Sizes at which rule sets are measured; 0: none.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "100,1000,10000",
+        default_value_if("quick", "true", "100,1000")
+    )]
+    rules: Vec<usize>,
+    /// Which rule sets; all when left out.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    mode: Vec<Mode>,
+    /// How long a rule set may take to load or to change, in seconds.
+    #[arg(long, default_value_t = 120)]
+    limit: u64,
+    /// Two small sizes and few changes, where nothing else is said: half a minute from the debug build.
+    #[arg(long)]
+    quick: bool,
+    /// Where the CSV goes.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench"))]
+    output: PathBuf,
+    /// Given to the server's process: the daemon's pins.
+    #[arg(long, hide = true)]
+    serve: Option<PathBuf>,
+    /// Given by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(pins) = &arguments.serve {
+        return serve::run(pins, &arguments);
+    }
+    support::preflight()?;
+    println!("{}\n", machine());
+    let mut daemon = Vec::new();
+    for services in &arguments.services {
+        let figures = measure::measure(*services, &arguments)?;
+        print_size(&figures);
+        daemon.push(figures);
+    }
+    let mut all = daemon.clone();
+    print_sizes("kubelane", &daemon);
+    let modes = if arguments.mode.is_empty() { &Mode::ALL[..] } else { &arguments.mode };
+    for mode in modes {
+        let mut sizes = Vec::new();
+        for services in arguments.rules.iter().filter(|services| **services > 0) {
+            sizes.extend(rules::measure(*mode, *services, arguments.endpoints, Duration::from_secs(arguments.limit))?);
+        }
+        print_sizes(mode.name(), &sizes);
+        all.extend(sizes);
+    }
+    std::fs::create_dir_all(&arguments.output).context("making the directory for the CSV")?;
+    let path = arguments.output.join("control.csv");
+    std::fs::write(&path, report::csv(&all)).with_context(|| format!("writing {}", path.display()))?;
+    println!("All figures: {}", path.display());
+    Ok(())
+}
+
+fn print_size(figures: &Figures) {
+    println!(
+        "{}: {} Services with {} endpoints each:\n",
+        figures.of,
+        report::thousands(figures.services),
+        figures.endpoints
+    );
+    println!("{}", figures.table());
+}
+
+fn print_sizes(of: &str, sizes: &[Figures]) {
+    if sizes.is_empty() {
+        return;
+    }
+    println!("{of}, all sizes:\n\n{}", report::summary(sizes));
+    if let Some(growth) = report::growth(sizes) {
+        println!("{of}, from size to size (1 is linear per Service, or flat):\n\n{growth}");
+    }
+}
