@@ -34,6 +34,19 @@ pub fn machine() -> String {
     )
 }
 
+/// Kernels built so do not count what interrupts do (the work that packets make, for the most part) as anybody's
+/// processor time: what the kernel says of a cgroup is then too little.
+pub fn processor_time_caveat() -> Option<&'static str> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    // zcat of either: Debian's file is plain.
+    let files = [format!("/boot/config-{}", release.trim()), "/proc/config.gz".to_owned()];
+    let output = Command::new("zcat").arg("-f").args(files).stderr(Stdio::null()).output().ok()?;
+    let is_so = String::from_utf8_lossy(&output.stdout).lines().any(|line| line == "CONFIG_IRQ_TIME_ACCOUNTING=y");
+    is_so.then_some(
+        "CAUTION: this kernel has CONFIG_IRQ_TIME_ACCOUNTING: processor times below are without the work of interrupts",
+    )
+}
+
 /// The directory of netperf and netserver, downloaded when they are not installed.
 pub fn netperf() -> anyhow::Result<PathBuf> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/fetch-netperf");

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use perf_event::events::Hardware;
 use perf_event::{Builder, Counter};
 
+use crate::support::cgroup;
 use crate::support::lab::Lab;
 
 /// Counters of a laboratory's cgroup, one on each processor.
@@ -15,10 +16,12 @@ pub struct Instructions(Vec<Counter>);
 impl Instructions {
     /// Why this machine cannot count instructions; `None` when it can.
     pub fn missing() -> Option<String> {
-        let error = Builder::new(Hardware::INSTRUCTIONS).build().err()?;
-        Some(match error.raw_os_error() {
+        let all = cgroup::mount_point().and_then(|root| Ok(File::open(root)?)).and_then(|root| Ok(count(&root)?));
+        let error = all.err()?;
+        let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        Some(match code {
             Some(libc::ENOENT | libc::EOPNOTSUPP | libc::ENODEV) => "no hardware counters".to_owned(),
-            _ => format!("perf_event_open: {error}"),
+            _ => format!("perf_event_open: {error:#}"),
         })
     }
 
@@ -26,15 +29,7 @@ impl Instructions {
     pub fn start(lab: &Lab) -> anyhow::Result<Instructions> {
         let cgroup = lab.node("node1").cgroup.join("..");
         let cgroup = File::open(&cgroup).with_context(|| format!("opening {}", cgroup.display()))?;
-        let count = |processor| -> io::Result<Counter> {
-            let mut builder = Builder::new(Hardware::INSTRUCTIONS);
-            let mut counter = builder.observe_cgroup(&cgroup).one_cpu(processor).include_kernel().build()?;
-            counter.enable()?;
-            Ok(counter)
-        };
-        let processors = std::thread::available_parallelism().context("counting processors")?.get();
-        let counters: io::Result<Vec<Counter>> = (0..processors).map(count).collect();
-        Ok(Instructions(counters.context("counting a cgroup's instructions")?))
+        Ok(Instructions(count(&cgroup).context("counting a cgroup's instructions")?))
     }
 
     /// Those since the start.
@@ -46,4 +41,24 @@ impl Instructions {
         }
         Ok(sum as f64)
     }
+}
+
+/// A running counter for each processor that there is, whichever this process may use.
+fn count(cgroup: &File) -> io::Result<Vec<Counter>> {
+    let one = |processor| -> io::Result<Counter> {
+        let mut builder = Builder::new(Hardware::INSTRUCTIONS);
+        let mut counter = builder.observe_cgroup(cgroup).one_cpu(processor).include_kernel().build()?;
+        counter.enable()?;
+        Ok(counter)
+    };
+    online(&std::fs::read_to_string("/sys/devices/system/cpu/online")?).into_iter().map(one).collect()
+}
+
+/// The numbers of a list like "0-3,6".
+fn online(list: &str) -> Vec<usize> {
+    let ranges = list.trim().split(',').filter_map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    });
+    ranges.flatten().collect()
 }

@@ -61,6 +61,9 @@ fn main() -> anyhow::Result<()> {
         arguments.length
     );
     println!("{head}");
+    if let Some(caveat) = common::processor_time_caveat() {
+        println!("{caveat}\n");
+    }
     let real = match (&arguments.kube_proxy, &arguments.kubeconfig) {
         (Some(program), Some(kubeconfig)) => Some(RealProxy::new(program, kubeconfig)?),
         _ => None,

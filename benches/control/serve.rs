@@ -198,7 +198,8 @@ impl Cluster {
         let (order, slices): (Vec<usize>, Vec<_>) = changes.into_iter().map(|c| (c.service, c.slice)).unzip();
         let began = Instant::now();
         self.send(slices);
-        let (sent, mut last) = (began.elapsed(), Duration::ZERO);
+        let sent = began.elapsed();
+        let mut last = sent;
         let mut seen = BTreeSet::new();
         for service in order.into_iter().rev().filter(|service| seen.insert(*service)) {
             let service = &self.world.services[service];

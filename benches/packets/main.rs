@@ -50,8 +50,8 @@ struct Arguments {
 
 /// Measurements on fresh nodes that a figure on file is the lowest of.
 const RECORDED_OF: usize = 3;
-/// Further ones of a way that seems to have grown, and how much longer each is. The lowest counts, which can only fall:
-/// what has truly grown does not get away.
+/// Further ones of a way that seems to have grown, and how much longer each is. The lowest time of all counts, of the
+/// way as of the yardstick: what has truly grown does not get away.
 const RETRIES: usize = 4;
 const LONGER: usize = 2;
 

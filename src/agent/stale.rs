@@ -67,7 +67,7 @@ impl StaleSocketPasses {
         if hidden > 0 && !std::mem::replace(&mut self.told, true) {
             tracing::warn!(
                 hidden,
-                "sockets of removed backends are not looked for in some network namespaces: {REMEDY}"
+                "sockets of removed backends may be in network namespaces that cannot be looked at: {REMEDY}"
             );
         }
     }

@@ -59,7 +59,7 @@ pub struct StalePass {
     pub destroyed: usize,
     /// Of these, the ones in a network namespace that no handle leads to, or that cannot be entered.
     pub unreachable: usize,
-    /// Namespaces that were not searched: they cannot be entered, or belong to processes that may not be looked at.
+    /// Namespaces that cannot be entered, and processes whose namespace may not be looked at.
     pub hidden: usize,
 }
 
@@ -110,7 +110,9 @@ fn destroy_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
     for (inum, sockets) in by_namespace {
         let inside = handles.get(&inum).map(|handle| namespaces::run_inside(handle, || destroy_all(&sockets)));
         match inside {
-            Some(Ok(destroyed)) => pass.destroyed += destroyed?,
+            Some(Ok(Ok(destroyed))) => pass.destroyed += destroyed,
+            // Others may do better.
+            Some(Ok(Err(error))) => tell(&error),
             Some(Err(_)) | None => pass.unreachable += sockets.len(),
         }
     }
@@ -127,17 +129,22 @@ fn destroy_in_each(links: &[&Link]) -> Result<StalePass> {
     };
     for handle in found.handles.values() {
         match namespaces::run_inside(handle, search) {
-            Ok(result) => {
-                let (found, destroyed) = result?;
+            Ok(Ok((found, destroyed))) => {
                 pass.found += found;
                 pass.destroyed += destroyed;
             }
+            // Others may do better.
+            Ok(Err(error)) => tell(&error),
             // It may have gone with its last process.
             Err(_) if !handle.exists() => {}
             Err(_) => pass.hidden += 1,
         }
     }
     Ok(pass)
+}
+
+fn tell(error: &anyhow::Error) {
+    tracing::warn!("sockets of removed backends were not ended in a network namespace: {error:#}");
 }
 
 fn read_stale(iterator: &Link) -> Result<Vec<StaleSocket>> {
@@ -153,12 +160,17 @@ fn destroy_all(sockets: &[StaleSocket]) -> Result<usize> {
     for socket in sockets {
         match request(&netlink, &destroy_request(socket)) {
             Ok(()) => destroyed += 1,
-            // Closed by its owner in the meantime.
+            // Closed by its owner in the meantime, or in TIME_WAIT, which kernels before 6.5 do not end.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) if is_tcp(socket) && error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
             Err(error) => return Err(error).context("SOCK_DESTROY failed (CAP_NET_ADMIN is needed)"),
         }
     }
     Ok(destroyed)
+}
+
+fn is_tcp(socket: &StaleSocket) -> bool {
+    matches!(i32::from(socket.protocol), libc::IPPROTO_TCP | libc::IPPROTO_MPTCP)
 }
 
 fn open() -> io::Result<OwnedFd> {

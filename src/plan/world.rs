@@ -145,6 +145,11 @@ impl World {
         names
     }
 
+    /// When the Service was created, as `Service::created`; `None` when there is no such Service.
+    pub fn created(&self, name: &ObjectName) -> Option<i64> {
+        Some(self.entries.get(name)?.service.as_deref()?.created)
+    }
+
     /// What the Service of this name asks for now; `None` when there is no such Service.
     pub fn compile(&self, name: &ObjectName) -> Option<Compiled> {
         let entry = self.entries.get(name)?;

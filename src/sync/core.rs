@@ -18,8 +18,8 @@ use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
 use crate::table::{HashMap, Rows as _};
 
-/// Services that are laid out before their rows are written. All at once, the first sync would hold every row of a cluster
-/// as one that is wanted, which takes more than to hold it as one that is there.
+/// Services of a first sync that are laid out before their rows are written. All at once, it would hold every row of a
+/// cluster as one that is wanted, which takes more than to hold it as one that is there.
 const SERVICES_OF_A_PASS: usize = 4096;
 
 /// What does not change while the daemon runs.
@@ -156,21 +156,7 @@ impl Core {
             for name in self.layout.release(now) {
                 self.world.mark(name);
             }
-            let dirty = self.world.take_dirty();
-            let mut waiting = dirty.as_slice();
-            loop {
-                // What was found in the kernel is not to be judged before all have said what they want of it. And after a
-                // failure each further pass would only try in vain again what failed.
-                let at_once = self.has_found || !report.failures.is_empty();
-                let size = if at_once { usize::MAX } else { SERVICES_OF_A_PASS };
-                let (part, rest) = waiting.split_at(size.min(waiting.len()));
-                part.iter().for_each(|name| self.place(name, &mut report));
-                Applier::new(io, &mut self.layout, &mut self.book, &mut report).run(now);
-                if rest.is_empty() {
-                    break;
-                }
-                waiting = rest;
-            }
+            self.write(io, now, &mut report);
             self.has_found = false;
             report.full = self.world.take_zone_changed() | !std::mem::replace(&mut self.synced, true);
             if !self.pending() {
@@ -180,6 +166,31 @@ impl Core {
         (report.warnings, report.resolved) = self.book.take();
         report.duration = started.elapsed();
         report
+    }
+
+    /// Lays out the Services that changed, and writes. A first sync does so in parts, the oldest Services first: they win
+    /// where several want one frontend, so that no later part takes anything from an earlier one.
+    fn write(&mut self, io: &mut dyn MapIo, now: Instant, report: &mut SyncReport) {
+        let mut dirty = self.world.take_dirty();
+        // What was found in the kernel is not to be judged before all have said what they want of it. And a change of
+        // much at once is to be one step for every row that it concerns.
+        let in_parts = !self.synced && !self.has_found;
+        if in_parts {
+            dirty.sort_by_key(|name| self.world.created(name));
+        }
+        let mut waiting = dirty.as_slice();
+        loop {
+            // After a failure each further part would only try in vain again what failed: the last one does.
+            let size = if in_parts && report.failures.is_empty() { SERVICES_OF_A_PASS } else { usize::MAX };
+            report.failures.clear();
+            let (part, rest) = waiting.split_at(size.min(waiting.len()));
+            part.iter().for_each(|name| self.place(name, report));
+            Applier::new(io, &mut self.layout, &mut self.book, report).run(now);
+            if rest.is_empty() {
+                break;
+            }
+            waiting = rest;
+        }
     }
 
     fn place(&mut self, name: &ObjectName, report: &mut SyncReport) {

@@ -109,14 +109,14 @@ pub fn within(limit: Duration, loader: Loader, rules: &str) -> anyhow::Result<Op
 /// Waits for the end; ends it at the limit.
 fn end_of(child: &mut Child, began: Instant, limit: Duration) -> anyhow::Result<Option<ExitStatus>> {
     loop {
-        if let Some(status) = child.try_wait().context("waiting for a loader")? {
-            return Ok(Some(status));
-        }
         let elapsed = began.elapsed();
         if elapsed > limit {
             child.kill().context("ending a loader")?;
             child.wait().context("waiting for a loader")?;
             return Ok(None);
+        }
+        if let Some(status) = child.try_wait().context("waiting for a loader")? {
+            return Ok(Some(status));
         }
         // A hundredth of the time is near enough.
         std::thread::sleep((elapsed / 100).clamp(Duration::from_micros(50), Duration::from_millis(20)));
