@@ -14,7 +14,7 @@ use kubelane::abi::{Backend, FrontendKey, ServiceName};
 use kubelane::model::{Ipx, Protocol, Service, ServicePort, Slice, TrafficPolicy};
 use kubelane::sync::{Core, CoreSettings, MapName};
 use model_kernel::ModelKernel;
-use objects::{ip, new_core, port, ready, service, slice};
+use objects::{ip, name, new_core, port, ready, service, slice};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -64,6 +64,20 @@ fn a_first_sync_of_thousands_of_services_finishes_some_before_it_lays_out_others
     let place = |map: MapName| bench.kernel.calls.iter().position(|(called, _)| *called == map).unwrap();
     let last_names = bench.kernel.calls.iter().rposition(|(called, _)| *called == MapName::Services).unwrap();
     assert!(place(MapName::Services) < place(MapName::Addresses) && place(MapName::Addresses) < last_names);
+}
+
+#[test]
+fn a_frontend_that_several_of_thousands_want_is_written_once_for_the_oldest() {
+    let (mut services, slices) = many_services();
+    // By name the first and the last.
+    for (service, created) in [("service-1", 200), ("service-999", 50)] {
+        let service = services.iter_mut().find(|s| s.name == name(service)).unwrap();
+        (service.external_ips, service.created) = (vec![ip("192.0.2.1")], created);
+    }
+    let bench = Bench::on(unjudging(), &services, &slices);
+    assert_eq!(bench.owner("192.0.2.1", 80), "default/service-999:http");
+    let written = bench.kernel.calls.iter().filter(|(map, _)| *map == MapName::Frontends).map(|(_, rows)| rows);
+    assert_eq!(written.sum::<usize>(), bench.kernel.frontends.len());
 }
 
 #[test]

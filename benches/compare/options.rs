@@ -22,7 +22,7 @@ pub struct Arguments {
     /// All paths when left out.
     #[arg(long, value_enum, value_delimiter = ',')]
     path: Vec<Path>,
-    /// netperf's names of the tests [default: all beside no others; TCP_CRR, TCP_RR and TCP_STREAM beside some].
+    /// netperf's names of the tests [default: all beside no others; TCP_CRR and TCP_RR beside some].
     #[arg(long, value_delimiter = ',', value_parser = Test::ALL.map(|test| test.name))]
     test: Vec<String>,
     /// Rounds of each test on each path [default: 5, of streams 3].
@@ -71,8 +71,8 @@ pub struct Arguments {
     bench: bool,
 }
 
-/// Tests that are made beside other Services, too: a new connection, an old one, and much on one.
-const BESIDE_OTHERS: [&str; 3] = ["TCP_CRR", "TCP_RR", "TCP_STREAM"];
+/// Tests that are made beside other Services, too: a new connection, and an old one.
+const BESIDE_OTHERS: [&str; 2] = ["TCP_CRR", "TCP_RR"];
 const QUICK: [&str; 2] = ["TCP_CRR", "UDP_STREAM"];
 
 impl Arguments {

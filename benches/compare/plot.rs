@@ -159,13 +159,15 @@ fn lines(path: &FilePath, caption: &str, machine: &str, counts: &[usize], modes:
     let area = area.titled(machine, (FONT, 12))?;
     let all = modes.iter().flat_map(|(_, times)| times.iter().copied()).filter(|time| time.is_finite());
     let (least, most) = all.fold((1e6, 1.0), |(least, most), time| (f64::min(least, time), f64::max(most, time)));
+    // Whole decades: a part of one would have no number beside it.
+    let (low, high) = ((least.min(most) * 0.9).log10().floor(), (most * 1.1).log10().ceil());
     let last = (counts.len() - 1) as f64;
     let mut chart = ChartBuilder::on(&area)
         .caption(caption, (FONT, 16))
         .margin(10)
         .x_label_area_size(40)
         .y_label_area_size(60)
-        .build_cartesian_2d(-0.2..last + 0.2, (least.min(most) * 0.8..most * 1.2).log_scale())?;
+        .build_cartesian_2d(-0.2..last + 0.2, (10f64.powf(low)..10f64.powf(high)).log_scale())?;
     chart
         .configure_mesh()
         .disable_x_mesh()
