@@ -31,7 +31,7 @@ pub struct Arguments {
     /// Services beside the two that are measured, for first connections [default: 0,1000,10000,30000].
     #[arg(long, value_delimiter = ',')]
     latency_others: Vec<usize>,
-    /// Rounds of first connections; 0 leaves them out [default: 40].
+    /// Rounds of first connections; 0 leaves them out [default: 24].
     #[arg(long)]
     latency_rounds: Option<u16>,
     /// First connections of one round in one mode on one path [default: 250].
@@ -110,9 +110,10 @@ impl Arguments {
         self.rounds.unwrap_or(if self.quick { 2 } else { usual })
     }
 
-    /// Whether the kernel's run statistics are looked at beside so many others.
+    /// Whether the kernel's run statistics are looked at beside so many others: the fewest, and the most.
     pub fn has_statistics(&self, others: usize) -> bool {
-        !self.quick || self.others().first() == Some(&others)
+        let counts = self.others();
+        counts.first() == Some(&others) || (!self.quick && counts.last() == Some(&others))
     }
 
     pub fn latency_others(&self) -> Vec<usize> {
@@ -128,7 +129,7 @@ impl Arguments {
 
     /// How much is measured of first connections.
     pub fn extent(&self) -> Extent {
-        let (connections, rounds) = if self.quick { (200, 3) } else { (250, 40) };
+        let (connections, rounds) = if self.quick { (200, 3) } else { (250, 24) };
         Extent {
             connections: self.latency_connections.unwrap_or(connections),
             rounds: self.latency_rounds.unwrap_or(rounds),

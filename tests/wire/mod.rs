@@ -256,13 +256,24 @@ impl Node {
         run_marked(self.datapath.devices(), Direction::In, &frame.bytes(), uplink, 1, 1).unwrap().action
     }
 
+    /// Every flow's last packet was so many seconds ago, however long they have been there.
+    pub fn let_flows_rest(&self, seconds: u64) {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+        let then = (now.tv_sec() as u64 - seconds) * 1_000_000_000;
+        self.each_flow(|flow| flow.used_ns = then);
+    }
+
     /// Every flow's last packet was so many seconds earlier, or later.
     pub fn age_flows(&self, seconds: i64) {
+        self.each_flow(|flow| flow.used_ns = flow.used_ns.wrapping_sub((seconds * 1_000_000_000) as u64));
+    }
+
+    fn each_flow(&self, change: impl Fn(&mut Flow)) {
         for map in ["flows", "new_flows"].map(|name| self.pinned(name)) {
             for key in map.keys().collect::<Vec<_>>() {
                 let row = map.lookup(&key, MapFlags::ANY).unwrap().unwrap();
                 let mut flow: Flow = bytemuck::pod_read_unaligned(&row);
-                flow.used_ns = flow.used_ns.wrapping_sub((seconds * 1_000_000_000) as u64);
+                change(&mut flow);
                 map.update(&key, bytemuck::bytes_of(&flow), MapFlags::EXIST).unwrap();
             }
         }
