@@ -48,11 +48,11 @@ struct Arguments {
     bench: bool,
 }
 
-/// Measurements on fresh nodes that a figure on file is the lowest of.
-const RECORDED_OF: usize = 3;
-/// Further ones of a way that seems to have grown, and how much longer each is. The lowest time of all counts, of the
-/// way as of the yardstick: what has truly grown does not get away.
-const RETRIES: usize = 4;
+/// Measurements on fresh nodes that a figure on file is the middle one of: the lowest would be luck to be met again.
+const RECORDED_OF: usize = 5;
+/// Further ones of a way that seems to have grown, and how much longer each is. The lowest counts, which can only fall:
+/// what has truly grown does not get away.
+const RETRIES: usize = 8;
 const LONGER: usize = 2;
 
 fn main() -> Result<()> {
@@ -180,10 +180,7 @@ fn record(guests: bool, why: Option<&str>) -> Result<()> {
             put(Table::Instructions, &kernel, &found, 0.0);
         }
     }
-    let mut taken = Taken::new(|_| true)?;
-    for _ in 1..RECORDED_OF {
-        taken.again(|_| true, 1)?;
-    }
+    let mut taken = Taken::middle_of(RECORDED_OF)?;
     let place = machine::processor_and_kernel()?;
     doubt(&before, &place, &mut taken)?;
     put(Table::Ways, &place, &taken.found(), taken.grain());
