@@ -11,6 +11,8 @@ mod api_client;
 mod common;
 #[path = "../../tests/rulesets/mod.rs"]
 mod rulesets;
+#[path = "../common/service_port.rs"]
+mod service_port;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 

@@ -12,6 +12,7 @@ use crate::cluster::Cluster;
 use crate::common::world::{BenchService, BenchWorld, Layout, Style};
 use crate::path::{Path, TARGETS};
 use crate::rulesets::{self, Family, World, load};
+use crate::service_port;
 use crate::services;
 use crate::support::daemon::Daemon;
 use crate::support::lab::{Lab, Node};
@@ -139,7 +140,7 @@ impl<'a> Served<'a> {
         let loaded_after = began.elapsed();
         if mode.has_rules() && cluster.is_none() {
             for node in &lab.nodes {
-                let loaded = count_rules(mode, node, services::OTHERS_NAMESPACE)?;
+                let loaded = count_rules(mode, node, service_port::NAMESPACE)?;
                 if loaded != others {
                     bail!("the rules of {} are for {loaded} Services, not {others}", node.name);
                 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::common::world::{BenchService, ENDPOINT_PORT, SERVICE_PORT};
 use crate::path::{TARGETS, Target};
 use crate::rulesets::{self, Protocol, ServicePort, State};
+use crate::service_port::service_port;
 use crate::support::lab::{Lab, Node};
 use crate::support::manifests::{Endpoint, port, service, slice};
 
@@ -55,7 +56,7 @@ fn other_name(other: &BenchService) -> String {
 /// All ports, for the rules of `node`.
 pub fn ports(lab: &Lab, node: &Node, others: &[BenchService]) -> Vec<ServicePort> {
     let targets = TARGETS.iter().flat_map(|target| target_ports(*target, lab, node));
-    others.iter().map(other_port).chain(targets).collect()
+    others.iter().map(service_port).chain(targets).collect()
 }
 
 fn target_ports(target: Target, lab: &Lab, node: &Node) -> Vec<ServicePort> {
@@ -78,24 +79,3 @@ fn target_ports(target: Target, lab: &Lab, node: &Node) -> Vec<ServicePort> {
     };
     target.ports().into_iter().map(make).collect()
 }
-
-/// One of the other Services, which no packet is for.
-fn other_port(other: &BenchService) -> ServicePort {
-    let endpoint = |at: &std::net::Ipv4Addr| rulesets::Endpoint {
-        at: SocketAddr::new(IpAddr::V4(*at), ENDPOINT_PORT),
-        is_local: false,
-        state: State::Ready,
-    };
-    ServicePort {
-        namespace: OTHERS_NAMESPACE.to_owned(),
-        name: other_name(other),
-        port_name: "http".to_owned(),
-        cluster_ips: vec![other.cluster_ip().into()],
-        port: SERVICE_PORT,
-        endpoints: other.endpoints.iter().map(endpoint).collect(),
-        ..ServicePort::default()
-    }
-}
-
-/// Where rules that are written here have the others; the files' is the same.
-pub const OTHERS_NAMESPACE: &str = "bench";

@@ -1,6 +1,5 @@
 //! The rule sets of kube-proxy at the same sizes: how long the kernel takes to have all of them, and one change.
 
-use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -8,10 +7,11 @@ use clap::ValueEnum;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::common::Sample;
-use crate::common::world::{BenchService, BenchWorld, ENDPOINT_PORT, SERVICE_PORT};
+use crate::common::world::BenchWorld;
 use crate::report::{Figures, Growth, thousands};
 use crate::rulesets::load::{self, Loader, Spent};
-use crate::rulesets::{Endpoint, Family, ServicePort, State, World, iptables, nftables};
+use crate::rulesets::{Family, World, iptables, nftables};
+use crate::service_port::service_port;
 use crate::support::process::in_path;
 
 /// How often one endpoint changes.
@@ -126,22 +126,4 @@ fn measure_inside(mode: Mode, services: usize, endpoints: usize, limit: Duration
     figures.add("rules_change_cpu", names[1], "ms", Growth::Flat, median(|spent| spent.cpu));
     figures.add("rules_change_size", "one change: text", "KiB", Growth::Flat, size as f64 / 1024.0);
     Ok(figures)
-}
-
-/// A Service whose pods are all on other nodes.
-fn service_port(service: &BenchService) -> ServicePort {
-    let endpoint = |ip: &std::net::Ipv4Addr| Endpoint {
-        at: SocketAddr::new(IpAddr::V4(*ip), ENDPOINT_PORT),
-        is_local: false,
-        state: State::Ready,
-    };
-    ServicePort {
-        namespace: "bench".to_owned(),
-        name: format!("service-{}", service.number),
-        port_name: "http".to_owned(),
-        cluster_ips: vec![service.cluster_ip().into()],
-        port: SERVICE_PORT,
-        endpoints: service.endpoints.iter().map(endpoint).collect(),
-        ..ServicePort::default()
-    }
 }

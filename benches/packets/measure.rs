@@ -77,19 +77,18 @@ pub struct Lowest {
 }
 
 impl Lowest {
-    /// Of two measurements the one in which the way took fewer yardsticks.
-    pub fn or(self, other: Lowest) -> Lowest {
-        if self.yardsticks() <= other.yardsticks() { self } else { other }
+    /// Of both.
+    pub fn and(self, other: Lowest) -> Lowest {
+        Lowest {
+            empty: self.empty.min(other.empty),
+            way: self.way.min(other.way),
+            yardstick: self.yardstick.min(other.yardstick),
+        }
     }
 
     /// Nanoseconds of the way itself.
     pub fn ns(&self) -> f64 {
         (self.way - self.empty).max(0.0)
-    }
-
-    /// The same in yardsticks.
-    pub fn yardsticks(&self) -> f64 {
-        self.ns() / self.yardstick
     }
 
     /// Yardsticks that the clock's grain may make of nothing.
@@ -102,7 +101,7 @@ impl Lowest {
     }
 
     pub fn found(&self, name: &str) -> Found {
-        Found { name: name.to_owned(), value: self.yardsticks(), ns: Some(self.ns()) }
+        Found { name: name.to_owned(), value: self.ns() / self.yardstick, ns: Some(self.ns()) }
     }
 }
 

@@ -27,30 +27,12 @@ impl Taken {
         take(is_chosen, 1).map(Taken)
     }
 
-    /// Measures all ways on so many fresh nodes; of each way the middle one counts.
-    pub fn middle_of(takes: usize) -> Result<Taken> {
-        let mut all: BTreeMap<String, Vec<Lowest>> = BTreeMap::new();
-        let mut names = Vec::new();
-        for _ in 0..takes {
-            let Taken(taken) = Taken::new(|_| true)?;
-            names = taken.iter().map(|(name, _)| name.clone()).collect();
-            taken.into_iter().for_each(|(name, lowest)| all.entry(name).or_default().push(lowest));
-        }
-        let middle = |name: String| {
-            let mut lowest = all.remove(&name).unwrap_or_default();
-            lowest.sort_by(|a, b| a.yardsticks().total_cmp(&b.yardsticks()));
-            let at = lowest.len() / 2;
-            (name, lowest.swap_remove(at))
-        };
-        Ok(Taken(names.into_iter().map(middle).collect()))
-    }
-
     /// The same once more, `rounds` times as long; what counts is the lowest of all.
     pub fn again(&mut self, is_chosen: impl Fn(&str) -> bool, rounds: usize) -> Result<()> {
         let mut more: BTreeMap<_, _> = take(is_chosen, rounds)?.into_iter().collect();
         for (name, lowest) in &mut self.0 {
             if let Some(other) = more.remove(name) {
-                *lowest = lowest.or(other);
+                *lowest = lowest.and(other);
             }
         }
         Ok(())
