@@ -13,6 +13,7 @@ use kubelane::bpf::{Maps, pinned};
 use kubelane::model::{Ipx, Protocol};
 use kubelane::sync::{MapIo as _, MapName};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::sys::prctl::set_timerslack;
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
@@ -20,8 +21,11 @@ use super::world::{BenchWorld, SERVICE_PORT};
 
 /// How long a watcher waits before it gives up: ten times as long as 100,000 Services take a debug build.
 const PATIENCE: Duration = Duration::from_secs(900);
-/// Pause of a watcher that has to leave the processor to the daemon.
+/// Pause of a watcher that waits for a whole world.
 const PAUSE: Duration = Duration::from_micros(200);
+/// Pause of one that times a single change: it would be in the way of daemon and server if it spun. What it adds to a
+/// time, half of it in the mean, stays in there.
+const LOOK_EVERY: Duration = Duration::from_micros(50);
 
 /// The pinned maps, read row by row.
 pub struct Eyes {
@@ -95,15 +99,10 @@ impl Eyes {
         self.wait_for(&self.frontends, bytemuck::bytes_of(&key), Instant::now(), &mut || Ok(()))
     }
 
-    /// Spins until new connections to the cluster IP would go to `wanted`, all of them and no other.
-    pub fn spin_until(&self, cluster_ip: Ipv4Addr, wanted: &BTreeSet<Ipv4Addr>) -> anyhow::Result<()> {
-        let began = Instant::now();
-        while !self.leads_to(cluster_ip, wanted)? {
-            if began.elapsed() > PATIENCE {
-                bail!("{cluster_ip} does not lead to {wanted:?} within {PATIENCE:?}");
-            }
-        }
-        Ok(())
+    /// Looks until new connections to the cluster IP would go to `wanted`, all of them and no other.
+    pub fn watch_until(&self, cluster_ip: Ipv4Addr, wanted: &BTreeSet<Ipv4Addr>) -> anyhow::Result<()> {
+        watch(&mut || self.leads_to(cluster_ip, wanted))?
+            .with_context(|| format!("{cluster_ip} does not lead to {wanted:?} within {PATIENCE:?}"))
     }
 
     /// Whether new connections to the cluster IP would go to `wanted`, all of them and no other.
@@ -123,19 +122,14 @@ impl Eyes {
         at.with_context(|| format!("{cluster_ip} does not lead to {endpoint}"))
     }
 
-    /// Spins until this slot of the pool leads to `endpoint`: an endpoint that takes another's place takes its slot.
+    /// Looks until this slot of the pool leads to `endpoint`: an endpoint that takes another's place takes its slot.
     /// Three look-ups each time, however large the pool is.
-    pub fn spin_until_slot(&self, cluster_ip: Ipv4Addr, slot: usize, endpoint: Ipv4Addr) -> anyhow::Result<()> {
-        let began = Instant::now();
-        loop {
-            let pool = self.pool(cluster_ip)?.nth(slot);
-            if pool.map(|slot| self.endpoint(slot)).transpose()? == Some(endpoint) {
-                return Ok(());
-            }
-            if began.elapsed() > PATIENCE {
-                bail!("{cluster_ip} does not lead to {endpoint} within {PATIENCE:?}");
-            }
-        }
+    pub fn watch_until_slot(&self, cluster_ip: Ipv4Addr, slot: usize, endpoint: Ipv4Addr) -> anyhow::Result<()> {
+        watch(&mut || {
+            let slot = self.pool(cluster_ip)?.nth(slot);
+            Ok(slot.map(|slot| self.endpoint(slot)).transpose()? == Some(endpoint))
+        })?
+        .with_context(|| format!("{cluster_ip} does not lead to {endpoint} within {PATIENCE:?}"))
     }
 
     /// Where the programs would send a new connection now, in the order of the slots.
@@ -160,6 +154,20 @@ impl Eyes {
             IpAddr::V6(_) => Ok(Ipv4Addr::UNSPECIFIED),
         }
     }
+}
+
+/// Looks again and again. `None`: too long.
+fn watch(is_there: &mut dyn FnMut() -> anyhow::Result<bool>) -> anyhow::Result<Option<()>> {
+    // Of this thread; by itself the kernel may let each pause last twice as long.
+    set_timerslack(1).context("asking for exact timers")?;
+    let began = Instant::now();
+    while !is_there()? {
+        if began.elapsed() > PATIENCE {
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(Some(()))
 }
 
 fn frontend_key(cluster_ip: Ipv4Addr) -> FrontendKey {

@@ -177,9 +177,9 @@ impl Cluster {
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
             let began = Instant::now();
             self.server.upsert(slice);
-            eyes.spin_until_slot(service.cluster_ip(), slot, after)?;
+            eyes.watch_until_slot(service.cluster_ip(), slot, after)?;
             report.milliseconds.push(milliseconds(began.elapsed()));
-            eyes.spin_until(service.cluster_ip(), &wanted(service))?;
+            eyes.watch_until(service.cluster_ip(), &wanted(service))?;
             next = began + pause;
         }
         Ok(report)
@@ -205,7 +205,7 @@ impl Cluster {
             let service = &self.world.services[service];
             let wanted = wanted(service);
             if !eyes.leads_to(service.cluster_ip(), &wanted)? {
-                eyes.spin_until(service.cluster_ip(), &wanted)?;
+                eyes.watch_until(service.cluster_ip(), &wanted)?;
                 last = began.elapsed();
             }
         }
@@ -223,7 +223,7 @@ impl Cluster {
         let began = Instant::now();
         self.send(slices);
         let sent = began.elapsed();
-        eyes.spin_until(service.cluster_ip(), &wanted)?;
+        eyes.watch_until(service.cluster_ip(), &wanted)?;
         let took = began.elapsed();
         self.world.services.push(service);
         Ok(Report { milliseconds: vec![milliseconds(took)], sent: milliseconds(sent) })

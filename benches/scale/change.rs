@@ -72,7 +72,7 @@ impl<'a> Changes<'a> {
         std::thread::sleep(PAUSE);
         let began = Instant::now();
         fs::rename(&fresh, &path).context("saving a changed file")?;
-        self.eyes.spin_until(cluster_ip, &wanted)?;
+        self.eyes.watch_until(cluster_ip, &wanted)?;
         Ok(began.elapsed())
     }
 }
