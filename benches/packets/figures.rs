@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, bail};
 
 /// A figure that is this much more than the one on file has grown.
 const GROWTH: f64 = 0.1;
-/// Nanoseconds that cannot be told apart for sure: where the JIT places a program makes as many (a way of 7 was met with 10).
-pub const CLOCK_NS: f64 = 4.0;
+/// Nanoseconds that cannot be told apart for sure: the kernel's clock counts whole ones.
+pub const CLOCK_NS: f64 = 2.0;
 
 /// One of the file's two tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
