@@ -55,7 +55,8 @@ const MANAGED_BY: (&str, &str) = ("endpointslice.kubernetes.io/managed-by", "kub
 impl Cluster {
     /// Makes the nodes, the targets and `others` Services, for laboratories like `lab`.
     pub fn fill(proxy: &RealProxy, lab: &Lab, others: usize) -> anyhow::Result<Cluster> {
-        let run = format!("{}-{others}", std::process::id());
+        // The laboratory's own name: no other in this run has it, while a namespace that was deleted lingers on.
+        let run = lab.dir.file_name().context("a laboratory without a name")?.to_string_lossy().into_owned();
         let api = Api::open(api_client::runtime()?, proxy.kubeconfig.clone(), format!("kubelane-bench-{run}"), &run)?;
         for node in &lab.nodes {
             let addresses = json!([{"type": "InternalIP", "address": node.host.v4}]);
