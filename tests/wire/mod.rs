@@ -11,6 +11,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
@@ -57,6 +58,7 @@ pub struct Place {
 impl Place {
     pub fn new() -> Place {
         static NEXT: AtomicU32 = AtomicU32::new(0);
+        sweep();
         let name = format!("klwire-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let bpffs = std::env::temp_dir().join(&name);
         fs::create_dir(&bpffs).unwrap();
@@ -73,10 +75,28 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
-        let _ = fs::remove_dir(&self.bpffs);
-        let _ = fs::remove_dir(&self.cgroup);
+        remove_place(&self.bpffs, &self.cgroup);
     }
+}
+
+fn remove_place(bpffs: &Path, cgroup: &Path) {
+    let _ = umount2(bpffs, MntFlags::MNT_DETACH);
+    let _ = fs::remove_dir(bpffs);
+    let _ = fs::remove_dir(cgroup);
+}
+
+/// Takes away the places of processes that were killed.
+fn sweep() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let names = fs::read_dir(std::env::temp_dir()).unwrap().filter_map(|e| e.unwrap().file_name().into_string().ok());
+        for name in names {
+            let process = name.strip_prefix("klwire-").and_then(|rest| rest.split('-').next());
+            if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+                remove_place(&std::env::temp_dir().join(&name), &cgroup2_mount().join(&name));
+            }
+        }
+    });
 }
 
 pub struct Node {
