@@ -135,13 +135,14 @@ impl Bench {
             measure::warm_up(&self.netperf, &served, *path)?;
         }
         for test in self.arguments.tests(others) {
-            for path in &paths {
-                let mut cell = measure::cell(&self.netperf, &served, others, *path, test, self.arguments.rounds(test))?;
-                if self.no_instructions.is_none() {
-                    measure::count_instructions(&self.netperf, &served, &mut cell)?;
+            let rounds = self.arguments.rounds(test);
+            let mut cells = measure::cells(&self.netperf, &served, others, &paths, test, rounds)?;
+            if self.no_instructions.is_none() {
+                for cell in &mut cells {
+                    measure::count_instructions(&self.netperf, &served, cell)?;
                 }
-                self.figures.cells.push(cell);
             }
+            self.figures.cells.extend(cells);
         }
         if self.arguments.has_statistics(others) {
             self.figures.ran.extend(programs::measure(&self.netperf, &served, others, &paths)?);
@@ -259,6 +260,10 @@ impl Bench {
             Some(why) => parts.push(format!("Instructions are not counted here: {why}")),
         }
         parts.extend([
+            "How much of these is noise: without a proxy \"pod to pod\" and \"cluster IP, other node\" are the same client, \
+             pod and address"
+                .to_owned(),
+            table::noise(cells),
             "First connections: how long connect() takes, each from another source port; the ratios are to the same \
              mode's p99 beside the fewest others"
                 .to_owned(),

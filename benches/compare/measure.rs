@@ -1,4 +1,4 @@
-//! Rounds: every mode has a run in each, and only what a round's runs say of each other counts.
+//! Rounds: every mode has a run on every path in each, and only what a round's runs say of each other counts.
 
 use std::collections::BTreeMap;
 
@@ -14,11 +14,18 @@ pub struct Cell {
     pub others: usize,
     pub path: Path,
     pub test: Test,
-    pub rounds: Vec<BTreeMap<Mode, Figure>>,
+    pub rounds: Vec<Round>,
     /// Rounds that did not count, with the reasons.
     pub spoiled: Vec<String>,
     /// Instructions for one transaction or one Mbit, of one more run; empty where the machine does not count them.
     pub instructions: BTreeMap<Mode, f64>,
+}
+
+/// A good round: a run in each mode.
+pub struct Round {
+    /// Counted over good and spoiled ones: rounds of the same number on different paths came one after the other.
+    pub number: usize,
+    pub figures: BTreeMap<Mode, Figure>,
 }
 
 impl Cell {
@@ -46,8 +53,17 @@ impl Cell {
         self.each(|round| Some(round.get(&of)?.processor / round.get(&to)?.processor))
     }
 
+    /// The rounds' ratios of rates to those of another path.
+    pub fn ratio_across(&self, of: Mode, path: &Cell, to: Mode) -> Sample {
+        let pairs = self.rounds.iter().filter_map(|round| {
+            let other = path.rounds.iter().find(|other| other.number == round.number)?;
+            Some(round.figures.get(&of)?.rate / other.figures.get(&to)?.rate)
+        });
+        Sample::new(pairs)
+    }
+
     fn each(&self, value: impl Fn(&BTreeMap<Mode, Figure>) -> Option<f64>) -> Sample {
-        Sample::new(self.rounds.iter().filter_map(value))
+        Sample::new(self.rounds.iter().filter_map(|round| value(&round.figures)))
     }
 }
 
@@ -59,41 +75,62 @@ pub fn warm_up(netperf: &Netperf, served: &[Served], path: Path) -> anyhow::Resu
     })
 }
 
-/// Measures until `rounds` rounds are good, or as many were spoiled.
-pub fn cell(
+/// Measures one test on all paths, until each has `rounds` good rounds or as many that were spoiled. Paths take turns as
+/// modes do, so that what lasts for some seconds on the machine is not one path's alone, and that paths can be compared.
+pub fn cells(
     netperf: &Netperf,
     served: &[Served],
     others: usize,
-    path: Path,
+    paths: &[Path],
     test: Test,
     rounds: usize,
-) -> anyhow::Result<Cell> {
-    let mut cell = Cell { others, path, test, rounds: Vec::new(), spoiled: Vec::new(), instructions: BTreeMap::new() };
-    let modes: Vec<&Served> = served.iter().filter(|served| served.mode.has(path)).collect();
-    while cell.rounds.len() < rounds && cell.spoiled.len() < rounds {
-        let number = cell.rounds.len() + cell.spoiled.len();
-        let mut round = BTreeMap::new();
-        let mut reasons = Vec::new();
-        for turn in 0..modes.len() {
-            // Each mode is first, in the middle and last in turn.
-            let served = modes[(turn + number) % modes.len()];
-            match netperf.run(served, path, test)? {
-                Run::Good(figure) => drop(round.insert(served.mode, figure)),
-                Run::Spoiled(why) => reasons.push(format!("{}: {why}", served.mode)),
-            }
+) -> anyhow::Result<Vec<Cell>> {
+    let fresh = |path: &Path| Cell {
+        others,
+        path: *path,
+        test,
+        rounds: Vec::new(),
+        spoiled: Vec::new(),
+        instructions: BTreeMap::new(),
+    };
+    let mut cells: Vec<Cell> = paths.iter().map(fresh).collect();
+    for number in 0.. {
+        let lacking = cells.iter_mut().filter(|cell| cell.rounds.len() < rounds && cell.spoiled.len() < rounds);
+        let lacking: Vec<&mut Cell> = lacking.collect();
+        if lacking.is_empty() {
+            break;
         }
-        let head = format!("{others:6} others  {path:24} {:10} round {:2}:", test.name, number + 1);
-        if reasons.is_empty() {
-            let rates = round.iter().map(|(mode, figure)| format!("{mode} {:.0}{}", figure.rate, test.unit));
-            println!("{head} {}", rates.collect::<Vec<_>>().join("  "));
-            cell.rounds.push(round);
-        } else {
-            let reasons = reasons.join("; ");
-            println!("{head} THROWN AWAY: {reasons}");
-            cell.spoiled.push(reasons);
+        for cell in lacking {
+            round(netperf, served, cell, number)?;
         }
     }
-    Ok(cell)
+    Ok(cells)
+}
+
+/// A run in each mode.
+fn round(netperf: &Netperf, served: &[Served], cell: &mut Cell, number: usize) -> anyhow::Result<()> {
+    let modes: Vec<&Served> = served.iter().filter(|served| served.mode.has(cell.path)).collect();
+    let mut round = Round { number, figures: BTreeMap::new() };
+    let mut reasons = Vec::new();
+    for turn in 0..modes.len() {
+        // Each mode is first, in the middle and last in turn.
+        let served = modes[(turn + number) % modes.len()];
+        match netperf.run(served, cell.path, cell.test)? {
+            Run::Good(figure) => drop(round.figures.insert(served.mode, figure)),
+            Run::Spoiled(why) => reasons.push(format!("{}: {why}", served.mode)),
+        }
+    }
+    let head = format!("{:6} others  {:24} {:10} round {:2}:", cell.others, cell.path, cell.test.name, number + 1);
+    if reasons.is_empty() {
+        let rates = round.figures.iter().map(|(mode, figure)| format!("{mode} {:.0}{}", figure.rate, cell.test.unit));
+        println!("{head} {}", rates.collect::<Vec<_>>().join("  "));
+        cell.rounds.push(round);
+    } else {
+        let reasons = reasons.join("; ");
+        println!("{head} THROWN AWAY: {reasons}");
+        cell.spoiled.push(reasons);
+    }
+    Ok(())
 }
 
 /// One more run in each mode, in which instructions are counted: counting costs time.

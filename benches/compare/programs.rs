@@ -17,8 +17,9 @@ pub struct Ran {
     pub mean: Mean,
 }
 
-/// Tests that are run once more on each path: each packet that makes a connection, and each of those that follow.
-const TESTS: [&str; 2] = ["TCP_CRR", "TCP_RR"];
+/// Tests that are run once more on each path: each packet that makes a connection, each of those that follow, and
+/// datagrams, each of which a program of the socket meets.
+const TESTS: [&str; 3] = ["TCP_CRR", "TCP_RR", "UDP_RR"];
 
 /// Runs of a program that are too few to have a mean: connections of netperf's own.
 const FEW: u64 = 1000;
@@ -50,10 +51,12 @@ impl Ran {
         let is_near = self.mean.node == "node1";
         match self.path {
             Path::ClusterIpRemote | Path::ClusterIpLocal if self.mean.program.starts_with("connect4") => Some(500.0),
-            // Packets of the client and the pod's replies both come in by the first node's device.
+            // Packets of the client and the pod's replies both come in by the first node's device, and are one mean.
             Path::NodePortRemote if is_near && self.mean.program.starts_with("wire_in") => Some(400.0),
-            // Packets between pods are no business of the programs on the wire.
-            Path::Pod if self.mean.program.starts_with("wire_") => Some(60.0),
+            // A pod there replies by the device that the client's packets come in by.
+            Path::NodePortLocal | Path::LoadBalancerIp if self.mean.program.starts_with("wire_") => Some(400.0),
+            // Packets to a pod's own address are no business of the programs on the wire.
+            Path::Pod | Path::ClusterIpRemote if self.mean.program.starts_with("wire_") => Some(60.0),
             _ => None,
         }
     }

@@ -90,6 +90,12 @@ pub fn targets(cells: &[Cell], latencies: &[Latency]) -> String {
             };
             rows.extend(row(cell.others, &cell.path, cell.test.name, what, target, &ratio));
         }
+        // As many hops as through a node, while straight to the pod it is one less.
+        if let Some(limit) = same_as(cells, cell, Path::Pod).filter(|_| is_new_connection_forwarded(cell)) {
+            let ratio = cell.ratio_across(Mode::Kubelane, limit, Mode::Direct);
+            let what = "kubelane / direct, pod to pod".to_owned();
+            rows.extend(row(cell.others, &cell.path, cell.test.name, what, AtLeast(0.9), &ratio));
+        }
     }
     for (latency, few) in growths(latencies) {
         if latency.mode == Mode::Kubelane && latency.others >= MANY {
@@ -99,6 +105,28 @@ pub fn targets(cells: &[Cell], latencies: &[Latency]) -> String {
         }
     }
     table(&["other Services", "path", "test", "ratio", "target", "measured", ""], &rows)
+}
+
+/// The same test beside as many others, on another path.
+fn same_as<'c>(cells: &'c [Cell], cell: &Cell, path: Path) -> Option<&'c Cell> {
+    cells.iter().find(|other| other.path == path && other.test == cell.test && other.others == cell.others)
+}
+
+fn is_new_connection_forwarded(cell: &Cell) -> bool {
+    cell.path == Path::NodePortRemote && cell.test.name == "TCP_CRR"
+}
+
+/// The ratios of two paths that differ in nothing, a row for each test and number of others.
+pub fn noise(cells: &[Cell]) -> String {
+    let pairs = cells.iter().filter(|cell| cell.path == Path::ClusterIpRemote);
+    let rows = pairs.filter_map(|cell| {
+        let ratio = cell.ratio_across(Mode::Direct, same_as(cells, cell, Path::Pod)?, Mode::Direct);
+        (ratio.len() > 0).then(|| {
+            let extremes = format!("{:.3} to {:.3}", ratio.percentile(0.0), ratio.percentile(100.0));
+            vec![cell.others.to_string(), cell.test.name.to_owned(), spread(&ratio), extremes]
+        })
+    });
+    table(&["other Services", "test", "ratio of the same", "lowest to highest"], &rows.collect::<Vec<_>>())
 }
 
 /// A row of the targets, if anything was measured.
@@ -229,8 +257,8 @@ pub fn csv(cells: &[Cell]) -> String {
         "other_services,path,test,round,mode,rate,unit,processor_microseconds_per_unit,instructions_per_unit\n",
     );
     for cell in cells {
-        for (round, figures) in cell.rounds.iter().enumerate() {
-            for (mode, figure) in figures {
+        for round in &cell.rounds {
+            for (mode, figure) in &round.figures {
                 // Writing to a String does not fail. No path has a quotation mark in its name.
                 let instructions = cell.instructions.get(mode).map(|count| format!("{count:.0}")).unwrap_or_default();
                 let _ = writeln!(
@@ -239,7 +267,7 @@ pub fn csv(cells: &[Cell]) -> String {
                     cell.others,
                     cell.path,
                     cell.test.name,
-                    round + 1,
+                    round.number + 1,
                     figure.rate,
                     cell.test.unit,
                     figure.processor
