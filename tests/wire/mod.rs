@@ -89,7 +89,8 @@ fn remove_place(bpffs: &Path, cgroup: &Path) {
 fn sweep() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let names = fs::read_dir(std::env::temp_dir()).unwrap().filter_map(|e| e.unwrap().file_name().into_string().ok());
+        let names =
+            fs::read_dir(std::env::temp_dir()).unwrap().filter_map(|e| e.unwrap().file_name().into_string().ok());
         for name in names {
             let process = name.strip_prefix("klwire-").and_then(|rest| rest.split('-').next());
             if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
