@@ -4,6 +4,7 @@
 mod rulesets;
 mod support;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
@@ -140,7 +141,7 @@ fn changed_world() -> (World, &'static str) {
 fn a_change_of_iptables_rules_has_one_services_chains_and_everybodys_rules_in_shared_chains() {
     let (world, address) = changed_world();
     let whole = iptables::render(&world, Family::V4);
-    let change = iptables::render_change(&world, Family::V4, 1);
+    let change = iptables::render_changes(&world, Family::V4, &[1].into());
     assert!(change.contains(address) && change.contains(":KUBE-SVC-3DJUKJGPBQVDKUF4 - [0:0]"), "{change}");
     assert!(!change.contains("PREROUTING") && !change.contains(":KUBE-SVC-M6LKEOKFSA6F6FH5 "), "{change}");
     let shared = |text: &str| -> Vec<String> {
@@ -156,7 +157,7 @@ fn the_kernel_takes_a_change_of_iptables_rules_and_keeps_everything_else() {
         let (changed, _) = changed_world();
         let saved = || support::netns::run("iptables-legacy-save", &["-t", "nat"], "").unwrap();
         // Chains of endpoints that are gone stay: only rules are compared, in no order.
-        let rules = |text: &str| -> std::collections::BTreeSet<String> {
+        let rules = |text: &str| -> BTreeSet<String> {
             let gone = chain_that_is_left(text);
             let is_rule = |line: &&str| line.starts_with("-A ") && !line.starts_with(&format!("-A {gone} "));
             text.lines().filter(is_rule).map(str::to_owned).collect()
@@ -165,7 +166,7 @@ fn the_kernel_takes_a_change_of_iptables_rules_and_keeps_everything_else() {
         let wanted = rules(&saved());
         load::iptables(Family::V4, &iptables::render(&world(), Family::V4), load::NO_HURRY).unwrap();
         assert_ne!(rules(&saved()), wanted);
-        let change = iptables::render_change(&changed, Family::V4, 1);
+        let change = iptables::render_changes(&changed, Family::V4, &[1].into());
         let spent = load::within(Duration::from_secs(60), Loader::IptablesChange(Family::V4), &change).unwrap();
         assert!(spent.expect("it takes no minute").cpu > Duration::ZERO);
         assert_eq!(rules(&saved()), wanted);
@@ -185,8 +186,56 @@ fn the_kernel_takes_a_change_of_nftables_rules_and_keeps_everything_else() {
         let listed = || support::netns::run("nft", &["list", "ruleset"], "").unwrap();
         load::nftables(&nftables::render(&world(), Family::V4), load::NO_HURRY).unwrap();
         let before = listed();
-        load::nftables(&nftables::render_change(&changed, Family::V4, 1), load::NO_HURRY).unwrap();
+        load::nftables(&nftables::render_changes(&changed, Family::V4, &[1].into()), load::NO_HURRY).unwrap();
         assert_eq!(listed(), before.replace("10.244.2.11", address));
+    });
+}
+
+#[test]
+fn changes_of_several_services_have_all_their_chains_and_no_others() {
+    let world = world();
+    let all = ["ns/all/tcp/p80", "ns/plain/udp/p80", "ns/none/tcp/p80"];
+    // Of a Service without endpoints kube-proxy makes no chain.
+    for (changed, wanted) in [(vec![0, 1], &all[..2]), (vec![1, 2], &all[1..2]), (vec![], &all[..0])] {
+        let text = nftables::render_changes(&world, Family::V4, &changed.iter().copied().collect());
+        let chains: Vec<&str> = all.into_iter().filter(|name| text.contains(name)).collect();
+        assert_eq!(chains, wanted, "{changed:?}: {text}");
+        let text = iptables::render_changes(&world, Family::V4, &changed.iter().copied().collect());
+        let own: BTreeSet<&str> = text.lines().filter(|line| line.starts_with(":KUBE-SVC-")).collect();
+        assert_eq!(own.len(), wanted.len(), "{changed:?}: {text}");
+    }
+}
+
+#[test]
+fn a_restarted_kube_proxys_iptables_rules_are_taken_and_change_nothing() {
+    in_a_namespace(load::iptables_command(Family::V4), || {
+        let saved = |table: &str| -> Vec<String> {
+            let text = support::netns::run("iptables-legacy-save", &["-t", table], "").unwrap();
+            // Comments say when, and chains how many packets there were.
+            text.lines().filter(|line| line.starts_with("-A ")).map(str::to_owned).collect()
+        };
+        load::iptables(Family::V4, &iptables::render(&world(), Family::V4), load::NO_HURRY).unwrap();
+        let before = ["nat", "filter"].map(saved);
+        let again = iptables::render_again(&world(), Family::V4);
+        load::within(load::NO_HURRY, Loader::IptablesChange(Family::V4), &again).unwrap();
+        assert_eq!(["nat", "filter"].map(saved), before);
+    });
+}
+
+#[test]
+fn a_restarted_kube_proxys_nftables_rules_are_taken_and_change_nothing() {
+    in_a_namespace("nft", || {
+        for (family, table) in FAMILIES.into_iter().zip(["ip", "ip6"]) {
+            // Chains that are made again come last: what is in each of them is compared.
+            let listed = || -> BTreeSet<String> {
+                let text = support::netns::run("nft", &["list", "table", table, "kube-proxy"], "").unwrap();
+                text.split("\n\n").map(|part| part.trim_matches(['\n', '\t', '}']).to_owned()).collect()
+            };
+            load::nftables(&nftables::render(&world(), family), load::NO_HURRY).unwrap();
+            let before = listed();
+            load::nftables(&nftables::render_again(&world(), family), load::NO_HURRY).unwrap();
+            assert_eq!(listed(), before);
+        }
     });
 }
 

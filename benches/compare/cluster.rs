@@ -7,19 +7,20 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::symlink;
 use std::path::{Path as FilePath, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use serde_json::{Value, json};
 
+use crate::api_client::connection::Connection;
 use crate::api_client::{self, Api};
 use crate::common::world::{BenchWorld, Layout, Style};
 use crate::mode::{Mode, count_rules};
 use crate::path::TARGETS;
+use crate::preconditions;
 use crate::rulesets::load::TooSlow;
 use crate::services;
 use crate::support::daemon::{Daemon, PATIENCE};
-use crate::support::eventually;
 use crate::support::lab::{Lab, Node};
 use crate::support::process::Process;
 
@@ -37,17 +38,27 @@ impl RealProxy {
         let text = fs::read_to_string(kubeconfig).with_context(name)?;
         Ok(RealProxy { program, kubeconfig: serde_norway::from_str(&text).with_context(name)? })
     }
+
+    /// Fails when the API server is not as it has to be for `others` Services and the targets.
+    pub fn check(&self, others: usize) -> anyhow::Result<()> {
+        let runtime = api_client::runtime()?;
+        let server = Connection::open(&runtime, &self.kubeconfig).context("--kubeconfig")?;
+        preconditions::check(&server, others)
+    }
 }
 
-/// The objects on the API server; deleted when this is dropped.
+/// The objects on the API server; deleted when this is dropped, and by [`crate::signals`].
 pub struct Cluster {
     api: Api,
     proxy: RealProxy,
     /// Which the API server has chosen, in the order of [`TARGETS`].
     pub cluster_ips: [Ipv4Addr; 2],
-    /// Ports of Services.
-    ports: usize,
+    /// Services beside the targets.
+    others: usize,
 }
+
+/// Between two looks at what a node has: each look lists everything, which holds up whoever is loading it.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Managers of EndpointSlices leave those of others alone.
 const MANAGED_BY: (&str, &str) = ("endpointslice.kubernetes.io/managed-by", "kubelane-bench");
@@ -78,8 +89,7 @@ impl Cluster {
         let world = BenchWorld::write(&lab.dir.join("others"), others, 1, Layout::Big, Style::Plain)?;
         let objects = world.services.iter().map(services::other);
         api.create_all(objects.flat_map(|[service, slice]| [single_stack(service), managed(slice)]).collect())?;
-        let ports = others + TARGETS.iter().map(|target| target.ports().len()).sum::<usize>();
-        Ok(Cluster { api, proxy: proxy.clone(), cluster_ips, ports })
+        Ok(Cluster { api, proxy: proxy.clone(), cluster_ips, others })
     }
 
     /// kubelane on the API server.
@@ -91,11 +101,25 @@ impl Cluster {
         let mut arguments = vec!["run", "--cgroup", &cgroup, "--pin-path", &pins, "--kubeconfig", &kubeconfig];
         arguments.extend(["--hostname-override", &name]);
         let daemon = Daemon::start_as(lab, &node.name, &arguments)?;
-        let knows_all = || daemon.metric("kubelane_frontends ").is_ok_and(|known| known >= self.ports as f64);
-        if !eventually(PATIENCE, knows_all) {
-            bail!("the daemon of {} does not know all Services; {}", node.name, daemon.log());
+        // Its metrics count the cluster's own Services, too.
+        let (wanted, mut known) = (services::frontends(self.others), 0);
+        let has_all = now_and_then(PATIENCE, || {
+            known = self.count_frontends(node)?;
+            Ok(known == wanted)
+        });
+        if !has_all? {
+            bail!("the daemon of {} has {known} frontends, not {wanted}; {}", node.name, daemon.log());
         }
         Ok(daemon)
+    }
+
+    /// How many frontends of the run's namespace are in the kernel of a node and lead to an endpoint.
+    fn count_frontends(&self, node: &Node) -> anyhow::Result<usize> {
+        let list: Value = serde_json::from_str(&node.get("services", &["-o", "json"])?)?;
+        let items = list["items"].as_array().context("kubelane get services lists no items")?;
+        let is_ours = |item: &&Value| item["namespace"] == self.api.namespace.as_str();
+        let leads_on = |item: &&Value| item["inside"]["endpoints"].as_array().is_some_and(|all| !all.is_empty());
+        Ok(items.iter().filter(is_ours).filter(leads_on).count())
     }
 
     /// kube-proxy in one of its modes; waits until its rules are there. [`TooSlow`] when they take longer than `limit`.
@@ -108,15 +132,15 @@ impl Cluster {
         let path = format!("PATH={}:{}", legacy_tools(lab)?.display(), std::env::var("PATH").unwrap_or_default());
         let (program, config) = (self.proxy.program.display().to_string(), config.display().to_string());
         let mut process = node.host.spawn(FilePath::new("env"), &[&path, &program, "--config", &config])?;
-        let mut ended = None;
-        let is_loaded = eventually(limit, || {
-            ended = process.ended();
-            ended.is_some() || count_rules(mode, node, &self.api.namespace).is_ok_and(|count| count >= self.ports)
+        let ports = self.others + services::target_port_count();
+        let is_loaded = now_and_then(limit, || {
+            if let Some(status) = process.ended() {
+                bail!("kube-proxy of {} ended with {status}; {}", node.name, node.host.log_tail());
+            }
+            // There is nothing to list before its first sync.
+            Ok(count_rules(mode, node, &self.api.namespace).is_ok_and(|count| count == ports))
         });
-        if let Some(status) = ended {
-            bail!("kube-proxy of {} ended with {status}; {}", node.name, node.host.log_tail());
-        }
-        if !is_loaded {
+        if !is_loaded? {
             return Err(TooSlow { loader: "kube-proxy".to_owned(), limit }.into());
         }
         Ok(process)
@@ -128,6 +152,18 @@ impl Cluster {
         self.api.write_kubeconfig(&node.host, &path);
         path
     }
+}
+
+/// Looks until something is so, with a [`PAUSE`] in between; `false` when it was not within `patience`.
+fn now_and_then(patience: Duration, mut is_so: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<bool> {
+    let deadline = Instant::now() + patience;
+    while !is_so()? {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(true)
 }
 
 /// The name of a laboratory's node on the API server.

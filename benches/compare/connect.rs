@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 
 /// The part that a process has.
@@ -28,8 +29,11 @@ pub struct Part {
 /// Connections that come first and are not told of: the process itself is cold.
 pub const WARM_UP: u16 = 20;
 
-/// How long the server may take to close a connection.
+/// How long a connection may take to come about, and the server to close it.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How the line begins in which a client says why it failed.
+const FAILED: &str = "failed: ";
 
 impl Part {
     /// Plays the part; `false` when there is none.
@@ -66,12 +70,32 @@ fn accept(port: u16) -> anyhow::Result<()> {
 fn connect(to: SocketAddrV4, first_port: u16, connections: u16) -> anyhow::Result<()> {
     let mut times = Vec::new();
     for number in 0..WARM_UP + connections {
-        times.push(one(to, first_port + number).with_context(|| format!("connecting to {to}"))?);
+        let port = first_port + number;
+        match one(to, port) {
+            Ok(time) => times.push(time),
+            Err(error) => {
+                // The bench reads this: the log has what all processes of the place say.
+                println!("{FAILED}connection {} to {to}, from port {port}: {error:#}", number + 1);
+                bail!("a connection to {to} failed");
+            }
+        }
     }
     for time in &times[usize::from(WARM_UP)..] {
         println!("{}", time.as_nanos());
     }
     Ok(())
+}
+
+/// What a client that did not fail printed: microseconds of each connection. Otherwise why it failed.
+pub fn times(said: &str, has_succeeded: bool) -> Result<Vec<f64>, String> {
+    if let Some(why) = said.lines().find_map(|line| line.strip_prefix(FAILED)) {
+        return Err(why.to_owned());
+    }
+    let times: Result<Vec<f64>, _> = said.lines().map(|line| line.parse::<f64>().map(|time| time / 1e3)).collect();
+    match times {
+        Ok(times) if has_succeeded => Ok(times),
+        _ => Err(format!("the client said {said:?}")),
+    }
 }
 
 /// How long connect(2) takes. The source port is chosen before: none is used twice, so that neither the client nor a
@@ -80,6 +104,8 @@ fn one(to: SocketAddrV4, port: u16) -> anyhow::Result<Duration> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
     socket.set_read_timeout(Some(PATIENCE))?;
+    // Else the kernel repeats a lost SYN for two minutes. This counts nothing before the first repetition.
+    setsockopt(&socket, sockopt::TcpUserTimeout, &(PATIENCE.as_millis() as u32))?;
     // The server closes first; what the client closes with then is a reset, after which no end remembers anything.
     socket.set_linger(Some(Duration::ZERO))?;
     let to = SocketAddr::V4(to).into();

@@ -4,7 +4,7 @@
 //! chunks, so that the machine's mood is in all of them. Chunks are shorter than a second: of each one, the kernel keeps
 //! 50 ms from processes in real time (sched_rt_runtime_us), which would be somebody's p99.9.
 
-use std::io::BufRead as _;
+use std::io::Read as _;
 use std::net::SocketAddrV4;
 
 use anyhow::{Context as _, bail};
@@ -62,6 +62,11 @@ impl Latency {
         Sample::new(self.rounds.iter().flat_map(Sample::values))
     }
 
+    /// How many chunks were thrown away.
+    pub fn spoiled(&self) -> usize {
+        self.rounds.iter().filter(|round| round.len() == 0).count()
+    }
+
     /// The rounds' ratios of a percentile.
     pub fn ratio(&self, to: &Latency, percent: f64) -> Sample {
         let rounds = self.rounds.iter().zip(&to.rounds).filter(|(of, to)| of.len() > 0 && to.len() > 0);
@@ -69,33 +74,55 @@ impl Latency {
     }
 }
 
-/// Measures all sides on all paths.
-pub fn measure(served: &[Served], extent: Extent) -> anyhow::Result<Vec<Latency>> {
+/// Measures all sides on all paths, and adds them to `all`: also those of a path on which something failed.
+pub fn measure(served: &[Served], extent: Extent, all: &mut Vec<Latency>) -> anyhow::Result<()> {
     extent.check()?;
-    let mut all = Vec::new();
     for path in PATHS {
         let sides: Vec<&Served> = served.iter().filter(|served| served.mode.has(path)).collect();
         let _servers = sides.iter().map(|side| serve(side, path, extent)).collect::<anyhow::Result<Vec<_>>>()?;
         let fresh = |side: &&Served| Latency { mode: side.mode, others: side.others, path, rounds: Vec::new() };
         let mut latencies: Vec<Latency> = sides.iter().map(fresh).collect();
-        for round in 0..extent.rounds {
-            for turn in 0..sides.len() {
-                // Each side is first, in the middle and last in turn.
-                let at = (turn + usize::from(round)) % sides.len();
-                let first_port = FIRST_PORT + round * (extent.connections + WARM_UP);
-                latencies[at].rounds.push(chunk(sides[at], path, extent, first_port)?);
-            }
-        }
+        let outcome = rounds(&sides, path, extent, &mut latencies);
         for latency in &latencies {
             println!("{:6} others  {path:24} {:8} first connections: {}", latency.others, latency.mode, line(latency));
         }
         all.extend(latencies);
+        outcome?;
     }
-    Ok(all)
+    Ok(())
+}
+
+fn rounds(sides: &[&Served], path: Path, extent: Extent, latencies: &mut [Latency]) -> anyhow::Result<()> {
+    for round in 0..extent.rounds {
+        for turn in 0..sides.len() {
+            // Each side is first, in the middle and last in turn.
+            let at = (turn + usize::from(round)) % sides.len();
+            let first_port = FIRST_PORT + round * (extent.connections + WARM_UP);
+            latencies[at].rounds.push(chunk(sides[at], path, extent, first_port)?);
+        }
+    }
+    Ok(())
+}
+
+/// An error when a side has lost more than half of its chunks: what is left of it may be the luckier half.
+pub fn check(latencies: &[Latency]) -> anyhow::Result<()> {
+    let too_few = |latency: &&Latency| 2 * latency.spoiled() > latency.rounds.len();
+    let tell = |latency: &Latency| {
+        let Latency { mode, others, path, rounds } = latency;
+        format!("{mode} beside {others} others, {path}: {} of {}", latency.spoiled(), rounds.len())
+    };
+    let lines: Vec<String> = latencies.iter().filter(too_few).map(tell).collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    bail!("more than half of the chunks of first connections were thrown away:\n  {}", lines.join("\n  "))
 }
 
 fn line(latency: &Latency) -> String {
     let all = latency.all();
+    if all.len() == 0 {
+        return "none".to_owned();
+    }
     let percentiles = [50.0, 90.0, 99.0, 99.9].map(|percent| format!("p{percent} {:.0} µs", all.percentile(percent)));
     format!("{}  of {}", percentiles.join("  "), all.len())
 }
@@ -115,17 +142,18 @@ fn chunk(side: &Served, path: Path, extent: Extent, first_port: u16) -> anyhow::
     let before = trouble(side.lab)?;
     let client = path.client(side.lab)?;
     let mut process = start(&client, extent.processors.0, &options)?;
-    let lines: Vec<String> = process.stdout()?.lines().collect::<Result<_, _>>()?;
+    let mut said = String::new();
+    process.stdout()?.read_to_string(&mut said).context("reading what the client says")?;
     let status = process.wait()?;
-    if !status.success() {
-        bail!("the client of first connections to {to} ({}) ended with {status}; {}", side.mode, client.log_tail());
-    }
-    if let Some(why) = trouble(side.lab)?.since(&before, &[]) {
-        println!("{:6} others  {path:24} {:8} a chunk THROWN AWAY: {why}", side.others, side.mode);
-        return Ok(Sample::default());
-    }
-    let times = lines.iter().map(|line| Ok(line.parse::<f64>()? / 1e3));
-    Ok(Sample::new(times.collect::<anyhow::Result<Vec<f64>>>().context("what the client printed")?))
+    let moved = trouble(side.lab)?.since(&before, &[]);
+    let why = match (connect::times(&said, status.success()), moved) {
+        (Ok(times), None) => return Ok(Sample::new(times)),
+        (Ok(_), Some(moved)) => moved,
+        (Err(said), None) => format!("the client ended with {status}: {said}"),
+        (Err(said), Some(moved)) => format!("the client ended with {status}: {said}; {moved}"),
+    };
+    println!("{:6} others  {path:24} {:8} a chunk THROWN AWAY: {why}", side.others, side.mode);
+    Ok(Sample::default())
 }
 
 /// Starts this program with other options, pinned and in real time as netperf is.

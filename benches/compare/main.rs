@@ -25,9 +25,11 @@ mod mode;
 mod options;
 mod path;
 mod plot;
+mod preconditions;
 mod programs;
 mod run;
 mod services;
+mod signals;
 mod table;
 
 use std::fs;
@@ -66,10 +68,15 @@ fn main() -> anyhow::Result<()> {
     if let Some(caveat) = common::processor_time_caveat() {
         println!("{caveat}\n");
     }
+    signals::clean_up()?;
     let real = match (&arguments.kube_proxy, &arguments.kubeconfig) {
         (Some(program), Some(kubeconfig)) => Some(RealProxy::new(program, kubeconfig)?),
         _ => None,
     };
+    if let Some(real) = &real {
+        let counts = arguments.others().into_iter().chain(arguments.latency_others());
+        real.check(counts.max().unwrap_or_default())?;
+    }
     let mut bench = Bench {
         netperf,
         modes: arguments.modes(),
@@ -80,11 +87,12 @@ fn main() -> anyhow::Result<()> {
     };
     // What was measured before something failed is told, too.
     let outcome = bench.measure();
-    bench.report(&head)?;
+    let told = bench.report(&head);
     outcome?;
+    told?;
     let seconds = began.elapsed().as_secs_f64();
     println!("{seconds:.0} s in all; the tables, the CSV and the plots are in {}", bench.arguments.output.display());
-    Ok(())
+    latency::check(&bench.figures.latencies)
 }
 
 struct Bench {
@@ -172,7 +180,7 @@ impl Bench {
             let labs = lay_out(&sides)?;
             let cluster = self.cluster(&labs, group[0])?;
             let served = self.serve(&sides, &labs, cluster.as_ref())?;
-            self.figures.latencies.extend(latency::measure(&served, extent)?);
+            latency::measure(&served, extent, &mut self.figures.latencies)?;
         }
         println!("first connections: {:.0} s", began.elapsed().as_secs_f64());
         Ok(())

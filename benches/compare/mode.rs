@@ -172,11 +172,27 @@ fn start_daemon<'a>(lab: &'a Lab, node: &Node, dir: &FilePath, others: usize) ->
         manifests.save(target.name, &objects);
     }
     let daemon = Daemon::start(lab, &node.name, dir)?;
-    let known = daemon.metric("kubelane_frontends ")?;
-    if known < (others + TARGETS.len()) as f64 {
-        bail!("the daemon of {} has {known} frontends for {others} Services and {}", node.name, TARGETS.len());
-    }
+    check_complete(&daemon, others)?;
     Ok(daemon)
+}
+
+/// Fails unless the daemon has the whole world in the kernel, and nothing else.
+fn check_complete(daemon: &Daemon, others: usize) -> anyhow::Result<()> {
+    // Each Service has one endpoint, which is a backend of each of its ports.
+    let services = others + TARGETS.len();
+    let wanted = [
+        ("kubelane_services ", services),
+        ("kubelane_endpoints ", services),
+        ("kubelane_frontends ", services::frontends(others)),
+        ("kubelane_map_entries{map=\"backends\"}", others + services::target_port_count()),
+    ];
+    for (metric, wanted) in wanted {
+        let known = daemon.metric(metric)?;
+        if known != wanted as f64 {
+            bail!("the daemon of {} has {known} as {}, not {wanted}", daemon.node.name, metric.trim_end());
+        }
+    }
+    Ok(())
 }
 
 fn load_rules(mode: Mode, lab: &Lab, node: &Node, others: &[BenchService], limit: Duration) -> anyhow::Result<()> {

@@ -51,11 +51,14 @@ pub struct Arguments {
     #[arg(long, default_value_t = 180)]
     load_limit: u64,
     /// Runs this kube-proxy for the modes iptables and nftables, instead of loading rules that are written here.
-    /// Services are then made on the API server of --kubeconfig, in a namespace of the run, and deleted at the end.
+    /// Services are then made on the API server of --kubeconfig, in a namespace of the run, and deleted at the end, also
+    /// after SIGINT or SIGTERM. It must have as many free cluster IPs (IPv4) as Services are asked for and two more, and
+    /// no Service with a NodePort from 30010 to 30015 or from 31010 to 31015, which must be in its range.
     #[arg(long, value_name = "PATH", requires = "kubeconfig")]
     pub kube_proxy: Option<PathBuf>,
-    /// How to reach the API server for --kube-proxy: rights to make Services, EndpointSlices, Nodes and a namespace;
-    /// files that it names by absolute paths.
+    /// How to reach the API server for --kube-proxy: files that it names by absolute paths; the rights to create and
+    /// delete Nodes, a namespace and in it Services and EndpointSlices, to patch the Services' status, and to list and
+    /// watch Nodes, Services and EndpointSlices of all namespaces.
     #[arg(long, value_name = "FILE", requires = "kube_proxy")]
     pub kubeconfig: Option<PathBuf>,
     /// Directory of netperf and netserver [default: what benches/fetch-netperf says].

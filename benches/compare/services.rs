@@ -49,6 +49,17 @@ pub fn other(other: &BenchService) -> [Value; 2] {
     [service(&name, spec), slice(&format!("{name}-1"), &name, &ports, &endpoints)]
 }
 
+/// How many frontends kubelane has for the targets and so many others, all of one family: each port of a target has
+/// three (cluster IP, load balancer IP and NodePort), the one port of another has its cluster IP.
+pub fn frontends(others: usize) -> usize {
+    others + 3 * target_port_count()
+}
+
+/// Ports of all targets.
+pub fn target_port_count() -> usize {
+    TARGETS.iter().map(|target| target.ports().len()).sum()
+}
+
 fn other_name(other: &BenchService) -> String {
     format!("service-{}", other.number)
 }

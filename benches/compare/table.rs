@@ -207,9 +207,12 @@ fn growths(latencies: &[Latency]) -> impl Iterator<Item = (&Latency, &Latency)> 
 pub fn latencies(latencies: &[Latency]) -> String {
     let row = |latency: &Latency| {
         let all = latency.all();
-        let spoiled = latency.rounds.iter().filter(|round| round.len() == 0).count();
+        let spoiled = latency.spoiled();
         let mut row = vec![latency.path.to_string(), latency.others.to_string(), latency.mode.to_string()];
-        row.extend(PERCENTILES.map(|percent| format!("{:.1} µs", all.percentile(percent))));
+        row.extend(PERCENTILES.map(|percent| match all.len() {
+            0 => "-".to_owned(),
+            _ => format!("{:.1} µs", all.percentile(percent)),
+        }));
         let growth = growths(latencies).find(|(of, _)| std::ptr::eq(*of, latency));
         let pooled = |few: &Latency| all.percentile(99.0) / few.all().percentile(99.0);
         row.push(growth.map_or(String::new(), |(_, few)| spread(&latency.ratio(few, 99.0))));

@@ -1,6 +1,6 @@
 //! The control plane at 100 to 100,000 Services: time, processor and memory of the first sync, one change, a burst of
 //! changes, one Service with thousands of endpoints and a restart, of the real daemon on an API server; and how long
-//! the rule sets of kube-proxy's iptables and nftables modes take to load and to change at the same sizes.
+//! the rule sets of kube-proxy's iptables and nftables modes take to load and to change, in the same ways.
 //!
 //! The server is the tests' double, in a process of its own (this binary again, with `--serve`). Figures are printed
 //! beside their targets and never asserted, with a table of how they grow; a CSV goes to the output directory.
@@ -21,8 +21,7 @@ mod report;
 mod rules;
 mod serve;
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -73,7 +72,7 @@ struct Arguments {
     /// Which rule sets; all when left out.
     #[arg(long, value_enum, value_delimiter = ',')]
     mode: Vec<Mode>,
-    /// How long a rule set may take to load or to change, in seconds.
+    /// How long a rule set may take to load or to change, in seconds; what takes longer is ended and shown as such.
     #[arg(long, default_value_t = 120)]
     limit: u64,
     /// Two small sizes and few changes, where nothing else is said: half a minute from the debug build.
@@ -97,31 +96,61 @@ fn main() -> anyhow::Result<()> {
     }
     support::preflight()?;
     println!("{}\n", machine());
-    let mut daemon = Vec::new();
-    for services in &arguments.services {
-        let figures = measure::measure(*services, &arguments)?;
-        print_size(&figures);
-        daemon.push(figures);
-    }
-    let mut all = daemon.clone();
-    print_sizes("kubelane", &daemon);
+    let mut all = Vec::new();
+    // What was measured before something failed is told, too.
+    let outcome = measure(&arguments, &mut all);
+    let written = write_csv(&arguments.output, &all);
+    outcome.and(written)
+}
+
+/// Everything that is asked for: `all` has it, or as much of it as there was before something failed.
+fn measure(arguments: &Arguments, all: &mut Vec<Figures>) -> anyhow::Result<()> {
+    let outcome = measure_daemon(arguments, all);
+    print_sizes("kubelane", all);
+    outcome?;
     let modes = if arguments.mode.is_empty() { &Mode::ALL[..] } else { &arguments.mode };
-    for mode in modes {
-        let mut sizes = Vec::new();
-        for services in arguments.rules.iter().filter(|services| **services > 0) {
-            sizes.extend(rules::measure(*mode, *services, arguments.endpoints, Duration::from_secs(arguments.limit))?);
-        }
-        print_sizes(mode.name(), &sizes);
-        all.extend(sizes);
+    for mode in modes.iter().filter(|mode| mode.can_be_measured()) {
+        let first = all.len();
+        let outcome = measure_rules(*mode, arguments, all);
+        print_sizes(mode.name(), &all[first..]);
+        outcome?;
     }
-    std::fs::create_dir_all(&arguments.output).context("making the directory for the CSV")?;
-    let path = arguments.output.join("control.csv");
-    std::fs::write(&path, report::csv(&all)).with_context(|| format!("writing {}", path.display()))?;
+    Ok(())
+}
+
+fn measure_daemon(arguments: &Arguments, all: &mut Vec<Figures>) -> anyhow::Result<()> {
+    for services in &arguments.services {
+        let mut figures = Figures::new("kubelane", *services, arguments.endpoints);
+        let outcome = measure::measure(arguments, &mut figures);
+        print_size(&figures);
+        all.push(figures);
+        outcome.with_context(|| format!("kubelane at {} Services", report::thousands(*services)))?;
+    }
+    Ok(())
+}
+
+fn measure_rules(mode: Mode, arguments: &Arguments, all: &mut Vec<Figures>) -> anyhow::Result<()> {
+    for services in arguments.rules.iter().filter(|services| **services > 0) {
+        let mut figures = Figures::new(mode.name(), *services, arguments.endpoints);
+        let outcome = rules::measure(mode, arguments, &mut figures);
+        all.push(figures);
+        outcome.with_context(|| format!("{} at {} Services", mode.name(), report::thousands(*services)))?;
+    }
+    Ok(())
+}
+
+fn write_csv(output: &Path, all: &[Figures]) -> anyhow::Result<()> {
+    std::fs::create_dir_all(output).context("making the directory for the CSV")?;
+    let path = output.join("control.csv");
+    std::fs::write(&path, report::csv(all)).with_context(|| format!("writing {}", path.display()))?;
     println!("All figures: {}", path.display());
     Ok(())
 }
 
 fn print_size(figures: &Figures) {
+    if figures.all.is_empty() {
+        return;
+    }
     println!(
         "{}: {} Services with {} endpoints each:\n",
         figures.of,
@@ -132,7 +161,7 @@ fn print_size(figures: &Figures) {
 }
 
 fn print_sizes(of: &str, sizes: &[Figures]) {
-    if sizes.is_empty() {
+    if sizes.iter().all(|size| size.all.is_empty()) {
         return;
     }
     println!("{of}, all sizes:\n\n{}", report::summary(sizes));

@@ -21,24 +21,24 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// After the last row, what belongs to a sync goes on for a moment.
 const SETTLE: Duration = Duration::from_millis(300);
 
-/// Everything about `services` Services.
-pub fn measure(services: usize, arguments: &Arguments) -> anyhow::Result<Figures> {
+/// Everything about as many Services as `figures` is of, which has what was measured, also when something failed.
+pub fn measure(arguments: &Arguments, figures: &mut Figures) -> anyhow::Result<()> {
+    let services = figures.services;
     let world = BenchWorld::new(services, arguments.endpoints);
-    let mut figures = Figures::new("kubelane", services, arguments.endpoints);
     let mut starts = Vec::new();
     for number in 1..=arguments.starts.max(1) {
         let lab = Lab::new(&[(NODE, &[])])?;
         let mut server = Server::start(&lab, services, arguments.endpoints)?;
-        let (start, daemon) = Start::observe(&lab, &server, &world)?;
+        let (start, daemon) = Start::observe(&lab, &server, &world).inspect_err(|_| add_starts(figures, &starts))?;
         starts.push(start);
         if number == arguments.starts.max(1) {
-            add_starts(&mut figures, &starts);
-            measure_changes(&daemon, &mut server, arguments, &mut figures)?;
-            measure_idle(&daemon, arguments.idle, &mut figures)?;
-            measure_restart(&lab, daemon, &server, &world, &mut figures)?;
+            add_starts(figures, &starts);
+            measure_changes(&daemon, &mut server, arguments, figures)?;
+            measure_idle(&daemon, arguments.idle, figures)?;
+            measure_restart(&lab, daemon, &server, &world, figures)?;
         }
     }
-    Ok(figures)
+    Ok(())
 }
 
 /// One start on a machine that has no trace of the daemon.
@@ -69,6 +69,9 @@ fn spawn<'a>(lab: &'a Lab, server: &Server, world: &BenchWorld) -> anyhow::Resul
 }
 
 fn add_starts(figures: &mut Figures, starts: &[Start]) {
+    if starts.is_empty() {
+        return;
+    }
     let median = |of: &dyn Fn(&Start) -> f64| Sample::new(starts.iter().map(of)).median();
     let mut add = |id, name, unit, of: &dyn Fn(&Start) -> f64| figures.add(id, name, unit, Growth::Linear, median(of));
     add("first_sync", "first sync: process start to the last row", "s", &|s| s.last_row.as_secs_f64());

@@ -98,9 +98,8 @@ fn show(figure: &Figure) -> String {
     }
 }
 
-/// All sizes of one thing beside each other.
+/// All sizes of one thing beside each other. A dash is a figure that a size does not have: something failed before it.
 pub fn summary(sizes: &[Figures]) -> String {
-    let Some(first) = sizes.first() else { return String::new() };
     let heads: Vec<String> = sizes.iter().map(|size| thousands(size.services)).collect();
     let mut heading = vec!["Services"];
     heading.extend(heads.iter().map(String::as_str));
@@ -108,20 +107,32 @@ pub fn summary(sizes: &[Figures]) -> String {
         let cells = sizes.iter().map(|size| size.get(figure.id).map_or_else(|| "-".to_owned(), show));
         std::iter::once(figure.name.clone()).chain(cells).collect()
     };
-    table(&heading, &first.all.iter().map(row).collect::<Vec<Vec<String>>>())
+    table(&heading, &every(sizes).into_iter().map(row).collect::<Vec<Vec<String>>>())
+}
+
+/// Each figure that any size has, once, in the order of the size that has most of them.
+fn every(sizes: &[Figures]) -> Vec<&Figure> {
+    let longest = sizes.iter().max_by_key(|size| size.all.len());
+    let mut every: Vec<&Figure> = Vec::new();
+    for figure in longest.into_iter().chain(sizes).flat_map(|size| &size.all) {
+        if !every.iter().any(|known| known.id == figure.id) {
+            every.push(figure);
+        }
+    }
+    every
 }
 
 /// How much larger each figure is at each size than at the one before: for what may grow with the Services, divided by
 /// how many times as many these are (1 is linear, less is better), else as it is (1 is flat).
 pub fn growth(sizes: &[Figures]) -> Option<String> {
     let pairs: Vec<(&Figures, &Figures)> = sizes.iter().zip(sizes.iter().skip(1)).collect();
-    let first = pairs.first()?.0;
+    pairs.first()?;
     let heads: Vec<String> =
         pairs.iter().map(|(a, b)| format!("{} to {}", thousands(a.services), thousands(b.services))).collect();
     let mut heading = vec!["growth"];
     heading.extend(heads.iter().map(String::as_str));
     heading.push("target");
-    let judged = first.all.iter().filter(|figure| figure.growth != Growth::None);
+    let judged = every(sizes).into_iter().filter(|figure| figure.growth != Growth::None);
     let row = |figure: &Figure| {
         let ratio = |(a, b): &(&Figures, &Figures)| {
             let value = |of: &Figures| of.get(figure.id)?.value;

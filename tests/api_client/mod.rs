@@ -3,24 +3,19 @@
 // Tests and benches compile this module for themselves and use a part of it.
 #![allow(dead_code)]
 
+pub mod connection;
 mod relay;
 
-use std::cell::RefCell;
+use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
 
 use futures::{StreamExt as _, TryStreamExt as _};
-use http_body_util::BodyExt as _;
-use kube::client::Body;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::support::lab::Place;
-
-/// Requests under way at a time when many objects are made or deleted.
-const AT_ONCE: usize = 32;
-/// How often a server may say that it has too much to do, with a second in between.
-const BUSY: u32 = 30;
+use connection::{AT_ONCE, Connection};
 
 /// A client of the server. What it made is deleted when it is dropped, also by a panic.
 pub struct Api {
@@ -28,10 +23,8 @@ pub struct Api {
     pub namespace: String,
     /// The suffix of names that have no namespace.
     pub run: String,
-    client: kube::Client,
+    connection: Arc<Connection>,
     kubeconfig: Value,
-    /// Paths of what is to be deleted, in the order in which it was made.
-    made: RefCell<Vec<String>>,
     runtime: Runtime,
 }
 
@@ -43,14 +36,11 @@ pub fn runtime() -> anyhow::Result<Runtime> {
 impl Api {
     /// A client of the server that `kubeconfig` leads to. Fails when the namespace cannot be made.
     pub fn open(runtime: Runtime, kubeconfig: Value, namespace: String, run: &str) -> anyhow::Result<Api> {
-        let parsed: kube::config::Kubeconfig = serde_json::from_value(kubeconfig.clone())?;
-        let client = runtime.block_on(async {
-            let config = kube::Config::from_custom_kubeconfig(parsed, &Default::default()).await?;
-            Ok::<_, anyhow::Error>(kube::Client::try_from(config)?)
-        })?;
-        let api = Api { namespace, run: run.into(), client, kubeconfig, made: RefCell::default(), runtime };
+        let connection = Connection::open(&runtime, &kubeconfig)?;
+        let api = Api { namespace, run: run.into(), connection, kubeconfig, runtime };
         let object = json!({"kind": "Namespace", "apiVersion": "v1", "metadata": {"name": api.namespace}});
-        api.create("/api/v1/namespaces", &object).map_err(|status| anyhow::anyhow!("the namespace: {status}"))?;
+        let made = api.connection.create("/api/v1/namespaces", &object);
+        made.map_err(|status| anyhow::anyhow!("the namespace: {status}"))?;
         Ok(api)
     }
 
@@ -59,12 +49,12 @@ impl Api {
         let all = self.collection(&object);
         let one = format!("{all}/{}", object["metadata"]["name"].as_str().expect("a name"));
         self.place(&mut object);
-        match self.call("GET", &one, "", None) {
+        match self.connection.call("GET", &one, "", None) {
             Ok(old) => {
                 object["metadata"]["resourceVersion"] = old["metadata"]["resourceVersion"].clone();
-                self.call("PUT", &one, "application/json", Some(&object))
+                self.connection.call("PUT", &one, "application/json", Some(&object))
             }
-            Err(404) => self.create(&all, &object),
+            Err(404) => self.connection.create(&all, &object),
             Err(status) => Err(status),
         }
     }
@@ -73,14 +63,15 @@ impl Api {
     pub fn patch(&self, object: &Value, part: &str, patch: &Value) {
         let path =
             format!("{}/{}{part}", self.collection(object), object["metadata"]["name"].as_str().expect("a name"));
-        self.call("PATCH", &path, "application/merge-patch+json", Some(patch)).expect("the server takes a patch");
+        self.connection
+            .call("PATCH", &path, "application/merge-patch+json", Some(patch))
+            .expect("the server takes a patch");
     }
 
     /// Deletes an object if it is there.
     pub fn delete(&self, object: &Value) {
         let path = format!("{}/{}", self.collection(object), object["metadata"]["name"].as_str().expect("a name"));
-        self.remove(&path);
-        self.made.borrow_mut().retain(|made| *made != path);
+        self.connection.delete(&path);
     }
 
     /// Writes a kubeconfig with which a daemon in `place` reaches the server.
@@ -96,7 +87,7 @@ impl Api {
         let (scheme, host) = (server.scheme_str().unwrap_or("https"), server.host().expect("a host"));
         let port = server.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
         let at = relay::open(place, format!("{host}:{port}"));
-        cluster["cluster"]["server"] = json!(format!("{scheme}://{at}"));
+        cluster["cluster"]["server"] = json!(moved(&server, at));
         if scheme == "https" && cluster["cluster"]["tls-server-name"].is_null() {
             cluster["cluster"]["tls-server-name"] = json!(host.trim_matches(['[', ']']));
         }
@@ -127,83 +118,38 @@ impl Api {
             let all = self.collection(&object);
             self.place(&mut object);
             async move {
-                let created = self.request("POST", &all, "application/json", Some(&object)).await;
-                let name = object["metadata"]["name"].as_str().unwrap_or_default();
-                let created = created.map_err(|status| anyhow::anyhow!("{} {name}: {status}", object["kind"]))?;
-                self.made.borrow_mut().push(format!("{all}/{name}"));
-                Ok(created)
+                let created = self.connection.create_beside(&all, &object).await;
+                let what = || format!("{} {}", object["kind"], object["metadata"]["name"]);
+                created.map_err(|status| anyhow::anyhow!("{}: {status}", what()))
             }
         };
         let requests = futures::stream::iter(objects).map(make).buffered(AT_ONCE);
         self.runtime.block_on(requests.try_collect())
     }
+}
 
-    fn create(&self, all: &str, object: &Value) -> Result<Value, u16> {
-        let created = self.call("POST", all, "application/json", Some(object))?;
-        let name = object["metadata"]["name"].as_str().expect("a name");
-        self.made.borrow_mut().push(format!("{all}/{name}"));
-        Ok(created)
-    }
-
-    fn remove(&self, path: &str) {
-        let outcome = self.call("DELETE", path, "", None);
-        assert!(matches!(outcome, Ok(_) | Err(404)), "DELETE {path}: {outcome:?}");
-    }
-
-    /// One request. A refusal is a status; anything else that goes wrong ends the test.
-    fn call(&self, method: &str, path: &str, content: &str, body: Option<&Value>) -> Result<Value, u16> {
-        self.runtime.block_on(self.request(method, path, content, body))
-    }
-
-    /// As [`Api::call`]. A server that has too much to do is asked again.
-    async fn request(&self, method: &str, path: &str, content: &str, body: Option<&Value>) -> Result<Value, u16> {
-        let bytes = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
-        let mut patience = BUSY;
-        let (status, bytes) = loop {
-            let mut request = http::Request::builder().method(method).uri(path);
-            if !content.is_empty() {
-                request = request.header(http::header::CONTENT_TYPE, content);
-            }
-            let request = request.body(Body::from(bytes.clone())).expect("a request");
-            let response = self.client.send(request).await.unwrap_or_else(|error| panic!("{method} {path}: {error}"));
-            if response.status() != http::StatusCode::TOO_MANY_REQUESTS || patience == 0 {
-                let status = response.status();
-                break (status, response.into_body().collect().await.expect("a whole answer").to_bytes());
-            }
-            patience -= 1;
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        };
-        if !status.is_success() {
-            if !matches!((method, status.as_u16()), ("GET" | "DELETE", 404)) {
-                println!("{method} {path}: {status}: {}", String::from_utf8_lossy(&bytes));
-            }
-            return Err(status.as_u16());
-        }
-        Ok(serde_json::from_slice(&bytes).expect("JSON"))
-    }
-
-    /// Deletes these, many at once, and tells of those that stay.
-    fn remove_all(&self, paths: Vec<String>) {
-        let remove = |path: String| async move {
-            let outcome = self.request("DELETE", &path, "", None).await;
-            if !matches!(outcome, Ok(_) | Err(404)) {
-                eprintln!("{path} was not deleted");
-            }
-        };
-        let requests = futures::stream::iter(paths).for_each_concurrent(AT_ONCE, remove);
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.runtime.block_on(requests)));
-        if outcome.is_err() {
-            eprintln!("not everything in the namespace {} was deleted", self.namespace);
-        }
-    }
+/// The URL of a server that is reached at another address: its path stays (a proxy of many servers has one for each).
+fn moved(server: &http::Uri, at: SocketAddr) -> String {
+    format!("{}://{at}{}", server.scheme_str().unwrap_or("https"), server.path().trim_end_matches('/'))
 }
 
 impl Drop for Api {
     fn drop(&mut self) {
-        let mut paths = self.made.take();
-        // The namespace was made first, and goes when nothing is in it.
-        let namespace: Vec<String> = paths.drain(..paths.len().min(1)).collect();
-        self.remove_all(paths);
-        self.remove_all(namespace);
+        self.connection.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_server_that_is_reached_by_a_relay_keeps_its_path() {
+        let at = "127.0.0.1:4711".parse().unwrap();
+        for (server, wanted) in [
+            ("https://rancher.example:8443/k8s/clusters/x", "https://127.0.0.1:4711/k8s/clusters/x"),
+            ("https://10.0.0.1:6443/", "https://127.0.0.1:4711"),
+            ("http://[::1]:8080", "http://127.0.0.1:4711"),
+        ] {
+            assert_eq!(super::moved(&server.parse().unwrap(), at), wanted);
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The tables nat and filter of kube-proxy's iptables mode.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::{Choice, Endpoint, Family, Lines, MASQUERADE_MARK, ServicePort, World, hash};
@@ -43,18 +44,25 @@ pub fn render(world: &World, family: Family) -> String {
     tables.finish(family, true)
 }
 
-/// What kube-proxy writes when one Service (by its place in `world`) has changed and nothing else, for
-/// `iptables-restore --noflush`. Its partial sync (`syncProxyRules` without `doFullSync`, since 1.26) leaves out the
-/// chains of Services that have not changed; the chains that all share (KUBE-SERVICES, KUBE-NODEPORTS and those of the
-/// table filter) it writes as a whole, a rule or more for every Service. Jumps from the kernel's hooks are left alone,
-/// and so are chains of endpoints that are gone: they are deleted later, in a large cluster once in a sync period.
-pub fn render_change(world: &World, family: Family, changed: usize) -> String {
+/// What kube-proxy writes when the endpoints of these Services (by their places in `world`) have changed and nothing
+/// else, for `iptables-restore --noflush`. Its partial sync (`syncProxyRules` without `doFullSync`, since 1.26) leaves
+/// out the chains of Services that have not changed; the chains that all share (KUBE-SERVICES, KUBE-NODEPORTS and those
+/// of the table filter) it writes as a whole, a rule or more for every Service. Jumps from the kernel's hooks are left
+/// alone, and so are chains of endpoints that are gone: they are deleted later, in a large cluster once in a sync period.
+pub fn render_changes(world: &World, family: Family, changed: &BTreeSet<usize>) -> String {
     let mut tables = Tables::default();
-    write_services(world, family, |number, own| match number == changed {
+    write_services(world, family, |number, own| match changed.contains(&number) {
         true => tables.append(own),
         false => tables.append_shared(own),
     });
     tables.finish(family, false)
+}
+
+/// What kube-proxy writes in its first sync, a full one, where the rules of an earlier process are, for
+/// `iptables-restore --noflush`: all chains of all Services. It has asked for the jumps from the kernel's hooks before,
+/// one by one (`EnsureRule`).
+pub fn render_again(world: &World, family: Family) -> String {
+    render_changes(world, family, &(0..world.services.len()).collect())
 }
 
 /// What each Service adds, with its place in `world`.

@@ -3,6 +3,7 @@
 //! A Service with several endpoints has an anonymous map. The kernel looks for a map's name among all there are
 //! (`nf_tables_set_alloc_name`), so loading 10,000 such Services takes 15 s, and with one endpoint each 0.7 s.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Choice, Endpoint, Family, Lines, MASQUERADE_MARK, ServicePort, World, hash};
@@ -59,24 +60,53 @@ pub fn render(world: &World, family: Family) -> String {
     table.lines.0
 }
 
-/// What kube-proxy writes when one Service (by its place in `world`) has changed and nothing else: in a partial sync
-/// (`syncProxyRules` with `skipServiceUpdate` for all others, since 1.33) its chains are added, which does nothing to
-/// those that are there, emptied, and filled again. Elements of sets and maps are written only where they are new or
-/// others than before (`ensureElem`): none when it is an endpoint on another node that has changed.
-pub fn render_change(world: &World, family: Family, changed: usize) -> String {
+/// What kube-proxy writes when the endpoints of these Services (by their places in `world`) have changed and nothing
+/// else: in a partial sync (`syncProxyRules` with `skipServiceUpdate` for all others, since 1.33) their chains are added,
+/// which does nothing to those that are there, emptied, and filled again. Elements of sets and maps are written only
+/// where they are new or others than before (`ensureElem`): none when it is endpoints on other nodes that have changed.
+pub fn render_changes(world: &World, family: Family, changed: &BTreeSet<usize>) -> String {
     let mut table = Table::new(family);
-    let service = &world.services[changed];
-    for cluster_ip in family.of(&service.cluster_ips) {
-        ServiceRules::new(world, service, cluster_ip, family).write(&mut table);
-    }
-    let mut lines = Lines::default();
-    for line in table.lines.0.lines().filter(|line| !line.starts_with("add element ")) {
-        lines.add(format_args!("{line}"));
-        if let Some(chain) = line.strip_prefix("add chain ") {
-            lines.add(format_args!("flush chain {chain}"));
+    let services = world.services.iter().enumerate().filter(|(number, _)| changed.contains(number));
+    for (_, service) in services {
+        for cluster_ip in family.of(&service.cluster_ips) {
+            ServiceRules::new(world, service, cluster_ip, family).write(&mut table);
         }
     }
+    let mut lines = Lines::default();
+    add_emptied(&mut lines, table.lines.0.lines().filter(|line| !line.starts_with("add element ")));
     lines.0
+}
+
+/// What kube-proxy writes in its first sync, a full one, where the rules of an earlier process are: base chains are
+/// deleted and made again (`setupNFTables`), all other chains emptied and filled again. Elements of the Services' sets
+/// and maps it has read before (`readOrReset`), and they are as they should be.
+pub fn render_again(world: &World, family: Family) -> String {
+    let mut table = Table::new(family);
+    table.set_up(world);
+    let ip = table.ip;
+    let mut lines = Lines::default();
+    for (name, ..) in BASE_CHAINS {
+        lines.add(format_args!("add chain {ip} kube-proxy {name}\ndelete chain {ip} kube-proxy {name}"));
+    }
+    add_emptied(&mut lines, table.lines.0.lines());
+    lines.add(format_args!("flush set {ip} kube-proxy nodeport-ips"));
+    let mut table = Table { lines, ..table };
+    for address in family.of(&world.node) {
+        table.element("nodeport-ips", &address.to_string(), "");
+    }
+    table.lines.0 + &render_changes(world, family, &(0..world.services.len()).collect())
+}
+
+/// Adds these lines; chains that are added in them are emptied at once: they may be there already.
+fn add_emptied<'a>(lines: &mut Lines, text: impl Iterator<Item = &'a str>) {
+    for line in text {
+        lines.add(format_args!("{line}"));
+        if let Some(chain) = line.strip_prefix("add chain ") {
+            // Without the definition that a base chain has.
+            let name: Vec<&str> = chain.split(' ').take(3).collect();
+            lines.add(format_args!("flush chain {}", name.join(" ")));
+        }
+    }
 }
 
 struct Table {
