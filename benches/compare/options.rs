@@ -25,7 +25,7 @@ pub struct Arguments {
     /// netperf's names of the tests [default: all].
     #[arg(long, value_delimiter = ',', value_parser = Test::ALL.map(|test| test.name))]
     test: Vec<String>,
-    /// Rounds of each test on each path [default: 7 of TCP_CRR and TCP_RR, else 3].
+    /// Rounds of each test on each path [default: 24 of TCP_CRR and TCP_RR, else 10].
     #[arg(long)]
     rounds: Option<usize>,
     /// Services beside the two that are measured, for first connections [default: 0,1000,10000,30000].
@@ -37,11 +37,11 @@ pub struct Arguments {
     /// First connections of one round in one mode on one path [default: 250].
     #[arg(long)]
     latency_connections: Option<u16>,
-    /// One round of each test on each path, of TCP_CRR beside 1,000 others, too, and 600 first connections, where nothing
+    /// Three rounds of each test on each path, of TCP_CRR beside 1,000 others, too, and 600 first connections, where nothing
     /// else is said: so that nothing rots. Three minutes at most.
     #[arg(long)]
     quick: bool,
-    /// Makes runs of netperf this many times as long; one is about half a second.
+    /// Makes runs of netperf this many times as long; one is about an eighth of a second.
     #[arg(long, default_value_t = 1)]
     pub length: u32,
     /// Processors of client and server.
@@ -107,8 +107,8 @@ impl Arguments {
     }
 
     pub fn rounds(&self, test: Test) -> usize {
-        let usual = if JUDGED.contains(&test.name) { 7 } else { 3 };
-        self.rounds.unwrap_or(if self.quick { 1 } else { usual })
+        let usual = if JUDGED.contains(&test.name) { 24 } else { 10 };
+        self.rounds.unwrap_or(if self.quick { 3 } else { usual })
     }
 
     /// Whether the kernel's run statistics are looked at beside so many others: the fewest, and the most.

@@ -24,6 +24,9 @@ const TESTS: [&str; 3] = ["TCP_CRR", "TCP_RR", "UDP_RR"];
 /// Runs of a program that are too few to have a mean: connections of netperf's own.
 const FEW: u64 = 1000;
 
+/// How many times as long as others these runs are.
+const LONGER: u32 = 5;
+
 /// One more run of the tests on each path, in kubelane's mode: what its programs take. Without that mode, nothing.
 pub fn measure(netperf: &Netperf, served: &[Served], others: usize, paths: &[Path]) -> anyhow::Result<Vec<Ran>> {
     let Some(kubelane) = served.iter().find(|served| served.mode == Mode::Kubelane) else { return Ok(Vec::new()) };
@@ -33,7 +36,7 @@ pub fn measure(netperf: &Netperf, served: &[Served], others: usize, paths: &[Pat
         for test in Test::ALL.into_iter().filter(|test| TESTS.contains(&test.name)) {
             let means = programs::watch(&nodes, || {
                 // A packet that is sent again costs what the first one did: a spoiled run will do.
-                if let Run::Spoiled(why) = netperf.run(kubelane, *path, test)? {
+                if let Run::Spoiled(why) = netperf.run_longer(kubelane, *path, test, LONGER)? {
                     println!("{path} {} for the run statistics: {why}", test.name);
                 }
                 Ok(())
