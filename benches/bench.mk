@@ -8,7 +8,7 @@ bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, first 
 	cargo bench --features lab --bench compare -- $(ARGS)
 
 # The programs in the kernel are the same in every profile, and tests have built this one.
-bench-quick: setup ## The same and bench-control, small and in few rounds, from the debug build: four minutes (root)
+bench-quick: setup ## The same and bench-control, small and in few rounds, from the debug build: three minutes (root)
 	cargo bench --profile dev --features lab --bench compare -- --quick --output target/bench/quick $(ARGS)
 	cargo bench --profile dev --features lab --bench control -- --quick --output target/bench/quick
 
