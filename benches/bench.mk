@@ -4,7 +4,7 @@
 
 .PHONY: bench bench-quick bench-control bench-scale bench-netperf bench-packets bench-micro check-figures
 
-bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, first connections, plots in target/bench (root, 20 min)
+bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, first connections, plots in target/bench (root, under 20 min)
 	cargo bench --features lab --bench compare -- $(ARGS)
 
 # The programs in the kernel are the same in every profile, and tests have built this one.

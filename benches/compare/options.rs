@@ -25,7 +25,7 @@ pub struct Arguments {
     /// netperf's names of the tests [default: all].
     #[arg(long, value_delimiter = ',', value_parser = Test::ALL.map(|test| test.name))]
     test: Vec<String>,
-    /// Rounds of each test on each path [default: 24 of TCP_CRR and TCP_RR, else 10].
+    /// Rounds of each test on each path [default: 18 of TCP_CRR and TCP_RR, else 8].
     #[arg(long)]
     rounds: Option<usize>,
     /// Services beside the two that are measured, for first connections [default: 0,1000,10000,30000].
@@ -107,7 +107,7 @@ impl Arguments {
     }
 
     pub fn rounds(&self, test: Test) -> usize {
-        let usual = if JUDGED.contains(&test.name) { 24 } else { 10 };
+        let usual = if JUDGED.contains(&test.name) { 18 } else { 8 };
         self.rounds.unwrap_or(if self.quick { 3 } else { usual })
     }
 
