@@ -47,7 +47,7 @@ impl RealProxy {
     }
 }
 
-/// The objects on the API server; deleted when this is dropped, and by [`crate::signals`].
+/// The objects on the API server; deleted when this is dropped, and after a signal.
 pub struct Cluster {
     api: Api,
     proxy: RealProxy,

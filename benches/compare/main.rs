@@ -29,7 +29,6 @@ mod preconditions;
 mod programs;
 mod run;
 mod services;
-mod signals;
 mod table;
 
 use std::fs;
@@ -68,7 +67,8 @@ fn main() -> anyhow::Result<()> {
     if let Some(caveat) = common::processor_time_caveat() {
         println!("{caveat}\n");
     }
-    signals::clean_up()?;
+    // Objects on an API server first: the bench itself ends when its laboratories go.
+    support::signals::clean_up(api_client::connection::remove_own)?;
     let real = match (&arguments.kube_proxy, &arguments.kubeconfig) {
         (Some(program), Some(kubeconfig)) => Some(RealProxy::new(program, kubeconfig)?),
         _ => None,

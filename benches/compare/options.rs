@@ -91,10 +91,7 @@ impl Arguments {
     }
 
     pub fn paths(&self) -> Vec<Path> {
-        match (self.path.is_empty(), self.quick) {
-            (false, _) => self.path.clone(),
-            (true, _) => Path::ALL.into(),
-        }
+        if self.path.is_empty() { Path::ALL.into() } else { self.path.clone() }
     }
 
     pub fn tests(&self, others: usize) -> Vec<Test> {

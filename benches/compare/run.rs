@@ -33,8 +33,8 @@ pub struct Test {
     /// Transactions or bytes of a run, about an eighth of a second's: on a machine that others use, a processor may be half
     /// as fast half a second later, so that only what comes right after another can be compared with it. And runs of
     /// more than a second would be held up: of each one, the kernel keeps 50 ms from processes in real time
-    /// (sched_rt_runtime_us). A run that ends by the clock instead has
-    /// netserver wait for four seconds more (PAD_TIME). A stream of datagrams ends for netserver with an empty one.
+    /// (sched_rt_runtime_us). A run that ends by the clock instead has netserver wait for four seconds more (PAD_TIME). A
+    /// stream of datagrams ends for netserver with an empty one.
     amount: u64,
 }
 

@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use nix::sys::signal::{SigSet, Signal};
 
 use crate::http;
 use crate::support::client::Counts;
 use crate::support::daemon::Daemon;
-use crate::support::lab::{Lab, Place, remove_own};
+use crate::support::lab::{Lab, Place};
 use crate::support::load::{Load, failures, now_micros};
 use crate::support::manifests::{save_by_rename, without_endpoint};
 use crate::support::preflight;
 use crate::support::process::Process;
+use crate::support::signals;
 use crate::support::wire::{Kind, LoadRecord};
 
 /// As in manifests/demo.
@@ -39,7 +39,7 @@ pub fn run(manifests: &Path) -> anyhow::Result<()> {
     if !manifests.join("web.yaml").exists() {
         bail!("no web.yaml in {}: run the demo from the repository, or name the directory", manifests.display());
     }
-    clean_up_on_signals()?;
+    signals::clean_up(|| ())?;
     let began = Instant::now();
     let mut report = Report::default();
     let lab = Lab::new(&[
@@ -60,22 +60,6 @@ pub fn run(manifests: &Path) -> anyhow::Result<()> {
     drop(lab);
     println!("\n{} checks, {} failed, {:.1} s.", report.checks, report.failed, began.elapsed().as_secs_f64());
     if report.failed > 0 { bail!("{} of {} checks failed", report.failed, report.checks) } else { Ok(()) }
-}
-
-/// SIGINT and SIGTERM end the demo, but not before its traces are removed. Called before there is a second thread.
-fn clean_up_on_signals() -> anyhow::Result<()> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.thread_block().context("blocking signals")?;
-    std::thread::spawn(move || {
-        if let Ok(signal) = signals.wait() {
-            eprintln!("{signal}: cleaning up");
-            remove_own();
-            std::process::exit(128 + signal as i32);
-        }
-    });
-    Ok(())
 }
 
 /// What held and what did not.

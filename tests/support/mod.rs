@@ -14,6 +14,7 @@ pub mod load;
 pub mod manifests;
 pub mod netns;
 pub mod process;
+pub mod signals;
 pub mod wire;
 
 use std::io::Write as _;

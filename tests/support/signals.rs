@@ -1,13 +1,13 @@
-//! SIGINT and SIGTERM end the bench, but not before its traces are removed: objects on an API server, and laboratories.
+//! SIGINT and SIGTERM end a program that makes laboratories, but not before its traces are removed.
 
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal};
 
-use crate::api_client::connection;
-use crate::support::lab;
+use super::lab;
 
-/// Called before there is a second thread.
-pub fn clean_up() -> anyhow::Result<()> {
+/// From now on a signal calls `first`, removes this process's laboratories and ends it; a second one ends it at once.
+/// To be called before there is a second thread.
+pub fn clean_up(first: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
@@ -16,8 +16,7 @@ pub fn clean_up() -> anyhow::Result<()> {
         if let Ok(signal) = signals.wait() {
             eprintln!("{signal}: cleaning up; another one ends this at once");
             let _ = signals.thread_unblock();
-            // Objects first: the bench itself ends when its laboratories go.
-            connection::remove_own();
+            first();
             lab::remove_own();
             std::process::exit(128 + signal as i32);
         }
