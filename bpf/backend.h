@@ -7,6 +7,11 @@
 #ifndef KUBELANE_BACKEND_H
 #define KUBELANE_BACKEND_H
 
+/* Slots that are looked at for one choice. */
+enum {
+	BACKEND_PICKS = 4,
+};
+
 struct choice {
 	struct backend *backend;
 	__u32 backend_id;
@@ -27,11 +32,20 @@ static __always_inline struct backend *backend_get_living(__u32 id, __u32 genera
 	return backend;
 }
 
-/* Every slot of a pool is as likely as the others: the high half of a 32 x 32 bit product, no division. */
-static __always_inline struct choice backend_pick_random(const struct pool *pool)
+/* A pool's slot by chance, each as likely as the others: the high half of a 32 x 32 bit product, no division. */
+static __always_inline __u32 pool_draw(const struct pool *pool)
+{
+	return (__u32)(((__u64)bpf_get_prandom_u32() * pool->count) >> 32);
+}
+
+static __always_inline __u32 pool_next(const struct pool *pool, __u32 offset)
+{
+	return offset + 1 < pool->count ? offset + 1 : 0;
+}
+
+static __always_inline struct choice backend_of_slot(__u32 index)
 {
 	struct choice choice = {};
-	__u32 index = pool->base + (__u32)(((__u64)bpf_get_prandom_u32() * pool->count) >> 32);
 	__u32 *id = bpf_map_lookup_elem(&slots, &index);
 
 	if (!id)
@@ -39,6 +53,30 @@ static __always_inline struct choice backend_pick_random(const struct pool *pool
 	choice.backend_id = *id;
 	choice.backend = backend_get(*id);
 	return choice;
+}
+
+/* Unchecked; see backend_pick(). */
+static __always_inline struct choice backend_pick_random(const struct pool *pool)
+{
+	return backend_of_slot(pool->base + pool_draw(pool));
+}
+
+/*
+ * A backend by chance that is the frontend's own Service's. A program that was held up since it read the frontend may
+ * find slots, or the backend that one names, in the hands of another Service: it tries the neighbours.
+ */
+static __always_inline struct choice backend_pick(const struct frontend *frontend, const struct pool *pool)
+{
+	__u32 offset = pool_draw(pool);
+	struct choice choice;
+
+	for (int i = 0; i < BACKEND_PICKS; i++) {
+		choice = backend_of_slot(pool->base + offset);
+		if (choice.backend && choice.backend->service_id == frontend->service_id)
+			return choice;
+		offset = pool_next(pool, offset);
+	}
+	return (struct choice){};
 }
 
 /* The remembered backend, if new connections may still find it in this pool. */
@@ -67,7 +105,7 @@ static __always_inline struct choice backend_pick_affine(const struct affinity_k
 	struct choice choice = backend_recall(key, frontend, pool, affinity.used_ns);
 
 	if (!choice.backend)
-		choice = backend_pick_random(pool);
+		choice = backend_pick(frontend, pool);
 	if (!choice.backend)
 		return choice;
 	affinity.backend_id = choice.backend_id;

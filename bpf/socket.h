@@ -131,7 +131,7 @@ static __always_inline struct choice request_pick(void *ctx, const struct fronte
 	__u64 cookie;
 
 	if (!frontend->affinity_seconds)
-		return backend_pick_random(&frontend->inside);
+		return backend_pick(frontend, &frontend->inside);
 	/* A socket's source address is not chosen yet; the network namespace is the pod. */
 	cookie = bpf_get_netns_cookie(ctx);
 	__builtin_memcpy(key.client, &cookie, sizeof(cookie));
