@@ -13,7 +13,7 @@
 #include <linux/types.h>
 
 enum abi_version {
-	ABI_VERSION = 2, /* the pin directory's "v2" */
+	ABI_VERSION = 3, /* the pin directory's "v3" */
 };
 
 struct address {

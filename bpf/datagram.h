@@ -3,186 +3,213 @@
  * Unconnected datagram sockets: for each service that a socket sends to, the backend that it got, so that QUIC and
  * its like keep their session, and so that replies can be shown as the service's.
  *
- * The first DATAGRAM_RECORDS destinations live in the socket's storage under a lock (threads may share a socket); the
- * rest are in an LRU hash. A record whose backend is gone gives its place away. Where two services led one socket to
- * the same backend, its replies are shown as the service that was sent to last.
+ * All records are in the socket's own storage, under a lock (threads may share a socket): DATAGRAM_RECORDS in a table
+ * that every such socket has, DATAGRAM_MORE_RECORDS in one that it gets when these do not suffice. Beyond both, its
+ * oldest record gives way. So no socket costs another one's records, no table has to be sized for all of them, and the
+ * kernel holds each socket to its allowance (net.core.optmem_max).
+ *
+ * Where two services led one socket to the same backend, its replies are shown as the service that was sent to last.
  */
 #ifndef KUBELANE_DATAGRAM_H
 #define KUBELANE_DATAGRAM_H
 
-static __always_inline int datagram_is_to(const struct datagram_record *record, const struct frontend_key *service)
+/*
+ * The loops over records, for both tables: called with the lock held. They search without branches and remember a
+ * record by its sequence, of which each has its own, because the verifier would walk on from each branch and each
+ * index. The index is hidden from the compiler, which would compare addresses instead.
+ */
+
+static __always_inline struct datagram_record *record_at(struct datagram_record *records, __u32 index)
 {
-	return record->sequence && record->origin.service_port == service->port &&
-	       address_equal(&record->origin.service_address, &service->address);
+	barrier_var(index);
+	return &records[index];
 }
 
-/* Copies the record of `service` and marks it as the latest; 0 when there is none. */
-static __always_inline int datagram_table_find(struct datagram_table *table, const struct frontend_key *service,
-					       struct origin *found)
+/* `value` if there is no difference, else 0. */
+static __always_inline __u64 value_if_equal(__u64 value, __u32 difference)
 {
-	int hit = 0;
+	__u64 wide = difference;
 
-	bpf_spin_lock(&table->lock);
-	for (int i = 0; i < DATAGRAM_RECORDS; i++) {
-		if (datagram_is_to(&table->records[i], service)) {
-			table->records[i].sequence = ++table->sequence;
-			*found = table->records[i].origin;
-			hit = 1;
-			break;
-		}
+	barrier_var(wide);
+	return value & (__u64)((__s64)(wide - 1) >> 63);
+}
+
+/* Of sequences, which never come near 2^63. */
+static __always_inline __u64 lower_of(__u64 a, __u64 b)
+{
+	__u64 difference = b - a;
+
+	barrier_var(difference);
+	return a + (difference & (__u64)((__s64)difference >> 63));
+}
+
+static __always_inline __u64 higher_of(__u64 a, __u64 b)
+{
+	return a + b - lower_of(a, b);
+}
+
+static __always_inline __u32 record_service_difference(const struct datagram_record *record,
+						       const struct address *service, __be16 port)
+{
+	return address_difference(&record->origin.service_address, service) | (record->origin.service_port ^ port);
+}
+
+/* Copies the record of `service` and makes it the latest; 0 when there is none. */
+static __always_inline int records_recall(struct datagram_record *records, __u32 size,
+					  const struct frontend_key *service, __u64 sequence, struct origin *found)
+{
+	for (__u32 i = 0; i < size; i++) {
+		struct datagram_record *record = record_at(records, i);
+
+		/* A free record has port 0, which no Service has. */
+		if (record_service_difference(record, &service->address, service->port))
+			continue;
+		record->sequence = sequence;
+		*found = record->origin;
+		return 1;
 	}
-	bpf_spin_unlock(&table->lock);
-	return hit;
+	return 0;
 }
 
-/* The place of the same service's record, else a free one, else one whose backend is gone, else -1. */
-static __always_inline int datagram_table_place(struct datagram_table *table, const struct frontend_key *service)
+/* Takes the place of the same service's record, else of a free one, else, if it may, of the oldest; 0: it has none. */
+static __always_inline int records_put(struct datagram_record *records, __u32 size, const struct origin *origin,
+				       __u64 sequence, int may_replace)
 {
-	for (int i = 0; i < DATAGRAM_RECORDS; i++)
-		if (datagram_is_to(&table->records[i], service))
-			return i;
-	for (int i = 0; i < DATAGRAM_RECORDS; i++)
-		if (!table->records[i].sequence)
-			return i;
-	for (int i = 0; i < DATAGRAM_RECORDS; i++)
-		if (!backend_get_living(table->records[i].origin.backend_id, table->records[i].origin.generation))
-			return i;
-	return -1;
-}
+	__u64 same = 0, place = records[0].sequence;
 
-/* Two threads that send to new services at once may want one place: the later one has it, and the other service's
- * next datagram picks again. */
-static __always_inline int datagram_table_put(struct datagram_table *table, const struct frontend_key *service,
-					      const struct origin *origin)
-{
-	int place = datagram_table_place(table, service);
+	for (__u32 i = 0; i < size; i++) {
+		struct datagram_record *record = record_at(records, i);
 
-	if (place < 0) {
-		table->overflowed = 1;
+		same |= value_if_equal(record->sequence, record_service_difference(record, &origin->service_address,
+										   origin->service_port));
+		place = lower_of(place, record->sequence);
+	}
+	if (same)
+		place = same;
+	else if (place && !may_replace)
 		return 0;
+	for (__u32 i = 0; i < size; i++) {
+		struct datagram_record *record = record_at(records, i);
+
+		if (record->sequence != place)
+			continue;
+		record->origin = *origin;
+		record->sequence = sequence;
+		return 1;
 	}
-	bpf_spin_lock(&table->lock);
-	table->records[place & (DATAGRAM_RECORDS - 1)].origin = *origin;
-	table->records[place & (DATAGRAM_RECORDS - 1)].sequence = ++table->sequence;
-	bpf_spin_unlock(&table->lock);
-	return 1;
+	return 0;
 }
 
-/* Copies the latest record that led to this backend; returns its sequence, 0 when there is none. */
-static __always_inline __u32 datagram_table_reverse(struct datagram_table *table, const struct address *backend,
-						    __be16 port, struct origin *found)
+/* Copies the latest record that led to this backend, if it is later than `found`. */
+static __always_inline void records_reverse(struct datagram_record *records, __u32 size, const struct address *backend,
+					    __be16 port, struct datagram_record *found)
 {
-	__u32 latest = 0;
+	__u64 latest = 0;
 
-	bpf_spin_lock(&table->lock);
-	for (int i = 0; i < DATAGRAM_RECORDS; i++) {
-		struct datagram_record *record = &table->records[i];
+	for (__u32 i = 0; i < size; i++) {
+		struct datagram_record *record = record_at(records, i);
+		__u32 difference = address_difference(&record->origin.backend_address, backend) |
+				   (record->origin.backend_port ^ port);
 
-		if (record->sequence > latest && origin_is_of_backend(&record->origin, backend, port)) {
-			latest = record->sequence;
-			*found = record->origin;
-		}
+		latest = higher_of(latest, value_if_equal(record->sequence, difference));
 	}
-	bpf_spin_unlock(&table->lock);
-	return latest;
+	if (latest <= found->sequence)
+		return;
+	for (__u32 i = 0; i < size; i++) {
+		struct datagram_record *record = record_at(records, i);
+
+		if (record->sequence != latest)
+			continue;
+		*found = *record;
+		return;
+	}
 }
 
-static __always_inline __u32 datagram_table_next_sequence(struct datagram_table *table)
+static __always_inline struct datagram_table *datagram_table_of(struct bpf_sock *sk, __u64 flags)
 {
-	__u32 sequence;
-
-	bpf_spin_lock(&table->lock);
-	sequence = ++table->sequence;
-	bpf_spin_unlock(&table->lock);
-	return sequence;
+	return bpf_sk_storage_get(&datagram_tables, sk, (void *)0, flags);
 }
 
-static __always_inline void datagram_key_fill(struct datagram_key *key, void *ctx, const struct address *address,
-					      __be16 port, __u16 direction)
+static __always_inline struct datagram_more_table *datagram_more_of(struct bpf_sock *sk, __u64 flags)
 {
-	key->socket_cookie = bpf_get_socket_cookie(ctx);
-	key->address = *address;
-	key->port = port;
-	key->direction = direction;
-	key->zero = 0;
-}
-
-static __always_inline struct datagram_record *datagram_overflow_find(void *ctx, const struct address *address,
-								      __be16 port, __u16 direction)
-{
-	struct datagram_key key;
-
-	datagram_key_fill(&key, ctx, address, port, direction);
-	return bpf_map_lookup_elem(&datagram_overflow, &key);
-}
-
-static __always_inline void datagram_overflow_put(void *ctx, struct datagram_table *table, const struct origin *origin)
-{
-	struct datagram_record record = {.origin = *origin, .sequence = datagram_table_next_sequence(table)};
-	struct datagram_key key;
-
-	datagram_key_fill(&key, ctx, &origin->service_address, origin->service_port, DATAGRAM_TO_SERVICE);
-	bpf_map_update_elem(&datagram_overflow, &key, &record, BPF_ANY);
-	datagram_key_fill(&key, ctx, &origin->backend_address, origin->backend_port, DATAGRAM_FROM_BACKEND);
-	bpf_map_update_elem(&datagram_overflow, &key, &record, BPF_ANY);
+	return bpf_sk_storage_get(&datagram_more, sk, (void *)0, flags);
 }
 
 /* The backend that this socket's datagrams to `service` went to before; 0 when there is none that still lives, or when
  * the destination is another Service's by now. */
-static __always_inline int datagram_recall(void *ctx, struct bpf_sock *sk, const struct frontend_key *service,
-					   __u32 service_id, struct origin *found)
+static __always_inline int datagram_recall(struct bpf_sock *sk, const struct frontend_key *service, __u32 service_id,
+					   struct origin *found)
 {
-	struct datagram_table *table = bpf_sk_storage_get(&datagram_tables, sk, (void *)0, 0);
-	struct datagram_record *record;
+	struct datagram_table *table = datagram_table_of(sk, 0);
+	struct datagram_more_table *more;
+	__u64 sequence;
+	int hit;
 
 	if (!table)
 		return 0;
-	if (!datagram_table_find(table, service, found)) {
-		if (!table->overflowed)
+	bpf_spin_lock(&table->lock);
+	sequence = ++table->sequence;
+	hit = records_recall(table->records, DATAGRAM_RECORDS, service, sequence, found);
+	bpf_spin_unlock(&table->lock);
+	if (!hit) {
+		more = table->overflowed ? datagram_more_of(sk, 0) : (void *)0;
+		if (!more)
 			return 0;
-		record = datagram_overflow_find(ctx, &service->address, service->port, DATAGRAM_TO_SERVICE);
-		if (!record)
-			return 0;
-		*found = record->origin;
-		/* Refreshed: the latest service that was sent to is the one that replies are shown as. */
-		datagram_overflow_put(ctx, table, found);
+		bpf_spin_lock(&more->lock);
+		hit = records_recall(more->records, DATAGRAM_MORE_RECORDS, service, sequence, found);
+		bpf_spin_unlock(&more->lock);
 	}
-	return found->service_id == service_id && backend_get_living(found->backend_id, found->generation) != (void *)0;
+	return hit && found->service_id == service_id && backend_get_living(found->backend_id, found->generation);
 }
 
-static __always_inline void datagram_remember(void *ctx, struct bpf_sock *sk, const struct frontend_key *service,
-					      const struct origin *origin)
+static __always_inline void datagram_remember(struct bpf_sock *sk, const struct origin *origin)
 {
-	struct datagram_table *table = bpf_sk_storage_get(&datagram_tables, sk, (void *)0, BPF_SK_STORAGE_GET_F_CREATE);
+	struct datagram_table *table = datagram_table_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
+	struct datagram_more_table *more;
+	__u64 sequence;
+	int is_put;
 
 	if (!table) {
 		count(COUNTER_FAILED_STORAGE);
 		return;
 	}
-	if (!datagram_table_put(table, service, origin))
-		datagram_overflow_put(ctx, table, origin);
+	bpf_spin_lock(&table->lock);
+	sequence = ++table->sequence;
+	is_put = records_put(table->records, DATAGRAM_RECORDS, origin, sequence, 0);
+	if (!is_put)
+		table->overflowed = 1;
+	bpf_spin_unlock(&table->lock);
+	if (is_put)
+		return;
+	more = datagram_more_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!more) {
+		count(COUNTER_FAILED_STORAGE);
+		return;
+	}
+	bpf_spin_lock(&more->lock);
+	records_put(more->records, DATAGRAM_MORE_RECORDS, origin, sequence, 1);
+	bpf_spin_unlock(&more->lock);
 }
 
 /* Which service a datagram from `backend` answers; 0 when it answers none. */
-static __always_inline int datagram_reverse(void *ctx, struct bpf_sock *sk, const struct address *backend, __be16 port,
-					    struct origin *found)
+static __always_inline int datagram_reverse(struct bpf_sock *sk, const struct address *backend, __be16 port,
+					    struct datagram_record *found)
 {
-	struct datagram_table *table = bpf_sk_storage_get(&datagram_tables, sk, (void *)0, 0);
-	struct datagram_record *record;
-	__u32 latest;
+	struct datagram_table *table = datagram_table_of(sk, 0);
+	struct datagram_more_table *more;
 
 	if (!table)
 		return 0;
-	latest = datagram_table_reverse(table, backend, port, found);
-	if (!table->overflowed)
-		return latest != 0;
-	record = datagram_overflow_find(ctx, backend, port, DATAGRAM_FROM_BACKEND);
-	/* Compared, because an LRU row's memory may be another key's by now. */
-	if (record && record->sequence > latest && origin_is_of_backend(&record->origin, backend, port)) {
-		latest = record->sequence;
-		*found = record->origin;
+	bpf_spin_lock(&table->lock);
+	records_reverse(table->records, DATAGRAM_RECORDS, backend, port, found);
+	bpf_spin_unlock(&table->lock);
+	more = table->overflowed ? datagram_more_of(sk, 0) : (void *)0;
+	if (more) {
+		bpf_spin_lock(&more->lock);
+		records_reverse(more->records, DATAGRAM_MORE_RECORDS, backend, port, found);
+		bpf_spin_unlock(&more->lock);
 	}
-	return latest != 0;
+	return found->sequence != 0;
 }
 
 #endif

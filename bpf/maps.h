@@ -63,21 +63,29 @@ struct {
 	__type(value, struct origin);
 } socket_origins SEC(".maps");
 
-/* Unconnected sockets, their first destinations: as exact as socket_origins. */
+/* Unconnected sockets: a few destinations, and more for the few sockets that have more. See datagram.h. */
 enum datagram_limits {
 	DATAGRAM_RECORDS = 8,
+	DATAGRAM_MORE_RECORDS = 120, /* 8 KiB: the kernel lets a socket have 20 KiB of storage and options before 6.7 */
 };
 
 struct datagram_record {
 	struct origin origin;
-	__u32 sequence; /* of the last datagram sent; 0: free */
+	__u32 zero;
+	__u64 sequence; /* of the last datagram sent; 0: free */
 };
 
 struct datagram_table {
 	struct bpf_spin_lock lock;
-	__u32 sequence;
-	__u32 overflowed; /* not 0: some destinations are in datagram_overflow */
+	__u32 overflowed; /* not 0: some destinations are in datagram_more */
+	__u64 sequence;
 	struct datagram_record records[DATAGRAM_RECORDS];
+};
+
+struct datagram_more_table {
+	struct bpf_spin_lock lock;
+	__u32 zero;
+	struct datagram_record records[DATAGRAM_MORE_RECORDS];
 };
 
 struct {
@@ -87,26 +95,12 @@ struct {
 	__type(value, struct datagram_table);
 } datagram_tables SEC(".maps");
 
-/* Unconnected sockets, destinations beyond DATAGRAM_RECORDS: an LRU shared by all sockets. */
-enum datagram_direction {
-	DATAGRAM_TO_SERVICE = 0,
-	DATAGRAM_FROM_BACKEND = 1,
-};
-
-struct datagram_key {
-	__u64 socket_cookie;
-	struct address address;
-	__be16 port;
-	__u16 direction;
-	__u32 zero;
-};
-
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, struct datagram_key);
-	__type(value, struct datagram_record);
-} datagram_overflow SEC(".maps");
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct datagram_more_table);
+} datagram_more SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

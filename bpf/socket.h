@@ -201,12 +201,12 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 		count(COUNTER_REFUSED_UNKNOWN_PORT);
 		return fail_with(ECONNREFUSED);
 	}
-	if (!datagram_recall(ctx, sk, &request->target, lookup.frontend->service_id, &origin)) {
+	if (!datagram_recall(sk, &request->target, lookup.frontend->service_id, &origin)) {
 		decision = request_choose(ctx, &key, lookup.frontend, &choice);
 		if (decision != DECISION_CHOSEN)
 			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);
-		datagram_remember(ctx, sk, &request->target, &origin);
+		datagram_remember(sk, &origin);
 		count_service(origin.service_id);
 	}
 	request_go_to_backend(request, &origin);
@@ -218,12 +218,12 @@ static __always_inline void socket_receive(struct bpf_sock_addr *ctx, struct req
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct origin *connected = bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0);
-	struct origin origin = {};
+	struct datagram_record record = {};
 
 	if (connected && origin_is_of_backend(connected, &request->target.address, request->target.port))
 		request_show_service(request, connected);
-	else if (datagram_reverse(ctx, sk, &request->target.address, request->target.port, &origin))
-		request_show_service(request, &origin);
+	else if (datagram_reverse(sk, &request->target.address, request->target.port, &record))
+		request_show_service(request, &record.origin);
 	if (request->translated)
 		count(COUNTER_REPLY_TRANSLATED);
 }

@@ -178,3 +178,34 @@ fn a_pod_reaches_itself_through_its_own_service() {
     }
     assert_eq!(client.ask_unconnected(Udp4, vip(10, 53)[0], 3), all("a", 3));
 }
+
+#[test]
+fn one_sockets_many_destinations_push_out_its_own_oldest_only() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    // One target port: which pod answers tells whether the destination was remembered.
+    let numbers: Vec<u16> = (0..300).collect();
+    let names: Vec<String> = numbers.iter().map(|n| format!("p{n}")).collect();
+    let ports: Vec<_> = numbers.iter().zip(&names).map(|(n, name)| port(name, "UDP", 5300 + n)).collect();
+    let targets: Vec<_> = names.iter().map(|name| (name.as_str(), "UDP", 9000)).collect();
+    cluster.put_with("many", 11, json!(ports), json!({}), &targets, &cluster.ready(&PODS));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    let mut greedy = cluster.client("other");
+    let to = |n: u16| vip(11, 5300 + n)[0];
+    let mut socket = client.open(Udp4).unwrap();
+    let pods: Vec<_> = (0..60).map(|n| socket.ask_at(to(n)).unwrap()).collect();
+    // Sockets of another pod ask as many Services as there are, and more than any table of all sockets would hold.
+    for _ in 0..60 {
+        let mut other = greedy.open(Udp4).unwrap();
+        for n in &numbers {
+            other.send_to(to(*n)).unwrap();
+        }
+        other.close().unwrap();
+    }
+    let again: Vec<_> = (0..60).map(|n| socket.ask_at(to(n)).unwrap()).collect();
+    assert_eq!(again, pods, "nobody else's destinations are its business");
+    // Its own many destinations: each reply is still shown as the Service's that was asked.
+    for n in &numbers {
+        assert_eq!(socket.ask_at(to(*n)).unwrap().1, to(*n));
+    }
+}

@@ -43,7 +43,7 @@ fn programs_are_taken_over_by_the_next_daemon_and_gone_after_detaching() {
         assert_eq!(devices.attach(&device(uplink)).unwrap(), Attached::Replaced, "{method:?}");
         assert_eq!(devices.attach(&device(tunnel)).unwrap(), Attached::New, "{method:?}");
         assert_eq!(devices.attached().unwrap(), [uplink, tunnel]);
-        let pin = settings.pin_path.join(format!("v2/links/{word}_{uplink}_in"));
+        let pin = settings.pin_path.join(format!("v3/links/{word}_{uplink}_in"));
         assert!(pin.exists());
         devices.detach(uplink).unwrap();
         devices.detach(uplink).unwrap();
@@ -66,7 +66,7 @@ fn other_peoples_filters_stay_and_cleanup_takes_ours_only() {
         let mut others = Datapath::open(&other.settings()).unwrap();
         others.devices().use_clsact();
         others.devices().attach(&device(uplink)).unwrap();
-        let program = other.settings().pin_path.join(format!("v2/links/filter_{uplink}_in"));
+        let program = other.settings().pin_path.join(format!("v3/links/filter_{uplink}_in"));
         tc(&format!("filter add dev up0 ingress prio 5 bpf da pinned {}", program.display()));
         others.devices().detach(uplink).unwrap();
         choose(node.datapath.devices());

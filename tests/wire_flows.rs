@@ -186,7 +186,7 @@ fn maps_that_programs_fill_are_counted() {
     };
     let before = counts(&usage);
     let names: Vec<&str> = before.iter().map(|(map, _)| *map).collect();
-    assert_eq!(names, ["affinities", "datagram_overflow", "devices", "fragments"]);
+    assert_eq!(names, ["affinities", "devices", "fragments"]);
     assert!(before.iter().all(|(_, (rows, fits))| *fits && *rows < 10), "{before:?}");
     let mut row = node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
     row.affinity_seconds = 60;

@@ -225,7 +225,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("affinities", &mut maps.affinities, None),
         ("socket_origins", &mut maps.socket_origins, None),
         ("datagram_tables", &mut maps.datagram_tables, None),
-        ("datagram_overflow", &mut maps.datagram_overflow, None),
+        ("datagram_more", &mut maps.datagram_more, None),
         ("counters", &mut maps.counters, None),
         ("source_ranges", &mut maps.source_ranges, None),
         ("devices", &mut maps.devices, None),

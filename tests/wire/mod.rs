@@ -237,7 +237,7 @@ impl Node {
     }
 
     pub fn pinned(&self, map: &str) -> MapHandle {
-        MapHandle::from_pinned_path(self.pin_path.join("v2/maps").join(map)).unwrap()
+        MapHandle::from_pinned_path(self.pin_path.join("v3/maps").join(map)).unwrap()
     }
 
     /// What attaching to a device notes, for kernels that do not name a route's source.
