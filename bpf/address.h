@@ -3,6 +3,12 @@
 #ifndef KUBELANE_ADDRESS_H
 #define KUBELANE_ADDRESS_H
 
+/* AF_INET and AF_INET6. */
+enum {
+	FAMILY_INET = 2,
+	FAMILY_INET6 = 10,
+};
+
 /* Written as words: the rows that hold addresses are aligned to four bytes. */
 struct address_words {
 	__be32 word[4];

@@ -8,7 +8,8 @@
  * oldest record gives way. So no socket costs another one's records, no table has to be sized for all of them, and the
  * kernel holds each socket to its allowance (net.core.optmem_max).
  *
- * Where two services led one socket to the same backend, its replies are shown as the service that was sent to last.
+ * A backend's replies are shown as what the socket sent to last: of two services that led it there the later one, and
+ * the backend itself if the socket has sent to that since.
  */
 #ifndef KUBELANE_DATAGRAM_H
 #define KUBELANE_DATAGRAM_H
@@ -65,6 +66,7 @@ static __always_inline int records_recall(struct datagram_record *records, __u32
 		if (record_service_difference(record, &service->address, service->port))
 			continue;
 		record->sequence = sequence;
+		record->is_direct = 0;
 		*found = record->origin;
 		return 1;
 	}
@@ -95,9 +97,28 @@ static __always_inline int records_put(struct datagram_record *records, __u32 si
 			continue;
 		record->origin = *origin;
 		record->sequence = sequence;
+		record->is_direct = 0;
 		return 1;
 	}
 	return 0;
+}
+
+static __always_inline __u32 record_backend_difference(const struct datagram_record *record,
+						       const struct address *backend, __be16 port)
+{
+	return address_difference(&record->origin.backend_address, backend) | (record->origin.backend_port ^ port);
+}
+
+/* The socket sends to this backend itself: whichever service led there before, replies are not that one's. */
+static __always_inline void records_go_direct(struct datagram_record *records, __u32 size,
+					      const struct address *backend, __be16 port)
+{
+	for (__u32 i = 0; i < size; i++) {
+		struct datagram_record *record = record_at(records, i);
+
+		if (!record_backend_difference(record, backend, port))
+			record->is_direct = 1;
+	}
 }
 
 /* Copies the latest record that led to this backend, if it is later than `found`. */
@@ -108,8 +129,7 @@ static __always_inline void records_reverse(struct datagram_record *records, __u
 
 	for (__u32 i = 0; i < size; i++) {
 		struct datagram_record *record = record_at(records, i);
-		__u32 difference = address_difference(&record->origin.backend_address, backend) |
-				   (record->origin.backend_port ^ port);
+		__u32 difference = record_backend_difference(record, backend, port);
 
 		latest = higher_of(latest, value_if_equal(record->sequence, difference));
 	}
@@ -191,6 +211,25 @@ static __always_inline void datagram_remember(struct bpf_sock *sk, const struct 
 	bpf_spin_unlock(&more->lock);
 }
 
+/* The socket sends to an address that is no Service's. Nearly no socket has a table: one pointer that is NULL. */
+static __always_inline void datagram_go_direct(struct bpf_sock *sk, const struct address *address, __be16 port)
+{
+	struct datagram_table *table = datagram_table_of(sk, 0);
+	struct datagram_more_table *more;
+
+	if (!table)
+		return;
+	bpf_spin_lock(&table->lock);
+	records_go_direct(table->records, DATAGRAM_RECORDS, address, port);
+	bpf_spin_unlock(&table->lock);
+	more = table->overflowed ? datagram_more_of(sk, 0) : (void *)0;
+	if (!more)
+		return;
+	bpf_spin_lock(&more->lock);
+	records_go_direct(more->records, DATAGRAM_MORE_RECORDS, address, port);
+	bpf_spin_unlock(&more->lock);
+}
+
 /* Which service a datagram from `backend` answers; 0 when it answers none. */
 static __always_inline int datagram_reverse(struct bpf_sock *sk, const struct address *backend, __be16 port,
 					    struct datagram_record *found)
@@ -209,7 +248,7 @@ static __always_inline int datagram_reverse(struct bpf_sock *sk, const struct ad
 		records_reverse(more->records, DATAGRAM_MORE_RECORDS, backend, port, found);
 		bpf_spin_unlock(&more->lock);
 	}
-	return found->sequence != 0;
+	return found->sequence && !found->is_direct;
 }
 
 #endif

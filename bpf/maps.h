@@ -71,7 +71,7 @@ enum datagram_limits {
 
 struct datagram_record {
 	struct origin origin;
-	__u32 zero;
+	__u32 is_direct; /* the socket has sent to the backend itself since */
 	__u64 sequence; /* of the last datagram sent; 0: free */
 };
 

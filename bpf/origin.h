@@ -24,6 +24,50 @@ static __always_inline int origin_is_of_backend(const struct origin *origin, con
 	return origin->backend_port == port && address_equal(&origin->backend_address, address);
 }
 
+/*
+ * Is the socket connected to this address? The kernel hands it what its peer sends, nothing else. connect() to
+ * AF_UNSPEC passes no hook, so that a record says what the socket was connected to, and only the socket whether it
+ * still is. (The port: the kernel leaves an IPv6 socket's address behind.)
+ */
+static __always_inline int socket_is_connected_to(struct bpf_sock *sk, const struct address *address, __be16 port)
+{
+	struct address peer;
+	__be32 ip4;
+
+	if (!port || sk->dst_port != port)
+		return 0;
+	if (sk->family == FAMILY_INET) {
+		ip4 = sk->dst_ip4;
+		/* Else the compiler reads one word for both families, by an address that it computes. */
+		barrier_var(ip4);
+		address_set_ip4(&peer, ip4);
+	} else {
+		address_words(&peer)->word[0] = sk->dst_ip6[0];
+		address_words(&peer)->word[1] = sk->dst_ip6[1];
+		address_words(&peer)->word[2] = sk->dst_ip6[2];
+		address_words(&peer)->word[3] = sk->dst_ip6[3];
+	}
+	return address_equal(&peer, address);
+}
+
+/* What the socket is connected to, if it is `service`: a datagram that names the service goes to the same backend, as
+ * another one's reply would not reach the socket. */
+static __always_inline int origin_recall(struct bpf_sock *sk, const struct frontend_key *service, __u32 service_id,
+					 struct origin *found)
+{
+	struct origin *stored;
+
+	if (!sk->dst_port)
+		return 0;
+	stored = bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0);
+	if (!stored || stored->service_id != service_id || stored->service_port != service->port ||
+	    !address_equal(&stored->service_address, &service->address))
+		return 0;
+	*found = *stored;
+	return socket_is_connected_to(sk, &found->backend_address, found->backend_port) &&
+	       backend_get_living(found->backend_id, found->generation);
+}
+
 static __always_inline void origin_store(struct bpf_sock *sk, const struct origin *origin)
 {
 	struct origin *stored = bpf_sk_storage_get(&socket_origins, sk, (void *)0, BPF_SK_STORAGE_GET_F_CREATE);

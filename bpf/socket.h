@@ -168,6 +168,8 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	if (lookup.result == LOOKUP_NOT_OURS) {
 		/* Whatever this socket was connected to before, it is not any more. */
 		origin_forget(sk);
+		if (key.protocol == IPPROTO_UDP)
+			datagram_go_direct(sk, &request->target.address, request->target.port);
 		return 1;
 	}
 	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend) {
@@ -194,14 +196,19 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 	struct origin origin = {};
 	struct choice choice;
 	enum decision decision;
+	__u32 service_id;
 
-	if (lookup.result == LOOKUP_NOT_OURS)
+	if (lookup.result == LOOKUP_NOT_OURS) {
+		datagram_go_direct(sk, &request->target.address, request->target.port);
 		return 1;
+	}
 	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend) {
 		count(COUNTER_REFUSED_UNKNOWN_PORT);
 		return fail_with(ECONNREFUSED);
 	}
-	if (!datagram_recall(sk, &request->target, lookup.frontend->service_id, &origin)) {
+	service_id = lookup.frontend->service_id;
+	if (!origin_recall(sk, &request->target, service_id, &origin) &&
+	    !datagram_recall(sk, &request->target, service_id, &origin)) {
 		decision = request_choose(ctx, &key, lookup.frontend, &choice);
 		if (decision != DECISION_CHOSEN)
 			return decision;
@@ -214,16 +221,23 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 	return 1;
 }
 
+/* A reply of a connected socket's peer is shown as what the socket is connected to: a plain send() passes no hook, so
+ * that nobody knows whether it or a datagram with an address came last. */
 static __always_inline void socket_receive(struct bpf_sock_addr *ctx, struct request *request)
 {
+	const struct address *source = &request->target.address;
 	struct bpf_sock *sk = ctx->sk;
-	struct origin *connected = bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0);
 	struct datagram_record record = {};
+	__be16 port = request->target.port;
+	struct origin *connected;
 
-	if (connected && origin_is_of_backend(connected, &request->target.address, request->target.port))
-		request_show_service(request, connected);
-	else if (datagram_reverse(sk, &request->target.address, request->target.port, &record))
+	if (socket_is_connected_to(sk, source, port)) {
+		connected = bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0);
+		if (connected && origin_is_of_backend(connected, source, port))
+			request_show_service(request, connected);
+	} else if (datagram_reverse(sk, source, port, &record)) {
 		request_show_service(request, &record.origin);
+	}
 	if (request->translated)
 		count(COUNTER_REPLY_TRANSLATED);
 }

@@ -71,11 +71,6 @@ struct bpf_iter__tcp {
 
 #pragma clang attribute pop
 
-enum {
-	FAMILY_INET = 2,
-	FAMILY_INET6 = 10,
-};
-
 static __always_inline void address_set_ip6(struct address *address, const struct in6_addr *ip6)
 {
 	struct address_words *words = address_words(address);

@@ -209,3 +209,97 @@ fn one_sockets_many_destinations_push_out_its_own_oldest_only() {
         assert_eq!(socket.ask_at(to(*n)).unwrap().1, to(*n));
     }
 }
+
+/// A client with a port of its own, so that a reply finds its socket whatever became of its association.
+fn open_bound(client: &mut Client, kind: Kind) -> u32 {
+    let any: SocketAddr = if kind.is_ipv6() { "[::]:7000" } else { "0.0.0.0:7000" }.parse().unwrap();
+    let mut socket = client.open(kind).unwrap();
+    socket.bind(any).unwrap();
+    socket.number()
+}
+
+/// A Service's address and its only pod's own, as a socket of this kind writes them.
+fn both_ways(cluster: &Cluster) -> [(Kind, SocketAddr, SocketAddr); 3] {
+    let [v4, v6] = cluster.lab.pod("a").addresses().map(|address| SocketAddr::from((address, 9000)));
+    let service = vip(10, 53);
+    [(Udp4, service[0], v4), (Udp6, service[1], v6), (Udp6, mapped(service[0]), mapped(v4))]
+}
+
+#[test]
+fn one_socket_may_ask_a_service_and_its_pod_and_each_reply_comes_from_where_it_asked_last() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a"]));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    for (kind, service, pod) in both_ways(&cluster) {
+        let mut socket = client.open(kind).unwrap();
+        for to in [service, pod, pod, service, service, pod, service] {
+            assert_eq!(socket.ask_at(to).unwrap(), ("a".to_owned(), to), "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn beyond_its_first_table_too_a_socket_may_ask_a_pod_itself() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let numbers: Vec<u16> = (0..20).collect();
+    let names: Vec<String> = numbers.iter().map(|n| format!("p{n}")).collect();
+    let ports: Vec<_> = numbers.iter().zip(&names).map(|(n, name)| port(name, "UDP", 5300 + n)).collect();
+    let targets: Vec<_> = numbers.iter().zip(&names).map(|(n, name)| (name.as_str(), "UDP", 9100 + n)).collect();
+    let listen: String = numbers.iter().map(|n| format!("--udp {} ", 9100 + n)).collect();
+    let _server = cluster.lab.pod("a").serve(&listen).unwrap();
+    cluster.put_with("many", 11, json!(ports), json!({}), &targets, &cluster.ready(&["a"]));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    let mut socket = client.open(Udp4).unwrap();
+    for n in &numbers {
+        let [service, pod] = [vip(11, 5300 + n)[0], (cluster.lab.pod("a").v4, 9100 + n).into()];
+        for to in [service, pod, service, pod] {
+            assert_eq!(socket.ask_at(to).unwrap(), ("a".to_owned(), to));
+        }
+    }
+}
+
+#[test]
+fn a_socket_that_is_not_connected_to_a_service_any_more_sees_the_pod_that_it_asks() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a"]));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    for (kind, service, pod) in both_ways(&cluster) {
+        let number = open_bound(&mut client, kind);
+        let mut socket = client.socket(number);
+        socket.connect(service).unwrap();
+        assert_eq!(socket.ask().unwrap(), "a");
+        socket.disconnect().unwrap();
+        for to in [pod, service, pod] {
+            assert_eq!(socket.ask_at(to).unwrap(), ("a".to_owned(), to), "{kind:?}");
+        }
+        // To be connected to the pod is to have asked it.
+        assert_eq!(socket.ask_at(service).unwrap().1, service, "{kind:?}");
+        socket.connect(pod).unwrap();
+        assert_eq!(socket.peer().unwrap(), pod);
+        socket.send().unwrap();
+        assert_eq!(socket.receive().unwrap().1, Some(pod), "{kind:?}");
+        socket.close().unwrap();
+    }
+}
+
+#[test]
+fn a_connected_socket_that_names_its_service_keeps_its_pod_and_its_peer_is_who_answers() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&PODS));
+    let _daemon = cluster.start();
+    let mut client = cluster.client("client");
+    for (kind, to) in [(Udp4, vip(10, 53)[0]), (Udp6, vip(10, 53)[1]), (Udp6, mapped(vip(10, 53)[0]))] {
+        // Three pods: by chance all would go well once in 3^10 times.
+        for _ in 0..10 {
+            let mut socket = client.open(kind).unwrap();
+            socket.connect(to).unwrap();
+            let pod = socket.ask().unwrap();
+            assert_eq!(socket.ask_at(to).unwrap(), (pod.clone(), to), "{kind:?}");
+            assert_eq!(socket.ask().unwrap(), pod, "{kind:?}");
+            socket.close().unwrap();
+        }
+    }
+}

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::http;
@@ -50,6 +52,12 @@ impl Sockets {
                 return Ok(Reply::Socket { socket: self.next });
             }
             Request::Bind { socket, to } => self.get(*socket)?.1.bind(&(*to).into())?,
+            Request::BindAddress { socket, to } => {
+                let (_, socket) = self.get(*socket)?;
+                setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
+                socket.bind(&(*to).into())?;
+            }
+            Request::Disconnect { socket } => disconnect(&self.get(*socket)?.1)?,
             Request::Connect { socket, to } => {
                 let (kind, socket) = self.get(*socket)?;
                 connect(*kind, socket, *to)?;
@@ -102,6 +110,13 @@ fn open(kind: Kind) -> io::Result<Socket> {
 /// which tells it from the kernel's ETIMEDOUT.
 fn connect(kind: Kind, socket: &Socket, to: SocketAddr) -> io::Result<()> {
     if kind.is_stream() { socket.connect_timeout(&to.into(), CONNECT) } else { socket.connect(&to.into()) }
+}
+
+fn disconnect(socket: &Socket) -> io::Result<()> {
+    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: `none` is a whole socket address that outlives the call.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), &none, size_of_val(&none) as libc::socklen_t) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn receive(kind: Kind, socket: &Socket) -> io::Result<(String, Option<SocketAddr>)> {

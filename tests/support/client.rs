@@ -113,6 +113,16 @@ impl Socket<'_> {
         self.client.step(&Request::Bind { socket: self.socket, to }).map(drop)
     }
 
+    /// Binds to an address and leaves the port to connect().
+    pub fn bind_address(&mut self, to: SocketAddr) -> Result<(), Errno> {
+        self.client.step(&Request::BindAddress { socket: self.socket, to }).map(drop)
+    }
+
+    /// Ends a datagram socket's association, as connect() to AF_UNSPEC does.
+    pub fn disconnect(&mut self) -> Result<(), Errno> {
+        self.client.step(&Request::Disconnect { socket: self.socket }).map(drop)
+    }
+
     pub fn connect(&mut self, to: SocketAddr) -> Result<(), Errno> {
         self.client.step(&Request::Connect { socket: self.socket, to }).map(drop)
     }

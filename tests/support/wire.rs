@@ -41,10 +41,19 @@ pub enum Request {
         socket: u32,
         to: SocketAddr,
     },
+    /// As `Bind`, but the port is left to connect() (IP_BIND_ADDRESS_NO_PORT).
+    BindAddress {
+        socket: u32,
+        to: SocketAddr,
+    },
     /// Bounded to three seconds for streams.
     Connect {
         socket: u32,
         to: SocketAddr,
+    },
+    /// connect() to AF_UNSPEC: of a datagram socket, the end of its association.
+    Disconnect {
+        socket: u32,
     },
     Send {
         socket: u32,
