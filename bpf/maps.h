@@ -66,7 +66,7 @@ struct {
 /* Unconnected sockets: a few destinations, and more for the few sockets that have more. See datagram.h. */
 enum datagram_limits {
 	DATAGRAM_RECORDS = 8,
-	DATAGRAM_MORE_RECORDS = 120, /* 8 KiB: the kernel lets a socket have 20 KiB of storage and options before 6.7 */
+	DATAGRAM_MORE_RECORDS = 56, /* under 4 KiB: before 6.7 a socket may have 20 KiB of storage and options */
 };
 
 struct datagram_record {
