@@ -177,15 +177,21 @@ struct device {
 	__u32 is_bare; /* its packets begin with the IP header */
 };
 
-/* Bytes by which traffic that is not ours is told at the cost of array look-ups: 0, nothing of ours is there. They are
+/* Bytes by which packets and sockets that are not ours are told at the cost of array look-ups: 0, nothing of ours is there. They are
  * set before the rows that they stand for, and never cleared: one that is set for nothing only costs a look-up. */
 enum wire_filter_size {
 	WIRE_FILTER_SIZE = 65536,
 };
 
+enum socket_filter {
+	SOCKET_FILTER_SERVICE = 1, /* some port of this address is a Service's, or is refused */
+	SOCKET_FILTER_NODE = 2, /* those of the node's ports that are in `ports`: NodePorts */
+};
+
 struct wire_filter {
 	__u8 addresses[WIRE_FILTER_SIZE]; /* by address_index() of node, service and outward devices' addresses */
 	__u8 ports[WIRE_FILTER_SIZE]; /* by port of what is served to the wire, host order */
+	__u8 sockets[WIRE_FILTER_SIZE]; /* by address_index() of what sockets ask for, enum socket_filter */
 };
 
 struct ends {

@@ -2,8 +2,8 @@
 /*
  * From a destination to the frontend that serves it.
  *
- * Cost: a Service's own address is one hash look-up, and one more where a backend is chosen. Any other destination is
- * two (its frontend, its address's flags), a NodePort on a node address three.
+ * Cost: a Service's own address is one hash look-up, and one more where a backend is chosen, a NodePort on a node
+ * address three. Any other destination that frontend_may_exist() lets pass is two (its frontend, its address's flags).
  */
 #ifndef KUBELANE_FRONTEND_H
 #define KUBELANE_FRONTEND_H
@@ -34,6 +34,27 @@ static __always_inline struct frontend *frontend_lookup_node_port(struct fronten
 		address_words(&key->address)->word[2] = 0;
 	}
 	return bpf_map_lookup_elem(&frontends, key);
+}
+
+/* What everything pays for that is not ours: could this be a Service's? One byte, of loopback and of the node's own
+ * addresses the port's. */
+static __always_inline int frontend_may_exist(const struct frontend_key *key)
+{
+	__u32 zero = 0, port = bpf_ntohs(key->port);
+	struct wire_filter *filter = bpf_map_lookup_elem(&wire_filter, &zero);
+	__u8 marks;
+
+	if (!filter)
+		return 0;
+	/* The mask is for verifiers before 5.11, as in address_index(). */
+	barrier_var(port);
+	port &= WIRE_FILTER_SIZE - 1;
+	if (address_is_loopback(&key->address))
+		return filter->ports[port];
+	marks = filter->sockets[address_index(&key->address)];
+	if (marks == SOCKET_FILTER_NODE)
+		return filter->ports[port];
+	return marks;
 }
 
 /* `loopback_allowed`: the client is in the node's own namespace, where 127.0.0.1 and ::1 are the node. */

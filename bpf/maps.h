@@ -188,7 +188,7 @@ struct {
 	__type(value, struct port_table);
 } ports SEC(".maps");
 
-/* The same, set by the daemon. */
+/* The same for packets and sockets, set by the daemon. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

@@ -78,10 +78,12 @@ static __always_inline void origin_store(struct bpf_sock *sk, const struct origi
 		count(COUNTER_FAILED_STORAGE);
 }
 
-/* The socket now goes somewhere else. Free when it never had a record: its storage pointer is NULL. */
+/* The socket now goes somewhere else. Nearly none has a record, which a look-up tells at the cost of a pointer that is
+ * NULL; a deletion would count up and down the references to the socket. */
 static __always_inline void origin_forget(struct bpf_sock *sk)
 {
-	bpf_sk_storage_delete(&socket_origins, sk);
+	if (bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0))
+		bpf_sk_storage_delete(&socket_origins, sk);
 }
 
 #endif

@@ -3,8 +3,8 @@
  * The socket hooks' decisions, free of families: a request comes in as a destination and leaves, if translated, with
  * another one.
  *
- * Cost of connect() to a Service: two hash look-ups, two array look-ups, one socket storage; to anything else: two
- * hash look-ups that miss.
+ * Cost of connect() to a Service: two hash look-ups, three array look-ups, one socket storage; to anything else: one
+ * array look-up, and the socket's storage, which is NULL.
  */
 #ifndef KUBELANE_SOCKET_H
 #define KUBELANE_SOCKET_H
@@ -108,7 +108,7 @@ static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, s
 {
 	int loopback = 0;
 
-	if (!key->protocol)
+	if (!key->protocol || !frontend_may_exist(key))
 		return (struct lookup){};
 	if (address_is_loopback(&key->address))
 		loopback = in_host_namespace(ctx);

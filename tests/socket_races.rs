@@ -72,8 +72,7 @@ fn a_frontend_that_is_rewritten_while_it_is_read_never_leads_to_another_service(
 /// The slots of `pool` name the backends `ids`, whoever these belong to.
 fn point_slots(maps: &mut Maps, pool: &Pool, ids: &[u32]) {
     let indices: Vec<u32> = (pool.base..).take(ids.len()).collect();
-    let failures =
-        maps.write(MapName::Slots, bytemuck::cast_slice(&indices), bytemuck::cast_slice(ids), indices.len());
+    let failures = maps.write(MapName::Slots, bytemuck::cast_slice(&indices), bytemuck::cast_slice(ids), indices.len());
     assert!(failures.is_empty());
 }
 

@@ -199,6 +199,77 @@ fn node_ports_answer_on_loopback_in_the_nodes_own_namespace_only() {
     }
 }
 
+/// Sockets ask the maps only about what a byte of the filter lets pass: no kind of address may lack its byte.
+#[test]
+fn every_kind_of_address_is_served_before_and_after_a_restart_and_when_it_comes_late() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let put = |name: &str, number: u8, shift: u64| {
+        let mut ports = node_ports();
+        for port in ports.as_array_mut().unwrap() {
+            if let Some(node_port) = port["nodePort"].as_u64() {
+                port["nodePort"] = json!(node_port + shift);
+            }
+        }
+        let changes = json!({
+            "spec": {
+                "type": "LoadBalancer",
+                "externalIPs": [format!("203.0.113.{number}"), format!("2001:db8::{number}")],
+                "ports": ports,
+            },
+            "status": {"loadBalancer": {"ingress": [
+                {"ip": format!("198.51.100.{number}")}, {"ip": format!("2001:db8:1::{number}")},
+            ]}},
+        });
+        cluster.put(name, number, changes, &cluster.ready(&PODS));
+    };
+    let node = cluster.lab.node("node1").host.addresses();
+    let addresses = |number: u8| {
+        [
+            vip(number, 0).map(|vip| vip.ip()),
+            [format!("203.0.113.{number}"), format!("2001:db8::{number}")].map(|ip| ip.parse().unwrap()),
+            [format!("198.51.100.{number}"), format!("2001:db8:1::{number}")].map(|ip| ip.parse().unwrap()),
+        ]
+    };
+    let assert_served = |number: u8, shift: u16| {
+        let mut clients = [cluster.client("client"), cluster.host_client()];
+        let node_port = |ips: [IpAddr; 2]| {
+            cases(ips.map(|ip| (ip, 30090 + shift).into()), ips.map(|ip| (ip, 30053 + shift).into()))
+        };
+        let own = addresses(number).map(|ips| cases(ips.map(|ip| (ip, 90).into()), ips.map(|ip| (ip, 53).into())));
+        let loopback = [IpAddr::from([127, 0, 0, 1]), Ipv6Addr::LOCALHOST.into()];
+        for (client, with_loopback) in clients.iter_mut().zip([false, true]) {
+            let loopback = with_loopback.then(|| node_port(loopback));
+            for (kind, to) in own.into_iter().chain([node_port(node)]).chain(loopback).flatten() {
+                let counts = client.ask(kind, to, 2);
+                assert!(names(&counts).iter().all(|name| PODS.contains(name)), "{kind:?} to {to}: {counts:?}");
+                if !kind.is_stream() {
+                    let counts = client.ask_unconnected(kind, to, 2);
+                    assert!(names(&counts).iter().all(|name| PODS.contains(name)), "{kind:?} to {to}: {counts:?}");
+                }
+            }
+            assert_eq!(client.ask(Tcp4, vip(number, 4242)[0], 1), all("ECONNREFUSED", 1), "a port of nobody's");
+        }
+    };
+    put("first", 10, 0);
+    let daemon = cluster.start();
+    assert_served(10, 0);
+    daemon.terminate().unwrap();
+    put("late", 11, 1);
+    let daemon = cluster.start();
+    assert_served(10, 0);
+    assert_served(11, 1);
+    put("later", 12, 2);
+    let followed = eventually(support::daemon::PATIENCE, || {
+        names(&cluster.client("client").ask(Tcp4, vip(12, 90)[0], 20)).iter().all(|name| PODS.contains(name))
+    });
+    assert!(followed);
+    assert_served(12, 2);
+    daemon.kill();
+    assert_served(10, 0);
+    let _daemon = cluster.start();
+    (10..=12).zip(0..).for_each(|(number, shift)| assert_served(number, shift));
+}
+
 #[test]
 fn external_and_load_balancer_addresses_work_from_inside() {
     let Some(cluster) = Cluster::or_skip() else { return };

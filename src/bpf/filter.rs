@@ -1,4 +1,4 @@
-//! The map `wire_filter`: bytes by which the packet programs tell traffic that is not ours. See bpf/abi.h.
+//! The map `wire_filter`: bytes by which the programs tell packets and sockets that are not ours. See bpf/abi.h.
 
 use std::io;
 use std::path::Path;
@@ -7,13 +7,16 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::pinned;
-use crate::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
+use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
 use crate::abi::frontend_flag::{FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_PORT};
+use crate::abi::socket_filter::{SOCKET_FILTER_NODE, SOCKET_FILTER_SERVICE};
 use crate::abi::wire_filter_size::WIRE_FILTER_SIZE;
 use crate::abi::{Frontend, FrontendKey, address_index};
 
-/// Addresses, then ports: one value of an array of one.
-const SIZE: usize = 2 * WIRE_FILTER_SIZE as usize;
+/// One value of an array of one: what packets may be sent to by address and by port, and what sockets ask for by address.
+const SIZE: usize = 3 * WIRE_FILTER_SIZE as usize;
+const PORTS: usize = WIRE_FILTER_SIZE as usize;
+const SOCKETS: usize = 2 * WIRE_FILTER_SIZE as usize;
 const KEY: [u8; 4] = [0; 4];
 
 /// The filter in the kernel, and the same bytes here: a row that adds nothing new costs no system call.
@@ -31,25 +34,37 @@ impl WireFilter {
         Ok(WireFilter { map, known: Vec::new() })
     }
 
-    /// Lets packets to these addresses be looked at: rows of `addresses`, keys and flags one after another.
+    /// Lets packets and sockets to these addresses be looked at: rows of `addresses`, keys and flags one after another.
     /// Returns the system calls made.
     pub fn add_addresses(&mut self, keys: &[u8], flags: &[u8]) -> io::Result<u64> {
         const ON_THE_WIRE: u32 = ADDRESS_NODE | ADDRESS_LOCAL | ADDRESS_SERVICE_VIP;
         let rows = keys.as_chunks::<16>().0.iter().zip(flags.as_chunks::<4>().0);
-        let seen = rows.filter(|(_, flags)| u32::from_ne_bytes(**flags) & ON_THE_WIRE != 0);
-        self.set(seen.map(|(address, _)| address_index(address)))
+        let marks = rows.flat_map(|(address, flags)| {
+            let (index, flags) = (address_index(address), u32::from_ne_bytes(*flags));
+            let mark = |base: usize, roles: u32, mark: u32| (flags & roles != 0).then_some((base + index, mark as u8));
+            [
+                mark(0, ON_THE_WIRE, 1),
+                mark(SOCKETS, ADDRESS_CLUSTER_IP | ADDRESS_SERVICE_VIP, SOCKET_FILTER_SERVICE),
+                mark(SOCKETS, ADDRESS_NODE, SOCKET_FILTER_NODE),
+            ]
+        });
+        self.set(marks.flatten())
     }
 
-    /// The same for the ports of rows of `frontends`.
+    /// The same for rows of `frontends`: the ports of what is served to the wire, and the addresses that sockets ask
+    /// for. (A NodePort's is the wildcard, which no socket is compared with: it is told by its port.)
     pub fn add_frontends(&mut self, keys: &[u8], rows: &[u8]) -> io::Result<u64> {
         const ON_THE_WIRE: u32 = FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT;
         let keys = keys.chunks_exact(size_of::<FrontendKey>()).map(bytemuck::pod_read_unaligned::<FrontendKey>);
         let rows = rows.chunks_exact(size_of::<Frontend>()).map(bytemuck::pod_read_unaligned::<Frontend>);
-        let seen = keys.zip(rows).filter(|(_, row)| row.flags & ON_THE_WIRE != 0);
-        self.set(seen.map(|(key, _)| WIRE_FILTER_SIZE as usize + usize::from(u16::from_be_bytes(key.port_be))))
+        let marks = keys.zip(rows).flat_map(|(key, row)| {
+            let port = (row.flags & ON_THE_WIRE != 0).then_some((PORTS + usize::from(key.port()), 1));
+            [port, Some((SOCKETS + address_index(&key.address), SOCKET_FILTER_SERVICE as u8))]
+        });
+        self.set(marks.flatten())
     }
 
-    fn set(&mut self, indices: impl Iterator<Item = usize>) -> io::Result<u64> {
+    fn set(&mut self, marks: impl Iterator<Item = (usize, u8)>) -> io::Result<u64> {
         let mut calls = 0;
         if self.known.is_empty() {
             self.known = self.map.lookup(&KEY, MapFlags::ANY).map_err(io::Error::other)?.unwrap_or_default();
@@ -57,8 +72,9 @@ impl WireFilter {
             calls += 1;
         }
         let mut is_new = false;
-        for index in indices {
-            is_new |= std::mem::replace(&mut self.known[index], 1) == 0;
+        for (index, mark) in marks {
+            is_new |= self.known[index] & mark == 0;
+            self.known[index] |= mark;
         }
         if is_new {
             calls += 1;
