@@ -97,7 +97,8 @@ enum counter {
 	COUNTER_DROPPED_ANSWER_LIMIT = 28, /* dropped: an ICMP answer was due, but there were too many already */
 	COUNTER_DROPPED_SCTP_PORT = 29, /* dropped: SCTP to a backend with another port, which its checksum rules out */
 	COUNTER_NEIGHBOUR_UNKNOWN = 30, /* sent on, but nobody has told the next hop's link address yet */
-	COUNTER_MAX = 31,
+	COUNTER_REFUSED_LOOPBACK_SOURCE = 31, /* refused: loopback NodePort, from a socket that loopback holds fast */
+	COUNTER_MAX = 32,
 };
 
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */

@@ -10,6 +10,7 @@
 /* Slots that are looked at for one choice. */
 enum {
 	BACKEND_PICKS = 4,
+	BACKEND_OWN_PICKS = 8,
 };
 
 struct choice {
@@ -75,6 +76,25 @@ static __always_inline struct choice backend_pick(const struct frontend *fronten
 		if (choice.backend && choice.backend->service_id == frontend->service_id)
 			return choice;
 		offset = pool_next(pool, offset);
+	}
+	return (struct choice){};
+}
+
+/* One of a few slots from a random one on that leads to an address of this node: what loopback reaches. */
+static __always_inline struct choice backend_pick_own(const struct frontend *frontend, const struct pool *pool)
+{
+	__u32 offset = pool_draw(pool);
+	struct choice choice;
+	__u32 *flags;
+
+	for (int i = 0; i < BACKEND_OWN_PICKS; i++) {
+		choice = backend_of_slot(pool->base + offset);
+		offset = pool_next(pool, offset);
+		if (!choice.backend || choice.backend->service_id != frontend->service_id)
+			continue;
+		flags = bpf_map_lookup_elem(&addresses, &choice.backend->address);
+		if (flags && *flags & (ADDRESS_NODE | ADDRESS_LOCAL))
+			return choice;
 	}
 	return (struct choice){};
 }

@@ -115,6 +115,68 @@ static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, s
 	return frontend_lookup(key, loopback);
 }
 
+/*
+ * A socket that is bound to loopback asks a NodePort there. The kernel lets nothing leave the node with such a source,
+ * and nothing comes back to it:
+ *
+ * - connect() of a socket that has no port yet (IP_BIND_ADDRESS_NO_PORT): bpf_bind() to the wildcard frees it, and the
+ *   kernel chooses the source as for a socket that is not bound.
+ * - Once it has a port, bpf_bind() fails (EINVAL, like a second bind()). sendmsg programs could change the datagram's
+ *   source (msg_src_ip4), but the reply to that would find no socket. So TCP gets one of the node's own backends, which
+ *   loopback reaches, if the Service has one. All else gets EADDRNOTAVAIL: UDP as well, because a server on the
+ *   wildcard would answer 127.0.0.1 from 127.0.0.1, and not from the address that it was asked at.
+ *
+ * (bpf_bind() and these rules of routing are older than 5.10.)
+ */
+enum binding {
+	BINDING_FREE = 0,
+	BINDING_LOOPBACK = 1,
+};
+
+static __always_inline enum binding request_binding(struct bpf_sock *sk, const struct frontend_key *target)
+{
+	struct address source = {};
+	__be32 ip4;
+
+	if (!address_is_loopback(&target->address))
+		return BINDING_FREE;
+	if (sk->family == FAMILY_INET) {
+		ip4 = sk->src_ip4;
+		barrier_var(ip4);
+		address_set_ip4(&source, ip4);
+	} else {
+		address_words(&source)->word[0] = sk->src_ip6[0];
+		address_words(&source)->word[1] = sk->src_ip6[1];
+		address_words(&source)->word[2] = sk->src_ip6[2];
+		address_words(&source)->word[3] = sk->src_ip6[3];
+	}
+	/* The wildcards have a last word of 0, and are no binding. */
+	return address_words(&source)->word[3] && address_is_loopback(&source) ? BINDING_LOOPBACK : BINDING_FREE;
+}
+
+/* In connect programs only: the helper is theirs. */
+static __always_inline enum binding request_unbind(struct bpf_sock_addr *ctx)
+{
+	struct sockaddr_in6 any = {.sin6_family = FAMILY_INET6};
+	struct sockaddr_in any4 = {.sin_family = FAMILY_INET};
+	struct bpf_sock *sk = ctx->sk;
+	long error;
+
+	if (sk->src_port)
+		return BINDING_LOOPBACK;
+	if (sk->family == FAMILY_INET)
+		error = bpf_bind(ctx, (void *)&any4, sizeof(any4));
+	else
+		error = bpf_bind(ctx, (void *)&any, sizeof(any));
+	return error ? BINDING_LOOPBACK : BINDING_FREE;
+}
+
+static __always_inline int fail_loopback_source(void)
+{
+	count(COUNTER_REFUSED_LOOPBACK_SOURCE);
+	return fail_with(EADDRNOTAVAIL);
+}
+
 /* What becomes of a request to a frontend: the first two are what a system call is answered with. */
 enum decision {
 	DECISION_FAIL = 0,
@@ -140,7 +202,8 @@ static __always_inline struct choice request_pick(void *ctx, const struct fronte
 
 /* `row` is what a look-up of `key` found. */
 static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, const struct frontend_key *key,
-						    const struct frontend *row, struct choice *choice)
+						    const struct frontend *row, enum binding binding,
+						    struct choice *choice)
 {
 	struct frontend frontend;
 
@@ -148,6 +211,12 @@ static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, c
 		return DECISION_GO_ON;
 	if (!frontend.inside.count)
 		return fail_empty(&frontend.inside, key->protocol);
+	if (binding == BINDING_LOOPBACK) {
+		if (key->protocol != IPPROTO_TCP)
+			return fail_loopback_source();
+		*choice = backend_pick_own(&frontend, &frontend.inside);
+		return choice->backend ? DECISION_CHOSEN : fail_loopback_source();
+	}
 	*choice = request_pick(ctx, &frontend, address_is_ip4(&key->address));
 	if (choice->backend)
 		return DECISION_CHOSEN;
@@ -164,6 +233,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	struct origin origin = {};
 	struct choice choice;
 	enum decision decision;
+	enum binding binding;
 
 	if (lookup.result == LOOKUP_NOT_OURS) {
 		/* Whatever this socket was connected to before, it is not any more. */
@@ -176,7 +246,10 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 		count(COUNTER_REFUSED_UNKNOWN_PORT);
 		return fail_with(ECONNREFUSED);
 	}
-	decision = request_choose(ctx, &key, lookup.frontend, &choice);
+	binding = request_binding(sk, &request->target);
+	if (binding == BINDING_LOOPBACK)
+		binding = request_unbind(ctx);
+	decision = request_choose(ctx, &key, lookup.frontend, binding, &choice);
 	if (decision != DECISION_CHOSEN)
 		return decision;
 	origin_fill(&origin, &request->target, ctx->protocol, &choice);
@@ -209,7 +282,9 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 	service_id = lookup.frontend->service_id;
 	if (!origin_recall(sk, &request->target, service_id, &origin) &&
 	    !datagram_recall(sk, &request->target, service_id, &origin)) {
-		decision = request_choose(ctx, &key, lookup.frontend, &choice);
+		if (request_binding(sk, &request->target) == BINDING_LOOPBACK)
+			return fail_loopback_source();
+		decision = request_choose(ctx, &key, lookup.frontend, BINDING_FREE, &choice);
 		if (decision != DECISION_CHOSEN)
 			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);

@@ -404,6 +404,10 @@ const SOCKET_CASES: &[SocketCase] = &[
     (&[("refused_unknown_port", 1)], || {
         assert_eq!(TcpStream::connect(service(82)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
     }),
+    (&[("refused_loopback_source", 1)], || {
+        let refused = UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"?", "127.0.0.1:30053").unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::AddrNotAvailable);
+    }),
 ];
 
 /// The socket's record is charged to the memory that a socket may have for options (of the namespace since 6.8).
@@ -446,6 +450,9 @@ fn each_system_call_moves_its_own_counters_and_no_others() {
         (row.inside, row.flags) = (row.outside, frontend_flag::FRONTEND_CLUSTER_IP);
         node.frontend_row(CLUSTER_IP, port, protocol, &row);
     }
+    let mut row = node.frontend("0.0.0.0", 30053, Protocol::Udp, &[53]);
+    (row.inside, row.flags) = (row.outside, frontend_flag::FRONTEND_NODE_PORT);
+    node.frontend_row("0.0.0.0", 30053, Protocol::Udp, &row);
     std::thread::spawn(move || listener.incoming().for_each(drop));
     std::thread::spawn(move || {
         while let Ok((_, peer)) = datagrams.recv_from(&mut [0; 8]) {

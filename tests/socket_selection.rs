@@ -199,6 +199,57 @@ fn node_ports_answer_on_loopback_in_the_nodes_own_namespace_only() {
     }
 }
 
+#[test]
+fn sockets_bound_to_loopback_reach_loopback_node_ports_where_the_kernel_lets_them_and_are_told_where_not() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let shifted = |shift: u64| {
+        let mut ports = node_ports();
+        for port in ports.as_array_mut().unwrap() {
+            if let Some(node_port) = port["nodePort"].as_u64() {
+                port["nodePort"] = json!(node_port + shift);
+            }
+        }
+        json!({"spec": {"type": "NodePort", "ports": ports}})
+    };
+    let node = cluster.lab.node("node1");
+    let _own = node.host.serve_as("own", "--tcp 9000 --udp 9000").unwrap();
+    let own = node.host.addresses().map(|address| Endpoint::ready(address, "node1"));
+    cluster.put("pods", 10, shifted(0), &cluster.ready(&PODS));
+    cluster.put("mixed", 11, shifted(1), &[cluster.ready(&PODS), own.to_vec()].concat());
+    let _daemon = cluster.start();
+    let loopback = |port: u16| [SocketAddr::from(([127, 0, 0, 1], port)), (Ipv6Addr::LOCALHOST, port).into()];
+    let mut host = cluster.host_client();
+    for (kind, to) in cases(loopback(30090), loopback(30053)) {
+        let from: SocketAddr = (to.ip(), 0).into();
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..20 {
+            let mut socket = host.open(kind).unwrap();
+            socket.bind_address(from).unwrap();
+            socket.connect(to).unwrap_or_else(|errno| panic!("{kind:?} to {to}: {errno}"));
+            assert_eq!(socket.peer().unwrap(), to);
+            seen.insert(socket.ask().unwrap());
+            socket.close().unwrap();
+        }
+        assert!(seen.len() > 1 && seen.iter().all(|name| PODS.contains(&name.as_str())), "{kind:?}: {seen:?}");
+
+        let told = Err("EADDRNOTAVAIL".to_owned());
+        let to_mixed = SocketAddr::from((to.ip(), to.port() + 1));
+        for _ in 0..10 {
+            let mut socket = host.open(kind).unwrap();
+            socket.bind(from).unwrap();
+            assert_eq!(socket.connect(to), told, "{kind:?} to {to}");
+            if kind.is_stream() {
+                socket.connect(to_mixed).unwrap_or_else(|errno| panic!("{kind:?} to {to_mixed}: {errno}"));
+                assert_eq!((socket.peer().unwrap(), socket.ask().unwrap()), (to_mixed, "own".to_owned()));
+            } else {
+                assert_eq!(socket.send_to(to), told, "{kind:?} to {to}");
+                assert_eq!(socket.connect(to_mixed), told, "{kind:?} to {to_mixed}");
+            }
+            socket.close().unwrap();
+        }
+    }
+}
+
 /// Sockets ask the maps only about what a byte of the filter lets pass: no kind of address may lack its byte.
 #[test]
 fn every_kind_of_address_is_served_before_and_after_a_restart_and_when_it_comes_late() {

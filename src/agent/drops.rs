@@ -171,13 +171,14 @@ mod tests {
     use super::*;
 
     /// What Services, clients and load balancers do every day.
-    const NORMAL: [&str; 19] = [
+    const NORMAL: [&str; 20] = [
         "connect_translated",
         "datagram_translated",
         "reply_translated",
         "peer_translated",
         "refused_no_endpoint",
         "refused_unknown_port",
+        "refused_loopback_source",
         "dropped_no_local_endpoint",
         "flow_local",
         "flow_remote",
