@@ -78,8 +78,8 @@ enum counter {
 	COUNTER_FLOW_LOCAL = 9, /* new flow from the wire to a backend on this node */
 	COUNTER_FLOW_REMOTE = 10, /* new flow from the wire to a backend elsewhere */
 	COUNTER_FLOW_MIDSTREAM = 11, /* of the new flows: TCP ones that began with a packet other than a SYN */
-	COUNTER_FLOW_ESTABLISHED = 12, /* flow proved by both ends, moved to the lasting table */
-	COUNTER_FLOW_TABLE_FULL = 13, /* such a flow stayed among the unproved: the lasting table is full */
+	COUNTER_FLOW_ESTABLISHED = 12, /* flow proved by both ends */
+	COUNTER_FLOW_TABLE_FULL = 13, /* such a flow stayed unproved: its protocol's share is full */
 	COUNTER_SNAT_RETRY = 14, /* a source port was taken and another one tried */
 	COUNTER_SNAT_RECLAIMED = 15, /* a source port was taken from an unproved or closed flow, none being free */
 	COUNTER_ICMP_TRANSLATED = 16, /* ICMP error about a flow passed on to the other side */
@@ -97,8 +97,13 @@ enum counter {
 	COUNTER_DROPPED_ANSWER_LIMIT = 28, /* dropped: an ICMP answer was due, but there were too many already */
 	COUNTER_DROPPED_SCTP_PORT = 29, /* dropped: SCTP to a backend with another port, which its checksum rules out */
 	COUNTER_NEIGHBOUR_UNKNOWN = 30, /* sent on, but nobody has told the next hop's link address yet */
-	COUNTER_REFUSED_LOOPBACK_SOURCE = 31, /* refused: loopback NodePort, from a socket that loopback holds fast */
-	COUNTER_MAX = 32,
+	COUNTER_FLOW_PUSHED_OUT = 31, /* an unproved flow was removed, because more came than have room */
+	COUNTER_DROPPED_FLOW_CHANGING = 32, /* dropped: another processor was just removing or replacing its flow */
+	COUNTER_DROPPED_MARTIAN = 33, /* dropped: a source that cannot be, or fails rp_filter */
+	COUNTER_DROPPED_OPTIONS = 34, /* dropped: an IPv4 source route, or broken options */
+	COUNTER_HANDED_TO_STACK = 35, /* to or from a backend elsewhere, through the host's stack */
+	COUNTER_REFUSED_LOOPBACK_SOURCE = 36, /* refused: loopback NodePort, from a socket that loopback holds fast */
+	COUNTER_MAX = 37,
 };
 
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
@@ -176,6 +181,14 @@ struct device {
 	struct address ip4; /* before 6.7 (BPF_FIB_LOOKUP_SRC): its first address of each family; all zeros: none */
 	struct address ip6;
 	__u32 is_bare; /* its packets begin with the IP header */
+	__u32 rp_filter; /* enum rp_filter, as its sysctl and that of `all` say together */
+};
+
+/* Is a source looked for in the routing table (RFC 3704)? */
+enum rp_filter {
+	RP_FILTER_OFF = 0,
+	RP_FILTER_STRICT = 1, /* it must lead back to the same device */
+	RP_FILTER_LOOSE = 2, /* there must be a route */
 };
 
 /* Bytes by which packets and sockets that are not ours are told at the cost of array look-ups: 0, nothing of ours is there. They are
@@ -202,73 +215,119 @@ struct ends {
 	__be16 destination_port;
 };
 
-/* A packet as it is on the wire. */
+/* A packet as it is on the wire, and the key of an IPv6 row of the flow table. */
 struct flow_key {
 	struct ends ends;
 	__u8 protocol;
 	__u8 zero[3];
 };
 
-enum flow_kind {
-	FLOW_REPLY = 1, /* from the backend to the client; else from the client to the backend */
-	FLOW_AT_EGRESS = 2, /* met when they leave (a local backend's replies), else when they come in */
-	FLOW_FORWARDED = 4, /* the backend is elsewhere: routed here, never shown to the host's stack */
+/* The key of an IPv4 row: the same in 16 bytes, which are hashed and compared in a fraction of the time. */
+struct flow_key4 {
+	__be32 source;
+	__be32 destination;
+	__be16 source_port;
+	__be16 destination_port;
+	__u8 protocol;
+	__u8 zero[3];
+};
+
+/* The lower bits of flow.state. Each is changed only under the flow's lock. */
+enum flow_flag {
+	FLOW_REPLY = 1, /* packets from the backend to the client; else from the client to the backend */
+	FLOW_ROUTED = 2, /* sent on from here: the host's stack does not see them */
+	FLOW_AT_EGRESS = 4, /* met when they leave (a local backend's replies), else when they come in */
+	FLOW_PROVED = 8, /* of requests: both ends have proved to be there; of replies: the backend has answered */
+	FLOW_FIN = 16, /* this side has closed (TCP) */
+	FLOW_FIN_FIRST =
+		32, /* of replies: before the client did, so that the backend keeps the connection in TIME_WAIT */
+	FLOW_RESET = 64, /* this side has reset the connection, and sent nothing since */
+	FLOW_AFFINE = 128, /* of requests: the Service remembers its clients */
+	FLOW_ENDING = 256, /* whoever set this deletes both rows; nobody else uses or changes them any more */
+	FLOW_FLAGS = 1023, /* all of them, and one to spare */
+};
+
+enum flow_state {
+	FLOW_SECOND_SHIFT = 10, /* above the flags: the second of CLOCK_MONOTONIC in which the last packet passed */
+	FLOW_SECOND_MASK = 0x3fffff, /* 48 days; silence is never longer */
 };
 
 /* Index into the array `epochs`: what the daemon counts up when records of the datapath may be out of date. */
 enum epoch {
 	EPOCH_ROUTES = 0, /* a route, rule, device or address changed */
 	EPOCH_HANDS = 1, /* a UDP or SCTP frontend became another Service's */
-	EPOCH_MAX = 2,
-};
-
-/* What a route look-up answered. It is asked again when EPOCH_ROUTES has moved on, when the row's used_ns is written
- * (once a second), and for packets that the look-up was not made for: larger, marked, or from another device. */
-struct hop {
-	__u32 interface; /* where to; 0: not known */
-	__u32 from; /* interface that the packet came in by */
-	__u32 epoch; /* EPOCH_ROUTES at the time */
-	__u16 mtu; /* at least: packets up to this size fit */
-	__u16 family; /* of `next`, AF_INET or AF_INET6 */
-	__be32 next[4]; /* the neighbour's address */
+	EPOCH_ROUTES_BY_ADDRESS = 2, /* no epoch: 1 while routes are chosen by addresses, never by ports */
+	EPOCH_THROUGH_STACK = 3, /* no epoch: 1 while the host's stack must see all packets that are routed here */
+	EPOCH_MAX = 4,
 };
 
 /*
- * One direction of a flow: flow_key -> what its packets become. The other direction's key is the new ends reversed, so
- * that each row leads to its partner. Both rows carry the same closing marks, bytes and not bits: each is only ever
- * set, from several processors at once.
+ * One direction of a flow: its key -> what its packets become. The other direction's key is these ends reversed, so
+ * that each row leads to its partner. A fact stands in one row: what the client has done in that of the requests, what
+ * the backend has done in that of the replies.
  */
 struct flow {
 	struct ends ends;
-	__u8 kind; /* enum flow_kind */
-	__u8 replied; /* the backend has answered */
-	__u8 client_closed; /* the client's FIN was seen */
-	__u8 backend_closed; /* the backend's FIN was seen */
-	__u8 backend_first; /* the backend's FIN was the first: the backend keeps the connection in TIME_WAIT */
-	__u8 reset; /* an RST was seen, and nothing after it */
-	__u16 zero;
-	__u32 backend_id;
-	__u32 generation;
-	__u32 service_id;
-	__u32 interface; /* where the client's packets come in */
-	/* TCP, until proved: the sequence number of the backend's last packet, host order. Else, of requests:
-	 * EPOCH_HANDS when the frontend was last seen to be this flow's Service's. */
-	__u32 stamp;
-	__u64 used_ns; /* bpf_ktime_get_ns() of the last packet, to within FLOW_TOUCH_NS */
-	struct hop hop; /* FLOW_FORWARDED: where the last packet went */
+	/* The checksum's change from the key's ends to these. Who copies the ends compares it: the kernel may give a
+	 * deleted row's memory to another flow while a program reads it. */
+	__u32 change;
+	__u32 state; /* enum flow_flag, enum flow_state */
+	/* TCP: the highest sequence number that this side was seen to send, host order. Else, of requests: EPOCH_HANDS
+	 * when the frontend was last seen to be this flow's Service's. */
+	__u32 sequence;
+	/* Of requests: the backend's id. Of replies: the first sequence number that the backend used (TCP), or the
+	 * second in which the flow began. */
+	__u32 backend_or_first;
+	/* Of requests: the backend's generation. Of replies: interface where the client's packets come in; 0: replies
+	 * are sent by the route to the client. */
+	__u32 generation_or_interface;
 };
 
-/* How long rows last, in seconds of silence in both directions. */
-enum flow_timeout {
-	FLOW_TCP_OPENING = 60, /* handshake not completed */
-	FLOW_TCP_ESTABLISHED = 86400,
-	FLOW_TCP_HALF_CLOSED = 120, /* one FIN */
-	FLOW_TCP_CLOSED = 10, /* both FINs, the client's first */
-	FLOW_TCP_TIME_WAIT = 60, /* both FINs, the backend's first: as long as Linux keeps TIME_WAIT */
-	FLOW_TCP_RESET = 10,
-	FLOW_TCP_PORT_REST = 2, /* before a closed flow's source port serves another client */
-	FLOW_UDP_UNREPLIED = 30,
-	FLOW_UDP_REPLIED = 120,
+/* How long rows last, in seconds of silence in both directions: flow_limits[enum flow_limits_of]. */
+struct flow_limits {
+	__u32 tcp_opening; /* handshake not completed */
+	__u32 tcp_established;
+	__u32 tcp_half_closed; /* one FIN */
+	__u32 tcp_closed; /* both FINs, the client's first */
+	__u32 tcp_time_wait; /* both FINs, the backend's first: as long as Linux keeps TIME_WAIT */
+	__u32 tcp_reset;
+	__u32 udp; /* UDP and SCTP, not proved */
+	__u32 udp_stream;
+};
+
+enum flow_limits_of {
+	FLOW_LIMITS_SET = 0, /* as the daemon was told */
+	FLOW_LIMITS_NOW = 1, /* the same, less while the table is full: what is collected */
+	FLOW_LIMITS_MAX = 2,
+};
+
+/* Before a closed flow's source port serves another client, in seconds. */
+enum flow_rest {
+	FLOW_TCP_PORT_REST = 2,
+	FLOW_TCP_TIME_WAIT_REST = 60, /* the backend closed first: as long as Linux keeps TIME_WAIT */
+};
+
+/* What the program flow_collect is given. */
+enum flow_collect_input {
+	COLLECT_HEAD = 16, /* bytes; the kernel takes the first 14 for a link header */
+	COLLECT_KEYS = 64,
+};
+
+/* Who has a share of the table: flow_counts[...] of them are proved. */
+enum flow_class {
+	FLOW_CLASS_TCP = 0,
+	FLOW_CLASS_OTHER = 1,
+	FLOW_CLASS_MAX = 2,
+};
+
+/* Flows that are not proved yet, on each processor: one more pushes out the oldest. */
+enum flow_openings {
+	FLOW_OPENINGS = 8192,
+};
+
+struct opening {
+	struct flow_key key; /* protocol 0: none yet */
+	__u32 mark; /* flow_opening_mark() of the flow: a later one with the same ends is not meant */
 };
 
 /* Where a translated socket or datagram was meant to go, and where it went. */
@@ -303,10 +362,12 @@ _Static_assert(sizeof(struct service_name) == 192, "service_name");
 _Static_assert(sizeof(struct affinity_key) == 24, "affinity_key");
 _Static_assert(sizeof(struct affinity) == 16, "affinity");
 _Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
-_Static_assert(sizeof(struct device) == 36, "device");
+_Static_assert(sizeof(struct device) == 40, "device");
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
-_Static_assert(sizeof(struct hop) == 32, "hop");
-_Static_assert(sizeof(struct flow) == 104, "flow");
+_Static_assert(sizeof(struct flow_key4) == 16, "flow_key4");
+_Static_assert(sizeof(struct flow) == 56, "flow");
+_Static_assert(sizeof(struct flow_limits) == 32, "flow_limits");
+_Static_assert(sizeof(struct opening) == 44, "opening");
 _Static_assert(sizeof(struct origin) == 52, "origin");
 _Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
 

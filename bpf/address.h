@@ -65,6 +65,16 @@ static __always_inline __u32 address_index(const struct address *address)
 	return index & (WIRE_FILTER_SIZE - 1);
 }
 
+/* Index into port_table.replies: of a backend's answers to a client, by the ends of their addresses and its port. (The
+ * mask is for verifiers before 5.11.) */
+static __always_inline __u32 reply_index(__be32 backend, __be32 client, __be16 port)
+{
+	__u32 index = (backend * 0x85ebca6b + client * 0x9e3779b1 + port * 0xc2b2ae35) >> 14;
+
+	barrier_var(index);
+	return index & (REPLY_FILTER_SIZE - 1);
+}
+
 /* 127.0.0.0/8, ::1, and the two wildcards, which connect() takes for "this host" as well. */
 static __always_inline int address_is_loopback(const struct address *address)
 {
@@ -74,6 +84,27 @@ static __always_inline int address_is_loopback(const struct address *address)
 		return !words->word[3] || (words->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
 	return !words->word[0] && !words->word[1] && !words->word[2] &&
 	       (!words->word[3] || words->word[3] == bpf_htonl(1));
+}
+
+/* An address that no single host can have as its source on the wire (RFC 1812 5.3.7, RFC 4291): unspecified, loopback,
+ * multicast, reserved; link-local ones of IPv6, which are never forwarded. */
+static __always_inline int address_is_martian(const struct address *address)
+{
+	__u32 first = bpf_ntohl(address_words(address)->word[0]);
+
+	if (address_is_loopback(address))
+		return 1;
+	if (!address_is_ip4(address))
+		return first >> 24 == 0xff || first >> 22 == 0xfe80 >> 6;
+	first = bpf_ntohl(address_words(address)->word[3]);
+	return first >> 24 == 0 || first >= 0xe0000000;
+}
+
+static __always_inline __u32 address_roles(const struct address *address)
+{
+	__u32 *roles = bpf_map_lookup_elem(&addresses, address);
+
+	return roles ? *roles : 0;
 }
 
 #endif

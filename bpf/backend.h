@@ -9,8 +9,8 @@
 
 /* Slots that are looked at for one choice. */
 enum {
-	BACKEND_PICKS = 4,
-	BACKEND_OWN_PICKS = 8,
+	BACKEND_PICKS = 8,
+	BACKEND_NONE = ~0U, /* as an answer of backend_draw() */
 };
 
 struct choice {
@@ -33,77 +33,48 @@ static __always_inline struct backend *backend_get_living(__u32 id, __u32 genera
 	return backend;
 }
 
-/* A pool's slot by chance, each as likely as the others: the high half of a 32 x 32 bit product, no division. */
-static __always_inline __u32 pool_draw(const struct pool *pool)
-{
-	return (__u32)(((__u64)bpf_get_prandom_u32() * pool->count) >> 32);
-}
-
-static __always_inline __u32 pool_next(const struct pool *pool, __u32 offset)
-{
-	return offset + 1 < pool->count ? offset + 1 : 0;
-}
-
-static __always_inline struct choice backend_of_slot(__u32 index)
-{
-	struct choice choice = {};
-	__u32 *id = bpf_map_lookup_elem(&slots, &index);
-
-	if (!id)
-		return choice;
-	choice.backend_id = *id;
-	choice.backend = backend_get(*id);
-	return choice;
-}
-
-/* Unchecked; see backend_pick(). */
-static __always_inline struct choice backend_pick_random(const struct pool *pool)
-{
-	return backend_of_slot(pool->base + pool_draw(pool));
-}
-
 /*
- * A backend by chance that is the frontend's own Service's. A program that was held up since it read the frontend may
- * find slots, or the backend that one names, in the hands of another Service: it tries the neighbours.
+ * The id of a backend by chance, each slot of the pool as likely as the others (the high half of a 32 x 32 bit product,
+ * no division), that is the asking Service's. A program that was held up since it read the frontend may find slots, or
+ * the backend that one names, in the hands of another Service: it tries the neighbours. `own_only`: only one with an
+ * address of this node, which is what loopback reaches. Global, so that it is verified once and not for each way that
+ * leads here.
  */
-static __always_inline struct choice backend_pick(const struct frontend *frontend, const struct pool *pool)
+__noinline __u32 backend_draw(__u32 service_id, __u32 base, __u32 count, __u32 own_only)
 {
-	__u32 offset = pool_draw(pool);
-	struct choice choice;
+	__u32 offset = ((__u64)bpf_get_prandom_u32() * count) >> 32;
 
 	for (int i = 0; i < BACKEND_PICKS; i++) {
-		choice = backend_of_slot(pool->base + offset);
-		if (choice.backend && choice.backend->service_id == frontend->service_id)
-			return choice;
-		offset = pool_next(pool, offset);
+		__u32 index = base + offset, *id = bpf_map_lookup_elem(&slots, &index);
+		struct backend *backend = id ? backend_get(*id) : (void *)0;
+
+		if (id && backend && backend->service_id == service_id &&
+		    (!own_only || (address_roles(&backend->address) & (ADDRESS_NODE | ADDRESS_LOCAL))))
+			return *id;
+		offset = offset + 1 < count ? offset + 1 : 0;
 	}
-	return (struct choice){};
+	return BACKEND_NONE;
 }
 
-/* One of a few slots from a random one on that leads to an address of this node: what loopback reaches. */
+static __always_inline struct choice backend_choice(__u32 id)
+{
+	return (struct choice){.backend_id = id, .backend = backend_get(id)};
+}
+
+static __always_inline struct choice backend_pick(const struct frontend *frontend, const struct pool *pool)
+{
+	return backend_choice(backend_draw(frontend->service_id, pool->base, pool->count, 0));
+}
+
 static __always_inline struct choice backend_pick_own(const struct frontend *frontend, const struct pool *pool)
 {
-	__u32 offset = pool_draw(pool);
-	struct choice choice;
-	__u32 *flags;
-
-	for (int i = 0; i < BACKEND_OWN_PICKS; i++) {
-		choice = backend_of_slot(pool->base + offset);
-		offset = pool_next(pool, offset);
-		if (!choice.backend || choice.backend->service_id != frontend->service_id)
-			continue;
-		flags = bpf_map_lookup_elem(&addresses, &choice.backend->address);
-		if (flags && *flags & (ADDRESS_NODE | ADDRESS_LOCAL))
-			return choice;
-	}
-	return (struct choice){};
+	return backend_choice(backend_draw(frontend->service_id, pool->base, pool->count, 1));
 }
 
 /* The remembered backend, if new connections may still find it in this pool. */
-static __always_inline struct choice backend_recall(const struct affinity_key *key, const struct frontend *frontend,
+static __always_inline struct choice backend_recall(const struct affinity *affinity, const struct frontend *frontend,
 						    const struct pool *pool, __u64 now)
 {
-	struct affinity *affinity = bpf_map_lookup_elem(&affinities, key);
 	struct choice choice = {};
 	struct backend *backend;
 
@@ -118,19 +89,47 @@ static __always_inline struct choice backend_recall(const struct affinity_key *k
 	return choice;
 }
 
+static __always_inline void affinity_fill(struct affinity *affinity, const struct choice *choice, __u64 now)
+{
+	affinity->backend_id = choice->backend_id;
+	affinity->generation = choice->backend->generation;
+	affinity->used_ns = now;
+}
+
 static __always_inline struct choice backend_pick_affine(const struct affinity_key *key,
 							 const struct frontend *frontend, const struct pool *pool)
 {
-	struct affinity affinity = {.used_ns = bpf_ktime_get_ns()};
-	struct choice choice = backend_recall(key, frontend, pool, affinity.used_ns);
+	struct affinity *known = bpf_map_lookup_elem(&affinities, key), affinity;
+	__u64 now = bpf_ktime_get_ns();
+	struct choice choice = backend_recall(known, frontend, pool, now);
 
 	if (!choice.backend)
 		choice = backend_pick(frontend, pool);
 	if (!choice.backend)
 		return choice;
-	affinity.backend_id = choice.backend_id;
-	affinity.generation = choice.backend->generation;
+	affinity_fill(&affinity, &choice, now);
 	bpf_map_update_elem(&affinities, key, &affinity, BPF_ANY);
+	return choice;
+}
+
+/* The same for a client that anybody may have forged. It is among the lasting ones once its flow is proved. */
+static __always_inline struct choice backend_pick_unproved(const struct affinity_key *key,
+							   const struct frontend *frontend, const struct pool *pool)
+{
+	struct affinity *known = bpf_map_lookup_elem(&affinities, key), affinity;
+	__u64 now = bpf_ktime_get_ns();
+	struct choice choice = backend_recall(known, frontend, pool, now);
+
+	if (choice.backend)
+		return choice;
+	known = bpf_map_lookup_elem(&new_affinities, key);
+	choice = backend_recall(known, frontend, pool, now);
+	if (!choice.backend)
+		choice = backend_pick(frontend, pool);
+	if (!choice.backend)
+		return choice;
+	affinity_fill(&affinity, &choice, now);
+	bpf_map_update_elem(&new_affinities, key, &affinity, BPF_ANY);
 	return choice;
 }
 

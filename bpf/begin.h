@@ -4,17 +4,10 @@
  * begins.
  *
  * Cost, once for each flow: the roles of its destination, one or two look-ups of the frontend and one more to be sure
- * of it, the pick, at least two look-ups for a free place, and both rows.
+ * of it, the pick, where its backend is, both rows, and the row of the flow that it may push out.
  */
 #ifndef KUBELANE_BEGIN_H
 #define KUBELANE_BEGIN_H
-
-static __always_inline __u32 address_roles(const struct address *address)
-{
-	__u32 *roles = bpf_map_lookup_elem(&addresses, address);
-
-	return roles ? *roles : 0;
-}
 
 /* Copies the frontend that serves the packet's destination to the wire. A cluster IP serves nobody out there. */
 static __always_inline int begin_frontend(struct scratch *given)
@@ -73,27 +66,76 @@ static __always_inline struct choice begin_choose(const struct packet *packet, c
 	struct affinity_key key = {.service_id = frontend->service_id, .kind = CLIENT_ADDRESS};
 
 	if (!frontend->affinity_seconds)
-		return backend_pick_random(&frontend->outside);
+		return backend_pick(frontend, &frontend->outside);
 	__builtin_memcpy(key.client, &packet->tuple.ends.source, sizeof(key.client));
-	return backend_pick_affine(&key, frontend, &frontend->outside);
+	return backend_pick_unproved(&key, frontend, &frontend->outside);
 }
 
-/* This node's address towards a backend elsewhere. */
-static __always_inline int begin_source_of_node(struct __sk_buff *skb, const struct packet *packet, struct ends *ends)
+/*
+ * A packet that is routed here never meets the checks of the host's stack: sources that nobody can have (RFC 1812
+ * 5.3.7), the node's own ones, and the reverse path (RFC 3704), where the device asks for it (rp_filter, IPv4 only).
+ */
+static __always_inline int begin_source_is_valid(struct __sk_buff *skb, struct scratch *given)
 {
+	struct ends *back = &given->backend_ends;
+	__u32 interface = skb->ifindex;
+	struct route route = {};
+	struct device *device;
 	int result;
 
-	if (!packet->is_ip6)
-		address_set_ip4(&ends->source, 0);
-	result = route_source(skb, ends, packet->tuple.protocol);
-	if (result != ROUTE_FOUND) {
-		count(result == ROUTE_NONE ? COUNTER_DROPPED_NO_ROUTE : COUNTER_DROPPED_FORWARDING_OFF);
+	if (address_is_martian(&given->packet.tuple.ends.source))
+		return 0;
+	ends_reverse(back, &given->packet.tuple.ends);
+	/* Whether the answer fits is judged when it comes. */
+	given->smallest.segment = 1;
+	result = route_recall(skb, given, &given->smallest, back, &route);
+	if (result == ROUTE_HERE)
+		return 0;
+	device = bpf_map_lookup_elem(&devices, &interface);
+	if (given->packet.is_ip6 || !device || !device->rp_filter)
+		return 1;
+	return result == ROUTE_FOUND && (device->rp_filter == RP_FILTER_LOOSE || route.interface == interface);
+}
+
+/* Where the backend is: as routes and devices say, whatever the name of its node. Answers VERDICT_CONTINUE, and sets
+ * FLOW_ROUTED and this node's address for one that is elsewhere. */
+static __always_inline int begin_find_backend(struct __sk_buff *skb, struct scratch *given, int is_named_local)
+{
+	struct ends *ends = &given->backend_ends;
+	__u32 roles;
+
+	ends->destination = given->flow.ends.destination;
+	ends->destination_port = given->flow.ends.destination_port;
+	ends->source_port = 0;
+	address_set_ip4(&ends->source, 0);
+	if (given->packet.is_ip6)
+		address_words(&ends->source)->word[2] = 0;
+	switch (route_source(skb, given, ends, given->packet.tuple.protocol)) {
+	case ROUTE_HERE:
+		return VERDICT_CONTINUE;
+	case ROUTE_FOUND:
+		break;
+	case ROUTE_FORWARDING_OFF:
+		/* The node itself needs no forwarding. For a pod the host's stack says no. */
+		if (is_named_local || (address_roles(&given->flow.ends.destination) & (ADDRESS_LOCAL | ADDRESS_NODE)))
+			return VERDICT_CONTINUE;
+		count(COUNTER_DROPPED_FORWARDING_OFF);
+		return VERDICT_DROP;
+	default:
+		count(COUNTER_DROPPED_NO_ROUTE);
 		return VERDICT_DROP;
 	}
 	/* Replies to any other address would not be looked at when they come in. */
-	if (address_roles(&ends->source) & (ADDRESS_LOCAL | ADDRESS_NODE))
+	roles = address_roles(&ends->source);
+	if (!(roles & (ADDRESS_LOCAL | ADDRESS_NODE))) {
+		count(COUNTER_DROPPED_SNAT_SOURCE);
+		return VERDICT_DROP;
+	}
+	given->flow.ends.source = ends->source;
+	given->flow.state |= FLOW_ROUTED;
+	if (begin_source_is_valid(skb, given))
 		return VERDICT_CONTINUE;
-	count(COUNTER_DROPPED_SNAT_SOURCE);
+	count(COUNTER_DROPPED_MARTIAN);
 	return VERDICT_DROP;
 }
 
@@ -102,25 +144,21 @@ static __always_inline int begin_source_of_node(struct __sk_buff *skb, const str
  * (out of the node, and in again by a load balancer) sees the Service's address: its own would never leave it. Its
  * replies go out by an outward device like others, and are sent to it from there, as interface 0 says.
  */
-static __always_inline int begin_source(struct __sk_buff *skb, const struct packet *packet, struct flow *flow,
-					__u32 *ports)
+static __always_inline __u32 begin_source(const struct packet *packet, struct flow *flow, __u32 *interface)
 {
 	int is_sctp = packet->tuple.protocol == IPPROTO_SCTP;
 
-	*ports = is_sctp ? SNAT_KEEP : SNAT_KEEP_FIRST;
-	if (!(flow->kind & FLOW_FORWARDED)) {
-		flow->ends.source = packet->tuple.ends.source;
-		if (address_equal(&flow->ends.source, &flow->ends.destination)) {
-			flow->ends.source = packet->tuple.ends.destination;
-			flow->interface = 0;
-		}
-		return VERDICT_CONTINUE;
+	if (flow->state & FLOW_ROUTED)
+		return is_sctp ? SNAT_KEEP : SNAT_ANY;
+	flow->ends.source = packet->tuple.ends.source;
+	if (address_equal(&flow->ends.source, &flow->ends.destination)) {
+		flow->ends.source = packet->tuple.ends.destination;
+		*interface = 0;
 	}
-	if (!is_sctp)
-		*ports = SNAT_ANY;
-	return begin_source_of_node(skb, packet, &flow->ends);
+	return is_sctp ? SNAT_KEEP : SNAT_KEEP_FIRST;
 }
 
+/* Before the packet goes on: its answers are looked at. */
 static __always_inline void begin_note_ports(const struct scratch *given)
 {
 	__u32 zero = 0;
@@ -128,86 +166,217 @@ static __always_inline void begin_note_ports(const struct scratch *given)
 
 	if (!table)
 		return;
-	if (given->flow.kind & FLOW_FORWARDED)
+	if (given->flow.state & FLOW_ROUTED)
 		table->forwarded[port_index(given->reply.ends.destination_port)] = 1;
 	else
-		table->replies[port_index(given->reply.ends.source_port)] = 1;
+		table->replies[reply_index(address_words(&given->reply.ends.source)->word[3],
+					   address_words(&given->reply.ends.destination)->word[3],
+					   given->reply.ends.source_port)] = 1;
 }
 
-/* The flow of a packet to a backend that was chosen: the ends that it will see, and both rows. */
-static __noinline int begin_flow(struct __sk_buff *skb, struct scratch *given)
+/* The replies' row, but for its port. */
+static __always_inline void begin_fill_reply(struct scratch *given, __u32 interface)
 {
 	const struct packet *packet = &given->packet;
-	struct flow *flow = &given->flow;
-	__u32 ports;
-	int verdict = begin_source(skb, packet, flow, &ports), reserved;
+	struct flow *reply = &given->reply_row;
 
-	if (verdict != VERDICT_CONTINUE)
-		return verdict;
-	flow_key_reverse(&given->reply, &flow->ends, packet->tuple.protocol);
-	reserved = snat_reserve(ports);
-	if (reserved == RESERVED_NONE) {
-		count(COUNTER_DROPPED_SNAT_EXHAUSTED);
-		return VERDICT_DROP;
+	flow_key_reverse(&given->reply, &given->flow.ends, packet->tuple.protocol);
+	ends_reverse(&reply->ends, &packet->tuple.ends);
+	reply->state = FLOW_REPLY | (given->flow.state & FLOW_ROUTED ? FLOW_ROUTED : FLOW_AT_EGRESS) |
+		       second_now(given) << FLOW_SECOND_SHIFT;
+	/* By which a reset without an acknowledgement is known, until the backend has answered. */
+	reply->sequence = packet->acknowledgement;
+	reply->backend_or_first = second_now(given);
+	reply->generation_or_interface = interface;
+}
+
+/* The client uses its port again: the row of its former flow becomes that of the new one, in place, if no other
+ * processor was faster. Answers the former row's state; FLOW_ENDING: one was. */
+static __noinline __u32 begin_replace(struct scratch *given, struct flow *request, int place)
+{
+	struct flow_lock *lock = flow_lock_of(&given->packet.tuple.ends);
+	struct flow *former, *reply;
+	__u32 state = FLOW_ENDING, leaves = 0;
+
+	flow_key_reverse(&given->removed_partner, &given->former.ends, given->packet.tuple.protocol);
+	former = flow_find(&given->removed_partner);
+	reply = flow_find(&given->reply);
+	if (!lock || !reply)
+		return state;
+	bpf_spin_lock(&lock->lock);
+	if (flow_is_still(request, &given->former.ends) && flow_is_still(reply, &given->reply_row.ends)) {
+		state = request->state;
+		*request = given->flow;
+		if (place == PLACE_OWN) {
+			*reply = given->reply_row;
+		} else if (former && flow_is_still(former, &given->reply_row.ends)) {
+			former->state |= FLOW_ENDING;
+			leaves = 1;
+		}
 	}
-	if (reserved == RESERVED_USED)
-		flow_remove(&given->reply);
-	flow->ends.source_port = given->reply.ends.destination_port;
-	flow->used_ns = clock_now(given);
-	begin_note_ports(given);
-	if (flow_store(&packet->tuple, flow)) {
-		count(COUNTER_DROPPED_FLOW_TABLE);
-		return VERDICT_DROP;
+	bpf_spin_unlock(&lock->lock);
+	if (leaves)
+		flow_delete(&given->removed_partner);
+	return state;
+}
+
+/* What was made for a flow that is not entered goes. */
+static __always_inline void begin_release(struct scratch *given, int place)
+{
+	struct flow *row;
+
+	if (place != PLACE_RESERVED)
+		return;
+	given->removed = given->reply;
+	row = flow_find(&given->reply);
+	if (row)
+		flow_remove_lonely(given, row);
+}
+
+/* Another processor has begun the same flow: its row counts. */
+static __noinline int begin_yield(struct scratch *given, int place)
+{
+	struct flow *row;
+
+	begin_release(given, place);
+	row = flow_find(&given->packet.tuple);
+	if (row) {
+		given->flow = *row;
+		given->addresses = checksum_change(&given->packet.tuple.ends, &given->flow.ends.source,
+						   &given->flow.ends.destination);
+		if (!(given->flow.state & (FLOW_ENDING | FLOW_REPLY)) &&
+		    ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends) == given->flow.change)
+			return VERDICT_CONTINUE;
 	}
-	count(flow->kind & FLOW_FORWARDED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
-	count_service(flow->service_id);
-	if (packet->tuple.protocol == IPPROTO_TCP && !(packet->tcp_flags & TCP_SYN))
+	count(COUNTER_DROPPED_FLOW_CHANGING);
+	return VERDICT_DROP;
+}
+
+static __noinline int begin_give_up(struct scratch *given, int place)
+{
+	begin_release(given, place);
+	count(COUNTER_DROPPED_FLOW_TABLE);
+	return VERDICT_DROP;
+}
+
+/* Enters the requests' row, once the replies' stands: no request goes to a backend whose answers would not be known. */
+static __noinline int begin_enter(struct __sk_buff *skb, struct scratch *given, int place)
+{
+	struct flow *request = (void *)0;
+	__u64 *proved;
+	__u32 state;
+	long result;
+
+	if (given->has_former)
+		request = flow_find(&given->packet.tuple);
+	if (request) {
+		state = begin_replace(given, request, place);
+		if (state & FLOW_ENDING)
+			return begin_yield(given, place);
+		proved = flow_count_of(given->packet.tuple.protocol);
+		if ((state & FLOW_PROVED) && proved)
+			__sync_fetch_and_add(proved, -1);
+	} else {
+		result = flow_create(&given->packet.tuple, &given->flow);
+		if (result)
+			return result == -EEXIST ? begin_yield(given, place) : begin_give_up(given, place);
+	}
+	flow_note_opening(skb, given);
+	count(given->flow.state & FLOW_ROUTED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
+	if (given->packet.tuple.protocol == IPPROTO_TCP && !(given->packet.tcp_flags & TCP_SYN))
 		count(COUNTER_FLOW_MIDSTREAM);
 	return VERDICT_CONTINUE;
 }
 
-static __always_inline void begin_fill(struct flow *flow, const struct backend *backend, __u32 backend_id)
-{
-	__builtin_memset(flow, 0, sizeof(*flow));
-	flow->ends.destination = backend->address;
-	flow->ends.destination_port = backend->port;
-	flow->kind = backend->flags & BACKEND_NODE_LOCAL ? 0 : FLOW_FORWARDED;
-	flow->backend_id = backend_id;
-	flow->generation = backend->generation;
-	flow->service_id = backend->service_id;
-}
-
-/* VERDICT_CONTINUE: the packet has a flow from now on. */
-__noinline int begin(struct __sk_buff *skb)
+/* The flow of a packet to a backend that was chosen: the ends that it will see, and both rows. Global, for the depth of
+ * the stack. */
+__noinline int begin_flow(struct __sk_buff *skb)
 {
 	struct scratch *given = scratch();
-	struct choice choice;
-	__u32 hands;
-	int verdict;
+	__u32 interface, ports;
+	int place, verdict;
 
 	if (!given)
 		return VERDICT_DROP;
+	interface = skb->ifindex;
+	ports = begin_source(&given->packet, &given->flow, &interface);
+	begin_fill_reply(given, interface);
+	place = snat_reserve(skb, ports);
+	if (place == PLACE_TAKEN || place == PLACE_FULL) {
+		count(place == PLACE_FULL ? COUNTER_DROPPED_FLOW_TABLE : COUNTER_DROPPED_SNAT_EXHAUSTED);
+		return VERDICT_DROP;
+	}
+	given->flow.ends.source_port = given->reply.ends.destination_port;
+	given->addresses =
+		checksum_change(&given->packet.tuple.ends, &given->flow.ends.source, &given->flow.ends.destination);
+	given->flow.change = ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends);
+	begin_note_ports(given);
+	verdict = begin_enter(skb, given, place);
+	if (verdict == VERDICT_CONTINUE)
+		count_service(given->frontend.service_id);
+	return verdict;
+}
+
+static __always_inline void begin_fill(struct scratch *given, const struct choice *choice)
+{
+	const struct packet *packet = &given->packet;
+	struct flow *flow = &given->flow;
+
+	flow->ends.destination = choice->backend->address;
+	flow->ends.destination_port = choice->backend->port;
+	flow->state = second_now(given) << FLOW_SECOND_SHIFT;
+	if (given->frontend.affinity_seconds)
+		flow->state |= FLOW_AFFINE;
+	if (packet->tuple.protocol == IPPROTO_TCP)
+		flow->sequence = packet->sequence;
+	flow->backend_or_first = choice->backend_id;
+	flow->generation_or_interface = choice->backend->generation;
+}
+
+/* Global, for the same reason. VERDICT_CONTINUE: the scratch's packet has a frontend, and may have a backend. */
+__noinline int begin_ask(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+
+	if (!given || !skb)
+		return VERDICT_DROP;
 	/* Before the frontend is looked up: it may change hands meanwhile. */
-	hands = epoch_now(EPOCH_HANDS);
-	if (!begin_frontend(given))
+	given->flow.sequence = epoch_now(EPOCH_HANDS);
+	if (!begin_frontend(given) || owner_is_other(skb))
 		return VERDICT_PASS;
-	verdict = begin_admit(&given->packet, &given->frontend);
-	if (verdict != VERDICT_CONTINUE)
-		return verdict;
+	return begin_admit(&given->packet, &given->frontend);
+}
+
+/* Global, for the same reason. VERDICT_CONTINUE: scratch.flow has a backend, and how it is reached. */
+__noinline int begin_choose_backend(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+	struct choice choice;
+
+	if (!given)
+		return VERDICT_DROP;
 	choice = begin_choose(&given->packet, &given->frontend);
 	if (!choice.backend) {
 		count(COUNTER_FAILED_BACKEND_MISSING);
 		return VERDICT_PASS;
 	}
-	begin_fill(&given->flow, choice.backend, choice.backend_id);
+	begin_fill(given, &choice);
 	if (given->packet.tuple.protocol == IPPROTO_SCTP &&
 	    given->flow.ends.destination_port != given->packet.tuple.ends.destination_port) {
 		count(COUNTER_DROPPED_SCTP_PORT);
 		return VERDICT_DROP;
 	}
-	given->flow.interface = skb->ifindex;
-	given->flow.stamp = hands;
-	return begin_flow(skb, given);
+	return begin_find_backend(skb, given, choice.backend->flags & BACKEND_NODE_LOCAL);
+}
+
+/* VERDICT_CONTINUE: the packet has a flow from now on, and scratch.flow is a copy of its row. */
+static __always_inline int begin(struct __sk_buff *skb)
+{
+	int verdict = begin_ask(skb);
+
+	if (verdict == VERDICT_CONTINUE)
+		verdict = begin_choose_backend(skb);
+	return verdict == VERDICT_CONTINUE ? begin_flow(skb) : verdict;
 }
 
 #endif

@@ -43,10 +43,38 @@ static __always_inline __u32 checksum_change(const struct ends *old, const struc
 			       checksum_of_address(source) + checksum_of_address(destination));
 }
 
+/* The same for a packet whose family is known: the prefix of IPv4 addresses, which adds nothing, is not looked at. */
+static __always_inline __u32 addresses_change(const struct ends *old, const struct ends *ends, int is_ip6)
+{
+	if (is_ip6)
+		return checksum_change(old, &ends->source, &ends->destination);
+	return checksum_fold32((__u64)(__u32)~address_words(&old->source)->word[3] +
+			       (__u32)~address_words(&old->destination)->word[3] +
+			       address_words(&ends->source)->word[3] + address_words(&ends->destination)->word[3]);
+}
+
 /* Both ports as they lie in a transport header. */
 static __always_inline __be32 ports_word(__be16 source, __be16 destination)
 {
 	return bpf_htonl((__u32)bpf_ntohs(source) << 16 | bpf_ntohs(destination));
+}
+
+/* By how much a transport checksum changes that covers addresses, whose part is known, and ports. */
+static __always_inline __u32 ports_change(__u32 addresses, const struct ends *old, const struct ends *ends)
+{
+	return checksum_fold32((__u64)addresses + (__u32)~ports_word(old->source_port, old->destination_port) +
+			       ports_word(ends->source_port, ends->destination_port));
+}
+
+static __always_inline __u32 ends_change(const struct ends *old, const struct ends *ends)
+{
+	return ports_change(checksum_change(old, &ends->source, &ends->destination), old, ends);
+}
+
+/* A checksum after a change, as RFC 1624 has it: of one that is complete, and written complemented. */
+static __always_inline __u16 checksum_changed(__u16 check, __u32 change)
+{
+	return (__u16)~checksum_fold16((__u64)(__u16)~check + change);
 }
 
 /*
@@ -68,6 +96,23 @@ static __always_inline int checksum_set_transport(struct __sk_buff *skb, const s
 	if (old_ports == new_ports)
 		return 0;
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | 4) ? -1 : 0;
+}
+
+/*
+ * Is the checksum a whole one, so that it can be changed here? Where the sender left it to the device
+ * (CHECKSUM_PARTIAL, as between veths) it is the pseudo header's sum; the kernel does not tell programs (before 6.2),
+ * but every other value is no such sum. Of aggregates nothing is known.
+ */
+static __always_inline int checksum_is_whole(struct __sk_buff *skb, const struct packet *packet)
+{
+	const struct ends *ends = &packet->tuple.ends;
+	__u64 sum = bpf_htons(packet->tuple.protocol) + bpf_htonl(packet->total - (packet->l4 - packet->l3));
+
+	if (packet->is_ip6)
+		sum += checksum_of_address(&ends->source) + checksum_of_address(&ends->destination);
+	else
+		sum += (__u64)address_words(&ends->source)->word[3] + address_words(&ends->destination)->word[3];
+	return !skb->gso_size && packet->check && checksum_fold16(sum) != checksum_fold16(packet->check);
 }
 
 #endif

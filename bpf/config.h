@@ -17,7 +17,11 @@ struct config {
 	__u16 snat_ports;
 	/* Connections are counted by Service. */
 	__u32 counts_services;
-	__u32 zero;
+	/* As many proved flows of TCP, and of all other protocols, have room in the table. */
+	__u32 flows_tcp;
+	__u32 flows_other;
+	/* A FIN counts whatever its sequence number is. */
+	__u32 tcp_be_liberal;
 };
 
 const volatile struct config config = {};

@@ -6,17 +6,50 @@
 #ifndef KUBELANE_DELIVER_H
 #define KUBELANE_DELIVER_H
 
-static __always_inline int deliver_route(struct __sk_buff *skb, struct packet *packet, const struct ends *ends,
-					 struct route *route)
+/* Options of an IPv4 header (RFC 791) that are not forwarded: source routes, which hosts refuse and routers as a rule, and
+ * what is no option. */
+static __noinline int deliver_options_are_refused(struct __sk_buff *skb, const struct packet *packet)
+{
+	enum {
+		OPTION_END = 0,
+		OPTION_NOP = 1,
+		OPTION_LSRR = 0x83,
+		OPTION_SSRR = 0x89,
+		OPTIONS_MAX = 40
+	};
+	__u32 offset = packet->l3 + sizeof(struct iphdr);
+
+	for (int i = 0; i < OPTIONS_MAX && offset < packet->l4; i++) {
+		__u8 option[2] = {};
+
+		if (bpf_skb_load_bytes(skb, offset, option, sizeof(option)))
+			return 1;
+		if (option[0] == OPTION_END)
+			return 0;
+		if (option[0] == OPTION_NOP) {
+			offset++;
+			continue;
+		}
+		if (option[0] == OPTION_LSRR || option[0] == OPTION_SSRR || option[1] < 2)
+			return 1;
+		offset += option[1];
+	}
+	return offset > packet->l4;
+}
+
+static __always_inline int deliver_route(struct __sk_buff *skb, struct scratch *given, struct packet *packet,
+					 const struct ends *ends, struct route *route)
 {
 	if (packet->ttl <= 1) {
 		count(COUNTER_ICMP_TTL_EXCEEDED);
 		return VERDICT_ANSWER_TTL;
 	}
-	switch (route_find(skb, packet, ends, route)) {
+	switch (route_recall(skb, given, packet, ends, route)) {
 	case ROUTE_FOUND:
 		return VERDICT_CONTINUE;
 	case ROUTE_TOO_BIG:
+		if (packet->may_fragment)
+			return VERDICT_HAND_OVER;
 		count(COUNTER_ICMP_TOO_BIG);
 		packet->mtu = route->mtu;
 		return VERDICT_ANSWER_TOO_BIG;
@@ -30,31 +63,40 @@ static __always_inline int deliver_route(struct __sk_buff *skb, struct packet *p
 }
 
 /* To or from a backend elsewhere: routed here, with one hop less to live. */
-static __always_inline int deliver_forward(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
+static __always_inline int deliver_routed(struct __sk_buff *skb, struct scratch *given)
 {
+	struct packet *packet = &given->packet;
 	struct route route = {};
-	__u32 epoch;
 	int verdict;
 
-	if (packet->ttl <= 1 || !hop_recall(skb, packet, &flow->hop, &route)) {
-		epoch = epoch_now(EPOCH_ROUTES);
-		verdict = deliver_route(skb, packet, &flow->ends, &route);
-		if (verdict != VERDICT_CONTINUE)
-			return verdict;
-		hop_note(skb, &flow->hop, &route, epoch);
+	if (!packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) &&
+	    deliver_options_are_refused(skb, packet)) {
+		count(COUNTER_DROPPED_OPTIONS);
+		return VERDICT_DROP;
 	}
-	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOP) || route_send(skb, packet->l3, &route)) {
+	verdict = VERDICT_HAND_OVER;
+	if (!stack_is_asked_for())
+		verdict = deliver_route(skb, given, packet, &given->flow.ends, &route);
+	if (verdict == VERDICT_HAND_OVER)
+		stack_hand(skb);
+	if (verdict != VERDICT_CONTINUE)
+		return verdict;
+	if (rewrite_packet(skb, REWRITE_HOP) || route_send(skb, packet->l3, &route)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	return VERDICT_SEND;
 }
 
-static __always_inline int deliver_packet(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
+static __always_inline int deliver_packet(struct __sk_buff *skb, struct scratch *given)
 {
-	if (flow->kind & FLOW_FORWARDED)
-		return deliver_forward(skb, packet, flow);
-	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOST)) {
+	int verdict = VERDICT_HAND_OVER;
+
+	if (given->flow.state & FLOW_ROUTED)
+		verdict = deliver_routed(skb, given);
+	if (verdict != VERDICT_HAND_OVER)
+		return verdict;
+	if (rewrite_packet(skb, REWRITE_HOST)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
@@ -97,28 +139,29 @@ static __noinline int rewrite_error(struct __sk_buff *skb, const struct packet *
  * The error's own ends. Its source is shown as the flow's where it is the quoted packet's destination, and also
  * where it is forwarded here, since no other source of a forwarded packet would be let through everywhere.
  */
-static __noinline int deliver_error(struct __sk_buff *skb, struct packet *error, const struct packet *quoted,
-				    const struct flow *flow)
+static __noinline int deliver_error(struct __sk_buff *skb, struct scratch *given)
 {
+	struct packet *error = &given->packet, *quoted = &given->quoted;
+	const struct flow *flow = &given->flow;
 	struct ends outer = {.source = error->tuple.ends.source, .destination = flow->ends.destination};
-	__u32 forwarded = flow->kind & FLOW_FORWARDED;
+	__u32 routed = flow->state & FLOW_ROUTED;
 	struct route route = {};
 	int verdict;
 
-	if (forwarded || address_equal(&outer.source, &quoted->tuple.ends.destination))
+	if (routed || address_equal(&outer.source, &quoted->tuple.ends.destination))
 		outer.source = flow->ends.source;
-	if (forwarded) {
-		verdict = deliver_route(skb, error, &outer, &route);
+	if (routed) {
+		verdict = deliver_route(skb, given, error, &outer, &route);
 		if (verdict != VERDICT_CONTINUE)
 			return VERDICT_DROP;
 	}
 	if (rewrite_error(skb, error, quoted, &outer, &flow->ends) ||
-	    rewrite_addresses(skb, error, &outer.source, &outer.destination, forwarded ? REWRITE_HOP : REWRITE_HOST)) {
+	    rewrite_addresses(skb, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
-	if (!forwarded)
+	if (!routed)
 		return VERDICT_PASS;
 	return route_send(skb, error->l3, &route) ? VERDICT_DROP : VERDICT_SEND;
 }

@@ -1,28 +1,52 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Flows: two rows each, one for each direction, and each leads to the other. A flow begins in `new_flows`, an LRU that
- * a flood may churn, and moves to `flows`, from which nothing is ever evicted, once both ends have proved that they
- * are there. Both rows are written, closed and removed together; one that has lost its partner is made whole again by
- * its next packet, or collected.
+ * Flows: two rows each, one for each direction, and each leads to the other.
  *
- * Cost: one hash look-up for a packet of an established flow, of UDP two array look-ups more.
+ * Who may do what, on how many processors ever at once:
+ *
+ *   - A place is taken by creating the replies' row (BPF_NOEXIST), then the requests' row in the same way. Of two
+ *     processors that begin one flow, the second finds a row there: it removes what it has made and uses the other's.
+ *   - Everything that changes a row afterwards happens under the flow's lock, which the requests' key chooses: flags,
+ *     the second of use, other ends. (Sequence numbers are hints, and written without it.)
+ *   - A row is deleted by whoever has set FLOW_ENDING in it, under the lock, and by nobody else. So no one deletes by its
+ *     key a row that another has made meanwhile. flow_remove() is the only place.
+ *   - Packets read rows without the lock. The kernel may give a deleted row's memory to another row at once, and ends
+ *     are replaced in place where a client uses a port again: so a copy counts only if its ends explain flow.change.
+ *
+ * A flow that is not proved yet has an entry in its processor's ring, `flow_openings`: when the ring has gone round, the
+ * flow is removed. So a flood of requests pushes out its like, and no flow that is proved.
+ *
+ * Cost: one hash look-up for a packet of a proved flow, of UDP two array look-ups more. Once a second, and for the
+ * packets that begin or end a connection, two more and the lock.
  */
 #ifndef KUBELANE_FLOW_H
 #define KUBELANE_FLOW_H
 
 enum {
-	NANOSECONDS = 1000000000,
-	/* A row's time of use is written this seldom, so that a busy flow does not keep its cache line moving. */
-	FLOW_TOUCH_NS = NANOSECONDS,
-	/* How far beyond the backend's last sequence number a client's acknowledgement may lie: two of the largest
-	 * aggregates. One in 32768 of a blind attacker's guesses gets that right. */
-	ACKNOWLEDGED_MAX = 131072,
+	/* How far beyond a sequence number a packet of the same connection may lie: two of the largest aggregates. One
+	 * in 32768 of a blind attacker's guesses gets that right, as with conntrack's windows. */
+	SEQUENCE_WINDOW = 131072,
+	/* conntrack takes UDP for a stream when it has gone both ways for as long as this, in seconds. */
+	UDP_STREAM_AGE = 2,
+	/* Another processor's clock may have been read this much later. */
+	FLOW_CLOCK_SKEW = 60,
 };
+
+static __always_inline __u32 ends_difference_reversed(const struct ends *a, const struct ends *b)
+{
+	return address_difference(&a->source, &b->destination) | address_difference(&a->destination, &b->source) |
+	       (a->source_port ^ b->destination_port) | (a->destination_port ^ b->source_port);
+}
 
 static __always_inline int ends_are_reversed(const struct ends *a, const struct ends *b)
 {
-	return !(address_difference(&a->source, &b->destination) | address_difference(&a->destination, &b->source) |
-		 (a->source_port ^ b->destination_port) | (a->destination_port ^ b->source_port));
+	return !ends_difference_reversed(a, b);
+}
+
+static __always_inline int ends_equal(const struct ends *a, const struct ends *b)
+{
+	return !(address_difference(&a->source, &b->source) | address_difference(&a->destination, &b->destination) |
+		 (a->source_port ^ b->source_port) | (a->destination_port ^ b->destination_port));
 }
 
 static __always_inline void ends_reverse(struct ends *to, const struct ends *from)
@@ -42,170 +66,286 @@ static __always_inline void flow_key_reverse(struct flow_key *key, const struct 
 	key->zero[2] = 0;
 }
 
-static __always_inline int flow_is_closed(const struct flow *flow)
+static __always_inline void flow_key4_fill(struct flow_key4 *to, const struct flow_key *key)
 {
-	return flow->reset || (flow->client_closed && flow->backend_closed);
+	to->source = address_words(&key->ends.source)->word[3];
+	to->destination = address_words(&key->ends.destination)->word[3];
+	to->source_port = key->ends.source_port;
+	to->destination_port = key->ends.destination_port;
+	to->protocol = key->protocol;
+	to->zero[0] = 0;
+	to->zero[1] = 0;
+	to->zero[2] = 0;
 }
 
-static __always_inline __u64 flow_idle(const struct flow *flow, __u64 now)
+static __always_inline struct flow *flow_find(const struct flow_key *key)
 {
-	/* Another processor's clock may have been read later. */
-	return now > flow->used_ns ? now - flow->used_ns : 0;
+	struct flow_key4 key4;
+
+	if (!address_is_ip4(&key->ends.destination))
+		return bpf_map_lookup_elem(&flows6, key);
+	flow_key4_fill(&key4, key);
+	return bpf_map_lookup_elem(&flows4, &key4);
 }
 
-static __always_inline void flow_remove_in(void *map, const struct flow_key *key)
+/* Out of line, as all that happens once in a flow. Not 0: there is a row, or no room for one. */
+static __noinline long flow_create(const struct flow_key *key, const struct flow *flow)
 {
-	struct flow *flow = bpf_map_lookup_elem(map, key), *partner;
-	struct flow_key partner_key;
+	struct flow_key4 key4;
 
-	if (!flow)
-		return;
-	flow_key_reverse(&partner_key, &flow->ends, key->protocol);
-	partner = bpf_map_lookup_elem(map, &partner_key);
-	if (partner && ends_are_reversed(&partner->ends, &key->ends))
-		bpf_map_delete_elem(map, &partner_key);
-	bpf_map_delete_elem(map, key);
+	if (!address_is_ip4(&key->ends.destination))
+		return bpf_map_update_elem(&flows6, key, flow, BPF_NOEXIST);
+	flow_key4_fill(&key4, key);
+	return bpf_map_update_elem(&flows4, &key4, flow, BPF_NOEXIST);
 }
 
-/* Removes both rows, wherever they are. */
-static __noinline int flow_remove(const struct flow_key *key)
+/* For who has set FLOW_ENDING in the row, or has made it and shown it to nobody. */
+static __noinline int flow_delete(const struct flow_key *key)
 {
-	flow_remove_in(&flows, key);
-	flow_remove_in(&new_flows, key);
-	return 0;
+	struct flow_key4 key4;
+
+	if (!address_is_ip4(&key->ends.destination))
+		return bpf_map_delete_elem(&flows6, key);
+	flow_key4_fill(&key4, key);
+	return bpf_map_delete_elem(&flows4, &key4);
 }
 
-static __always_inline void flow_mark_closing(struct flow *flow, const struct flow *from)
+/* A 32-bit mixer (the finaliser of MurmurHash3). */
+static __always_inline __u32 mix(__u32 value)
 {
-	if (from->client_closed)
-		flow->client_closed = 1;
-	if (from->backend_closed)
-		flow->backend_closed = 1;
-	if (from->backend_first)
-		flow->backend_first = 1;
-	flow->reset = from->reset;
-	flow->used_ns = from->used_ns;
+	value ^= value >> 16;
+	value *= 0x85ebca6b;
+	value ^= value >> 13;
+	value *= 0xc2b2ae35;
+	return value ^ value >> 16;
 }
 
-/* A FIN, an RST, or the first packet after an RST: both rows learn of it. */
-static __noinline int flow_change_state(struct flow *flow, const struct packet *packet, int proved, __u64 now)
+static __always_inline struct flow_lock *flow_lock_of(const struct ends *request)
 {
-	struct flow_key partner_key;
-	struct flow *partner;
+	__u32 index = mix(address_words(&request->source)->word[3] ^
+			  ports_word(request->source_port, request->destination_port)) &
+		      (FLOW_LOCKS - 1);
 
-	flow->reset = (packet->tcp_flags & TCP_RST) != 0;
-	if (packet->tcp_flags & TCP_FIN) {
-		if (!(flow->kind & FLOW_REPLY)) {
-			flow->client_closed = 1;
-		} else if (!flow->backend_closed) {
-			flow->backend_first = !flow->client_closed;
-			flow->backend_closed = 1;
-		}
-	}
-	flow->used_ns = now;
-	flow_key_reverse(&partner_key, &flow->ends, packet->tuple.protocol);
-	if (proved)
-		partner = bpf_map_lookup_elem(&flows, &partner_key);
-	else
-		partner = bpf_map_lookup_elem(&new_flows, &partner_key);
-	if (partner && ends_are_reversed(&partner->ends, &packet->tuple.ends))
-		flow_mark_closing(partner, flow);
-	return 0;
+	return bpf_map_lookup_elem(&flow_locks, &index);
 }
 
-/* Notes that a packet of the flow has passed. Its route is asked for again as often as that is written down. */
-static __always_inline void flow_track(struct flow *flow, const struct packet *packet, int proved, __u64 now)
+/* Seconds since the row's last packet. */
+static __always_inline __u32 flow_idle(__u32 state, __u32 second)
 {
-	if (flow_idle(flow, now) > FLOW_TOUCH_NS) {
-		flow->used_ns = now;
-		flow->hop.interface = 0;
-	}
-	if ((packet->tcp_flags & (TCP_FIN | TCP_RST)) || flow->reset)
-		flow_change_state(flow, packet, proved, now);
+	__u32 idle = (second - (state >> FLOW_SECOND_SHIFT)) & FLOW_SECOND_MASK;
+
+	return idle > FLOW_SECOND_MASK - FLOW_CLOCK_SKEW ? 0 : idle;
 }
 
-/* The row of the other direction, as the one of the requests says. */
-static __always_inline void flow_make_reply(struct flow *reply, const struct flow *flow, const struct ends *request)
+static __always_inline __u32 flow_idle_both(__u32 request, __u32 reply, __u32 second)
 {
-	*reply = *flow;
-	ends_reverse(&reply->ends, request);
-	reply->kind |= FLOW_REPLY;
-	if (!(flow->kind & FLOW_FORWARDED))
-		reply->kind |= FLOW_AT_EGRESS;
+	__u32 a = flow_idle(request, second), b = flow_idle(reply, second);
+
+	return a < b ? a : b;
 }
 
-/* The replies' row first: no request goes to a backend whose answers would not be known. */
-static __noinline int flow_store(const struct flow_key *key, const struct flow *flow)
+static __always_inline int flow_is_closed(__u32 request, __u32 reply)
 {
-	struct flow_key reply_key;
-	struct flow reply;
+	return ((request | reply) & FLOW_RESET) || (request & reply & FLOW_FIN);
+}
 
-	flow_make_reply(&reply, flow, &key->ends);
-	flow_key_reverse(&reply_key, &flow->ends, key->protocol);
-	if (bpf_map_update_elem(&new_flows, &reply_key, &reply, BPF_ANY))
-		return -1;
-	if (!bpf_map_update_elem(&new_flows, key, flow, BPF_ANY))
+static __always_inline const struct flow_limits *flow_limits_get(__u32 index)
+{
+	return bpf_map_lookup_elem(&flow_limits, &index);
+}
+
+/* For how many seconds of silence a flow in this state is kept. */
+static __always_inline __u32 flow_limit(const struct flow_limits *limits, __u8 protocol, __u32 request, __u32 reply)
+{
+	if (protocol != IPPROTO_TCP)
+		return request & FLOW_PROVED ? limits->udp_stream : limits->udp;
+	if ((request | reply) & FLOW_RESET)
+		return limits->tcp_reset;
+	if (request & reply & FLOW_FIN)
+		return reply & FLOW_FIN_FIRST ? limits->tcp_time_wait : limits->tcp_closed;
+	if ((request | reply) & FLOW_FIN)
+		return limits->tcp_half_closed;
+	return request & FLOW_PROVED ? limits->tcp_established : limits->tcp_opening;
+}
+
+static __always_inline __u64 *flow_count_of(__u8 protocol)
+{
+	__u32 index = protocol == IPPROTO_TCP ? FLOW_CLASS_TCP : FLOW_CLASS_OTHER;
+
+	return bpf_map_lookup_elem(&flow_counts, &index);
+}
+
+/* Does the row still belong to the flow that these ends were read of? State first: who sets FLOW_ENDING is done with
+ * that before the row's memory can become another's. */
+static __always_inline int flow_is_still(const struct flow *flow, const struct ends *ends)
+{
+	if (flow->state & FLOW_ENDING)
 		return 0;
-	bpf_map_delete_elem(&new_flows, &reply_key);
-	return -1;
-}
-
-/* Moves both rows to the lasting table, or leaves both where they are. */
-static __always_inline void flow_promote(const struct flow_key *key, const struct flow *flow,
-					 const struct flow_key *reply_key, const struct flow *reply)
-{
-	if (bpf_map_update_elem(&flows, reply_key, reply, BPF_ANY)) {
-		count(COUNTER_FLOW_TABLE_FULL);
-		return;
-	}
-	if (bpf_map_update_elem(&flows, key, flow, BPF_ANY)) {
-		bpf_map_delete_elem(&flows, reply_key);
-		count(COUNTER_FLOW_TABLE_FULL);
-		return;
-	}
-	bpf_map_delete_elem(&new_flows, key);
-	bpf_map_delete_elem(&new_flows, reply_key);
-	count(COUNTER_FLOW_ESTABLISHED);
+	barrier();
+	return ends_equal(&flow->ends, ends);
 }
 
 /*
- * A request of a flow that is not proved yet. Proof is, for TCP, an acknowledgement of what the backend has said, which
- * only somebody who receives its packets can know; for UDP a second datagram after the backend's answer. 0: the
- * flow is no more, its place towards the backend was given to another.
+ * Sets and clears flags of the row that scratch.flow is a copy of, and notes the second. `request`: the ends of the
+ * requests' key. Answers the state before; FLOW_ENDING: the row is not this flow's any more.
  */
-static __noinline int flow_prove(const struct packet *packet, struct flow *flow)
+static __noinline __u32 flow_mark(struct scratch *given, struct flow *flow, const struct ends *request, __u32 set,
+				  __u32 clear)
 {
-	const struct flow_key *key = &packet->tuple;
-	struct flow_key reply_key;
-	struct flow *reply;
+	__u32 before = FLOW_ENDING, second = second_now(given);
+	struct flow_lock *lock = flow_lock_of(request);
 
-	flow_key_reverse(&reply_key, &flow->ends, key->protocol);
-	reply = bpf_map_lookup_elem(&new_flows, &reply_key);
-	if (!reply) {
-		/* Evicted, unless the other row was too late for a flow that has moved on. */
-		if (bpf_map_lookup_elem(&flows, &reply_key))
-			return 0;
-		return !flow_store(key, flow);
+	if (!lock)
+		return before;
+	bpf_spin_lock(&lock->lock);
+	if (flow_is_still(flow, &given->flow.ends)) {
+		before = flow->state;
+		flow->state = (before & FLOW_FLAGS & ~clear) | set | second << FLOW_SECOND_SHIFT;
 	}
-	if (!ends_are_reversed(&reply->ends, &key->ends))
-		return 0;
-	if (!reply->replied || reply->reset)
-		return 1;
-	if (key->protocol == IPPROTO_TCP &&
-	    (!(packet->tcp_flags & TCP_ACK) || packet->acknowledgement - reply->stamp >= ACKNOWLEDGED_MAX))
-		return 1;
-	flow->replied = 1;
-	flow_promote(key, flow, &reply_key, reply);
-	return 1;
+	bpf_spin_unlock(&lock->lock);
+	return before;
 }
 
-/* A reply of a flow that is not proved yet. */
-static __always_inline void flow_note_reply(struct flow *flow, const struct packet *packet)
+/* What tells an unproved flow from an earlier one with the same ends: the sequence number that it began with (TCP), or
+ * the second. */
+static __always_inline __u32 flow_opening_mark(__u8 protocol, const struct flow *request, const struct flow *reply)
 {
-	if (packet->tcp_flags & TCP_RST)
+	return protocol == IPPROTO_TCP ? request->sequence : reply->backend_or_first;
+}
+
+/* Why a flow is to go. */
+enum removal {
+	REMOVE_OVER = 0, /* silent for longer than it may be, as FLOW_LIMITS_NOW says */
+	REMOVE_OPENING = 1, /* still not proved, and pushed out by others */
+	REMOVE_PLACE = 2, /* closed, or not proved: another wants its place */
+	REMOVE_FREE = 3, /* the same, or silent for longer than it may be, as FLOW_LIMITS_SET says */
+};
+
+static __always_inline int flow_may_go(const struct flow_limits *limits, __u8 protocol, __u32 request, __u32 reply,
+				       __u32 why, __u32 second)
+{
+	if ((why == REMOVE_OVER || why == REMOVE_FREE) &&
+	    flow_idle_both(request, reply, second) > flow_limit(limits, protocol, request, reply))
+		return 1;
+	if (why == REMOVE_OVER)
+		return 0;
+	return !(request & FLOW_PROVED) || (why != REMOVE_OPENING && flow_is_closed(request, reply));
+}
+
+/* The replies' row of a requests' row that is another flow's, or is there no more; see flow_remove(). */
+static __always_inline int flow_remove_lonely(struct scratch *given, struct flow *reply)
+{
+	struct flow *request;
+	struct flow_lock *lock;
+	int is_ours = 0;
+
+	given->removed_ends = reply->ends;
+	flow_key_reverse(&given->removed_partner, &given->removed_ends, given->removed.protocol);
+	request = flow_find(&given->removed_partner);
+	lock = flow_lock_of(&given->removed_partner.ends);
+	if (!lock)
+		return 0;
+	bpf_spin_lock(&lock->lock);
+	if (flow_is_still(reply, &given->removed_ends) &&
+	    !(request && ends_are_reversed(&request->ends, &given->removed.ends))) {
+		reply->state |= FLOW_ENDING;
+		is_ours = 1;
+	}
+	bpf_spin_unlock(&lock->lock);
+	if (is_ours)
+		flow_delete(&given->removed);
+	return is_ours;
+}
+
+/*
+ * Removes the flow whose requests' key is scratch.removed, both rows, if it still may go; `why` is an enum removal. With
+ * the key of a replies' row whose partner has left it, that row. The only place where rows are deleted that others may
+ * know of. Answers how many rows went.
+ */
+__noinline int flow_remove(struct __sk_buff *skb, __u32 why)
+{
+	const struct flow_limits *limits = flow_limits_get(why == REMOVE_FREE ? FLOW_LIMITS_SET : FLOW_LIMITS_NOW);
+	struct scratch *given = scratch();
+	struct flow *request, *reply;
+	struct flow_lock *lock;
+	__u32 second, state = FLOW_ENDING;
+	__u64 *proved;
+
+	if (!given || !limits || !skb)
+		return 0;
+	second = second_now(given);
+	request = flow_find(&given->removed);
+	if (!request)
+		return 0;
+	if (request->state & FLOW_REPLY)
+		return why == REMOVE_OVER && flow_idle(request->state, second) > limits->tcp_opening
+			       ? flow_remove_lonely(given, request)
+			       : 0;
+	given->removed_ends = request->ends;
+	flow_key_reverse(&given->removed_partner, &given->removed_ends, given->removed.protocol);
+	reply = flow_find(&given->removed_partner);
+	if (why == REMOVE_OPENING &&
+	    (!reply || flow_opening_mark(given->removed.protocol, request, reply) != given->removed_mark))
+		return 0;
+	lock = flow_lock_of(&given->removed.ends);
+	if (!lock)
+		return 0;
+	bpf_spin_lock(&lock->lock);
+	if (flow_is_still(request, &given->removed_ends)) {
+		/* A replies' row that leads elsewhere is another flow's by now. */
+		if (reply && !ends_are_reversed(&reply->ends, &given->removed.ends))
+			reply = (void *)0;
+		if (flow_may_go(limits, given->removed.protocol, request->state, reply ? reply->state : request->state,
+				why, second)) {
+			state = request->state;
+			request->state |= FLOW_ENDING;
+			if (reply)
+				reply->state |= FLOW_ENDING;
+		}
+	}
+	bpf_spin_unlock(&lock->lock);
+	if (state & FLOW_ENDING)
+		return 0;
+	proved = flow_count_of(given->removed.protocol);
+	if ((state & FLOW_PROVED) && proved)
+		__sync_fetch_and_add(proved, -1);
+	if (reply)
+		flow_delete(&given->removed_partner);
+	flow_delete(&given->removed);
+	return reply ? 2 : 1;
+}
+
+static __always_inline int sequence_is_near(__u32 sequence, __u32 known)
+{
+	return sequence - known + SEQUENCE_WINDOW < 2 * SEQUENCE_WINDOW;
+}
+
+static __always_inline void flow_note_sequence(struct flow *flow, __u32 sequence)
+{
+	if ((__s32)(sequence - flow->sequence) > 0)
+		flow->sequence = sequence;
+}
+
+/* What a look-up has found. */
+enum recall {
+	RECALL_NONE = 0, /* no flow; or one that has ended, copied to scratch.former: the packet begins another */
+	RECALL_SERVES = 1, /* scratch.flow is a copy of the row */
+	RECALL_FOREIGN = 2, /* a packet of the same ends that is not the flow's */
+	RECALL_CHANGING = 3, /* another processor is just replacing the row */
+};
+
+/* Which flags a segment's own flags change, if its sequence number is one that the other end would take (RFC 5961). */
+static __always_inline void flow_judge_flags(const struct packet *packet, const struct flow *flow, __u32 *set,
+					     __u32 *clear)
+{
+	if (!(packet->tcp_flags & TCP_RST))
+		*clear |= FLOW_RESET;
+	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)))
 		return;
-	flow->stamp = packet->sequence;
-	flow->replied = 1;
+	if (!sequence_is_near(packet->sequence, flow->sequence) &&
+	    (!config.tcp_be_liberal || (packet->tcp_flags & TCP_RST)))
+		return;
+	*set |= packet->tcp_flags & TCP_RST ? FLOW_RESET : FLOW_FIN;
 }
 
 /* UDP and SCTP: a frontend that became another Service's takes its flows along. Asked once for each change of hands. */
@@ -216,40 +356,271 @@ static __noinline int flow_is_owned(const struct packet *packet, struct flow *fl
 		.port = packet->tuple.ends.destination_port,
 		.protocol = packet->tuple.protocol,
 	};
+	struct backend *backend = backend_get_living(flow->backend_or_first, flow->generation_or_interface);
 
-	if (frontend_has_moved(&key, 0, flow->service_id))
+	if (!backend || frontend_has_moved(&key, 0, backend->service_id))
 		return 0;
-	flow->stamp = hands;
+	flow->sequence = hands;
 	return 1;
 }
 
-/* A backend that opens a connection with the ends of a flow that has ended talks to somebody who has come to it
- * directly, from the port that the flow's client had: a new request of the flow would have made it anew. */
-static __always_inline int flow_is_left(const struct flow *flow, const struct packet *packet)
+/* Whether a request may still use its flow; else it begins another. `reply`: the partner, or NULL. */
+static __always_inline int flow_serves(const struct packet *packet, struct flow *flow, const struct flow *reply,
+				       __u32 second)
 {
-	const __u8 both = TCP_SYN | TCP_ACK;
-
-	return flow_is_closed(flow) && (packet->tcp_flags & both) == both;
-}
-
-/* May a request still use this flow, or does it begin another? */
-static __always_inline int flow_serves(struct flow *flow, const struct packet *packet, int proved, __u64 now)
-{
+	const struct flow_limits *limits = flow_limits_get(FLOW_LIMITS_SET);
 	__u32 hands;
 
+	/* A requests' row without its partner is made whole by a new beginning. */
+	if (!reply || !limits)
+		return 0;
 	if (packet->tuple.protocol == IPPROTO_TCP) {
-		if (!(packet->tcp_flags & TCP_SYN) || (packet->tcp_flags & TCP_ACK))
+		if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 			return 1;
 		/* A SYN to a backend that is gone would wait in vain; on an open connection it is the backend's to
 		 * judge (RFC 5961). */
-		return !flow_is_closed(flow) && (proved || backend_get_living(flow->backend_id, flow->generation));
+		return !flow_is_closed(flow->state, reply->state) &&
+		       ((flow->state & FLOW_PROVED) ||
+			backend_get_living(flow->backend_or_first, flow->generation_or_interface));
 	}
-	/* Others: a backend that is gone is left at once. */
-	if (flow_idle(flow, now) > (__u64)FLOW_UDP_REPLIED * NANOSECONDS ||
-	    !backend_get_living(flow->backend_id, flow->generation))
+	if (flow_idle_both(flow->state, reply->state, second) >
+		    flow_limit(limits, packet->tuple.protocol, flow->state, reply->state) ||
+	    !backend_get_living(flow->backend_or_first, flow->generation_or_interface))
 		return 0;
 	hands = epoch_now(EPOCH_HANDS);
-	return flow->stamp == hands || flow_is_owned(packet, flow, hands);
+	return flow->sequence == hands || flow_is_owned(packet, flow, hands);
+}
+
+/*
+ * Does this request prove its flow? Of TCP: it acknowledges what the backend has said, which only somebody who receives
+ * its packets can know. Of UDP: both ends have sent for some time.
+ */
+static __always_inline int flow_is_proof(const struct packet *packet, const struct flow *reply, __u32 second)
+{
+	if (!(reply->state & FLOW_PROVED))
+		return 0;
+	if (packet->tuple.protocol != IPPROTO_TCP)
+		return packet->kind != PACKET_PIECE &&
+		       ((second - reply->backend_or_first) & FLOW_SECOND_MASK) >= UDP_STREAM_AGE;
+	return (packet->tcp_flags & (TCP_ACK | TCP_RST)) == TCP_ACK &&
+	       packet->acknowledgement - reply->backend_or_first < SEQUENCE_WINDOW;
+}
+
+/* The client of a proved flow is remembered, or remembered anew. */
+static __noinline int flow_remember_client(const struct packet *packet, const struct flow *flow)
+{
+	struct backend *backend = backend_get_living(flow->backend_or_first, flow->generation_or_interface);
+	struct affinity affinity = {
+		.backend_id = flow->backend_or_first,
+		.generation = flow->generation_or_interface,
+		.used_ns = bpf_ktime_get_ns(),
+	};
+	struct affinity_key key = {.kind = CLIENT_ADDRESS};
+
+	if (!backend)
+		return 0;
+	key.service_id = backend->service_id;
+	__builtin_memcpy(key.client, &packet->tuple.ends.source, sizeof(key.client));
+	return bpf_map_update_elem(&affinities, &key, &affinity, BPF_ANY);
+}
+
+static __always_inline void flow_prove(struct scratch *given, struct flow *flow)
+{
+	const struct packet *packet = &given->packet;
+	__u64 *proved = flow_count_of(packet->tuple.protocol);
+	__u32 most = packet->tuple.protocol == IPPROTO_TCP ? config.flows_tcp : config.flows_other;
+
+	if (!proved)
+		return;
+	if (*proved >= most) {
+		count(COUNTER_FLOW_TABLE_FULL);
+		return;
+	}
+	if (flow_mark(given, flow, &packet->tuple.ends, FLOW_PROVED, 0) & (FLOW_ENDING | FLOW_PROVED))
+		return;
+	__sync_fetch_and_add(proved, 1);
+	count(COUNTER_FLOW_ESTABLISHED);
+	if (given->flow.state & FLOW_AFFINE)
+		flow_remember_client(packet, &given->flow);
+}
+
+/* A request that cannot be dealt with by a look at its row alone. */
+static __always_inline int flow_attend_request(struct scratch *given, struct flow *flow, const struct flow *reply)
+{
+	const struct packet *packet = &given->packet;
+	__u32 second = second_now(given), set = 0, clear = 0, before;
+
+	if (!flow_serves(packet, flow, reply, second)) {
+		given->former = given->flow;
+		given->has_former = 1;
+		return RECALL_NONE;
+	}
+	if (packet->tuple.protocol == IPPROTO_TCP) {
+		flow_judge_flags(packet, flow, &set, &clear);
+		/* Until the backend has answered, its first packet is what an answer acknowledges. */
+		if (flow->state & FLOW_PROVED)
+			flow_note_sequence(flow, packet->sequence);
+	}
+	before = flow_mark(given, flow, &packet->tuple.ends, set, clear);
+	if (!(before & (FLOW_PROVED | FLOW_ENDING)) && reply && flow_is_proof(packet, reply, second))
+		flow_prove(given, flow);
+	return RECALL_SERVES;
+}
+
+/*
+ * Is the first answer to a flow the flow's? The client may have come to the backend itself from the same port: then the
+ * backend's packets are that connection's, and a SYN that somebody has forged takes none of them. TCP's acknowledge what
+ * was forwarded, or refuse it by the sequence number that it asked for.
+ */
+static __always_inline int flow_is_answered(const struct packet *packet, const struct flow *flow,
+					    const struct flow *request)
+{
+	__u32 beyond = packet->acknowledgement - request->sequence;
+
+	if (packet->tuple.protocol != IPPROTO_TCP)
+		return 1;
+	if (!(packet->tcp_flags & TCP_ACK))
+		return (packet->tcp_flags & TCP_RST) && packet->sequence == flow->sequence;
+	if (packet->tcp_flags & TCP_SYN)
+		return beyond - 1 < SEQUENCE_WINDOW;
+	return beyond < SEQUENCE_WINDOW;
+}
+
+/* What a backend still says on a connection that has ended. Anything else is of another one, which the client has made to
+ * the backend itself from the same port: a new request of the flow would have made it anew. */
+static __always_inline int flow_is_farewell(const struct packet *packet, const struct flow *flow)
+{
+	return !(packet->tcp_flags & TCP_SYN) && sequence_is_near(packet->sequence, flow->sequence);
+}
+
+/* The same of a reply. */
+static __always_inline int flow_attend_reply(struct scratch *given, struct flow *flow, const struct flow *request)
+{
+	const struct packet *packet = &given->packet;
+	__u32 set = 0, clear = 0;
+	struct ends request_ends;
+
+	if (!request)
+		return RECALL_FOREIGN;
+	ends_reverse(&request_ends, &given->flow.ends);
+	if (!(flow->state & FLOW_PROVED)) {
+		if (!flow_is_answered(packet, flow, request))
+			return RECALL_FOREIGN;
+		if (packet->tuple.protocol == IPPROTO_TCP)
+			flow->sequence = packet->sequence;
+		if (packet->tuple.protocol == IPPROTO_TCP && !(packet->tcp_flags & TCP_RST))
+			flow->backend_or_first = packet->sequence;
+		if (!(packet->tcp_flags & TCP_RST))
+			set = FLOW_PROVED;
+	} else if (flow_is_closed(request->state, flow->state) && !flow_is_farewell(packet, flow)) {
+		/* From now on the flow must be answered anew: the other connection's numbers may be near. */
+		if (packet->tcp_flags & TCP_SYN)
+			flow_mark(given, flow, &request_ends, 0, FLOW_PROVED);
+		return RECALL_FOREIGN;
+	}
+	if (packet->tuple.protocol == IPPROTO_TCP) {
+		flow_judge_flags(packet, flow, &set, &clear);
+		if ((set & FLOW_FIN) && !((request->state | flow->state) & FLOW_FIN))
+			set |= FLOW_FIN_FIRST;
+		flow_note_sequence(flow, packet->sequence);
+	}
+	flow_mark(given, flow, &request_ends, set, clear);
+	return RECALL_SERVES;
+}
+
+/* Finds both rows of the flow that scratch.flow is a copy of. `partner`: NULL if it leads elsewhere by now. */
+static __always_inline struct flow *flow_find_both(struct scratch *given, struct flow **partner)
+{
+	flow_key_reverse(&given->reply, &given->flow.ends, given->packet.tuple.protocol);
+	*partner = flow_find(&given->reply);
+	if (*partner && !ends_are_reversed(&(*partner)->ends, &given->packet.tuple.ends))
+		*partner = (void *)0;
+	return flow_find(&given->packet.tuple);
+}
+
+/* These two are global, so that they are verified by themselves. They answer an enum recall for the scratch's packet and
+ * copy of its row. */
+__noinline int flow_attend_to_request(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+	struct flow *flow, *partner;
+
+	if (!given || !skb)
+		return RECALL_CHANGING;
+	flow = flow_find_both(given, &partner);
+	return flow ? flow_attend_request(given, flow, partner) : RECALL_CHANGING;
+}
+
+__noinline int flow_attend_to_reply(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+	struct flow *flow, *partner;
+
+	if (!given || !skb)
+		return RECALL_CHANGING;
+	flow = flow_find_both(given, &partner);
+	return flow ? flow_attend_reply(given, flow, partner) : RECALL_CHANGING;
+}
+
+/* Is there more to do than to translate? Once a second, and where a connection begins or ends; of UDP also where the
+ * backend is gone, or the frontend may have become another Service's. */
+static __always_inline int flow_wants_attention(struct scratch *given, const struct packet *packet)
+{
+	const struct flow *flow = &given->flow;
+
+	__u32 state = flow->state;
+
+	if ((state & (FLOW_RESET | FLOW_ENDING)) || state >> FLOW_SECOND_SHIFT != second_now(given))
+		return 1;
+	if (packet->tuple.protocol == IPPROTO_TCP)
+		return !(state & FLOW_PROVED) || (packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST));
+	/* That a request proves its flow takes seconds; that a reply answers the first one does not. */
+	if (state & FLOW_REPLY)
+		return !(state & FLOW_PROVED);
+	return flow->sequence != epoch_now(EPOCH_HANDS) ||
+	       !backend_get_living(flow->backend_or_first, flow->generation_or_interface);
+}
+
+/* Looks for the flow of the scratch's packet, and copies its row. Answers an enum recall. */
+static __always_inline int flow_recall(struct __sk_buff *skb, struct scratch *given, __u32 at_egress)
+{
+	const struct packet *packet = &given->packet;
+	struct flow *flow = flow_find(&packet->tuple);
+
+	given->has_former = 0;
+	if (!flow)
+		return RECALL_NONE;
+	given->flow = *flow;
+	/* Its partner is met on the other way: there is a flow of these ends, but this packet does not go that way. */
+	if ((given->flow.state & FLOW_AT_EGRESS) != at_egress)
+		return RECALL_NONE;
+	given->addresses = addresses_change(&packet->tuple.ends, &given->flow.ends, packet->is_ip6);
+	if (ports_change(given->addresses, &packet->tuple.ends, &given->flow.ends) != given->flow.change)
+		return RECALL_CHANGING;
+	if (flow_wants_attention(given, packet))
+		return at_egress || (given->flow.state & FLOW_REPLY) ? flow_attend_to_reply(skb)
+								     : flow_attend_to_request(skb);
+	if (packet->tuple.protocol == IPPROTO_TCP)
+		flow_note_sequence(flow, packet->sequence);
+	return RECALL_SERVES;
+}
+
+/* Enters a new flow into this processor's ring, and removes the one that has been there the longest if nobody has
+ * proved it meanwhile. */
+static __noinline int flow_note_opening(struct __sk_buff *skb, struct scratch *given)
+{
+	__u32 index = bpf_get_smp_processor_id() * FLOW_OPENINGS + (given->openings++ & (FLOW_OPENINGS - 1));
+	struct opening *opening = bpf_map_lookup_elem(&flow_openings, &index);
+
+	if (!opening)
+		return 0;
+	given->removed = opening->key;
+	given->removed_mark = opening->mark;
+	opening->key = given->packet.tuple;
+	opening->mark = flow_opening_mark(given->packet.tuple.protocol, &given->flow, &given->reply_row);
+	if (given->removed.protocol && flow_remove(skb, REMOVE_OPENING))
+		count(COUNTER_FLOW_PUSHED_OUT);
+	return 0;
 }
 
 #endif

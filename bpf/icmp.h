@@ -14,6 +14,7 @@ enum verdict {
 	VERDICT_ANSWER_TTL = 4, /* time exceeded */
 	VERDICT_ANSWER_TOO_BIG = 5, /* fragmentation needed, packet too big: packet->mtu fits */
 	VERDICT_CONTINUE = 6, /* none yet */
+	VERDICT_HAND_OVER = 7, /* to the host's stack, which fragments it */
 };
 
 enum {

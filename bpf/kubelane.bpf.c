@@ -26,7 +26,9 @@
  *   snat.h       which ends a backend sees
  *   route.h      where a packet goes next
  *   icmp.h       errors that are answered with here
+ *   stack.h      handing a packet to the host's stack instead
  *   deliver.h    sending on a packet, or an error, of a known flow
+ *   owner.h      is the packet a connection's of this node?
  *   begin.h      a packet of no flow: who may have it, and the flow that it begins
  *   wire.h       the verdict on a packet
  *
@@ -34,6 +36,7 @@
  */
 #include <linux/bpf.h>
 #include <linux/errno.h>
+#include <linux/if_packet.h>
 #include <linux/in.h>
 #include <linux/in6.h>
 #include <linux/ip.h>
@@ -61,7 +64,9 @@
 #include "snat.h"
 #include "route.h"
 #include "icmp.h"
+#include "stack.h"
 #include "deliver.h"
+#include "owner.h"
 #include "begin.h"
 #include "wire.h"
 
@@ -214,6 +219,29 @@ enum link_layer {
 	LINK_ETHERNET = 14, /* bytes before the IP header */
 	LINK_NONE = 0, /* tunnels whose packets begin with it: IPIP, SIT, WireGuard, tun */
 };
+
+/*
+ * Run by the daemon, on no device: removes those of the flows whose keys are given that have ended. The "packet" has
+ * COLLECT_HEAD bytes that mean nothing, then COLLECT_KEYS keys of requests' rows, or of replies' rows without a partner;
+ * protocol 0 for none. Answers how many rows went.
+ */
+SEC("tc")
+int flow_collect(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+	int removed = 0;
+
+	if (!given)
+		return 0;
+	for (__u32 i = 0; i < COLLECT_KEYS; i++) {
+		if (bpf_skb_load_bytes(skb, COLLECT_HEAD + i * sizeof(struct flow_key), &given->removed,
+				       sizeof(given->removed)))
+			break;
+		if (given->removed.protocol)
+			removed += flow_remove(skb, REMOVE_OVER);
+	}
+	return removed;
+}
 
 /* Outward devices, what comes in. */
 SEC("tc")

@@ -55,6 +55,14 @@ struct {
 	__type(value, struct affinity);
 } affinities SEC(".maps");
 
+/* The same for clients from outside that have not proved to be there: a flood of forged ones pushes out its like. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} new_affinities SEC(".maps");
+
 /* Connected sockets. Lives and dies with the socket; nothing is ever evicted. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -137,22 +145,80 @@ struct {
 	__type(value, struct device);
 } devices SEC(".maps");
 
-/* Flows that both ends have proved: nothing but their end, or the daemon's collection, takes them away. */
+/* Flows, a table for each family. Nothing is ever evicted; flow.h says who removes what, and when. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, struct flow_key4);
+	__type(value, struct flow);
+} flows4 SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 1);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
-} flows SEC(".maps");
+} flows6 SEC(".maps");
 
-/* Flows that are not proved yet. A flood of them pushes out its like, never the others. */
+/* One lock for many flows, by their requests' keys. Each has a cache line. */
+enum flow_lock_count {
+	FLOW_LOCKS = 1024,
+};
+
+struct flow_lock {
+	struct bpf_spin_lock lock;
+	__u8 unused[60];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FLOW_LOCKS);
+	__type(key, __u32);
+	__type(value, struct flow_lock);
+} flow_locks SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FLOW_LIMITS_MAX);
+	__type(key, __u32);
+	__type(value, struct flow_limits);
+} flow_limits SEC(".maps");
+
+/* Proved flows, by enum flow_class. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FLOW_CLASS_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} flow_counts SEC(".maps");
+
+/* A ring for each processor, FLOW_OPENINGS after FLOW_OPENINGS: its latest flows. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FLOW_OPENINGS);
+	__type(key, __u32);
+	__type(value, struct opening);
+} flow_openings SEC(".maps");
+
+/* What this node, or a pod that is masqueraded as the node, has sent from a port that is served: the answer's key -> the
+ * second of the last packet. See owner.h. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct flow_key);
+	__type(value, __u32);
+} outgoing SEC(".maps");
+
+/* Packets that were handed to the host's stack: their ends in the stack -> what they become when they leave, a row like
+ * those of flows. Each is written again by the flow's next packet, should it be evicted. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct flow_key);
 	__type(value, struct flow);
-} new_flows SEC(".maps");
+} handed SEC(".maps");
 
 /* The ports of a datagram that comes in pieces: only the first has them. */
 struct fragment_key {
@@ -176,9 +242,13 @@ struct {
 
 /* What a port has been used for, a byte each, set by the programs: bytes can be set without a lock, and never need to
  * be cleared, as one that is set for nothing only costs a look-up. */
+enum reply_filter_size {
+	REPLY_FILTER_SIZE = 262144,
+};
+
 struct port_table {
 	__u8 forwarded[65536]; /* by destination port of what comes in: replies of backends elsewhere */
-	__u8 replies[65536]; /* by source port of what leaves: some local backend's */
+	__u8 replies[REPLY_FILTER_SIZE]; /* by reply_index() of what leaves: a local backend's answers to a client */
 };
 
 struct {
@@ -202,6 +272,30 @@ struct {
 	__type(key, __u32);
 	__type(value, __u32);
 } epochs SEC(".maps");
+
+/* What a route look-up answered, on this processor; see route.h. */
+enum route_cache_size {
+	ROUTES_KNOWN = 1024,
+};
+
+struct known_route {
+	struct ends ends; /* ports: 0 where routing does not ask for them */
+	__u32 from; /* interface that the packet came in by */
+	__u32 protocol; /* 0, as the ports */
+	__u32 epoch; /* EPOCH_ROUTES at the time */
+	__u32 second; /* when */
+	__u32 interface; /* where to; 0: nothing is known */
+	__u16 mtu; /* of a source's row 1: behind an outward device; 0: on this node */
+	__u16 family; /* of `next`, AF_INET or AF_INET6; 0: the kernel finds it while sending */
+	__be32 next[4]; /* the neighbour's address; of a source's row, this node's address */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, ROUTES_KNOWN);
+	__type(key, __u32);
+	__type(value, struct known_route);
+} known_routes SEC(".maps");
 
 /* How many answers this processor may give; see icmp.h. */
 struct answer_budget {

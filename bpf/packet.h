@@ -16,6 +16,7 @@ enum {
 	UDP_HEADER = 8,
 	SCTP_HEADER = 12,
 	ICMP_HEADER = 8,
+	IP4_DONT_FRAGMENT = 0x4000,
 	IP4_MORE_FRAGMENTS = 0x2000,
 	IP4_FRAGMENT_OFFSET = 0x1fff,
 	IP6_MORE_FRAGMENTS = 0x0001,
@@ -44,12 +45,15 @@ struct packet {
 	__u32 acknowledgement;
 	__u32 fragment_id;
 	__u32 mtu; /* what an answer "too big" will say */
+	__be32 transport[5]; /* the transport header as it is: 20 bytes of TCP, 8 of others */
 	__u16 ip4_check;
+	__u16 check; /* the transport header's, of TCP and UDP */
 	__u8 kind; /* enum packet_kind */
 	__u8 is_ip6;
 	__u8 ttl; /* or hop limit */
 	__u8 tcp_flags;
-	__u8 zero[2];
+	__u8 may_fragment; /* IPv4 without DF */
+	__u8 zero[3];
 };
 
 static __always_inline void address_set_words(struct address *address, const __u32 *words)
@@ -149,6 +153,7 @@ static __always_inline int packet_parse_ip4(struct __sk_buff *skb, struct packet
 	packet->ttl = ip.ttl;
 	packet->ip4_check = ip.check;
 	packet->fragment_id = ip.id;
+	packet->may_fragment = !(ip.frag_off & bpf_htons(IP4_DONT_FRAGMENT));
 	if (ip.frag_off & bpf_htons(IP4_FRAGMENT_OFFSET))
 		packet->kind = PACKET_PIECE;
 	else if (ip.frag_off & bpf_htons(IP4_MORE_FRAGMENTS))
@@ -187,9 +192,9 @@ static __always_inline void packet_measure(struct __sk_buff *skb, struct packet 
 
 static __always_inline void packet_parse_tcp(struct __sk_buff *skb, struct packet *packet)
 {
-	__be32 words[5] = {}; /* RFC 9293: ports, sequence, acknowledgement, flags and window, checksum */
+	__be32 *words = packet->transport; /* RFC 9293: ports, sequence, acknowledgement, flags and window, checksum */
 
-	if (packet_load(skb, packet->l4, words, sizeof(words))) {
+	if (packet_load(skb, packet->l4, words, sizeof(packet->transport))) {
 		packet->kind = PACKET_OTHER;
 		return;
 	}
@@ -198,20 +203,22 @@ static __always_inline void packet_parse_tcp(struct __sk_buff *skb, struct packe
 	packet->sequence = bpf_ntohl(words[1]);
 	packet->acknowledgement = bpf_ntohl(words[2]);
 	packet->tcp_flags = bpf_ntohl(words[3]) >> 16;
+	packet->check = bpf_htons(bpf_ntohl(words[4]) >> 16);
 	packet_measure(skb, packet, (bpf_ntohl(words[3]) >> 28) * 4);
 }
 
 /* UDP and SCTP (RFC 768, RFC 9260): ports, and nothing else that matters here. */
 static __always_inline void packet_parse_ports(struct __sk_buff *skb, struct packet *packet)
 {
-	__be16 halves[4] = {};
+	__be32 *words = packet->transport;
 
-	if (packet_load(skb, packet->l4, halves, sizeof(halves))) {
+	if (packet_load(skb, packet->l4, words, 8)) {
 		packet->kind = PACKET_OTHER;
 		return;
 	}
-	packet->tuple.ends.source_port = halves[0];
-	packet->tuple.ends.destination_port = halves[1];
+	packet->tuple.ends.source_port = bpf_htons(bpf_ntohl(words[0]) >> 16);
+	packet->tuple.ends.destination_port = bpf_htons(bpf_ntohl(words[0]));
+	packet->check = bpf_htons(bpf_ntohl(words[1])); /* of UDP */
 	packet_measure(skb, packet, packet->tuple.protocol == IPPROTO_UDP ? UDP_HEADER : SCTP_HEADER);
 }
 
@@ -222,6 +229,7 @@ static __always_inline void packet_reset(struct packet *packet, __u32 l3, __u32 
 	packet->is_ip6 = is_ip6;
 	packet->kind = PACKET_WHOLE;
 	packet->tcp_flags = 0;
+	packet->may_fragment = 0;
 	packet->fragment_id = 0;
 }
 

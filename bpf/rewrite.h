@@ -23,8 +23,10 @@ struct ip4_tail {
 	__be32 destination;
 };
 
+/* `change`: of the addresses. */
 static __always_inline void ip4_tail_fill(struct ip4_tail *tail, const struct packet *packet,
-					  const struct address *source, const struct address *destination, __u32 mode)
+					  const struct address *source, const struct address *destination, __u32 change,
+					  __u32 mode)
 {
 	__u16 before = bpf_htons((__u16)packet->ttl << 8 | packet->tuple.protocol);
 	__u8 ttl = packet->ttl - (mode == REWRITE_HOP);
@@ -34,7 +36,7 @@ static __always_inline void ip4_tail_fill(struct ip4_tail *tail, const struct pa
 	tail->source = address_words(source)->word[3];
 	tail->destination = address_words(destination)->word[3];
 	sum += (__u16)~before + tail->ttl_protocol;
-	tail->check = (__u16)~checksum_fold16(sum + checksum_change(&packet->tuple.ends, source, destination));
+	tail->check = (__u16)~checksum_fold16(sum + change);
 }
 
 static __always_inline int rewrite_ip4(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
@@ -42,7 +44,8 @@ static __always_inline int rewrite_ip4(struct __sk_buff *skb, const struct packe
 {
 	struct ip4_tail tail;
 
-	ip4_tail_fill(&tail, packet, source, destination, mode);
+	ip4_tail_fill(&tail, packet, source, destination, checksum_change(&packet->tuple.ends, source, destination),
+		      mode);
 	return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
 }
 
@@ -71,25 +74,51 @@ static __noinline int rewrite_addresses(struct __sk_buff *skb, const struct pack
 	return rewrite_ip4(skb, packet, source, destination, mode);
 }
 
-/* Where the ports follow the addresses, one call writes both, and the hop limit before them. */
-static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const struct packet *packet,
-					     const struct ends *ends, __be32 ports, __u32 mode)
+/* The transport header with other ports, and its checksum changed by `change`. Answers how many bytes it is. */
+static __always_inline void transport_fill(__be32 *to, const struct packet *packet, __be32 ports, __u32 change)
 {
-	struct {
-		struct ip4_tail ip;
-		__be32 ports;
-	} tail = {.ports = ports};
+	__u16 check = checksum_changed(packet->check, change);
 
-	ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, mode);
-	return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
+	to[0] = ports;
+	if (packet->tuple.protocol == IPPROTO_TCP) {
+		to[1] = packet->transport[1];
+		to[2] = packet->transport[2];
+		to[3] = packet->transport[3];
+		to[4] = (packet->transport[4] & bpf_htonl(0xffff)) | bpf_htonl((__u32)bpf_ntohs(check) << 16);
+		return;
+	}
+	to[1] = (packet->transport[1] & bpf_htonl(0xffff0000)) | bpf_htonl(check ? bpf_ntohs(check) : 0xffff);
 }
 
 /*
- * `change`: of the addresses. Where the device has summed the packet (CHECKSUM_COMPLETE), its sum takes in the addresses
- * and the hop limit, for which nothing in the header makes up; bpf_csum_update() does nothing in other cases. What the
- * ports change, the transport checksum makes up for.
+ * Where the transport header follows the addresses and its checksum can be changed here, one call writes everything from
+ * the TTL on. Where the device has summed the packet (CHECKSUM_COMPLETE), its sum starts at the IP header: the IPv4
+ * header's checksum makes up for all that is in it, and the transport's for what its pseudo header has, too.
+ * bpf_csum_update() does nothing in other cases.
  */
-static __always_inline int rewrite_plain_ip6(struct __sk_buff *skb, const struct packet *packet,
+static __always_inline int rewrite_whole_ip4(struct __sk_buff *skb, const struct scratch *given, __be32 ports,
+					     __u32 mode)
+{
+	struct {
+		struct ip4_tail ip;
+		__be32 transport[5];
+	} tail;
+	const struct packet *packet = &given->packet;
+	const struct ends *ends = &given->flow.ends;
+	long result;
+
+	ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, given->addresses, mode);
+	transport_fill(tail.transport, packet, ports, given->flow.change);
+	if (packet->tuple.protocol == IPPROTO_TCP)
+		result = bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
+	else
+		result = bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail.ip) + 8, 0);
+	bpf_csum_update(skb, ~given->addresses);
+	return result;
+}
+
+/* In IPv6 the transport's checksum makes up for all but the hop limit. */
+static __always_inline int rewrite_whole_ip6(struct __sk_buff *skb, const struct packet *packet,
 					     const struct ends *ends, __be32 ports, __u32 change, __u32 mode)
 {
 	struct {
@@ -97,41 +126,75 @@ static __always_inline int rewrite_plain_ip6(struct __sk_buff *skb, const struct
 		__u8 hop_limit;
 		struct address source;
 		struct address destination;
-		__be32 ports;
-	} tail = {.source = ends->source, .destination = ends->destination, .ports = ports};
+		__be32 transport[5];
+	} tail = {.source = ends->source, .destination = ends->destination};
+	__u32 offset = packet->l3 + IP6_HOP_LIMIT;
+	long result;
 
 	tail.hop_limit = packet->ttl - (mode == REWRITE_HOP);
-	if (bpf_skb_store_bytes(skb, packet->l3 + IP6_HOP_LIMIT, &tail.hop_limit, 1 + 2 * sizeof(struct address) + 4,
-				0))
-		return -1;
-	bpf_csum_update(skb,
-			checksum_fold32((__u64)change + (__u16)~bpf_htons(packet->ttl) + bpf_htons(tail.hop_limit)));
-	return 0;
+	transport_fill(tail.transport, packet, ports, change);
+	if (packet->tuple.protocol == IPPROTO_TCP)
+		result = bpf_skb_store_bytes(skb, offset, &tail.hop_limit, 1 + 2 * sizeof(struct address) + 20, 0);
+	else
+		result = bpf_skb_store_bytes(skb, offset, &tail.hop_limit, 1 + 2 * sizeof(struct address) + 8, 0);
+	if (mode == REWRITE_HOP)
+		bpf_csum_update(skb,
+				checksum_fold32((__u64)(__u16)~bpf_htons(packet->ttl) + bpf_htons(tail.hop_limit)));
+	return result;
 }
 
-/* Gives a TCP, UDP or SCTP packet, or a piece of one, new ends. Not 0: the kernel refused. */
-static __always_inline int rewrite_packet(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
-					  __u32 mode)
+/* The same step by step: options or extensions between the headers, no checksum, or one that the device will make. Where
+ * the ports of IPv4 follow the addresses, one call writes both. */
+static __noinline int rewrite_by_parts(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
+				       __u32 mode)
 {
 	const struct ends *old = &packet->tuple.ends;
 	__be32 old_ports = ports_word(old->source_port, old->destination_port);
 	__be32 new_ports = ports_word(ends->source_port, ends->destination_port);
+	struct {
+		struct ip4_tail ip;
+		__be32 ports;
+	} tail = {.ports = new_ports};
+	__u32 addresses = addresses_change(old, ends, packet->is_ip6);
 
 	if (packet->kind != PACKET_PIECE) {
-		__u32 change = checksum_change(old, &ends->source, &ends->destination);
-
-		if (checksum_set_transport(skb, packet, change, old_ports, new_ports))
+		if (checksum_set_transport(skb, packet, addresses, old_ports, new_ports))
 			return -1;
-		if (packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct ipv6hdr))
-			return rewrite_plain_ip6(skb, packet, ends, new_ports, change, mode);
-		if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr))
-			return rewrite_plain_ip4(skb, packet, ends, new_ports, mode);
+		if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr)) {
+			ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, addresses, mode);
+			return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
+		}
 		if (old_ports != new_ports && bpf_skb_store_bytes(skb, packet->l4, &new_ports, sizeof(new_ports), 0))
 			return -1;
 	}
 	if (packet->is_ip6)
 		return rewrite_ip6(skb, packet, &ends->source, &ends->destination, mode);
 	return rewrite_ip4(skb, packet, &ends->source, &ends->destination, mode);
+}
+
+/*
+ * Gives the scratch's packet (TCP, UDP or SCTP, or a piece of it) the ends of the scratch's copy of a row, whose change
+ * of addresses is in the scratch as well. Not 0: the kernel refused. Global, so that it is verified once and not for each way that leads here.
+ */
+__noinline int rewrite_packet(struct __sk_buff *skb, __u32 mode)
+{
+	struct scratch *given = scratch();
+	const struct packet *packet;
+	const struct ends *ends;
+	__be32 ports;
+
+	if (!given)
+		return -1;
+	packet = &given->packet;
+	ends = &given->flow.ends;
+	ports = ports_word(ends->source_port, ends->destination_port);
+	if (packet->kind == PACKET_PIECE || packet->tuple.protocol == IPPROTO_SCTP || !checksum_is_whole(skb, packet))
+		return rewrite_by_parts(skb, packet, ends, mode);
+	if (packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct ipv6hdr))
+		return rewrite_whole_ip6(skb, packet, ends, ports, given->flow.change, mode);
+	if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr))
+		return rewrite_whole_ip4(skb, given, ports, mode);
+	return rewrite_by_parts(skb, packet, ends, mode);
 }
 
 #endif

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Where a packet goes next, as the kernel's own routing would decide it: all tables, by the `ip rule`s, with the
- * packet's mark, as if forwarded from the device that it came in by. The answer is kept in the flow's row (struct hop)
- * for a second at most, and for as long as the daemon tells of no change.
+ * packet's mark, as if forwarded from the device that it came in by. Each processor keeps the answers that it got, for a
+ * second at most and for as long as the daemon tells of no change: by addresses, so that all flows of a backend share
+ * them, and by ports as well where routing asks for these.
  */
 #ifndef KUBELANE_ROUTE_H
 #define KUBELANE_ROUTE_H
@@ -20,6 +21,7 @@ enum route_result {
 	ROUTE_TOO_BIG = 1,
 	ROUTE_NONE = 2,
 	ROUTE_FORWARDING_OFF = 3,
+	ROUTE_HERE = 4, /* the node itself, or a pod's device: the host's stack goes on with it */
 };
 
 struct route {
@@ -90,6 +92,9 @@ static __always_inline void route_set_next(struct route *route, const struct bpf
  */
 static __always_inline int route_send(struct __sk_buff *skb, __u32 l3, struct route *route)
 {
+	/* A priority tag (VLAN 0, IEEE 802.1Q) ends at the device that it came in by. */
+	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
+		return -1;
 	if (!l3 && bpf_skb_change_head(skb, ETHERNET_HEADER, 0))
 		return -1;
 	if (!route->next.nh_family)
@@ -122,83 +127,141 @@ static __noinline int route_find(struct __sk_buff *skb, const struct packet *pac
 		route->mtu = fib.mtu_result && fib.mtu_result < length ? fib.mtu_result : MTU_LEAST;
 		return ROUTE_TOO_BIG;
 	}
+	if (result == BPF_FIB_LKUP_RET_NOT_FWDED)
+		return ROUTE_HERE;
 	return result == BPF_FIB_LKUP_RET_FWD_DISABLED ? ROUTE_FORWARDING_OFF : ROUTE_NONE;
 }
 
-/* Where the flow's last packet went, if this one would be told the same. */
-static __always_inline int hop_recall(struct __sk_buff *skb, const struct packet *packet, const struct hop *hop,
-				      struct route *route)
+/* The place in the cache of what is asked for packets of these ends. `by_address`: flows between two addresses share it. */
+static __always_inline struct known_route *known_route_at(const struct ends *ends, __u32 by_address)
 {
-	__u32 interface = hop->interface;
+	__u32 sum = address_words(&ends->source)->word[3] + address_words(&ends->destination)->word[3] * 3, index;
 
-	barrier();
-	if (!interface || hop->from != skb->ifindex || hop->epoch != epoch_now(EPOCH_ROUTES) || skb->mark ||
-	    packet->segment > hop->mtu)
+	if (!by_address)
+		sum += ends->source_port + ends->destination_port;
+	index = mix(sum) & (ROUTES_KNOWN - 1);
+	return bpf_map_lookup_elem(&known_routes, &index);
+}
+
+/* Is that what was asked for packets of these ends, a moment ago? */
+static __always_inline int known_route_answers(const struct known_route *known, struct __sk_buff *skb,
+					       const struct ends *ends, __u32 protocol, __u32 by_address, __u32 second)
+{
+	if (!known->interface || known->second != second || known->from != skb->ifindex ||
+	    known->epoch != epoch_now(EPOCH_ROUTES) ||
+	    (address_difference(&known->ends.source, &ends->source) |
+	     address_difference(&known->ends.destination, &ends->destination)))
 		return 0;
-	route->interface = interface;
-	route->next.nh_family = hop->family;
-	for (int i = 0; i < 4; i++)
-		route->next.ipv6_nh[i] = hop->next[i];
-	/* Another processor takes the interface away before it writes the rest. */
-	barrier();
-	return hop->interface == interface;
+	/* Rules that name ports, or paths chosen by them. */
+	return by_address || (known->protocol == protocol && known->ends.source_port == ends->source_port &&
+			      known->ends.destination_port == ends->destination_port);
 }
 
 /* `epoch` is from before the look-up: a change that came meanwhile counts. */
-static __always_inline void hop_note(struct __sk_buff *skb, struct hop *hop, const struct route *route, __u32 epoch)
+static __always_inline void known_route_note(struct known_route *known, struct __sk_buff *skb, const struct ends *ends,
+					     __u32 protocol, const struct route *route, __u32 epoch, __u32 second)
 {
-	if (skb->mark || !route->mtu)
-		return;
-	hop->interface = 0;
-	barrier();
-	hop->from = skb->ifindex;
-	hop->epoch = epoch;
-	hop->mtu = route->mtu;
-	hop->family = route->next.nh_family;
+	known->ends = *ends;
+	known->from = skb->ifindex;
+	known->protocol = protocol;
+	known->epoch = epoch;
+	known->second = second;
+	known->mtu = route->mtu;
+	known->family = route->next.nh_family;
 	for (int i = 0; i < 4; i++)
-		hop->next[i] = route->next.ipv6_nh[i];
-	barrier();
-	hop->interface = route->interface;
+		known->next[i] = route->next.ipv6_nh[i];
+	known->interface = route->interface;
 }
 
-/* Before 6.7 the kernel does not name a source: that of the device, then, as the daemon has noted it. */
-static __always_inline int source_of_device(__u32 interface, struct ends *ends)
+/* As route_find(), from what this processor knows if it does. Marks and what is larger than known to fit are asked. */
+static __always_inline int route_recall(struct __sk_buff *skb, struct scratch *given, const struct packet *packet,
+					const struct ends *ends, struct route *route)
 {
-	struct device *device = bpf_map_lookup_elem(&devices, &interface);
+	__u32 second = second_now(given), by_address = epoch_now(EPOCH_ROUTES_BY_ADDRESS), epoch;
+	struct known_route *known = known_route_at(ends, by_address);
+	int result;
 
-	if (!device)
-		return ROUTE_NONE;
-	if (address_is_ip4(&ends->destination))
-		ends->source = device->ip4;
-	else
-		ends->source = device->ip6;
-	return ROUTE_FOUND;
+	if (known && !skb->mark && packet->segment <= known->mtu &&
+	    known_route_answers(known, skb, ends, packet->tuple.protocol, by_address, second)) {
+		route->interface = known->interface;
+		route->next.nh_family = known->family;
+		for (int i = 0; i < 4; i++)
+			route->next.ipv6_nh[i] = known->next[i];
+		return ROUTE_FOUND;
+	}
+	epoch = epoch_now(EPOCH_ROUTES);
+	result = route_find(skb, packet, ends, route);
+	if (result == ROUTE_FOUND && known && !skb->mark && route->mtu)
+		known_route_note(known, skb, ends, packet->tuple.protocol, route, epoch, second);
+	return result;
 }
 
-/* Sets ends->source to what this node would use towards ends->destination; it must be all zeros (IPv4: mapped). */
-static __noinline int route_source(struct __sk_buff *skb, struct ends *ends, __u8 protocol)
+/* Asks the kernel. */
+static __always_inline int route_source_find(struct __sk_buff *skb, struct ends *ends, __u8 protocol, __u32 *interface)
 {
 	struct bpf_fib_lookup fib = {};
+	struct device *device;
 	long result;
 
 	/* Of length 1: whether the packet fits is judged later. */
 	fib_fill(&fib, skb, ends, protocol, 1);
 	result = fib_lookup(skb, &fib, FIB_LOOKUP_SRC);
 	if (result == -EINVAL) {
+		fib_fill(&fib, skb, ends, protocol, 1);
 		result = fib_lookup(skb, &fib, 0);
-		if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
-			return result == BPF_FIB_LKUP_RET_FWD_DISABLED ? ROUTE_FORWARDING_OFF : ROUTE_NONE;
-		return source_of_device(fib.ifindex, ends);
+		fib.ipv4_src = 0;
 	}
+	if (result == BPF_FIB_LKUP_RET_NOT_FWDED)
+		return ROUTE_HERE;
 	if (result == BPF_FIB_LKUP_RET_FWD_DISABLED)
 		return ROUTE_FORWARDING_OFF;
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return ROUTE_NONE;
-	if (address_is_ip4(&ends->destination))
+	*interface = fib.ifindex;
+	device = bpf_map_lookup_elem(&devices, interface);
+	if (!device)
+		return ROUTE_HERE;
+	if (address_is_ip4(&ends->destination)) {
 		address_set_ip4(&ends->source, fib.ipv4_src);
-	else
+		if (!fib.ipv4_src)
+			ends->source = device->ip4;
+	} else {
 		address_set_words(&ends->source, fib.ipv6_src);
+		if (address_is_loopback(&ends->source))
+			ends->source = device->ip6;
+	}
 	return ROUTE_FOUND;
+}
+
+/*
+ * Where is ends->destination? ROUTE_HERE: on this node. ROUTE_FOUND: behind an outward device; ends->source, which must
+ * be all zeros (IPv4: mapped), becomes what this node would use towards it.
+ */
+static __noinline int route_source(struct __sk_buff *skb, struct scratch *given, struct ends *ends, __u8 protocol)
+{
+	__u32 second = second_now(given), epoch = epoch_now(EPOCH_ROUTES), interface = 0;
+	__u32 by_address = epoch_now(EPOCH_ROUTES_BY_ADDRESS);
+	struct known_route *known = known_route_at(ends, by_address);
+	struct ends *asked = &given->asked;
+	struct route route = {};
+	int result;
+
+	if (known && !skb->mark && known_route_answers(known, skb, ends, protocol, by_address, second)) {
+		if (!known->mtu)
+			return ROUTE_HERE;
+		address_set_words(&ends->source, known->next);
+		return ROUTE_FOUND;
+	}
+	*asked = *ends;
+	result = route_source_find(skb, ends, protocol, &interface);
+	if (!known || skb->mark || !interface || (result != ROUTE_FOUND && result != ROUTE_HERE))
+		return result;
+	route.interface = interface;
+	route.mtu = result == ROUTE_FOUND;
+	for (int i = 0; i < 4; i++)
+		route.next.ipv6_nh[i] = address_words(&ends->source)->word[i];
+	known_route_note(known, skb, asked, protocol, &route, epoch, second);
+	return result;
 }
 
 #endif

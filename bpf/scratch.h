@@ -11,12 +11,30 @@
 #ifndef KUBELANE_SCRATCH_H
 #define KUBELANE_SCRATCH_H
 
+enum {
+	NANOSECONDS = 1000000000,
+};
+
 struct scratch {
 	struct packet packet;
 	struct packet quoted; /* what an ICMP error quotes */
 	struct frontend frontend; /* the one that the packet asks for */
-	struct flow flow; /* the flow that it begins */
-	struct flow_key reply; /* and the replies that the flow will have */
+	struct flow flow; /* a copy of the packet's row; or the row that it begins */
+	__u32 addresses; /* the part of flow.change that addresses have, of the packet at hand */
+	struct flow_key reply; /* the other direction's key */
+	struct flow reply_row; /* and row, of a flow that begins */
+	struct flow former; /* the row, of a flow that has ended, that the packet's new flow replaces */
+	__u32 has_former;
+	struct ends asked; /* of the cache of routes */
+	struct flow_key removed; /* what flow_remove() is asked for: the requests' key */
+	__u32 idle; /* of the flow that holds a place: seconds of silence */
+	struct flow_key removed_partner; /* and its partner's */
+	struct ends removed_ends; /* and its row's */
+	struct packet smallest; /* one that fits any route, for the cache of routes */
+	struct ends backend_ends; /* the backend, and this node's address towards it */
+	__u32 removed_mark; /* of the flow that is meant, of an opening */
+	__u32 openings; /* how many flows began on this processor */
+	__u32 second; /* of CLOCK_MONOTONIC */
 	__u64 tick; /* in which the clock was read */
 	__u64 tick_ns; /* what it said */
 };
@@ -44,8 +62,16 @@ static __always_inline __u64 clock_now(struct scratch *given)
 	if (given->tick != tick) {
 		given->tick = tick;
 		given->tick_ns = bpf_ktime_get_ns();
+		given->second = (given->tick_ns / NANOSECONDS) & FLOW_SECOND_MASK;
 	}
 	return given->tick_ns;
+}
+
+/* The same in seconds, as flow.state has them. */
+static __always_inline __u32 second_now(struct scratch *given)
+{
+	clock_now(given);
+	return given->second;
 }
 
 #endif

@@ -9,6 +9,8 @@
  * The first port tried is the client's own plus a number that depends on the client's and the Service's addresses:
  * one client's ports never meet each other, and a client that uses a port again is given the same one again, so that
  * the backend sees what it would see from the client itself and its TIME_WAIT lets the SYN pass (RFC 6191).
+ *
+ * A port is reserved by creating the replies' row: of two processors that want it, one has it.
  */
 #ifndef KUBELANE_SNAT_H
 #define KUBELANE_SNAT_H
@@ -34,84 +36,103 @@ enum snat_ports {
 	SNAT_KEEP = 2, /* the client's own only: SCTP's checksum covers ports */
 };
 
+/* Who has the port that was tried. */
 enum place {
-	PLACE_EMPTY = 0,
-	PLACE_FREE = 1, /* its flow has ended, or is the asking one's own */
-	PLACE_YIELDING = 2, /* taken, by a flow that no end has proved, or that both have closed */
-	PLACE_OWN = 3, /* taken, by a connection of the same client that both ends have closed seconds ago */
-	PLACE_TAKEN = 4,
+	PLACE_RESERVED = 0, /* the asking flow, from now on */
+	PLACE_OWN = 1, /* the asking flow, from before: the client uses its port again */
+	PLACE_FREE = 2, /* nobody any more, but rows are there */
+	PLACE_FOLLOWING = 3, /* a connection of the same client that both ends have closed seconds ago */
+	PLACE_YIELDING = 4, /* a flow that no end has proved, or that both have closed */
+	PLACE_TAKEN = 5,
+	PLACE_FULL = 6, /* the kernel has no room or no memory for a row */
 };
-
-/* What snat_reserve() has found. */
-enum reserved {
-	RESERVED_NONE = -1, /* every port tried belongs to an established flow */
-	RESERVED_EMPTY = 0,
-	RESERVED_USED = 1, /* rows of an earlier flow are there, to be removed */
-};
-
-/* A 32-bit mixer (the finaliser of MurmurHash3). */
-static __always_inline __u32 snat_mix(__u32 value)
-{
-	value ^= value >> 16;
-	value *= 0x85ebca6b;
-	value ^= value >> 13;
-	value *= 0xc2b2ae35;
-	return value ^ value >> 16;
-}
 
 static __always_inline __u32 snat_hash(const struct flow_key *request)
 {
 	const struct address_words *client = address_words(&request->ends.source);
 	const struct address_words *service = address_words(&request->ends.destination);
-	__u32 hash = snat_mix(client->word[0] ^ service->word[0]);
+	__u32 hash = mix(client->word[0] ^ service->word[0]);
 
-	hash = snat_mix(hash ^ client->word[1] ^ service->word[1]);
-	hash = snat_mix(hash ^ client->word[2] ^ service->word[2]);
-	hash = snat_mix(hash ^ client->word[3]);
-	hash = snat_mix(hash ^ service->word[3]);
-	return snat_mix(hash ^ request->ends.destination_port);
+	hash = mix(hash ^ client->word[1] ^ service->word[1]);
+	hash = mix(hash ^ client->word[2] ^ service->word[2]);
+	hash = mix(hash ^ client->word[3]);
+	hash = mix(hash ^ service->word[3]);
+	return mix(hash ^ request->ends.destination_port);
 }
 
-/* For how many seconds after its last packet a flow holds its place against others. */
-static __always_inline __u64 place_rest(const struct flow *flow, __u8 protocol)
+/* A place whose flow is over: for how long must it rest before others may have it? */
+static __always_inline int place_of_closed(const struct scratch *given, __u32 request, __u32 reply, __u32 idle,
+					   const struct ends *holder)
 {
-	if (protocol != IPPROTO_TCP)
-		return FLOW_UDP_REPLIED;
-	if (flow->reset)
-		return FLOW_TCP_PORT_REST;
-	if (flow->client_closed && flow->backend_closed)
-		return flow->backend_first ? FLOW_TCP_TIME_WAIT : FLOW_TCP_PORT_REST;
-	return FLOW_TCP_ESTABLISHED;
+	__u32 rest = FLOW_TCP_PORT_REST;
+
+	if (idle > FLOW_TCP_PORT_REST && address_equal(&holder->source, &given->packet.tuple.ends.source))
+		return PLACE_FOLLOWING;
+	if ((request & reply & FLOW_FIN) && (reply & FLOW_FIN_FIRST) && !((request | reply) & FLOW_RESET))
+		rest = FLOW_TCP_TIME_WAIT_REST;
+	return idle > rest ? PLACE_FREE : PLACE_YIELDING;
 }
 
-static __always_inline int place_of_closed(const struct flow *flow, const struct flow_key *request, __u64 now)
+/*
+ * Whose is the row under scratch.reply that is in the way? The holder's key is left in scratch.removed, for
+ * flow_remove(), and how long it has been silent in scratch.idle.
+ */
+static __always_inline int place_of_holder(struct scratch *given)
 {
-	if (address_equal(&flow->ends.destination, &request->ends.source) &&
-	    flow_idle(flow, now) > (__u64)FLOW_TCP_PORT_REST * NANOSECONDS)
+	const struct flow_limits *limits = flow_limits_get(FLOW_LIMITS_SET);
+	struct flow *reply = flow_find(&given->reply), *request;
+	__u8 protocol = given->packet.tuple.protocol;
+	__u32 request_state, reply_state;
+
+	if (!reply || !limits || !(reply->state & FLOW_REPLY))
+		return PLACE_TAKEN;
+	flow_key_reverse(&given->removed, &reply->ends, protocol);
+	reply_state = reply->state;
+	request = flow_find(&given->removed);
+	/* Another processor is about to enter its flow, or to take the place back. */
+	if (!request || !ends_are_reversed(&request->ends, &given->reply.ends))
+		return PLACE_TAKEN;
+	if (ends_equal(&given->removed.ends, &given->packet.tuple.ends))
 		return PLACE_OWN;
-	return PLACE_YIELDING;
+	request_state = request->state;
+	given->idle = flow_idle_both(request_state, reply_state, second_now(given));
+	if (protocol == IPPROTO_TCP && flow_is_closed(request_state, reply_state))
+		return place_of_closed(given, request_state, reply_state, given->idle, &given->removed.ends);
+	if (given->idle > flow_limit(limits, protocol, request_state, reply_state))
+		return PLACE_FREE;
+	return request_state & FLOW_PROVED ? PLACE_TAKEN : PLACE_YIELDING;
 }
 
-/* May `request` have the replies of `reply`? *used: when the yielding flow that holds them was last used. */
-static __noinline int place_state(const struct flow_key *reply, const struct flow_key *request, __u64 now, __u64 *used)
+/* Tries the place that scratch.reply names. Answers an enum place. */
+__noinline int place_try(struct __sk_buff *skb)
 {
-	struct flow *flow = bpf_map_lookup_elem(&flows, reply);
+	struct scratch *given = scratch();
+	long result;
 
-	if (flow) {
-		if (ends_are_reversed(&flow->ends, &request->ends) ||
-		    flow_idle(flow, now) > place_rest(flow, reply->protocol) * NANOSECONDS)
-			return PLACE_FREE;
-		*used = flow->used_ns;
-		return flow->client_closed && flow->backend_closed ? place_of_closed(flow, request, now) : PLACE_TAKEN;
-	}
-	flow = bpf_map_lookup_elem(&new_flows, reply);
-	if (!flow)
-		return PLACE_EMPTY;
-	if (ends_are_reversed(&flow->ends, &request->ends) ||
-	    flow_idle(flow, now) > (__u64)FLOW_TCP_OPENING * NANOSECONDS)
-		return PLACE_FREE;
-	*used = flow->used_ns;
-	return PLACE_YIELDING;
+	if (!given || !skb)
+		return PLACE_FULL;
+	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
+	result = flow_create(&given->reply, &given->reply_row);
+	if (!result)
+		return PLACE_RESERVED;
+	return result == -EEXIST ? place_of_holder(given) : PLACE_FULL;
+}
+
+/* The same once the flow that holds it was removed. Another processor may be faster. */
+__noinline int place_take(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+	int place;
+
+	if (!given)
+		return PLACE_FULL;
+	place = place_try(skb);
+	if (place != PLACE_FREE && place != PLACE_FOLLOWING && place != PLACE_YIELDING)
+		return place;
+	if (!flow_remove(skb, place == PLACE_FREE ? REMOVE_FREE : REMOVE_PLACE))
+		return PLACE_TAKEN;
+	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
+	return flow_create(&given->reply, &given->reply_row) ? PLACE_TAKEN : PLACE_RESERVED;
 }
 
 /*
@@ -119,42 +140,38 @@ static __noinline int place_state(const struct flow_key *reply, const struct flo
  * without a pause to a backend that closes first need not wait for the end of TIME_WAIT: when a few tries find nothing
  * free, it follows a connection of its own. (The backend lets a SYN into TIME_WAIT whose timestamp is newer, RFC 6191,
  * as the same client's is.) When all ports that were tried are in use, the unproved or closed flow that has waited the
- * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers an enum reserved.
+ * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers PLACE_RESERVED,
+ * PLACE_OWN, PLACE_TAKEN (every port tried belongs to an established flow) or PLACE_FULL.
  */
-__noinline int snat_reserve(int ports)
+__noinline int snat_reserve(struct __sk_buff *skb, int ports)
 {
-	__u32 hash, step, port;
-	struct scratch *wanted = scratch();
-	__u64 oldest = ~0ULL, now;
+	struct scratch *given = scratch();
 	__be16 chosen = 0, own = 0;
+	__u32 hash, step, port, longest = 0;
 
-	if (!wanted)
-		return RESERVED_NONE;
-	now = clock_now(wanted);
-	hash = snat_hash(&wanted->packet.tuple);
+	if (!given)
+		return PLACE_FULL;
+	hash = snat_hash(&given->packet.tuple);
 	step = 1 + (hash >> 17);
-	port = hash + bpf_ntohs(wanted->packet.tuple.ends.source_port);
+	port = hash + bpf_ntohs(given->packet.tuple.ends.source_port);
 	for (int i = 0; i < SNAT_TRIES; i++) {
-		__be16 *candidate = &wanted->reply.ends.destination_port;
-		__u64 used = 0;
-		int state;
+		__be16 *candidate = &given->reply.ends.destination_port;
+		int place;
 
 		*candidate = bpf_htons(config.snat_first + port % config.snat_ports);
 		if (ports != SNAT_ANY && i == 0)
-			*candidate = wanted->packet.tuple.ends.source_port;
-		state = place_state(&wanted->reply, &wanted->packet.tuple, now, &used);
-		if (state == PLACE_EMPTY)
-			return RESERVED_EMPTY;
-		if (state == PLACE_FREE)
-			return RESERVED_USED;
-		if (state == PLACE_OWN && !own)
+			*candidate = given->packet.tuple.ends.source_port;
+		place = place_try(skb);
+		if (place == PLACE_FREE)
+			place = place_take(skb);
+		if (place == PLACE_RESERVED || place == PLACE_OWN || place == PLACE_FULL)
+			return place;
+		if (place == PLACE_FOLLOWING && !own)
 			own = *candidate;
-		if (own && i + 1 >= SNAT_TRIES_FOR_FREE) {
-			*candidate = own;
-			return RESERVED_USED;
-		}
-		if (state != PLACE_TAKEN && used < oldest) {
-			oldest = used;
+		if (own && i + 1 >= SNAT_TRIES_FOR_FREE)
+			break;
+		if (place == PLACE_YIELDING && given->idle >= longest) {
+			longest = given->idle;
 			chosen = *candidate;
 		}
 		if (ports == SNAT_KEEP)
@@ -162,11 +179,14 @@ __noinline int snat_reserve(int ports)
 		count(COUNTER_SNAT_RETRY);
 		port += step;
 	}
+	if (own)
+		chosen = own;
+	else if (chosen)
+		count(COUNTER_SNAT_RECLAIMED);
 	if (!chosen)
-		return RESERVED_NONE;
-	wanted->reply.ends.destination_port = chosen;
-	count(COUNTER_SNAT_RECLAIMED);
-	return RESERVED_USED;
+		return PLACE_TAKEN;
+	given->reply.ends.destination_port = chosen;
+	return place_take(skb);
 }
 
 #endif

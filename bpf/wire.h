@@ -11,16 +11,9 @@
 #ifndef KUBELANE_WIRE_H
 #define KUBELANE_WIRE_H
 
-static __always_inline struct flow *flow_find(const struct flow_key *key, int *proved)
-{
-	struct flow *flow = bpf_map_lookup_elem(&flows, key);
-
-	*proved = flow != (void *)0;
-	return flow ? flow : bpf_map_lookup_elem(&new_flows, key);
-}
-
-/* The first piece of a datagram leaves its ports for the others, which take them. 0: there are none to take. */
-static __noinline int fragment_ports(struct packet *packet)
+/* The first piece of a datagram leaves its ports for the others, which take them. 0: there are none to take. `is_ours`: the
+ * ports are served, or known from flows; others are not remembered. */
+static __noinline int fragment_ports(struct packet *packet, int is_ours)
 {
 	struct fragment_key key = {
 		.source = packet->tuple.ends.source,
@@ -31,6 +24,8 @@ static __noinline int fragment_ports(struct packet *packet)
 	struct fragment_ports *known, fresh = {packet->tuple.ends.source_port, packet->tuple.ends.destination_port};
 
 	if (packet->kind == PACKET_FIRST) {
+		if (!is_ours)
+			return 1;
 		bpf_map_update_elem(&fragments, &key, &fresh, BPF_ANY);
 		return 1;
 	}
@@ -42,72 +37,38 @@ static __noinline int fragment_ports(struct packet *packet)
 	return 1;
 }
 
-/* A flow that ended, or whose backend is gone, makes way. A backend in TIME_WAIT keeps its replies' row, so that no
- * other client is given the same port before it has passed. */
-static __always_inline void flow_make_way(const struct flow_key *key, const struct flow *flow)
-{
-	if (!flow->backend_first) {
-		flow_remove(key);
-		return;
-	}
-	bpf_map_delete_elem(&flows, key);
-	bpf_map_delete_elem(&new_flows, key);
-}
-
-/* The row of a packet that came in, if it still serves. */
-static __always_inline struct flow *flow_recall(const struct packet *packet, __u64 now)
-{
-	struct flow *flow;
-	int proved;
-
-	flow = flow_find(&packet->tuple, &proved);
-	if (!flow || (flow->kind & FLOW_AT_EGRESS))
-		return (void *)0;
-	if (flow->kind & FLOW_REPLY) {
-		if (!proved)
-			flow_note_reply(flow, packet);
-	} else if (!flow_serves(flow, packet, proved, now)) {
-		flow_make_way(&packet->tuple, flow);
-		return (void *)0;
-	} else if (!proved && packet->kind != PACKET_PIECE && !flow_prove(packet, flow)) {
-		flow_remove(&packet->tuple);
-		return (void *)0;
-	}
-	flow_track(flow, packet, proved, now);
-	return flow;
-}
-
 static __always_inline int wire_packet(struct __sk_buff *skb, struct scratch *given)
 {
-	struct packet *packet = &given->packet;
-	struct flow *flow = flow_recall(packet, clock_now(given));
-	int verdict;
+	int recall = flow_recall(skb, given, 0), verdict;
 
-	if (!flow) {
+	if (recall == RECALL_NONE) {
 		verdict = begin(skb);
 		if (verdict != VERDICT_CONTINUE)
 			return verdict;
-		flow = bpf_map_lookup_elem(&new_flows, &packet->tuple);
-		if (!flow) {
-			count(COUNTER_DROPPED_FLOW_TABLE);
-			return VERDICT_DROP;
-		}
+	} else if (recall == RECALL_FOREIGN) {
+		return VERDICT_PASS;
+	} else if (recall == RECALL_CHANGING) {
+		count(COUNTER_DROPPED_FLOW_CHANGING);
+		return VERDICT_DROP;
 	}
-	return deliver_packet(skb, packet, flow);
+	return deliver_packet(skb, given);
 }
 
-/* An ICMP error is about a packet that went the other way: the flow is that of its answer. */
-static __always_inline struct flow *flow_of_quoted(const struct packet *quoted, __u32 at_egress)
+/* An ICMP error is about a packet that went the other way: the flow is that of its answer. Copies its row. Those that the
+ * host's stack makes are about packets as it saw them. */
+static __always_inline int flow_of_quoted(struct scratch *given, __u32 at_egress)
 {
-	struct flow_key key;
 	struct flow *flow;
-	int proved;
 
-	flow_key_reverse(&key, &quoted->tuple.ends, quoted->tuple.protocol);
-	flow = flow_find(&key, &proved);
-	if (!flow || (flow->kind & FLOW_AT_EGRESS) != at_egress)
-		return (void *)0;
-	return flow;
+	flow_key_reverse(&given->reply, &given->quoted.tuple.ends, given->quoted.tuple.protocol);
+	flow = flow_find(&given->reply);
+	if (!flow && at_egress)
+		flow = bpf_map_lookup_elem(&handed, &given->reply);
+	if (!flow)
+		return 0;
+	given->flow = *flow;
+	return (given->flow.state & FLOW_AT_EGRESS) == at_egress &&
+	       ends_change(&given->reply.ends, &given->flow.ends) == given->flow.change;
 }
 
 /* Translates and sends on an ICMP error. Answers a verdict. */
@@ -115,7 +76,6 @@ __noinline int wire_error(struct __sk_buff *skb, __u32 at_egress)
 {
 	struct packet *quoted, *error;
 	struct scratch *given = scratch();
-	struct flow *flow;
 
 	if (!given)
 		return VERDICT_PASS;
@@ -125,8 +85,7 @@ __noinline int wire_error(struct __sk_buff *skb, __u32 at_egress)
 	if (!packet_parse_quoted(skb, quoted) ||
 	    !address_equal(&error->tuple.ends.destination, &quoted->tuple.ends.source))
 		return VERDICT_PASS;
-	flow = flow_of_quoted(quoted, at_egress);
-	return flow ? deliver_error(skb, error, quoted, flow) : VERDICT_PASS;
+	return flow_of_quoted(given, at_egress) ? deliver_error(skb, given) : VERDICT_PASS;
 }
 
 static __always_inline int wire_finish(struct __sk_buff *skb, int verdict)
@@ -164,6 +123,23 @@ static __always_inline struct scratch *wire_parse(struct __sk_buff *skb, __u32 l
 	return given->packet.kind == PACKET_OTHER ? (void *)0 : given;
 }
 
+/* Could a packet to this port be one of ours: is the port served to the wire, or do replies come to it? */
+static __always_inline int wire_port_is_ours(const struct wire_filter *filter, __be16 port)
+{
+	__u32 index = port_index(port), zero = 0;
+	struct port_table *table = bpf_map_lookup_elem(&ports, &zero);
+
+	return filter->ports[index] || (table && table->forwarded[index]);
+}
+
+static __always_inline int wire_piece_is_ours(const struct packet *packet)
+{
+	__u32 zero = 0;
+	struct wire_filter *filter = bpf_map_lookup_elem(&wire_filter, &zero);
+
+	return filter && wire_port_is_ours(filter, packet->tuple.ends.destination_port);
+}
+
 /* A packet that came in and may be for us. */
 static __always_inline int wire_in(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 {
@@ -176,7 +152,7 @@ static __always_inline int wire_in(struct __sk_buff *skb, __u32 l3, __u32 is_ip6
 	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
 		verdict = wire_error(skb, 0);
-	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet))
+	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_ours(packet)))
 		verdict = wire_stray_piece(packet);
 	else
 		verdict = wire_packet(skb, given);
@@ -185,58 +161,70 @@ static __always_inline int wire_in(struct __sk_buff *skb, __u32 l3, __u32 is_ip6
 
 /* A reply that leaves by another device than the one that its flow came in by carries an address that is not that
  * device's: it is sent by the route that its new source has. */
-static __always_inline int wire_redirect(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends)
+__noinline int wire_redirect(struct __sk_buff *skb)
 {
+	struct scratch *given = scratch();
 	struct route route = {};
 
-	if (route_find(skb, packet, ends, &route) != ROUTE_FOUND || route.interface == skb->ifindex)
+	if (!given)
 		return TC_ACT_UNSPEC;
-	if (route_send(skb, packet->l3, &route)) {
+	if (route_recall(skb, given, &given->packet, &given->flow.ends, &route) != ROUTE_FOUND ||
+	    route.interface == skb->ifindex)
+		return TC_ACT_UNSPEC;
+	if (route_send(skb, given->packet.l3, &route)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return TC_ACT_SHOT;
 	}
 	return TC_ACT_REDIRECT;
 }
 
-/* A packet that leaves and may be a local backend's reply. */
+/* May a local backend have answered this client from this port? */
+static __always_inline int wire_is_reply(__be32 source, __be32 destination, __be16 port)
+{
+	__u32 zero = 0;
+	struct port_table *table = bpf_map_lookup_elem(&ports, &zero);
+
+	return table && table->replies[reply_index(source, destination, port)];
+}
+
+static __always_inline int wire_piece_is_reply(const struct packet *packet)
+{
+	const struct ends *ends = &packet->tuple.ends;
+
+	return wire_is_reply(address_words(&ends->source)->word[3], address_words(&ends->destination)->word[3],
+			     ends->source_port);
+}
+
+/* A packet that leaves and may be a local backend's reply, or from a port that is served. */
 static __always_inline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
 {
 	struct scratch *given = wire_parse(skb, l3, is_ip6);
 	struct packet *packet;
-	struct flow *flow;
-	int proved;
+	int recall;
 
 	if (!given)
 		return TC_ACT_UNSPEC;
 	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
 		return wire_finish(skb, wire_error(skb, FLOW_AT_EGRESS));
-	if (packet->kind != PACKET_WHOLE && !fragment_ports(packet))
+	if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_reply(packet)))
 		return TC_ACT_UNSPEC;
-	flow = flow_find(&packet->tuple, &proved);
-	if (!flow || !(flow->kind & FLOW_AT_EGRESS))
-		return TC_ACT_UNSPEC;
-	if (flow_is_left(flow, packet)) {
-		flow_remove(&packet->tuple);
+	recall = flow_recall(skb, given, FLOW_AT_EGRESS);
+	if (recall == RECALL_CHANGING) {
+		count(COUNTER_DROPPED_FLOW_CHANGING);
+		return TC_ACT_SHOT;
+	}
+	if (recall != RECALL_SERVES && !stack_recall(given)) {
+		owner_note(skb);
 		return TC_ACT_UNSPEC;
 	}
-	if (!proved)
-		flow_note_reply(flow, packet);
-	flow_track(flow, packet, proved, clock_now(given));
-	if (rewrite_packet(skb, packet, &flow->ends, REWRITE_HOST)) {
+	if (rewrite_packet(skb, REWRITE_HOST)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return TC_ACT_SHOT;
 	}
-	return flow->interface == skb->ifindex ? TC_ACT_UNSPEC : wire_redirect(skb, packet, &flow->ends);
-}
-
-/* Could a packet to this port be one of ours: is the port served to the wire, or do replies come to it? */
-static __always_inline int wire_port_is_ours(const struct wire_filter *filter, __be16 port)
-{
-	__u32 index = port_index(port), zero = 0;
-	struct port_table *table = bpf_map_lookup_elem(&ports, &zero);
-
-	return filter->ports[index] || (table && table->forwarded[index]);
+	if (recall != RECALL_SERVES || given->flow.generation_or_interface == skb->ifindex)
+		return TC_ACT_UNSPEC;
+	return wire_redirect(skb);
 }
 
 /*
@@ -285,18 +273,25 @@ static __always_inline int wire_ingress(struct __sk_buff *skb, __u32 l3)
 {
 	int family = packet_family(skb);
 
+	/* Frames for other hosts, which a switch floods, and for all: the stack would not forward them either. What has
+	 * no link header is for this host. */
+	if (l3 && skb->pkt_type != PACKET_HOST)
+		return TC_ACT_UNSPEC;
 	if (!family || !wire_may_request(skb, l3, family))
 		return TC_ACT_UNSPEC;
 	return wire_in(skb, l3, family == 6);
 }
 
-/* The same for what leaves: is its source port one that a local backend has replied from? */
+/* The same for what leaves: may it be a local backend's answer to this client, or come from a served address and port?
+ * What was sent on from here by the device that it came in by is neither. */
 static __always_inline int wire_may_reply(struct __sk_buff *skb, __u32 l3, int family)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct ipv6hdr *ip6 = data + l3;
 	struct iphdr *ip4 = data + l3;
-	struct port_table *table;
+	struct wire_filter *filter;
+	__be32 source, destination;
+	struct address own;
 	__u32 zero = 0;
 	__be16 *port;
 
@@ -308,6 +303,9 @@ static __always_inline int wire_may_reply(struct __sk_buff *skb, __u32 l3, int f
 			return ip4->protocol == IPPROTO_ICMP && is_icmp_error(0, *(__u8 *)port);
 		if (ip4->ihl != 5 || (ip4->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET)))
 			return 1;
+		source = ip4->saddr;
+		destination = ip4->daddr;
+		address_set_ip4(&own, source);
 	} else {
 		port = (void *)(ip6 + 1);
 		if ((void *)(port + 1) > end)
@@ -316,9 +314,15 @@ static __always_inline int wire_may_reply(struct __sk_buff *skb, __u32 l3, int f
 			return is_icmp_error(1, *(__u8 *)port);
 		if (!protocol_has_ports(ip6->nexthdr))
 			return 1;
+		source = ip6->saddr.in6_u.u6_addr32[3];
+		address_set_words(&own, ip6->saddr.in6_u.u6_addr32);
+		destination = ip6->daddr.in6_u.u6_addr32[3];
 	}
-	table = bpf_map_lookup_elem(&ports, &zero);
-	return table && table->replies[port_index(*port)];
+	if (wire_is_reply(source, destination, *port))
+		return 1;
+	filter = bpf_map_lookup_elem(&wire_filter, &zero);
+	return filter && filter->ports[port_index(*port)] && filter->addresses[address_index(&own)] &&
+	       skb->ingress_ifindex != skb->ifindex;
 }
 
 static __always_inline int wire_egress(struct __sk_buff *skb, __u32 l3)

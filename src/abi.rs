@@ -3,9 +3,11 @@
 //! The enums' numbers are read from `bpf/abi.h` by build.rs (modules `frontend_flag`, `pool_member`, ...); struct sizes
 //! are asserted here and there, and a test compares every offset with the object's BTF.
 
+use std::time::Duration;
+
 use bytemuck::{Pod, Zeroable};
 
-use crate::model::{Family, IpRange, Ipx, Protocol};
+use crate::model::{Family, FlowTimeouts, IpRange, Ipx, Protocol};
 
 include!(concat!(env!("OUT_DIR"), "/abi_enums.rs"));
 
@@ -132,8 +134,8 @@ impl SourceRangeKey {
     }
 }
 
-/// Value of `devices`, keyed by interface index (u32): the device's first address of each family, zeros for none, and
-/// whether its packets begin with the IP header.
+/// Value of `devices`, keyed by interface index (u32): the device's first address of each family, zeros for none, whether
+/// its packets begin with the IP header, and how their sources are looked at.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct DeviceAddresses {
@@ -141,6 +143,8 @@ pub struct DeviceAddresses {
     pub ip6: [u8; 16],
     /// 0 or 1.
     pub is_bare: u32,
+    /// One of [`rp_filter`].
+    pub rp_filter: u32,
 }
 
 /// The ends of a packet.
@@ -167,7 +171,7 @@ impl Ends {
     }
 }
 
-/// Key of `flows` and `new_flows`.
+/// A packet's ends and protocol; the key of `flows6`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct FlowKey {
@@ -177,47 +181,143 @@ pub struct FlowKey {
     pub zero: [u8; 3],
 }
 
-/// Value of `flows` and `new_flows`: one direction of a flow.
+impl FlowKey {
+    /// That of the other direction, if packets of this one become `ends`.
+    pub fn partner(&self, ends: &Ends) -> FlowKey {
+        FlowKey { ends: ends.reversed(), ..*self }
+    }
+}
+
+/// Key of `flows4`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct FlowKey4 {
+    /// Network order.
+    pub source: [u8; 4],
+    /// Network order.
+    pub destination: [u8; 4],
+    /// Network order.
+    pub source_port_be: [u8; 2],
+    /// Network order.
+    pub destination_port_be: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    pub zero: [u8; 3],
+}
+
+impl From<FlowKey4> for FlowKey {
+    fn from(key: FlowKey4) -> FlowKey {
+        let mapped = |ip: [u8; 4]| Ipx::from(std::net::Ipv4Addr::from(ip)).0;
+        let ends = Ends {
+            source: mapped(key.source),
+            destination: mapped(key.destination),
+            source_port_be: key.source_port_be,
+            destination_port_be: key.destination_port_be,
+        };
+        FlowKey { ends, protocol: key.protocol, zero: [0; 3] }
+    }
+}
+
+/// Value of `flows4` and `flows6`: one direction of a flow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 pub struct Flow {
     /// What the packet becomes.
     pub ends: Ends,
-    /// Bits of [`flow_kind`].
-    pub kind: u8,
-    pub replied: u8,
-    pub client_closed: u8,
-    pub backend_closed: u8,
-    pub backend_first: u8,
-    pub reset: u8,
-    pub zero: u16,
-    pub backend_id: u32,
-    pub generation: u32,
-    pub service_id: u32,
-    /// Interface index where the client's packets come in.
-    pub interface: u32,
-    /// Of TCP the backend's last sequence number, else the epoch of [`epoch::EPOCH_HANDS`].
-    pub stamp: u32,
-    /// CLOCK_MONOTONIC of the last packet, to within a second.
-    pub used_ns: u64,
-    pub hop: Hop,
+    /// The checksum's change from the key's ends to these.
+    pub change: u32,
+    /// Bits of [`flow_flag`], and above them the second of CLOCK_MONOTONIC in which the last packet passed.
+    pub state: u32,
+    /// TCP: this side's highest sequence number. Else, of requests: the epoch of [`epoch::EPOCH_HANDS`].
+    pub sequence: u32,
+    /// Of requests the backend's id, of replies the backend's first sequence number (TCP) or the flow's first second.
+    pub backend_or_first: u32,
+    /// Of requests the backend's generation, of replies the interface index where the client's packets come in.
+    pub generation_or_interface: u32,
 }
 
-/// Where the packets of a forwarded flow go, as the last route look-up answered.
+impl Flow {
+    /// [`Flow::change`] of a row with a key of the ends `old`, and the ends `new`: what `ends_change()` of
+    /// bpf/checksum.h computes.
+    pub fn change_of(old: &Ends, new: &Ends) -> u32 {
+        let sum = |bytes: &[u8]| -> u64 {
+            bytes.as_chunks::<4>().0.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum()
+        };
+        let without = |bytes: &[u8]| -> u64 {
+            bytes.as_chunks::<4>().0.iter().map(|word| u64::from(!u32::from_ne_bytes(*word))).sum()
+        };
+        let fold = |sum: u64| -> u64 {
+            let sum = (sum & 0xffff_ffff) + (sum >> 32);
+            ((sum & 0xffff_ffff) + (sum >> 32)) & 0xffff_ffff
+        };
+        let ports = |ends: &Ends| [ends.source_port_be, ends.destination_port_be].concat();
+        let addresses =
+            fold(without(&old.source) + without(&old.destination) + sum(&new.source) + sum(&new.destination));
+        fold(addresses + without(&ports(old)) + sum(&ports(new))) as u32
+    }
+
+    /// Whether one of these flags is set.
+    pub fn has(&self, flags: u32) -> bool {
+        self.state & flags != 0
+    }
+
+    /// The second in which the last packet passed, of CLOCK_MONOTONIC, modulo 2^22.
+    pub fn second(&self) -> u32 {
+        self.state >> flow_state::FLOW_SECOND_SHIFT
+    }
+
+    /// Seconds of silence before `second`; 0 if the last packet was later (clocks of processors differ).
+    pub fn idle(&self, second: u32) -> u32 {
+        const SKEW: u32 = 60;
+        let idle = second.wrapping_sub(self.second()) & flow_state::FLOW_SECOND_MASK;
+        if idle > flow_state::FLOW_SECOND_MASK - SKEW { 0 } else { idle }
+    }
+}
+
+/// Row of `flow_limits`: seconds of silence in both directions after which a flow is over.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
-pub struct Hop {
-    /// Interface index; 0: not known.
-    pub interface: u32,
-    /// Interface index that the packet came in by.
-    pub from: u32,
-    /// [`epoch::EPOCH_ROUTES`] at the time.
-    pub epoch: u32,
-    /// Packets up to this many bytes fit.
-    pub mtu: u16,
-    /// AF_INET or AF_INET6.
-    pub family: u16,
-    pub next: [u32; 4],
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct FlowLimits {
+    pub tcp_opening: u32,
+    pub tcp_established: u32,
+    /// One FIN.
+    pub tcp_half_closed: u32,
+    /// Both FINs, the client's first.
+    pub tcp_closed: u32,
+    /// Both FINs, the backend's first.
+    pub tcp_time_wait: u32,
+    pub tcp_reset: u32,
+    /// UDP and SCTP, not proved.
+    pub udp: u32,
+    pub udp_stream: u32,
+}
+
+impl Default for FlowLimits {
+    fn default() -> Self {
+        FlowLimits {
+            tcp_opening: 60,
+            tcp_established: 86_400,
+            tcp_half_closed: 3_600,
+            tcp_closed: 10,
+            tcp_time_wait: 60,
+            tcp_reset: 10,
+            udp: 30,
+            udp_stream: 120,
+        }
+    }
+}
+
+impl From<FlowTimeouts> for FlowLimits {
+    fn from(timeouts: FlowTimeouts) -> Self {
+        let seconds = |timeout: Duration| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1);
+        FlowLimits {
+            tcp_established: seconds(timeouts.tcp_established),
+            tcp_half_closed: seconds(timeouts.tcp_close_wait),
+            udp: seconds(timeouts.udp),
+            udp_stream: seconds(timeouts.udp_stream),
+            ..FlowLimits::default()
+        }
+    }
 }
 
 /// Index into the addresses of the map `wire_filter`, as `address_index()` of bpf/address.h computes it.
@@ -226,6 +326,13 @@ pub fn address_index(address: &[u8; 16]) -> usize {
     let words = address.as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word));
     let sum = words.zip(FACTORS).fold(0u32, |sum, (word, factor)| sum.wrapping_add(word.wrapping_mul(factor)));
     (sum >> 16) as usize
+}
+
+/// Index into the replies of the map `ports`, as `reply_index()` of bpf/address.h computes it; `port` in network order.
+pub fn reply_index(backend: &[u8; 16], client: &[u8; 16], port_be: [u8; 2]) -> usize {
+    let last = |address: &[u8; 16]| u32::from_ne_bytes([address[12], address[13], address[14], address[15]]);
+    let sum = last(backend).wrapping_mul(0x85eb_ca6b).wrapping_add(last(client).wrapping_mul(0x9e37_79b1));
+    (sum.wrapping_add(u32::from(u16::from_ne_bytes(port_be)).wrapping_mul(0xc2b2_ae35)) >> 14) as usize
 }
 
 /// A connected socket whose backend is gone, as the socket iterator prints it.
@@ -256,8 +363,9 @@ const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<StaleSocket>() == 48);
     assert!(size_of::<SourceRangeKey>() == 24);
-    assert!(size_of::<DeviceAddresses>() == 36);
+    assert!(size_of::<DeviceAddresses>() == 40);
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Hop>() == 32);
-    assert!(size_of::<Flow>() == 104);
+    assert!(size_of::<FlowKey4>() == 16);
+    assert!(size_of::<Flow>() == 56);
+    assert!(size_of::<FlowLimits>() == 32);
 };

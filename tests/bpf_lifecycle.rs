@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use kubelane::abi::{FrontendKey, ServiceName, SourceRangeKey};
+use kubelane::abi::{FlowLimits, FrontendKey, ServiceName, SourceRangeKey};
 use kubelane::bpf::{self, Datapath, Maps, Settings};
 use kubelane::model::{IpRange, Protocol};
 use kubelane::sync::{MapIo, MapName};
@@ -36,7 +36,14 @@ impl World {
     }
 
     fn settings(&self) -> Settings {
-        Settings { pin_path: self.bpffs.join("kl"), cgroup: self.cgroup.clone(), max_endpoints: 1024, max_services: 64 }
+        Settings {
+            pin_path: self.bpffs.join("kl"),
+            cgroup: self.cgroup.clone(),
+            max_endpoints: 1024,
+            max_services: 64,
+            flow_limits: FlowLimits::default(),
+            tcp_be_liberal: false,
+        }
     }
 
     /// How many programs are linked to this cgroup's connect4 hook.

@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 25] = [
+    let table: [(&[&str], &[&str]); 32] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
@@ -40,6 +40,16 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["--detect-local-mode=pods"], &["--detect-local-mode", "pods", "ClusterCIDR"]),
         (&["--cluster-cidr=10.0.0.1"], &["--cluster-cidr", "10.0.0.1", "CIDRs"]),
         (&["--bind-address=here"], &["--bind-address", "here"]),
+        (&["--masquerade-all=perhaps"], &["--masquerade-all", "perhaps"]),
+        (&["--forward-through", "tunnel"], &["--forward-through", "tunnel", "redirect and stack"]),
+        (&["--conntrack-tcp-timeout-established=721h"], &["--conntrack-tcp-timeout-established", "721h", "1s to 720h"]),
+        (&["--conntrack-udp-timeout", "100ms"], &["--conntrack-udp-timeout", "100ms", "1s to 720h"]),
+        (&["--conntrack-udp-timeout-stream=soon"], &["--conntrack-udp-timeout-stream", "soon", "30s"]),
+        (&["--conntrack-tcp-be-liberal=2"], &["--conntrack-tcp-be-liberal", "2", "true or false"]),
+        (
+            &["--source=dir:/x", "--nodeport-addresses=primary", "--nodeport-addresses=10.0.0.0/8"],
+            &["--nodeport-addresses", "`primary` cannot stand in a list"],
+        ),
         (&["--oom-score-adj=-1001"], &["--oom-score-adj", "-1001", "-1000"]),
         (&["--cleanup=perhaps"], &["--cleanup", "perhaps"]),
         (&["--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),
@@ -109,7 +119,8 @@ fn a_field_of_the_configuration_that_cannot_be_followed_is_named_before_anything
     let path = directory.path().join("config.conf");
     let header = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
     let table = [
-        ("ipvs: {schedular: rr}", "ipvs.schedular: unknown field; known are excludeCIDRs"),
+        ("ipvs: rr", "ipvs: an object is expected"),
+        ("conntrack: {udpTimeout: 5ms}", "conntrack.udpTimeout: \"5ms\" is not allowed: 1s to 720h is expected"),
         ("mode: userspace", "mode: \"userspace\" is not allowed: allowed are iptables, ipvs, nftables"),
         ("nodePortAddresses: [10.0.0.1]", "nodePortAddresses: \"10.0.0.1\" is not a CIDR"),
     ];
@@ -172,6 +183,19 @@ fn help_names_every_subcommand_and_flag_with_its_default() {
                 "[default: 127.0.0.1:10249]",
                 "--nodeport-addresses",
                 "--destroy-tcp-sockets",
+                "Traffic from outside",
+                "--masquerade-all",
+                "--forward-through",
+                "[default: redirect]",
+                "--conntrack-tcp-be-liberal",
+                "--conntrack-tcp-timeout-established",
+                "[default: 24h]",
+                "--conntrack-tcp-timeout-close-wait",
+                "[default: 1h]",
+                "--conntrack-udp-timeout ",
+                "[default: 30s]",
+                "--conntrack-udp-timeout-stream",
+                "[default: 120s]",
                 "--max-services",
                 "[default: 65536]",
                 "--max-endpoints",

@@ -244,3 +244,28 @@ fn json_logs_are_one_object_a_line_and_tell_of_the_first_sync() {
     assert!(first_sync["after_start"].as_str().is_some_and(|time| time.ends_with('s')), "{first_sync}");
     assert!(lines.iter().any(|line| line["node"] == "node-a"), "the node's name is told, in lower case");
 }
+
+#[test]
+fn a_configuration_that_kube_proxy_would_read_is_read_with_one_warning_that_names_what_is_odd() {
+    let Some(world) = World::or_skip() else { return };
+    let header = "\u{feff}apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+    let body = "metadata: {}\nipvs: {schedular: rr}\nmode: ipvs\nconntrack: {udpTimeout: 5s, udpTimeout: 6s}\n";
+    fs::write(world.path("config.conf"), format!("{header}{body}")).unwrap();
+    let config = world.path("config.conf");
+    let daemon = world.start(&["--config", &config, "-v=2", "-v=4", "--devices", "no-such-device"]);
+    daemon.wait_ready();
+    assert_eq!(daemon.terminate().code(), Some(0));
+    let log = world.log();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("not as they should be")).collect();
+    assert_eq!(told.len(), 1, "{log}");
+    let expected = "--devices (given twice: the last one counts), --v (given twice: the last one counts), a byte-order \
+                    mark at the beginning (skipped), conntrack.udpTimeout (given twice: the last one counts), metadata \
+                    (unknown field), ipvs.schedular (unknown field)";
+    assert!(told[0].contains("WARN") && told[0].ends_with(expected), "{}", told[0]);
+    let ignored = log.lines().find(|line| line.contains("have no meaning here")).unwrap();
+    assert!(ignored.ends_with("are ignored: mode"), "{ignored}");
+
+    let check = world.ask(&["check", "--config", &config]);
+    let line = text(&check.stdout).lines().find(|line| line.contains("configuration file")).map(str::to_owned);
+    assert!(line.is_some_and(|line| line.starts_with("warn") && line.contains("metadata (unknown field)")));
+}

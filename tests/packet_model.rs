@@ -18,7 +18,6 @@ use model::daemon::{Daemon, assert_empty};
 use model::random::Random;
 use model::traffic::Traffic;
 use model::world::World;
-use nix::time::{ClockId, clock_gettime};
 use wire::Node;
 
 /// How long to look; how many clusters that makes follows from the machine.
@@ -84,14 +83,16 @@ fn one_case(node: &mut Node, daemon: &mut Daemon, seed: u64, traffic: &mut Traff
 
 /// What the programs remember of a cluster that is no more: flows by the daemon's own collection, two days later.
 fn forget(node: &Node, collector: &mut FlowCollector) {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
-    let later = (now.tv_sec() as u64 + 2 * 86_400) * 1_000_000_000;
-    collector.collect_at(usize::MAX / 4, later).unwrap();
-    assert_eq!((node.rows("flows"), node.rows("new_flows")), (0, 0), "every flow ends");
-    let affinities = node.pinned("affinities");
-    for key in affinities.keys().collect::<Vec<_>>() {
-        affinities.delete(&key).unwrap();
+    node.age_flows(2 * 86_400);
+    collector.collect(usize::MAX / 4).unwrap();
+    assert_eq!(node.flow_rows(), (0, 0), "every flow ends");
+    for affinities in ["affinities", "new_affinities"].map(|map| node.pinned(map)) {
+        affinities.keys().collect::<Vec<_>>().iter().for_each(|key| affinities.delete(key).unwrap());
     }
+    let openings = node.pinned("flow_openings");
+    let (rows, size) = (openings.max_entries(), openings.value_size() as usize);
+    let indices: Vec<u8> = (0..rows).flat_map(u32::to_ne_bytes).collect();
+    openings.update_batch(&indices, &vec![0; size * rows as usize], rows, MapFlags::ANY, MapFlags::ANY).unwrap();
     let ports = node.pinned("ports");
     ports.update(&0u32.to_ne_bytes(), &vec![0; ports.value_size() as usize], MapFlags::ANY).unwrap();
 }

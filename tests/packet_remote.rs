@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, HashSet};
 
 use kubelane::bpf::{Direction, probe};
 use kubelane::model::Protocol;
-use wire::frame::{ACK, FIN, Frame, Inside, SYN, parse_packet, tcp, udp};
+use wire::frame::{ACK, FIN, Frame, Inside, SYN, may_fragment, parse, parse_packet, tcp, udp};
 use wire::{
-    CLIENT4, CLIENT6, DROP, LOCAL4, NODE4, NODE6, Node, REDIRECT, REMOTE4, REMOTE6, TUNNEL_MTU, TUNNEL4, TUNNEL6, VIP4,
-    VIP6, ip_command,
+    CLIENT4, CLIENT6, DROP, LOCAL4, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, TUNNEL_MTU, TUNNEL4, TUNNEL6,
+    VIP4, VIP6, ip_command,
 };
 
 /// Client, service address, frontend's address, backend, the node's address towards it.
@@ -57,7 +57,7 @@ fn a_tcp_connection_gets_the_nodes_address_and_a_private_port_and_loses_a_hop_ea
             assert_eq!(node.tunnel_in(&answer), (REDIRECT, answer.with_ends(to, from).living(60)));
         }
     }
-    assert_eq!((node.rows("flows"), node.rows("new_flows")), (8, 0));
+    assert_eq!(node.flow_rows(), (8, 0));
 }
 
 #[test]
@@ -74,10 +74,11 @@ fn udp_goes_both_ways_with_and_without_a_checksum() {
             for _ in 0..3 {
                 assert_eq!(node.uplink_in(&query), (REDIRECT, query.with_ends(near, far).living(60)));
                 assert_eq!(node.tunnel_in(&answer), (REDIRECT, answer.with_ends(to, from).living(60)));
+                node.age_flows(1);
             }
         }
     }
-    assert_eq!((node.rows("flows"), node.rows("new_flows")), (16, 0));
+    assert_eq!(node.flow_rows(), (16, 0));
 }
 
 #[test]
@@ -105,24 +106,24 @@ fn one_clients_ports_never_meet_and_a_port_used_again_is_given_the_same_one() {
 
 #[test]
 fn many_clients_share_the_range_until_established_ones_fill_it() {
-    let mut node = node_with_remote_backends(Protocol::Udp);
+    let mut node = node_with_remote_backends(Protocol::Tcp);
     // Each flow is proved, so that none may be pushed out.
     let ((), counted) = node.counted(|node| {
         for n in 0..40_000u32 {
             let client = format!("198.51.{}.{}", n >> 8 & 0xff, n & 0xff);
-            let query = udp((&client, 7000 + (n >> 16) as u16), (VIP4, 30080), b"?");
-            let (action, seen) = node.uplink_in(&query);
+            let from = (client.as_str(), 7000 + (n >> 16) as u16);
+            let (action, seen) = node.uplink_in(&tcp(from, (VIP4, 30080), SYN));
             if action != REDIRECT {
                 continue;
             }
-            node.tunnel_in(&udp((REMOTE4, 8080), (TUNNEL4, seen.ports().0), b"!"));
-            node.uplink_in(&query);
+            node.tunnel_in(&tcp((REMOTE4, 8080), (TUNNEL4, seen.ports().0), SYN | ACK).numbered(7000, 1001));
+            node.uplink_in(&tcp(from, (VIP4, 30080), ACK).numbered(1001, 7001));
         }
     });
     let flows = counted["flow_remote"];
     assert!((25_000..=28_976).contains(&flows), "{counted:?}");
     assert_eq!(counted["dropped_snat_exhausted"], 40_000 - flows);
-    assert_eq!(node.rows("flows") as u64, 2 * flows);
+    assert_eq!(node.flow_rows().0 as u64, 2 * flows);
 }
 
 /// 30,000 connections that the backend closes, more than there are ports in the range; what was counted.
@@ -179,7 +180,7 @@ fn a_flood_of_unproved_flows_takes_places_from_itself_only() {
     });
     assert_eq!(counted.get("dropped_snat_exhausted"), None);
     assert!(counted["snat_reclaimed"] > 0);
-    assert_eq!(node.rows("flows"), 2);
+    assert_eq!(node.flow_rows().0, 2);
     let data = tcp(from, (VIP4, 30080), ACK).numbered(1001, 7001).carrying(9);
     assert_eq!(node.uplink_in(&data), (REDIRECT, data.with_ends((TUNNEL4, port), (REMOTE4, 8080)).living(60)));
 }
@@ -201,6 +202,7 @@ fn what_does_not_fit_the_tunnel_is_answered_with_its_mtu_in_both_directions() {
     for (client, service, _, backend, source) in ENDS {
         let (from, to) = ((client, 40_000), (service, 30080));
         let port = port_of(&mut node, &tcp(from, to, SYN));
+        node.tunnel_in(&tcp((backend, 8080), (source, port), SYN | ACK).numbered(7000, 1001));
         let header = if client == CLIENT4 { 40 } else { 60 };
         let fits = tcp(from, to, ACK).carrying(TUNNEL_MTU as usize - header);
         assert_eq!(node.uplink_in(&fits).0, REDIRECT);
@@ -215,6 +217,7 @@ fn what_does_not_fit_the_tunnel_is_answered_with_its_mtu_in_both_directions() {
 
         // The other way round: a reply too big for the uplink.
         ip_command("link set up0 mtu 1400");
+        node.routes_changed();
         let big = tcp((backend, 8080), (source, port), ACK).carrying(1400 - header + 1);
         let (action, answer) = node.tunnel_in(&big);
         let (said, quoted) = answer_of(&answer);
@@ -222,6 +225,7 @@ fn what_does_not_fit_the_tunnel_is_answered_with_its_mtu_in_both_directions() {
         assert_eq!((answer.source, answer.destination), (big.destination, big.source));
         assert_eq!((quoted.source, quoted.ports()), (big.source, big.ports()));
         ip_command("link set up0 mtu 1500");
+        node.routes_changed();
     }
 }
 
@@ -246,6 +250,7 @@ fn every_way_in_which_a_packet_cannot_go_on_is_counted() {
     let mut node = node_with_remote_backends(Protocol::Udp);
     let query = |port| udp((CLIENT4, port), (NODE4, 30080), b"?");
     let refused = |node: &mut Node, port: u16| {
+        node.routes_changed();
         let ((action, _), counted) = node.counted(|n| n.uplink_in(&query(port)));
         assert_eq!(action, DROP);
         counted.into_keys().collect::<Vec<_>>()
@@ -276,31 +281,59 @@ fn every_way_in_which_a_packet_cannot_go_on_is_counted() {
     assert_eq!(refused(&mut node, 4), ["dropped_forwarding_off"]);
 }
 
+fn second() -> i64 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap().tv_sec()
+}
+
 #[test]
-fn a_flows_route_is_remembered_until_a_change_is_told_or_a_second_has_passed() {
+fn a_route_is_remembered_until_a_change_is_told_or_the_second_has_passed() {
+    // What is remembered is the processor's.
+    let mut here = nix::sched::CpuSet::new();
+    here.set(nix::sched::sched_getcpu().unwrap()).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
     for (client, service, _, backend, _) in ENDS {
         let mut node = node_with_remote_backends(Protocol::Udp);
-        let query = udp((client, 5000), (service, 30080), b"?");
-        let is_sent = |node: &mut Node| node.uplink_in(&query).0 == REDIRECT;
+        node.datapath.route_epoch().unwrap().set_by_address(true).unwrap();
+        let query = |port| udp((client, port), (service, 30080), b"?");
+        let is_sent = |node: &mut Node, port| node.uplink_in(&query(port)).0 == REDIRECT;
         let family = if client == CLIENT4 { "" } else { "-6 " };
         let prefix = if client == CLIENT4 { 32 } else { 128 };
-        assert!(is_sent(&mut node));
-        // However long the commands here take.
-        node.age_flows(-3600);
-        ip_command(&format!("{family}route add unreachable {backend}/{prefix}"));
-        assert!(is_sent(&mut node), "what was answered a moment ago holds");
-        let large = query.clone().carrying(1460);
-        assert_eq!(node.counted(|n| n.uplink_in(&large)).1, [("dropped_no_route", 1)].into(), "too big to be sure");
-        let marked = node.marked(&query);
-        assert_eq!(marked, DROP, "a mark may choose another route");
-        node.routes_changed();
-        assert!(!is_sent(&mut node));
-        ip_command(&format!("{family}route del unreachable {backend}/{prefix}"));
-        assert!(is_sent(&mut node));
-        ip_command(&format!("{family}route add unreachable {backend}/{prefix}"));
-        assert!(is_sent(&mut node));
-        node.age_flows(3602);
-        assert!(!is_sent(&mut node), "a second is over");
+        let forbid = || ip_command(&format!("{family}route add unreachable {backend}/{prefix}"));
+        let allow = || ip_command(&format!("{family}route del unreachable {backend}/{prefix}"));
+        // As often as it takes for all of it to be in one second.
+        loop {
+            node.routes_changed();
+            let began = second();
+            assert!(is_sent(&mut node, 5000));
+            forbid();
+            let sent = [is_sent(&mut node, 5000), is_sent(&mut node, 5001)];
+            let large = query(5000).carrying(1460);
+            let (_, counted) = node.counted(|n| n.uplink_in(&large));
+            let marked = node.marked(&query(5000));
+            let ended = second();
+            if began == ended {
+                assert_eq!(sent, [true, true], "what was answered a moment ago holds, for other flows as well");
+                assert_eq!(counted, [("dropped_no_route", 1)].into(), "too big to be sure");
+                assert_eq!(marked, DROP, "a mark may choose another route");
+            }
+            node.routes_changed();
+            assert!(!is_sent(&mut node, 5000), "a change was told");
+            allow();
+            node.routes_changed();
+            assert!(is_sent(&mut node, 5000));
+            forbid();
+            let told = second();
+            while second() == told {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            // The programs' clock is the tick's.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!is_sent(&mut node, 5000), "the second is over");
+            allow();
+            if began == ended {
+                break;
+            }
+        }
     }
 }
 
@@ -328,9 +361,9 @@ fn a_backend_behind_the_uplink_itself_is_reached_through_it() {
     let own = tcp(("10.0.0.7", 5000), (NODE4, 30080), SYN);
     let (_, seen) = node.uplink_in(&own);
     assert_eq!((seen.source.to_string().as_str(), seen.destination.to_string().as_str()), (NODE4, "10.0.0.7"));
-    let answer = tcp(("10.0.0.7", 80), (NODE4, port), SYN | ACK);
+    let answer = tcp(("10.0.0.7", 80), (NODE4, port), SYN | ACK).numbered(7000, 1001);
     assert_eq!(node.uplink_in(&answer), (REDIRECT, answer.with_ends((NODE4, 30080), (CLIENT4, 5000)).living(60)));
-    let (action, seen) = node.uplink_in(&tcp(("10.0.0.7", 80), (NODE4, seen.ports().0), SYN | ACK));
+    let (action, seen) = node.uplink_in(&tcp(("10.0.0.7", 80), (NODE4, seen.ports().0), SYN | ACK).numbered(1, 1001));
     assert_eq!((action, seen.destination.to_string().as_str(), seen.ports()), (REDIRECT, "10.0.0.7", (30080, 5000)));
 }
 
@@ -346,4 +379,66 @@ fn local_and_remote_backends_of_one_frontend_are_both_chosen() {
             usize::from(node.uplink_in(&tcp((CLIENT4, port), (NODE4, 30080), SYN)).1.destination.to_string() == LOCAL4);
     }
     assert!((400..600).contains(&local), "{local}");
+}
+
+/// A packet that the host's stack goes on with: its own source, the backend, and the port that the backend sees.
+fn through_the_stack(node: &mut Node, protocol: Protocol) {
+    for (i, (client, service, _, backend, source)) in ENDS.into_iter().enumerate() {
+        let (from, to, far) = ((client, 42_000 + i as u16), (service, 30080), (backend, 8080));
+        let packet = |from, to, answers: bool| match protocol {
+            Protocol::Tcp if answers => tcp(from, to, SYN | ACK).numbered(7000, 1001),
+            Protocol::Tcp => tcp(from, to, SYN),
+            _ => udp(from, to, b"through the stack"),
+        };
+        let request = packet(from, to, false);
+        let ((action, seen), counted) = node.counted(|n| n.uplink_in(&request));
+        assert_eq!((action, counted.get("handed_to_stack")), (PASS, Some(&1)), "{counted:?}");
+        let port = seen.ports().0;
+        assert_eq!(seen, request.with_ends((client, port), far));
+        // It leaves by the tunnel, a hop less to live, and gets the node's address.
+        let leaving = seen.living(60);
+        assert_eq!(node.tunnel_out(&leaving), (PASS, leaving.with_ends((source, port), far)));
+        let answer = packet(far, (source, port), true);
+        let (action, seen) = node.tunnel_in(&answer);
+        assert_eq!((action, &seen), (PASS, &answer.with_ends(far, (client, port))));
+        let leaving = seen.living(60);
+        assert_eq!(node.uplink_out(&leaving), (PASS, leaving.with_ends(to, from)));
+        // The next ones, too, and what the host's own NAT sent as another client's comes back as the client's.
+        assert_eq!(node.uplink_in(&request).0, PASS);
+    }
+}
+
+#[test]
+fn packets_go_through_the_hosts_stack_where_that_is_asked_for() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let mut node = node_with_remote_backends(protocol);
+        let routing = node.datapath.route_epoch().unwrap();
+        routing.set_through_stack(true).unwrap();
+        through_the_stack(&mut node, protocol);
+        routing.set_through_stack(false).unwrap();
+        assert_eq!(
+            node.uplink_in(&udp((CLIENT4, 42_000), (NODE4, 30080), b"")).0 == REDIRECT,
+            protocol == Protocol::Udp
+        );
+    }
+}
+
+#[test]
+fn what_may_be_fragmented_is_handed_to_the_hosts_stack_which_does() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    let (from, to) = ((CLIENT4, 42_000), (NODE4, 30080));
+    let small = udp(from, to, b"?");
+    let port = port_of(&mut node, &small);
+    let big = udp(from, to, &[7; 1460]);
+    let (outcome, counted) = node.counted(|n| n.raw(Direction::In, n.uplink, &may_fragment(big.bytes())));
+    let (action, seen) = (outcome.action, parse(&outcome.frame));
+    assert_eq!((action, counted.get("icmp_too_big"), counted.get("handed_to_stack")), (PASS, None, Some(&1)));
+    assert_eq!(seen, big.with_ends((CLIENT4, port), (REMOTE4, 8080)));
+    for piece in seen.living(60).fragments(1000, 99) {
+        let (action, left) = node.tunnel_out(&piece);
+        assert_eq!((action, left.source.to_string().as_str()), (PASS, TUNNEL4), "{piece:?}");
+    }
+    // What is small goes on as before, and so does what must not be fragmented.
+    assert_eq!(node.uplink_in(&small).0, REDIRECT);
+    assert_eq!(node.counted(|n| n.uplink_in(&big)).1.get("icmp_too_big"), Some(&1));
 }

@@ -8,7 +8,7 @@ use kubelane::bpf::{self, Attached, Datapath, Device, Devices, LinkLayer, Method
 use wire::{Node, Place, ip_command};
 
 fn device(index: u32) -> Device {
-    Device { index, link_layer: LinkLayer::Ethernet, ip4: Some("10.0.0.1".parse().unwrap()), ip6: None }
+    Device { index, link_layer: LinkLayer::Ethernet, ip4: Some("10.0.0.1".parse().unwrap()), ip6: None, rp_filter: 0 }
 }
 
 fn tc(words: &str) -> String {

@@ -6,18 +6,18 @@ use kubelane::abi::ServiceName;
 use kubelane::bpf::{Datapath, Direction, FlowCollector, MapUsage};
 use kubelane::model::Protocol;
 use kubelane::sync::{MapIo as _, MapName};
-use nix::time::{ClockId, clock_gettime};
 use wire::frame::{ACK, FIN, RST, SYN, tcp, udp};
-use wire::{CLIENT4, LOCAL4, NODE4, Node};
+use wire::{CLIENT4, LOCAL4, NODE4, Node, PASS};
 
-fn now() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
-    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+/// Both tables; returns the rows removed.
+fn collect(collector: &mut FlowCollector) -> usize {
+    collector.collect(usize::MAX / 4).unwrap().removed
 }
 
-/// Both tables, as if `seconds` had passed since now; returns the rows removed.
-fn collect_after(collector: &mut FlowCollector, seconds: u64) -> usize {
-    collector.collect_at(usize::MAX / 4, now() + seconds * 1_000_000_000).unwrap().removed
+/// The same when the flows' last packets were so many seconds ago.
+fn collect_after(node: &Node, collector: &mut FlowCollector, seconds: u32) -> usize {
+    node.let_flows_rest(seconds);
+    collect(collector)
 }
 
 fn node() -> Node {
@@ -47,7 +47,7 @@ fn each_state_of_a_flow_lasts_as_long_as_it_should() {
     let mut node = node();
     let mut collector = node.datapath.flow_collector().unwrap();
     type Step = fn(&mut Node);
-    let states: [(&str, Step, u64); 9] = [
+    let states: [(&str, Step, u32); 10] = [
         ("opening", |n| drop(n.uplink_in(&tcp(FROM, TO, SYN))), 60),
         ("open", open, 86_400),
         (
@@ -56,14 +56,14 @@ fn each_state_of_a_flow_lasts_as_long_as_it_should() {
                 open(n);
                 n.uplink_in(&tcp(FROM, TO, FIN | ACK));
             },
-            120,
+            3600,
         ),
         (
             "closed by the client",
             |n| {
                 open(n);
                 n.uplink_in(&tcp(FROM, TO, FIN | ACK));
-                n.uplink_out(&tcp(POD, FROM, FIN | ACK));
+                n.uplink_out(&tcp(POD, FROM, FIN | ACK).numbered(7001, 1001));
             },
             10,
         ),
@@ -71,7 +71,7 @@ fn each_state_of_a_flow_lasts_as_long_as_it_should() {
             "closed by the backend",
             |n| {
                 open(n);
-                n.uplink_out(&tcp(POD, FROM, FIN | ACK));
+                n.uplink_out(&tcp(POD, FROM, FIN | ACK).numbered(7001, 1001));
                 n.uplink_in(&tcp(FROM, TO, FIN | ACK));
             },
             60,
@@ -89,7 +89,17 @@ fn each_state_of_a_flow_lasts_as_long_as_it_should() {
             |n| {
                 open(n);
                 n.uplink_in(&tcp(FROM, TO, RST));
-                n.uplink_out(&tcp(POD, FROM, ACK));
+                n.uplink_in(&tcp(FROM, TO, ACK));
+            },
+            86_400,
+        ),
+        (
+            "reset out of the window",
+            |n| {
+                open(n);
+                n.uplink_in(&tcp(FROM, TO, RST).numbered(1001 + 131_072, 0));
+                n.uplink_in(&tcp(FROM, TO, FIN | ACK).numbered(0x8000_0000, 0));
+                n.uplink_out(&tcp(POD, FROM, RST).numbered(7000u32.wrapping_sub(131_073), 0));
             },
             86_400,
         ),
@@ -99,6 +109,7 @@ fn each_state_of_a_flow_lasts_as_long_as_it_should() {
             |n| {
                 n.uplink_in(&udp(FROM, (NODE4, 30053), b"?"));
                 n.uplink_out(&udp((LOCAL4, 53), FROM, b"!"));
+                n.begin_earlier(2);
                 n.uplink_in(&udp(FROM, (NODE4, 30053), b"?"));
             },
             120,
@@ -106,11 +117,11 @@ fn each_state_of_a_flow_lasts_as_long_as_it_should() {
     ];
     for (state, step, seconds) in states {
         step(&mut node);
-        let rows = node.rows("flows") + node.rows("new_flows");
+        let rows = node.flows().len();
         assert_eq!(rows, 2, "{state}");
-        assert_eq!(collect_after(&mut collector, seconds - 2), 0, "{state}: too early");
-        assert_eq!(collect_after(&mut collector, seconds + 1), 2, "{state}: in time");
-        assert_eq!(node.rows("flows") + node.rows("new_flows"), 0, "{state}");
+        assert_eq!(collect_after(&node, &mut collector, seconds - 2), 0, "{state}: too early");
+        assert_eq!(collect_after(&node, &mut collector, seconds + 1), 2, "{state}: in time");
+        assert_eq!(node.flows().len(), 0, "{state}");
     }
 }
 
@@ -121,39 +132,40 @@ fn a_pass_over_many_flows_is_bounded_and_sees_all_of_them_in_turn() {
         node.raw(Direction::In, node.uplink, &udp((CLIENT4, 1000 + n), (NODE4, 30053), b"?").bytes());
     }
     let mut collector = node.datapath.flow_collector().unwrap();
-    let later = now() + 31_000_000_000;
+    node.let_flows_rest(31);
     let (mut removed, mut calls) = (0, 0);
     while removed < 6000 {
-        let pass = collector.collect_at(500, later).unwrap();
+        let pass = collector.collect(500).unwrap();
         assert!(pass.examined <= 500 + 64, "{pass:?}");
         removed += pass.removed;
         calls += 1;
         assert!(calls < 100, "{removed} after {calls} calls");
     }
     assert!(calls >= 6, "{calls}");
-    assert_eq!(node.rows("new_flows"), 0);
+    assert_eq!(node.flow_rows().1, 0);
 }
 
 #[test]
 fn traffic_in_one_direction_keeps_both_rows() {
-    let mut node = node();
-    node.uplink_in(&udp(FROM, (NODE4, 30053), b"?"));
-    node.uplink_out(&udp((LOCAL4, 53), FROM, b"!"));
-    node.uplink_in(&udp(FROM, (NODE4, 30053), b"?"));
-    // The reply's row is as of now, the request's two minutes old.
-    let flows = node.pinned("flows");
-    use libbpf_rs::{MapCore, MapFlags};
-    for key in flows.keys().collect::<Vec<_>>() {
-        let mut row: kubelane::abi::Flow =
-            bytemuck::pod_read_unaligned(&flows.lookup(&key, MapFlags::ANY).unwrap().unwrap());
-        if u32::from(row.kind) & kubelane::abi::flow_kind::FLOW_REPLY == 0 {
-            row.used_ns = row.used_ns.saturating_sub(121_000_000_000);
-            flows.update(&key, bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
+    let query = udp(FROM, (NODE4, 30053), b"?");
+    let answer = udp((LOCAL4, 53), FROM, b"!");
+    for by_backend in [false, true] {
+        let mut node = node();
+        let mut collector = node.datapath.flow_collector().unwrap();
+        node.uplink_in(&query);
+        node.uplink_out(&answer);
+        node.begin_earlier(2);
+        node.uplink_in(&query);
+        // Longer than any silence of a stream, with a packet of one end a minute.
+        for _ in 0..4 {
+            node.age_flows(60);
+            let ((action, _), moved) =
+                node.counted(|n| if by_backend { n.uplink_out(&answer) } else { n.uplink_in(&query) });
+            assert_eq!((action, moved.is_empty(), collect(&mut collector)), (PASS, true, 0));
         }
+        assert_eq!(node.counted(|n| n.uplink_in(&query)).1.get("flow_local"), None, "the same flow");
+        assert_eq!(collect_after(&node, &mut collector, 121), 2);
     }
-    let mut collector = node.datapath.flow_collector().unwrap();
-    assert_eq!(collect_after(&mut collector, 0), 0);
-    assert_eq!(collect_after(&mut collector, 121), 2);
 }
 
 #[test]
@@ -165,14 +177,15 @@ fn flows_are_counted_once_each_by_protocol_and_state() {
     node.uplink_in(&tcp(from(5001), TO, SYN));
     node.uplink_in(&tcp(from(5002), TO, SYN));
     (5001..5008).for_each(|port| drop(node.uplink_in(&udp(from(port), (NODE4, 30053), b"?"))));
-    let pass = collector.collect_at(usize::MAX / 4, now()).unwrap();
+    let pass = collector.collect(usize::MAX / 4).unwrap();
     let counts = pass.tables.map(|table| (table.seen.unwrap().rows, table.seen.unwrap().flows));
-    assert_eq!(counts, [(2, [[0, 1, 0], [0, 0, 0], [0, 0, 0]]), (18, [[2, 0, 0], [7, 0, 0], [0, 0, 0]])]);
+    assert_eq!(counts, [(20, [[2, 1, 0], [7, 0, 0], [0, 0, 0]]), (0, [[0; 3]; 3])]);
     node.uplink_in(&tcp(FROM, TO, FIN | ACK));
-    let flows = collector.collect_at(usize::MAX / 4, now()).unwrap().tables[0].seen.unwrap().flows;
-    assert_eq!(flows[0], [0, 0, 1]);
-    // What a pass takes away is not there any more.
-    let emptied = collector.collect_at(usize::MAX / 4, now() + 1_000 * 1_000_000_000).unwrap();
+    let flows = collector.collect(usize::MAX / 4).unwrap().tables[0].seen.unwrap().flows;
+    assert_eq!(flows[0], [2, 0, 1]);
+    // What a pass takes away is not there in the next.
+    assert_eq!(collect_after(&node, &mut collector, 4000), 20);
+    let emptied = collector.collect(usize::MAX / 4).unwrap();
     assert!(emptied.tables.iter().all(|table| table.seen.unwrap().rows == 0), "{emptied:?}");
 }
 
@@ -186,13 +199,13 @@ fn maps_that_programs_fill_are_counted() {
     };
     let before = counts(&usage);
     let names: Vec<&str> = before.iter().map(|(map, _)| *map).collect();
-    assert_eq!(names, ["affinities", "devices", "fragments"]);
+    assert_eq!(names, ["affinities", "new_affinities", "devices", "fragments", "handed", "outgoing"]);
     assert!(before.iter().all(|(_, (rows, fits))| *fits && *rows < 10), "{before:?}");
     let mut row = node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
     row.affinity_seconds = 60;
     node.frontend_row("0.0.0.0", 30080, Protocol::Tcp, &row);
     (1..=5u8).for_each(|host| drop(node.uplink_in(&tcp((&format!("198.51.100.{host}"), 5000), TO, SYN))));
-    assert_eq!(counts(&usage)[0], ("affinities", (5, true)));
+    assert_eq!(counts(&usage)[..2], [("affinities", (0, true)), ("new_affinities", (5, true))]);
 }
 
 #[test]

@@ -58,6 +58,39 @@ fn large_transfers_pass_both_ways_to_local_and_remote_pods_and_local_ones_see_th
 }
 
 #[test]
+fn transfers_and_datagrams_pass_through_the_hosts_stack_where_that_is_asked_for() {
+    let cluster = Cluster::new();
+    cluster.serve();
+    let mut node = near_node(&cluster, false);
+    node.datapath.route_epoch().unwrap().set_through_stack(true).unwrap();
+    cluster.inside("client", || {
+        for (family, to) in services(THERE) {
+            let peer = transfer(to, 5 << 20, 5 << 20).unwrap_or_else(|e| panic!("{to}: {e}"));
+            assert_eq!(peer.to_string(), OVERLAY[family], "{to}");
+            for length in [1, 1400, 3000, 20_000] {
+                let (peer, sent) = ask(to, length);
+                assert_eq!(peer.to_string(), OVERLAY[family], "{to}");
+                assert!(sent <= 4, "{to}: {length} bytes took {sent} datagrams");
+            }
+        }
+    });
+    let counters = node.counters();
+    assert!(counters["handed_to_stack"] > 1000, "{counters:?}");
+    // What the host's policy forbids does not pass: it sees the client's address.
+    let forbidden = |to: SocketAddr| {
+        cluster.inside("client", || {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::new(BARRED.parse().unwrap(), 0).into()).unwrap();
+            socket.connect_timeout(&to.into(), Duration::from_millis(700)).is_err()
+        })
+    };
+    let to = SocketAddr::new(NODE[0].parse().unwrap(), THERE);
+    assert!(forbidden(to), "through the stack");
+    node.datapath.route_epoch().unwrap().set_through_stack(false).unwrap();
+    assert!(!forbidden(to), "sent on from here");
+}
+
+#[test]
 fn datagrams_larger_than_any_mtu_arrive_whole_both_ways() {
     let cluster = Cluster::new();
     cluster.serve();

@@ -1,18 +1,15 @@
 //! Ways of packets of known flows. The kernel runs a program again on what the last run left of the packet, so these
 //! flows come in pairs that lead to each other: each run finds a flow and changes every address, port and checksum.
 
-use kubelane::abi::{Flow, FlowKey, flow_kind};
+use kubelane::abi::flow_flag::{FLOW_PROVED, FLOW_REPLY, FLOW_ROUTED};
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
-use libbpf_rs::{MapCore, MapFlags};
-use nix::time::{ClockId, clock_gettime};
 
 use crate::measure::{Packets, Way};
 use crate::ways::{bare, ethernet, marked};
 use crate::wire::errors::error;
 use crate::wire::frame::{ACK, FIN, Frame, tcp, udp};
 use crate::wire::{Node, PASS, REDIRECT, ends};
-use flow_kind::{FLOW_AT_EGRESS, FLOW_FORWARDED, FLOW_REPLY};
 
 /// Who takes part: a client outside, a service address, a pod; all pass the filters (see [`Node::pass`]).
 #[derive(Clone, Copy)]
@@ -23,28 +20,12 @@ pub struct Party {
     pub local: &'static str,
 }
 
-fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
-    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
-}
-
-/// Rows of the lasting table from each frame's ends to the other's.
-fn remember(node: &Node, frames: &[Frame; 2], protocol: Protocol, kind: u32) {
+/// Proved flows that turn each frame into the other. `state`: FLOW_REPLY, if the frames are a backend's, and FLOW_ROUTED.
+fn remember(node: &Node, frames: &[Frame; 2], protocol: Protocol, state: u32) {
     let [one, other] = [&frames[0], &frames[1]].map(ends);
-    for (ends, new) in [(one, other), (other, one)] {
-        let key = FlowKey { ends, protocol: protocol as u8, zero: [0; 3] };
-        let flow = Flow {
-            ends: new,
-            kind: kind as u8,
-            replied: 1,
-            backend_id: 1,
-            generation: 1,
-            interface: node.uplink,
-            // An hour ahead: neither too old nor touched by every packet.
-            used_ns: now_ns() + 3_600_000_000_000,
-            ..bytemuck::Zeroable::zeroed()
-        };
-        node.pinned("flows").update(bytemuck::bytes_of(&key), bytemuck::bytes_of(&flow), MapFlags::ANY).unwrap();
+    for (from, to) in [(one, other), (other, one)] {
+        let (request, becomes) = if state & FLOW_REPLY != 0 { (to.reversed(), from.reversed()) } else { (from, to) };
+        node.flow(protocol, request, becomes, FLOW_PROVED | state & FLOW_ROUTED);
     }
 }
 
@@ -64,12 +45,8 @@ pub fn ways(node: &Node, party: Party, protocol: Protocol) -> Vec<Way> {
     // All are routed by the uplink: one route, one neighbour.
     let forth = [packet((client, 5002), (service, 80)), packet((local, 2000), (client, 8080))];
     let back = [packet((local, 8080), (service, 2000)), packet((service, 80), (client, 5001))];
-    for (pair, kind) in [
-        (&request, 0),
-        (&reply, FLOW_REPLY | FLOW_AT_EGRESS),
-        (&forth, FLOW_FORWARDED),
-        (&back, FLOW_REPLY | FLOW_FORWARDED),
-    ] {
+    for (pair, kind) in [(&request, 0), (&reply, FLOW_REPLY), (&forth, FLOW_ROUTED), (&back, FLOW_REPLY | FLOW_ROUTED)]
+    {
         remember(node, pair, protocol, kind);
     }
     let uplink = node.uplink;
@@ -140,8 +117,8 @@ pub fn bare_ways(node: &Node, party: Party) -> Vec<Way> {
     let reply = [packet((local, 8080), (client, 5000)), packet((service, 80), (client, 5000))];
     let forth = [packet((client, 5002), (service, 80)), packet((local, 2000), (client, 8080))];
     remember(node, &request, Protocol::Tcp, 0);
-    remember(node, &reply, Protocol::Tcp, FLOW_REPLY | FLOW_AT_EGRESS);
-    remember(node, &forth, Protocol::Tcp, FLOW_FORWARDED);
+    remember(node, &reply, Protocol::Tcp, FLOW_REPLY);
+    remember(node, &forth, Protocol::Tcp, FLOW_ROUTED);
     let uplink = node.uplink;
     let way = |what: &str, direction, packets, action| Way {
         name: format!("bare device, {what}, {family}"),

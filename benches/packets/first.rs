@@ -84,7 +84,11 @@ impl Opening {
         } else {
             node.tunnel_in(&answer);
         }
-        if is_tcp { tcp(from, to, ACK).numbered(1001, 7001).bytes() } else { first.bytes() }
+        if is_tcp {
+            return tcp(from, to, ACK).numbered(1001, 7001).bytes();
+        }
+        node.begin_earlier(2);
+        first.bytes()
     }
 }
 

@@ -36,7 +36,7 @@ pub fn all(node: &mut Node) -> Vec<Way> {
     let first = first::ways(node);
     first::learn(node);
     for party in PARTIES.iter().chain(&BARE_PARTIES) {
-        node.pass(&[party.client, party.local], &[80, 2000, 5001, 8080]);
+        node.pass(&[party.client, party.local, party.service], &[80, 2000, 5001, 8080]);
     }
     let mut ways = unrelated(node);
     for party in PARTIES {
@@ -69,6 +69,7 @@ fn unrelated(node: &Node) -> Vec<Way> {
             ("address not ours, IPv6, ingress", Direction::In, tcp((CLIENT6, 5000), ("2001:db8:9::9", 443), ACK)),
             ("to the node (VXLAN, ssh), ingress", Direction::In, udp((CLIENT4, 5000), (NODE4, 8472), &[0; 100])),
             ("IPv4, egress", Direction::Out, tcp((NODE4, 40_000), (CLIENT4, 443), ACK)),
+            ("from a busy backend's port, egress", Direction::Out, tcp(("10.1.0.77", 8080), (CLIENT4, 443), ACK)),
             ("IPv6, egress", Direction::Out, tcp((NODE6, 40_000), (CLIENT6, 443), ACK)),
         ]
         .map(|(what, direction, frame)| way(&format!("unrelated, {what}"), direction, frame.bytes())),

@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_secs(2);
 
 /// The counters that call for somebody, and what that somebody should do.
-const REMEDIES: [(&str, &str); 12] = [
+const REMEDIES: [(&str, &str); 14] = [
     (
         "failed_backend_missing",
         "this should never be: start the daemon again, which repairs its maps, and report it with the output of \
@@ -28,8 +28,20 @@ const REMEDIES: [(&str, &str); 12] = [
     ),
     (
         "flow_table_full",
-        "a flood of new connections may now push out established ones: compare kubelane_map_entries{map=\"flows\"} with \
-         kubelane_map_capacity, see where connections come from, and spread clients over more nodes",
+        "these flows go on, but new ones may push them out: see in kubelane_flows which protocol has so many, where its \
+         clients are, and spread them over more nodes; shorter timeouts (--conntrack-tcp-timeout-established, \
+         --conntrack-udp-timeout-stream) make room, too",
+    ),
+    (
+        "flow_pushed_out",
+        "flows begin faster than they are completed: a flood of SYNs or of datagrams, or a backend that does not answer. \
+         Established connections are not touched; look where the packets come from",
+    ),
+    (
+        "dropped_martian",
+        "packets from outside have sources that this device cannot have: forged ones, or answers would go another way \
+         than requests come (`ip route get` with the client's address); net.ipv4.conf.DEVICE.rp_filter=2 allows the \
+         latter, as for the host itself",
     ),
     (
         "snat_reclaimed",
@@ -171,7 +183,10 @@ mod tests {
     use super::*;
 
     /// What Services, clients and load balancers do every day.
-    const NORMAL: [&str; 20] = [
+    const NORMAL: [&str; 23] = [
+        "handed_to_stack",
+        "dropped_flow_changing",
+        "dropped_options",
         "connect_translated",
         "datagram_translated",
         "reply_translated",

@@ -75,7 +75,7 @@ fn is_behind(pass: &FlowPass) -> bool {
 }
 
 fn measure(pass: &FlowPass, metrics: &Metrics) {
-    for (map, table) in ["flows", "new_flows"].into_iter().zip(&pass.tables) {
+    for (map, table) in ["flows4", "flows6"].into_iter().zip(&pass.tables) {
         metrics.set_map(map, table.seen.map_or(0, |seen| seen.rows) as u64, table.capacity as u64);
     }
     for (row, protocol) in PROTOCOLS.into_iter().enumerate() {

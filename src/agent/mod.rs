@@ -31,7 +31,7 @@ pub use source::SourceSettings;
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, SourceStatus};
-use crate::model::{About, Notice};
+use crate::model::{About, ForwardThrough, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
@@ -59,6 +59,7 @@ pub struct Settings {
     pub metrics: Option<SocketAddr>,
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
+    pub forward_through: ForwardThrough,
     pub destroy_tcp_sockets: bool,
     /// How many Services' connections are exposed; 0: none, and they are not counted.
     pub service_metrics: usize,
@@ -154,6 +155,12 @@ fn watch_kernel(
     }
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
+    let (epoch, forward_through) = (datapath.route_epoch()?, settings.forward_through);
+    if forward_through == ForwardThrough::Stack {
+        // Before there are programs on a device.
+        epoch.set_through_stack(true)?;
+    }
+    parts.spawn(async move { ("IPsec policies", routes::follow_policies(epoch, forward_through).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let (requests, audits) = mpsc::channel(1);

@@ -140,7 +140,18 @@ fn hook_of(device: &NetDevice) -> Device {
         link_layer,
         ip4: first(Family::Ipv4).and_then(|ip| if let std::net::IpAddr::V4(ip) = ip { Some(ip) } else { None }),
         ip6: first(Family::Ipv6).and_then(|ip| if let std::net::IpAddr::V6(ip) = ip { Some(ip) } else { None }),
+        rp_filter: rp_filter(&device.name),
     }
+}
+
+/// What the kernel makes of both sysctls: the larger one counts (Documentation/networking/ip-sysctl.rst). 0 where there is
+/// none: the device has just gone.
+fn rp_filter(device: &str) -> u32 {
+    let read = |name: &str| -> u32 {
+        let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or_default();
+        text.trim().parse().unwrap_or_default()
+    };
+    read("all").max(read(device))
 }
 
 #[cfg(test)]

@@ -56,6 +56,8 @@ pub struct Device {
     pub ip4: Option<Ipv4Addr>,
     /// As above; of global scope.
     pub ip6: Option<Ipv6Addr>,
+    /// Whether IPv4 sources are looked for in the routing table: one of [`rp_filter`](crate::abi::rp_filter).
+    pub rp_filter: u32,
 }
 
 /// The packet programs, loaded, and where they are attached.
@@ -158,6 +160,7 @@ impl Devices {
             ip4: device.ip4.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
             ip6: device.ip6.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
             is_bare: u32::from(device.link_layer == LinkLayer::None),
+            rp_filter: device.rp_filter,
         };
         if device.index == 0 {
             bail!("an interface index is never 0");

@@ -1,4 +1,5 @@
-//! The map `epochs`: what the daemon counts up when records of the datapath may be out of date.
+//! The map `epochs`: what the daemon counts up when records of the datapath may be out of date, and what it tells of the
+//! node's routing.
 
 use std::path::Path;
 
@@ -6,7 +7,7 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::pinned;
-use crate::abi::epoch::EPOCH_ROUTES;
+use crate::abi::epoch::{EPOCH_ROUTES, EPOCH_ROUTES_BY_ADDRESS, EPOCH_THROUGH_STACK};
 
 /// Tells the packet programs that routes have changed: what they remember of them is asked for again.
 pub struct RouteEpoch(MapHandle);
@@ -20,6 +21,16 @@ impl RouteEpoch {
     pub fn advance(&self) -> Result<()> {
         count_up(&self.0, EPOCH_ROUTES)
     }
+
+    /// Whether routes are chosen by addresses alone, so that all flows between two addresses may share one answer.
+    pub fn set_by_address(&self, by_address: bool) -> Result<()> {
+        set(&self.0, EPOCH_ROUTES_BY_ADDRESS, by_address.into())
+    }
+
+    /// Whether the host's stack must see packets to and from backends elsewhere.
+    pub fn set_through_stack(&self, through_stack: bool) -> Result<()> {
+        set(&self.0, EPOCH_THROUGH_STACK, through_stack.into())
+    }
 }
 
 pub(super) fn open(pin_path: &Path) -> Result<MapHandle> {
@@ -31,6 +42,9 @@ pub(super) fn open(pin_path: &Path) -> Result<MapHandle> {
 pub(super) fn count_up(epochs: &MapHandle, index: u32) -> Result<()> {
     let key = index.to_ne_bytes();
     let value = epochs.lookup(&key, MapFlags::ANY).context("cannot read the map epochs")?.unwrap_or_default();
-    let next = value.try_into().map_or(0, u32::from_ne_bytes).wrapping_add(1);
-    epochs.update(&key, &next.to_ne_bytes(), MapFlags::ANY).context("cannot write the map epochs")
+    set(epochs, index, value.try_into().map_or(0, u32::from_ne_bytes).wrapping_add(1))
+}
+
+fn set(epochs: &MapHandle, index: u32, value: u32) -> Result<()> {
+    epochs.update(&index.to_ne_bytes(), &value.to_ne_bytes(), MapFlags::ANY).context("cannot write the map epochs")
 }

@@ -1,9 +1,13 @@
 //! Taking away flows that have ended: a pass over the tables, a bounded part at a time, beside the traffic.
 //!
 //! Nothing depends on it being prompt. A flow that is over gives its place away by itself; rows that nobody asks for
-//! again only take room. When the lasting table fills up, silence is tolerated for less and less time, so that what is
-//! idle goes before what is in use is refused.
+//! again only take room. Rows are read here, but nothing is decided on what was read: the program `flow_collect` looks at
+//! each candidate again, under the flow's lock, and removes it where the packets' programs cannot miss it.
+//!
+//! When a protocol's share of the table fills up, its silence is tolerated for less and less time, so that what is idle
+//! goes before what is in use is refused.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -12,15 +16,16 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::batch::Batches;
 use super::pinned;
-use crate::abi::flow_kind::FLOW_REPLY;
-use crate::abi::flow_timeout::{
-    FLOW_TCP_CLOSED, FLOW_TCP_ESTABLISHED, FLOW_TCP_HALF_CLOSED, FLOW_TCP_OPENING, FLOW_TCP_RESET, FLOW_TCP_TIME_WAIT,
-    FLOW_UDP_REPLIED, FLOW_UDP_UNREPLIED,
-};
-use crate::abi::{Flow, FlowKey};
+use super::test_run::test_run;
+use crate::abi::flow_class::{FLOW_CLASS_OTHER, FLOW_CLASS_TCP};
+use crate::abi::flow_collect_input::{COLLECT_HEAD, COLLECT_KEYS};
+use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
+use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
+use crate::abi::flow_state::FLOW_SECOND_MASK;
+use crate::abi::{Flow, FlowKey, FlowKey4, FlowLimits};
 use crate::model::Protocol;
 
-/// Percent of the lasting table in use from which timeouts shrink.
+/// Percent of a share in use from which timeouts shrink.
 const PRESSURE_FROM: u64 = 70;
 /// Percent at which only an eighth of them is left.
 const PRESSURE_FULL: u64 = 95;
@@ -37,7 +42,7 @@ pub struct FlowPass {
     pub examined: usize,
     /// Rows taken away, two for a flow.
     pub removed: usize,
-    /// Of `flows`, then `new_flows`.
+    /// Of IPv4, then IPv6.
     pub tables: [TableUse; 2],
 }
 
@@ -60,18 +65,17 @@ pub struct Seen {
 
 /// Protocols that flows have.
 pub const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-/// What becomes of a flow: not proved by both ends, proved, and (of TCP) with a FIN or RST seen.
+/// What becomes of a flow: not proved by both ends, proved, and (of TCP) closed or reset by the client.
 pub const STATES: [&str; 3] = ["opening", "established", "closing"];
 
 impl Seen {
     fn note(&mut self, key: &FlowKey, flow: &Flow) {
         self.rows += 1;
-        if u32::from(flow.kind) & FLOW_REPLY != 0 {
+        if flow.has(FLOW_REPLY) {
             return;
         }
         let Some(protocol) = PROTOCOLS.iter().position(|protocol| *protocol as u8 == key.protocol) else { return };
-        let closing = flow.reset != 0 || flow.client_closed != 0 || flow.backend_closed != 0;
-        let state = if closing { 2 } else { usize::from(flow.replied != 0) };
+        let state = if flow.has(FLOW_FIN | FLOW_RESET) { 2 } else { usize::from(flow.has(FLOW_PROVED)) };
         self.flows[protocol][state] += 1;
     }
 }
@@ -88,38 +92,56 @@ struct Table {
 
 /// The collector; each call goes on where the last one stopped.
 pub struct FlowCollector {
-    /// `flows`, then `new_flows`.
+    /// Of IPv4, then IPv6.
     tables: [Table; 2],
     turn: usize,
+    program: OwnedFd,
+    limits: MapHandle,
+    counts: MapHandle,
+    /// Proved flows that have room: of TCP, of all others.
+    shares: [u64; 2],
+    /// As the daemon was told.
+    wanted: FlowLimits,
 }
 
 impl FlowCollector {
-    /// Opens the tables pinned below `pin_path`.
-    pub fn open(pin_path: &Path) -> Result<FlowCollector> {
-        let open = |name: &str| -> Result<Table> {
+    /// Opens the tables pinned below `pin_path`. `program`: flow_collect, loaded; `shares`: how many proved flows of TCP,
+    /// and of all others, have room.
+    pub(super) fn open(
+        pin_path: &Path,
+        program: OwnedFd,
+        shares: [u64; 2],
+        wanted: FlowLimits,
+    ) -> Result<FlowCollector> {
+        let open = |name: &str| {
             let path = pinned::maps_directory(pin_path).join(name);
-            let map = MapHandle::from_pinned_path(&path)
-                .with_context(|| format!("cannot open the pinned map {}", path.display()))?;
+            MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+        };
+        let table = |name: &str| -> Result<Table> {
+            let map = open(name)?;
             Ok(Table { batches: Batches::new(&map), map, seen: Seen::default(), last: None })
         };
-        Ok(FlowCollector { tables: [open("flows")?, open("new_flows")?], turn: 0 })
+        Ok(FlowCollector {
+            tables: [table("flows4")?, table("flows6")?],
+            turn: 0,
+            program,
+            limits: open("flow_limits")?,
+            counts: open("flow_counts")?,
+            shares,
+            wanted,
+        })
     }
 
     /// Looks at about `budget` rows (at least one bucket) and takes away those that are over.
     pub fn collect(&mut self, budget: usize) -> Result<FlowPass> {
         let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("cannot read the clock")?;
-        self.collect_at(budget, now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
-    }
-
-    /// As `collect`, at a time of the caller's: CLOCK_MONOTONIC in nanoseconds.
-    pub fn collect_at(&mut self, budget: usize, now_ns: u64) -> Result<FlowPass> {
+        let second = now.tv_sec() as u32 & FLOW_SECOND_MASK;
+        let limits = self.press()?;
         let mut pass = FlowPass::default();
         // Each table at most once a call, or an empty one would be begun again for ever.
         for _ in 0..self.tables.len() {
-            let lasting = self.tables[0].in_use();
-            let pressure = Pressure::of(lasting.seen.map_or(0, |seen| seen.rows), lasting.capacity);
             let table = &mut self.tables[self.turn];
-            let ended = table.collect(budget.max(1), now_ns, pressure, &mut pass)?;
+            let ended = table.collect(&self.program, budget.max(1), second, &limits, &mut pass)?;
             if ended {
                 table.batches.restart();
                 table.last = Some(std::mem::take(&mut table.seen));
@@ -132,6 +154,28 @@ impl FlowCollector {
         pass.tables = [self.tables[0].in_use(), self.tables[1].in_use()];
         Ok(pass)
     }
+
+    /// Tells the programs how long silence is tolerated now.
+    fn press(&mut self) -> Result<FlowLimits> {
+        let count = |class: u32| -> Result<u64> {
+            let value = self.counts.lookup(&class.to_ne_bytes(), MapFlags::ANY).context("cannot read flow_counts")?;
+            let value = value.and_then(|bytes| Some(u64::from_ne_bytes(bytes.get(..8)?.try_into().ok()?)));
+            Ok(value.unwrap_or_default())
+        };
+        let [tcp, other] = self.shares;
+        let pressures = [Pressure::of(count(FLOW_CLASS_TCP)?, tcp), Pressure::of(count(FLOW_CLASS_OTHER)?, other)];
+        let now = pressed(&self.wanted, pressures);
+        for (index, limits) in [(FLOW_LIMITS_SET, &self.wanted), (FLOW_LIMITS_NOW, &now)] {
+            write_limits(&self.limits, index, limits)?;
+        }
+        Ok(now)
+    }
+}
+
+/// Writes a row of `flow_limits`; `index` is one of [`flow_limits_of`](crate::abi::flow_limits_of).
+pub(super) fn write_limits(map: &impl MapCore, index: u32, limits: &FlowLimits) -> Result<()> {
+    let row = bytemuck::bytes_of(limits);
+    map.update(&index.to_ne_bytes(), row, MapFlags::ANY).context("cannot write the map flow_limits")
 }
 
 impl Table {
@@ -140,20 +184,35 @@ impl Table {
     }
 
     /// True at the end of the table.
-    fn collect(&mut self, budget: usize, now_ns: u64, pressure: Pressure, pass: &mut FlowPass) -> Result<bool> {
+    fn collect(
+        &mut self,
+        program: &OwnedFd,
+        budget: usize,
+        second: u32,
+        limits: &FlowLimits,
+        pass: &mut FlowPass,
+    ) -> Result<bool> {
+        let mut candidates = Vec::new();
         while pass.examined < budget {
             let Table { map, batches, seen, .. } = self;
             let wanted = ROWS_AT_ONCE.min(budget - pass.examined);
             let batch = batches.next(map, wanted).context("cannot read the table of flows")?;
             pass.examined += batch.len();
             for (key, flow) in batch.rows() {
-                let (key, flow) = (bytemuck::pod_read_unaligned(key), bytemuck::pod_read_unaligned(flow));
-                match remove_if_over(map, &key, &flow, now_ns, pressure)? {
-                    Some(removed) => pass.removed += removed,
-                    None => seen.note(&key, &flow),
-                }
+                let key = match key.len() {
+                    16 => FlowKey::from(bytemuck::pod_read_unaligned::<FlowKey4>(key)),
+                    _ => bytemuck::pod_read_unaligned(key),
+                };
+                let flow = bytemuck::pod_read_unaligned(flow);
+                seen.note(&key, &flow);
+                candidates.extend(candidate(&key, &flow, second, limits));
             }
-            if batch.ended {
+            let ended = batch.ended;
+            for keys in candidates.chunks(COLLECT_KEYS as usize) {
+                pass.removed += remove(program, keys)?;
+            }
+            candidates.clear();
+            if ended {
                 return Ok(true);
             }
         }
@@ -161,63 +220,40 @@ impl Table {
     }
 }
 
-/// Removes the row, and its partner, if the flow has ended: how many rows went (none, if others were faster), or `None`.
-fn remove_if_over(
-    map: &MapHandle,
-    key: &FlowKey,
-    flow: &Flow,
-    now_ns: u64,
-    pressure: Pressure,
-) -> Result<Option<usize>> {
-    let limit = pressure.limit(timeout(key, flow));
-    if idle(flow, now_ns) <= limit {
-        return Ok(None);
-    }
-    let partner_key = FlowKey { ends: flow.ends.reversed(), ..*key };
-    let partner = lookup(map, &partner_key)?.filter(|partner| partner.ends.reversed() == key.ends);
-    if let Some(partner) = &partner
-        && idle(partner, now_ns) <= pressure.limit(timeout(key, partner))
-    {
-        return Ok(None);
-    }
-    let mut removed = usize::from(delete(map, key)?);
-    if partner.is_some() {
-        removed += usize::from(delete(map, &partner_key)?);
-    }
-    Ok(Some(removed))
+/// Removes those of these flows that are over; returns how many rows went.
+fn remove(program: &OwnedFd, keys: &[FlowKey]) -> Result<usize> {
+    let mut input = vec![0u8; COLLECT_HEAD as usize];
+    input.extend_from_slice(bytemuck::cast_slice(keys));
+    let (removed, ..) = test_run(program.as_fd(), &input, &[], &mut [], 1).context("cannot take away ended flows")?;
+    Ok(removed as usize)
 }
 
-fn lookup(map: &MapHandle, key: &FlowKey) -> Result<Option<Flow>> {
-    let row = map.lookup(bytemuck::bytes_of(key), MapFlags::ANY).context("cannot read the table of flows")?;
-    Ok(row.map(|bytes| bytemuck::pod_read_unaligned(&bytes)))
-}
-
-fn delete(map: &MapHandle, key: &FlowKey) -> Result<bool> {
-    match map.delete(bytemuck::bytes_of(key)) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == libbpf_rs::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error).context("cannot delete from the table of flows"),
+/// The key of the flow that is perhaps over, as far as this row alone tells: that of its requests, or of a replies' row
+/// that was never answered and may have lost its partner.
+fn candidate(key: &FlowKey, flow: &Flow, second: u32, limits: &FlowLimits) -> Option<FlowKey> {
+    let idle = flow.idle(second);
+    let is_tcp = key.protocol == Protocol::Tcp as u8;
+    if !flow.has(FLOW_REPLY) {
+        let limit = match () {
+            () if !is_tcp => {
+                if flow.has(FLOW_PROVED) {
+                    limits.udp_stream
+                } else {
+                    limits.udp
+                }
+            }
+            () if flow.has(FLOW_RESET) => limits.tcp_reset,
+            () if flow.has(FLOW_FIN) => limits.tcp_closed.min(limits.tcp_half_closed),
+            () if flow.has(FLOW_PROVED) => limits.tcp_established,
+            () => limits.tcp_opening,
+        };
+        return (idle > limit).then_some(*key);
     }
-}
-
-/// Nanoseconds since the row's last packet.
-fn idle(flow: &Flow, now_ns: u64) -> u64 {
-    now_ns.saturating_sub(flow.used_ns)
-}
-
-/// Seconds of silence after which a flow in this state is over.
-fn timeout(key: &FlowKey, flow: &Flow) -> u32 {
-    if key.protocol != Protocol::Tcp as u8 {
-        return if flow.replied != 0 { FLOW_UDP_REPLIED } else { FLOW_UDP_UNREPLIED };
+    if flow.has(FLOW_RESET | FLOW_FIN) {
+        let limit = limits.tcp_reset.min(limits.tcp_closed).min(limits.tcp_half_closed);
+        return (idle > limit).then(|| key.partner(&flow.ends));
     }
-    match (flow.reset != 0, flow.client_closed != 0, flow.backend_closed != 0) {
-        (true, _, _) => FLOW_TCP_RESET,
-        (_, true, true) if flow.backend_first != 0 => FLOW_TCP_TIME_WAIT,
-        (_, true, true) => FLOW_TCP_CLOSED,
-        (_, true, false) | (_, false, true) => FLOW_TCP_HALF_CLOSED,
-        _ if flow.replied != 0 => FLOW_TCP_ESTABLISHED,
-        _ => FLOW_TCP_OPENING,
-    }
+    (!flow.has(FLOW_PROVED) && idle > limits.tcp_opening).then_some(*key)
 }
 
 /// How much of each timeout is granted, in 256ths.
@@ -225,19 +261,37 @@ fn timeout(key: &FlowKey, flow: &Flow) -> u32 {
 struct Pressure(u64);
 
 impl Pressure {
-    fn of(flows: usize, capacity: usize) -> Pressure {
-        let percent = flows as u64 * 100 / (capacity as u64).max(1);
+    fn of(flows: u64, share: u64) -> Pressure {
+        let percent = flows * 100 / share.max(1);
         let over = percent.clamp(PRESSURE_FROM, PRESSURE_FULL) - PRESSURE_FROM;
         Pressure(256 - over * (256 - 32) / (PRESSURE_FULL - PRESSURE_FROM))
     }
 
-    /// Nanoseconds. An open TCP connection's day shrinks faster, down to minutes, or nothing would be gained.
-    fn limit(self, seconds: u32) -> u64 {
-        let granted = u64::from(seconds) * 1_000_000_000 * self.0 / 256;
-        if seconds != FLOW_TCP_ESTABLISHED || self.0 == 256 {
-            return granted;
+    /// Seconds, one at least.
+    fn limit(self, seconds: u32) -> u32 {
+        (u64::from(seconds) * self.0 / 256).max(1) as u32
+    }
+
+    /// An open TCP connection's day shrinks faster, down to minutes, or nothing would be gained.
+    fn limit_established(self, seconds: u32) -> u32 {
+        if self.0 == 256 {
+            return seconds;
         }
-        (granted * self.0 / 256 * self.0 / 256).max(ESTABLISHED_LEAST * 1_000_000_000)
+        let granted = u64::from(seconds) * self.0 / 256 * self.0 / 256 * self.0 / 256;
+        granted.max(ESTABLISHED_LEAST).min(u64::from(seconds)) as u32
+    }
+}
+
+fn pressed(wanted: &FlowLimits, [tcp, other]: [Pressure; 2]) -> FlowLimits {
+    FlowLimits {
+        tcp_opening: tcp.limit(wanted.tcp_opening),
+        tcp_established: tcp.limit_established(wanted.tcp_established),
+        tcp_half_closed: tcp.limit(wanted.tcp_half_closed),
+        tcp_closed: tcp.limit(wanted.tcp_closed),
+        tcp_time_wait: tcp.limit(wanted.tcp_time_wait),
+        tcp_reset: tcp.limit(wanted.tcp_reset),
+        udp: other.limit(wanted.udp),
+        udp_stream: other.limit(wanted.udp_stream),
     }
 }
 
@@ -246,13 +300,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn timeouts_shrink_as_the_table_fills_but_open_connections_keep_five_minutes() {
-        let hours = |ns: u64| ns / 3_600_000_000_000;
+    fn timeouts_shrink_as_a_share_fills_but_open_connections_keep_five_minutes() {
         assert_eq!(Pressure::of(0, 100), Pressure(256));
         assert_eq!(Pressure::of(70, 100), Pressure(256));
         assert_eq!(Pressure::of(100, 100), Pressure(32));
-        assert_eq!(hours(Pressure(256).limit(FLOW_TCP_ESTABLISHED)), 24);
-        assert_eq!(Pressure(32).limit(FLOW_TCP_ESTABLISHED), 300_000_000_000);
-        assert_eq!(Pressure(32).limit(FLOW_UDP_REPLIED), 15_000_000_000);
+        let wanted = FlowLimits::default();
+        assert_eq!(pressed(&wanted, [Pressure(256); 2]), wanted);
+        let udp_full = pressed(&wanted, [Pressure(256), Pressure(32)]);
+        assert_eq!(udp_full, FlowLimits { udp: 3, udp_stream: 15, ..wanted }, "TCP does not pay for UDP");
+        let tcp_full = pressed(&wanted, [Pressure(32), Pressure(256)]);
+        assert_eq!((tcp_full.tcp_established, tcp_full.udp_stream), (300, 120));
+        let short = FlowLimits { tcp_established: 60, ..wanted };
+        assert_eq!(pressed(&short, [Pressure(32); 2]).tcp_established, 60, "never longer than asked for");
     }
 }

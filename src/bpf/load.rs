@@ -1,7 +1,7 @@
 //! From the object file to a running datapath: configure, load, pin, attach; adopting whatever an earlier daemon left.
 
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -17,18 +17,39 @@ use super::flows::FlowCollector;
 use super::maps::Maps;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
-use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel};
+use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
 use super::stale::StaleSockets;
 use super::usage::MapUsage;
-use super::{namespaces, pinned, ports, probe};
+use super::{flows, namespaces, pinned, ports, probe};
+use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
+use crate::abi::{FlowLimits, flow_openings};
 use crate::sync::MapName;
 
-/// Flows have two rows each. As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
-const FLOW_ROWS_EACH: u32 = 2 * 32768;
-const FLOW_ROWS: u32 = 2 * 131_072;
-/// Flows that are not proved yet wait for a moment only.
-const NEW_FLOW_ROWS_EACH: u32 = 8192;
-const NEW_FLOW_ROWS: u32 = 32_768;
+/// As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
+const FLOWS_EACH: u32 = 32_768;
+const FLOWS: u32 = 131_072;
+
+/// How the table of flows is shared out.
+struct FlowShares {
+    /// Not proved yet.
+    opening: u32,
+    tcp: u32,
+    /// UDP and SCTP.
+    other: u32,
+}
+
+impl FlowShares {
+    fn new(processors: u32) -> FlowShares {
+        let opening = processors * flow_openings::FLOW_OPENINGS;
+        let proved = FLOWS.max(processors * FLOWS_EACH) - opening;
+        FlowShares { opening, tcp: proved - proved / 4, other: proved / 4 }
+    }
+
+    /// Flows have two rows each.
+    fn rows(&self) -> u32 {
+        2 * (self.opening + self.tcp + self.other)
+    }
+}
 
 /// Where the datapath lives and how much it can hold.
 #[derive(Clone, Debug)]
@@ -41,6 +62,10 @@ pub struct Settings {
     pub max_endpoints: u32,
     /// Services that the maps can hold, with up to four frontends each. Taken when the maps are first created.
     pub max_services: u32,
+    /// How long flows last.
+    pub flow_limits: FlowLimits,
+    /// A FIN counts whatever its sequence number is; a reset never does (nf_conntrack_tcp_be_liberal).
+    pub tcp_be_liberal: bool,
 }
 
 /// The attached datapath. Dropping it leaves everything attached and pinned.
@@ -51,6 +76,9 @@ pub struct Datapath {
     /// True when an earlier daemon's links were taken over.
     adopted: bool,
     devices: Devices,
+    /// The program that takes away flows which have ended.
+    flow_collect: OwnedFd,
+    flow_limits: FlowLimits,
     /// `None`: connections are not counted by Service.
     service_connections: Option<MapHandle>,
     pin_path: PathBuf,
@@ -84,6 +112,7 @@ impl Datapath {
         let mut skeleton = open_object(&mut storage, btf.as_ref(), search)?;
         let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
+        rodata(&mut skeleton)?.config.tcp_be_liberal = settings.tcp_be_liberal.into();
         if counts_services {
             count_services(&mut skeleton, settings)?;
         }
@@ -93,6 +122,9 @@ impl Datapath {
                 settings.pin_path.display()
             )
         })?;
+        for index in [FLOW_LIMITS_SET, FLOW_LIMITS_NOW] {
+            flows::write_limits(&skeleton.maps.flow_limits, index, &settings.flow_limits)?;
+        }
         let adopted = attach_all(&skeleton, &cgroup, &settings.pin_path)?;
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
@@ -101,6 +133,8 @@ impl Datapath {
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
         let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_connections);
         let service_connections = counts_services.then(|| counts(&skeleton)).transpose()?;
+        let flow_collect =
+            skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
         let mut maps = Maps::open(&settings.pin_path)?;
         maps.know_empty(new);
         if counts_services {
@@ -112,6 +146,8 @@ impl Datapath {
             stale_sockets,
             adopted,
             devices,
+            flow_collect,
+            flow_limits: settings.flow_limits,
             pin_path: settings.pin_path.clone(),
             _lock: lock,
         })
@@ -139,7 +175,9 @@ impl Datapath {
 
     /// Takes away flows that have ended; for use on another thread.
     pub fn flow_collector(&self) -> Result<FlowCollector> {
-        FlowCollector::open(&self.pin_path)
+        let program = self.flow_collect.try_clone().context("cannot keep a BPF program")?;
+        let shares = FlowShares::new(processors()?);
+        FlowCollector::open(&self.pin_path, program, [shares.tcp.into(), shares.other.into()], self.flow_limits)
     }
 
     /// Counts the rows of the maps that programs fill; for use on another thread.
@@ -190,17 +228,33 @@ pub(super) fn open_object<'o>(
         builder.obj_builder.btf_custom_path(btf.path())?;
     }
     let mut skeleton = builder.open(storage).context("cannot open the BPF object")?;
-    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
+    let rodata = rodata(&mut skeleton)?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();
     let snat = ports::snat_range();
     rodata.config.snat_first = *snat.start();
     // At most 64512: the range starts at 1024 or later.
     rodata.config.snat_ports = snat.end() - snat.start() + 1;
+    let shares = FlowShares::new(processors()?);
+    rodata.config.flows_tcp = shares.tcp;
+    rodata.config.flows_other = shares.other;
     skeleton.progs.find_stale_sockets.set_autoload(search == SocketSearch::Origins);
     skeleton.progs.find_stale_udp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
     Ok(skeleton)
+}
+
+/// Rows of an LRU map in which so many are of use: before 6.16 each processor keeps up to 128 free ones for itself.
+fn lru_rows(rows: u32, processors: u32) -> u32 {
+    rows + 128 * processors
+}
+
+fn processors() -> Result<u32> {
+    Ok(libbpf_rs::num_possible_cpus().context("cannot count the processors")? as u32)
+}
+
+fn rodata<'s>(skeleton: &'s mut OpenKubelaneSkel<'_>) -> Result<&'s mut types::rodata> {
+    skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")
 }
 
 /// The maps that nothing is pinned of yet.
@@ -213,25 +267,32 @@ fn maps_to_be_made(pin_path: &Path) -> Vec<MapName> {
 fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
     let directory = pinned::maps_directory(&settings.pin_path);
     let (services, endpoints) = (settings.max_services, settings.max_endpoints);
-    let processors = libbpf_rs::num_possible_cpus().context("cannot count the processors")? as u32;
+    let processors = processors()?;
+    let shares = FlowShares::new(processors);
     let maps = &mut skeleton.maps;
     // Regions of slots are powers of two, and a pool that moves has two for a moment.
-    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 18] = [
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 24] = [
         ("services", &mut maps.services, Some(services.saturating_mul(2))),
         ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
         ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
         ("backends", &mut maps.backends, Some(endpoints)),
         ("slots", &mut maps.slots, Some(endpoints.saturating_mul(4))),
-        ("affinities", &mut maps.affinities, None),
+        ("affinities", &mut maps.affinities, Some(lru_rows(65_536, processors))),
         ("socket_origins", &mut maps.socket_origins, None),
         ("datagram_tables", &mut maps.datagram_tables, None),
         ("datagram_more", &mut maps.datagram_more, None),
         ("counters", &mut maps.counters, None),
         ("source_ranges", &mut maps.source_ranges, None),
         ("devices", &mut maps.devices, None),
-        ("flows", &mut maps.flows, Some(FLOW_ROWS.max(processors * FLOW_ROWS_EACH))),
-        ("new_flows", &mut maps.new_flows, Some(NEW_FLOW_ROWS.max(processors * NEW_FLOW_ROWS_EACH))),
-        ("fragments", &mut maps.fragments, None),
+        ("new_affinities", &mut maps.new_affinities, Some(lru_rows(16_384, processors))),
+        ("flows4", &mut maps.flows4, Some(shares.rows())),
+        ("flows6", &mut maps.flows6, Some(shares.rows())),
+        ("outgoing", &mut maps.outgoing, Some(shares.opening)),
+        ("handed", &mut maps.handed, Some(shares.opening)),
+        ("flow_limits", &mut maps.flow_limits, None),
+        ("flow_counts", &mut maps.flow_counts, None),
+        ("flow_openings", &mut maps.flow_openings, Some(shares.opening)),
+        ("fragments", &mut maps.fragments, Some(lru_rows(8192, processors))),
         ("ports", &mut maps.ports, None),
         ("wire_filter", &mut maps.wire_filter, None),
         ("epochs", &mut maps.epochs, None),
@@ -249,8 +310,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
 
 /// For as many as may have names.
 fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
-    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
-    rodata.config.counts_services = 1;
+    rodata(skeleton)?.config.counts_services = 1;
     let most = settings.max_services.saturating_mul(2);
     skeleton.maps.service_connections.set_max_entries(most).context("cannot size the map service_connections")
 }

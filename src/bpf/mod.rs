@@ -24,6 +24,7 @@ pub mod probe;
 pub mod run;
 mod skeleton;
 mod stale;
+mod test_run;
 mod trial;
 mod usage;
 pub mod verifier;

@@ -1,17 +1,17 @@
 //! BPF_PROG_TEST_RUN: a packet through a program, without a device. For tests and benches.
 
-use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use bytemuck::{Pod, Zeroable};
 use libbpf_rs::skel::OpenSkel;
 
 use super::devices::{Devices, Direction, LinkLayer};
 use super::load::{btf_stand_in, open_object};
+use super::test_run::test_run;
 use super::{pinned, probe};
 
 /// What a program did to a packet.
@@ -58,6 +58,12 @@ pub fn run_marked(
     run_program(devices.program(direction, LinkLayer::Ethernet).as_fd(), frame, &context, repeat)
 }
 
+/// As [`run`], once, for a packet that came in by the device `from`.
+pub fn run_from(devices: &Devices, direction: Direction, frame: &[u8], from: u32, interface: u32) -> Result<Outcome> {
+    let context = Context { ingress_interface: from, interface, ..Zeroable::zeroed() };
+    run_program(devices.program(direction, LinkLayer::Ethernet).as_fd(), frame, &context, 1)
+}
+
 /// As [`run`], with the program of a device without link headers: `packet` begins with its IP header.
 ///
 /// The kernel knows no such packets here: it takes the first 14 bytes for an Ethernet header, learns the protocol from
@@ -82,28 +88,9 @@ pub(super) fn run_plain(program: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> R
 
 fn run_program(program: BorrowedFd<'_>, frame: &[u8], context: &Context, repeat: u32) -> Result<Outcome> {
     let mut out = vec![0u8; frame.len() + 512];
-    let mut options = libbpf_sys::bpf_test_run_opts {
-        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as _,
-        data_in: frame.as_ptr().cast(),
-        data_size_in: frame.len() as u32,
-        data_out: out.as_mut_ptr().cast(),
-        data_size_out: out.len() as u32,
-        ctx_in: std::ptr::from_ref(context).cast(),
-        ctx_size_in: size_of::<Context>() as u32,
-        repeat: repeat as i32,
-        ..Default::default()
-    };
-    // SAFETY: the pointers lead to buffers of the given sizes that outlive the call.
-    let result = unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) };
-    if result != 0 {
-        bail!("BPF_PROG_TEST_RUN: {}", io::Error::from_raw_os_error(-result));
-    }
-    out.truncate(options.data_size_out as usize);
-    Ok(Outcome {
-        action: options.retval as i32,
-        frame: out,
-        duration: Duration::from_nanos(u64::from(options.duration)),
-    })
+    let (action, length, nanoseconds) = test_run(program, frame, bytemuck::bytes_of(context), &mut out, repeat)?;
+    out.truncate(length as usize);
+    Ok(Outcome { action: action as i32, frame: out, duration: Duration::from_nanos(u64::from(nanoseconds)) })
 }
 
 /// The packet programs loaded once more, on the maps pinned below `pin_path` but for the one named `map`: there they

@@ -49,7 +49,7 @@ same_layout!(
     service_id = service_id,
     address = address
 );
-same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6, is_bare = is_bare);
+same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6, is_bare = is_bare, rp_filter = rp_filter);
 same_layout!(
     types::ends,
     abi::Ends,
@@ -60,30 +60,33 @@ same_layout!(
 );
 same_layout!(types::flow_key, abi::FlowKey, ends = ends, protocol = protocol);
 same_layout!(
+    types::flow_key4,
+    abi::FlowKey4,
+    source = source,
+    destination = destination,
+    source_port = source_port_be,
+    destination_port = destination_port_be,
+    protocol = protocol
+);
+same_layout!(
     types::flow,
     abi::Flow,
     ends = ends,
-    kind = kind,
-    replied = replied,
-    client_closed = client_closed,
-    backend_closed = backend_closed,
-    backend_first = backend_first,
-    reset = reset,
-    backend_id = backend_id,
-    generation = generation,
-    service_id = service_id,
-    interface = interface,
-    stamp = stamp,
-    used_ns = used_ns,
-    hop = hop
+    change = change,
+    state = state,
+    sequence = sequence,
+    backend_or_first = backend_or_first,
+    generation_or_interface = generation_or_interface
 );
 same_layout!(
-    types::hop,
-    abi::Hop,
-    interface = interface,
-    from = from,
-    epoch = epoch,
-    mtu = mtu,
-    family = family,
-    next = next
+    types::flow_limits,
+    abi::FlowLimits,
+    tcp_opening = tcp_opening,
+    tcp_established = tcp_established,
+    tcp_half_closed = tcp_half_closed,
+    tcp_closed = tcp_closed,
+    tcp_time_wait = tcp_time_wait,
+    tcp_reset = tcp_reset,
+    udp = udp,
+    udp_stream = udp_stream
 );

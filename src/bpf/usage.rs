@@ -10,7 +10,7 @@ use super::pinned;
 
 /// Those that are not counted for another reason anyway: tables of flows by their collector, what the daemon writes by
 /// its own tables. Storage of sockets has no bound.
-const MAPS: [&str; 3] = ["affinities", "devices", "fragments"];
+const MAPS: [&str; 6] = ["affinities", "new_affinities", "devices", "fragments", "handed", "outgoing"];
 const ROWS_AT_ONCE: usize = 1024;
 
 /// Handles on these maps.

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 
+use super::config_file::ConfigFile;
 use super::flags::CheckFlags;
 use super::host::find_cgroup;
 use super::leftovers::{kube_proxy_chains, listener_on};
@@ -70,7 +71,8 @@ impl fmt::Display for Finding {
 /// # Errors
 /// When `--config` cannot be used, or standard output cannot be written to.
 pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
-    flags.node.complete(&flags.node.config_file()?);
+    let file = flags.node.config_file()?;
+    flags.node.complete(&file);
     let pin_path = &flags.node.pins.pin_path;
     let own = Privileges::own();
     let mut findings = vec![privileges(own)];
@@ -83,6 +85,7 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     findings.push(chains());
     findings.push(ipvs_device());
     findings.push(own_pins(pin_path));
+    findings.extend(configuration(&file));
     let mut text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
     let failed = findings.iter().filter(|f| f.level == Level::Fail).count();
     text += &match failed {
@@ -92,6 +95,12 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     };
     super::print(&text)?;
     Ok(failed == 0)
+}
+
+/// Says nothing of a file that is as it should be, and of none.
+fn configuration(file: &ConfigFile) -> Option<Finding> {
+    const REMEDY: &str = "mend the file; the daemon reads it as kube-proxy does";
+    (!file.odd.is_empty()).then(|| Finding::warn("configuration file", file.odd.join(", "), REMEDY))
 }
 
 fn privileges(own: Privileges) -> Finding {

@@ -1,7 +1,8 @@
 //! KubeProxyConfiguration (kubeproxy.config.k8s.io/v1alpha1), the file behind `--config`, as kubeadm writes it.
 //!
 //! One table says of every field what its values look like and whether it means something here. Zero values (null, "",
-//! 0, 0s, false) are kube-proxy's way of writing "not set", and kubeadm writes all of them.
+//! 0, 0s, false) are kube-proxy's way of writing "not set", and kubeadm writes all of them. Like kube-proxy, which reads
+//! this version leniently, it passes over fields that are not known, and names them.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,9 @@ use serde_norway::{Mapping, Value};
 
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::flags::LogFormat;
-use super::value::{LOCAL_MODES, MODES, Sort, is_duration, is_zero_duration};
+use super::lenient_yaml;
+use super::traffic::TimeoutFlags;
+use super::value::{LOCAL_MODES, MODES, Sort, is_duration, is_zero_duration, timeout};
 use crate::netdev::NodePortAddresses;
 
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
@@ -97,10 +100,14 @@ pub struct ConfigFile {
     pub hostname_override: Option<String>,
     pub nodeport_addresses: Option<NodePortAddresses>,
     pub oom_score_adj: Option<i16>,
+    pub tcp_be_liberal: Option<bool>,
+    pub timeouts: TimeoutFlags,
     pub verbosity: Option<u8>,
     pub log_format: Option<LogFormat>,
     /// Fields that are set and have no meaning here.
     pub ignored: Vec<String>,
+    /// What kube-proxy's strict reader would refuse, with what becomes of it.
+    pub odd: Vec<String>,
 }
 
 impl ConfigFile {
@@ -112,7 +119,7 @@ impl ConfigFile {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let value: Value = serde_norway::from_str(text).map_err(|error| error.to_string())?;
+        let (value, odd) = lenient_yaml::read(text).map_err(|error| error.to_string())?;
         let Value::Mapping(mapping) = value else { return Err(format!("not a {KIND}")) };
         for (field, expected) in [("apiVersion", API_VERSION), ("kind", KIND)] {
             let found = mapping.get(field).and_then(Value::as_str).unwrap_or_default();
@@ -120,21 +127,21 @@ impl ConfigFile {
                 return Err(format!("{field} {found:?} is not allowed: {expected} is expected"));
             }
         }
-        let mut config = ConfigFile::default();
+        let mut config = ConfigFile { odd, ..ConfigFile::default() };
         config.walk("", &mapping)?;
         Ok(config)
     }
 
     fn walk(&mut self, above: &str, mapping: &Mapping) -> Result<(), String> {
         for (key, value) in mapping {
-            let key = key.as_str().ok_or_else(|| format!("{above}: a field whose name is no text"))?;
-            let path = if above.is_empty() { key.to_owned() } else { format!("{above}.{key}") };
+            let path = lenient_yaml::below(above, key.as_str().unwrap_or_default());
             match FIELDS.iter().find(|(name, _)| *name == path) {
                 Some((_, sort)) => self.field(&path, *sort, value).map_err(|error| format!("{path}: {error}"))?,
                 None => match value {
                     Value::Mapping(inner) if is_section(&path) => self.walk(&path, inner)?,
                     Value::Null if is_section(&path) => {}
-                    _ => return Err(format!("{path}: {}", unknown(above))),
+                    _ if is_section(&path) => return Err(format!("{path}: an object is expected")),
+                    _ => self.odd.push(format!("{path} (unknown field)")),
                 },
             }
         }
@@ -161,6 +168,11 @@ impl ConfigFile {
             "hostnameOverride" => self.hostname_override = Some(text),
             "nodePortAddresses" => self.nodeport_addresses = Some(text.parse()?),
             "oomScoreAdj" => self.oom_score_adj = Some(integer(&text, -1000, 1000)? as i16),
+            "conntrack.tcpBeLiberal" => self.tcp_be_liberal = Some(true),
+            "conntrack.tcpEstablishedTimeout" => self.timeouts.tcp_established = Some(timeout(&text)?),
+            "conntrack.tcpCloseWaitTimeout" => self.timeouts.tcp_close_wait = Some(timeout(&text)?),
+            "conntrack.udpTimeout" => self.timeouts.udp = Some(timeout(&text)?),
+            "conntrack.udpStreamTimeout" => self.timeouts.udp_stream = Some(timeout(&text)?),
             "logging.verbosity" => self.verbosity = Some(integer(&text, 0, u8::MAX.into())? as u8),
             "logging.format" => {
                 self.log_format = Some(if text == "json" { LogFormat::Json } else { LogFormat::Human });
@@ -224,16 +236,6 @@ fn integer(text: &str, least: i64, most: i64) -> Result<i64, String> {
 
 fn is_section(path: &str) -> bool {
     FIELDS.iter().any(|(name, _)| name.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
-}
-
-/// Names the fields that `section` has.
-fn unknown(section: &str) -> String {
-    let prefix = if section.is_empty() { String::new() } else { format!("{section}.") };
-    let inner = FIELDS.iter().filter_map(|(name, _)| name.strip_prefix(&prefix)?.split('.').next());
-    let mut names: Vec<&str> = inner.collect();
-    names.sort_unstable();
-    names.dedup();
-    format!("unknown field; known are {}", names.join(", "))
 }
 
 #[cfg(test)]

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 
 /// The file that the kubelet mounts from kubeadm's ConfigMap.
@@ -35,6 +37,8 @@ hostnameOverride: node-a
 logging: {format: json, verbosity: 4}
 nodePortAddresses: [10.0.0.0/8, 'fd00::/8']
 oomScoreAdj: -999
+conntrack:
+  {tcpEstablishedTimeout: 2h, tcpCloseWaitTimeout: 0s, udpTimeout: 45000000000, udpStreamTimeout: null, tcpBeLiberal: true}
 ";
     let expected = ConfigFile {
         kubeconfig: Some("/etc/k".into()),
@@ -46,7 +50,14 @@ oomScoreAdj: -999
         oom_score_adj: Some(-999),
         verbosity: Some(4),
         log_format: Some(LogFormat::Json),
+        tcp_be_liberal: Some(true),
+        timeouts: TimeoutFlags {
+            tcp_established: Some(Duration::from_secs(7200)),
+            udp: Some(Duration::from_secs(45)),
+            ..TimeoutFlags::default()
+        },
         ignored: vec![],
+        odd: vec![],
     };
     assert_eq!(config(full).unwrap(), expected);
     let primary = config("nodePortAddresses: [primary]").unwrap();
@@ -59,7 +70,7 @@ fn what_cannot_apply_is_named_when_it_is_set() {
 mode: ipvs
 ipvs: {scheduler: rr, strictARP: true, excludeCIDRs: [10.0.0.0/8], syncPeriod: 30s, tcpTimeout: 0s}
 iptables: {masqueradeBit: 14, minSyncPeriod: 1000000000, localhostNodePorts: false}
-conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 24h0m0s, max: 5}
+conntrack: {maxPerCore: 2, tcpEstablishedTimeout: 24h0m0s, max: 5}
 featureGates: {A: true}
 logging: {vmodule: [{filePattern: x, verbosity: 3}], flushFrequency: 5s}
 winkernel: {networkName: x}
@@ -70,7 +81,7 @@ udpIdleTimeout: 250ms
     ignored.sort();
     let expected = [
         "conntrack.max",
-        "conntrack.tcpEstablishedTimeout",
+        "conntrack.maxPerCore",
         "featureGates",
         "iptables.localhostNodePorts",
         "iptables.masqueradeBit",
@@ -89,11 +100,10 @@ udpIdleTimeout: 250ms
 }
 
 #[test]
-fn a_field_that_is_not_known_or_not_readable_is_named_with_what_is_allowed() {
+fn a_field_that_is_not_readable_is_named_with_what_is_allowed() {
     let table = [
-        ("ipvs: {schedular: rr}", "ipvs.schedular: unknown field; known are excludeCIDRs, minSyncPeriod, scheduler"),
-        ("frobnicate: 1", "frobnicate: unknown field; known are apiVersion, bindAddress"),
-        ("ipvs: [1]", "ipvs: unknown field"),
+        ("ipvs: [1]", "ipvs: an object is expected"),
+        ("ipvs: rr", "ipvs: an object is expected"),
         ("mode: IPVS", "mode: \"IPVS\" is not allowed: allowed are iptables, ipvs, nftables"),
         ("detectLocalMode: x", "detectLocalMode: \"x\" is not allowed: allowed are ClusterCIDR, NodeCIDR"),
         ("iptables: {masqueradeBit: fourteen}", "iptables.masqueradeBit: a number is expected"),
@@ -105,11 +115,15 @@ fn a_field_that_is_not_known_or_not_readable_is_named_with_what_is_allowed() {
         ("nodePortAddresses: all", "nodePortAddresses: a list is expected"),
         ("clusterCIDR: 10.0.0.1", "clusterCIDR: \"10.0.0.1\" is not allowed: CIDRs"),
         ("oomScoreAdj: -1001", "oomScoreAdj: -1001 is not allowed: -1000 to 1000 is expected"),
+        ("conntrack: {udpTimeout: 500ms}", "conntrack.udpTimeout: \"500ms\" is not allowed: 1s to 720h is expected"),
+        ("conntrack: {tcpCloseWaitTimeout: -1s}", "conntrack.tcpCloseWaitTimeout: \"-1s\" is not allowed: 1s to 720h"),
+        ("conntrack: {tcpEstablishedTimeout: 721h}", "conntrack.tcpEstablishedTimeout: \"721h\" is not allowed"),
         ("logging: {format: xml}", "logging.format: \"xml\" is not allowed: allowed are text, json"),
         ("logging: {verbosity: 1.5}", "logging.verbosity: 1.5 is not allowed"),
         ("featureGates: {A: x}", "featureGates: NAME=true or NAME=false"),
         ("ipvs: {excludeCIDRs: [1]}", "ipvs.excludeCIDRs: a list of CIDRs is expected"),
-        ("1: x", "a field whose name is no text"),
+        ("oomScoreAdj: 1\noomScoreAdj: 5000", "oomScoreAdj: 5000 is not allowed"),
+        ("? [1]\n: x", "a field's name is no text"),
         ("a: [", "at line 4"),
     ];
     for (body, expected) in table {
@@ -125,6 +139,40 @@ fn a_field_that_is_not_known_or_not_readable_is_named_with_what_is_allowed() {
         let error = ConfigFile::parse(text).unwrap_err();
         assert!(error.contains(expected), "{text}: {error}");
     }
+}
+
+#[test]
+fn what_a_strict_reader_would_refuse_is_named_and_read_as_kube_proxy_does() {
+    let odd = "
+metadata: {name: x}
+creationTimestamp: null
+ipvs: {schedular: rr, syncPeriod: 30s}
+1: x
+hostnameOverride: first
+hostnameOverride: last
+conntrack: {udpTimeout: 5s, tcpEstablishedTimeout: 2h}
+conntrack: {udpTimeout: 5s, udpTimeout: 6s}
+";
+    let text = format!("\u{feff}apiVersion: {API_VERSION}\nkind: {KIND}\n{odd}---\nkind: Other\n");
+    let found = ConfigFile::parse(&text).unwrap();
+    assert_eq!(
+        (found.hostname_override.as_deref(), found.ignored.as_slice()),
+        (Some("last"), &["ipvs.syncPeriod".to_owned()][..])
+    );
+    let timeouts = TimeoutFlags { udp: Some(Duration::from_secs(6)), ..TimeoutFlags::default() };
+    assert_eq!(found.timeouts, timeouts, "the last section counts, and not what the one before said");
+    let expected = [
+        "a byte-order mark at the beginning (skipped)",
+        "hostnameOverride (given twice: the last one counts)",
+        "conntrack.udpTimeout (given twice: the last one counts)",
+        "conntrack (given twice: the last one counts)",
+        "a second document (not read)",
+        "metadata (unknown field)",
+        "creationTimestamp (unknown field)",
+        "ipvs.schedular (unknown field)",
+        "1 (unknown field)",
+    ];
+    assert_eq!(found.odd, expected);
 }
 
 #[test]

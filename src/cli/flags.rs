@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::kube_proxy::KubeProxyFlags;
+use super::traffic::TrafficFlags;
 use crate::netdev::{DeviceSelection, NodePortAddresses};
 
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
@@ -35,6 +36,7 @@ Examples:
 /// work. Its state lives in the kernel: the daemon can stop, crash or be upgraded, and traffic never notices.
 #[derive(Parser, Debug)]
 #[command(name = "kubelane", version, max_term_width = 100, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(args_override_self = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -143,14 +145,18 @@ pub struct RunFlags {
     pub node: NodeFlags,
 
     /// Addresses of this node that serve NodePorts: CIDRs separated by commas, or `primary` for the Node object's
-    /// first InternalIP of each family. A family without a CIDR is not restricted [default: all addresses]
+    /// first InternalIP of each family. A family without a CIDR is not restricted. Given twice, both count [default: all
+    /// addresses]
     #[arg(long, value_name = "CIDRS", help_heading = "Node")]
-    pub nodeport_addresses: Option<NodePortAddresses>,
+    pub nodeport_addresses: Vec<NodePortAddresses>,
 
     /// Devices whose packets are looked at for NodePorts, load balancer and external IPs: names separated by commas, *
     /// and ? as in file names [default: those with a default route or the Node's InternalIPs, tunnels, VLANs on these]
     #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true, help_heading = "Node")]
     pub devices: DeviceSelection,
+
+    #[command(flatten)]
+    pub traffic: TrafficFlags,
 
     /// Destroy TCP sockets, too, when their backend is removed, so that clients reconnect at once (UDP always is)
     #[arg(long, help_heading = "Node")]
@@ -191,6 +197,10 @@ pub struct RunFlags {
 
     #[command(flatten)]
     pub kube_proxy: KubeProxyFlags,
+
+    /// Flags that were given more than once, where only the last one counts.
+    #[arg(skip)]
+    pub repeated: Vec<String>,
 }
 
 #[derive(Args, Clone, Copy, Debug)]

@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use super::value::{LOCAL_MODES, MODES, Sort};
 
 /// Name and sort. By subject; the last ones are its logging library's.
-const FLAGS: [(&str, Sort); 51] = [
+const FLAGS: [(&str, Sort); 46] = [
     ("feature-gates", Sort::Gates),
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),
@@ -34,11 +34,6 @@ const FLAGS: [(&str, Sort); 51] = [
     ("cluster-cidr", Sort::Cidrs),
     ("conntrack-max-per-core", Sort::Number),
     ("conntrack-min", Sort::Number),
-    ("conntrack-tcp-timeout-established", Sort::Duration),
-    ("conntrack-tcp-timeout-close-wait", Sort::Duration),
-    ("conntrack-tcp-be-liberal", Sort::Bool),
-    ("conntrack-udp-timeout", Sort::Duration),
-    ("conntrack-udp-timeout-stream", Sort::Duration),
     ("config-sync-period", Sort::Duration),
     ("proxy-port-range", Sort::Text),
     ("vmodule", Sort::Text),

@@ -9,6 +9,15 @@ use super::config_file::ConfigFile;
 use super::flags::{NodeFlags, RunFlags, Source};
 use crate::netdev::NodePortAddresses;
 
+/// What is to be said of the settings at the start.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Remarks {
+    /// Settings that were given and have no meaning here.
+    pub ignored: Vec<String>,
+    /// What is not as it should be and is read as kube-proxy reads it.
+    pub odd: Vec<String>,
+}
+
 impl NodeFlags {
     /// What `--config` names; nothing when it is not given.
     ///
@@ -39,13 +48,14 @@ impl NodeFlags {
 }
 
 impl RunFlags {
-    /// Fills in from `--config` what was not given. Returns the settings that were given and have no meaning here.
+    /// Fills in from `--config` what was not given. Returns what is to be said of the settings.
     ///
     /// # Errors
     /// When the file cannot be read, or says something that is not known.
-    pub fn complete(&mut self) -> Result<Vec<String>, UsageError> {
+    pub fn complete(&mut self) -> Result<Remarks, UsageError> {
         let file = self.node.config_file()?;
         self.node.complete(&file);
+        self.traffic.complete(&file);
         let mut ignored = self.kube_proxy.given.clone();
         ignored.extend(file.ignored);
         match self.source.source {
@@ -56,16 +66,20 @@ impl RunFlags {
         }
         let given = self.source.hostname_override.take().filter(|name| !name.trim().is_empty());
         self.source.hostname_override = given.or(file.hostname_override);
-        self.nodeport_addresses = self.nodeport_addresses.take().or(file.nodeport_addresses);
+        let given = std::mem::take(&mut self.nodeport_addresses).into_iter().map(Ok);
+        let given = given.reduce(|all, next| all?.and(next?)).transpose();
+        let given = given.map_err(|problem| UsageError(format!("--nodeport-addresses: {problem}")))?;
+        self.nodeport_addresses.extend(given.or(file.nodeport_addresses));
         self.oom_score_adj = self.oom_score_adj.or(file.oom_score_adj);
         self.log.verbosity = self.log.verbosity.or(file.verbosity);
         self.log.log_format = self.log.log_format.or(file.log_format);
-        Ok(ignored)
+        let twice = self.repeated.iter().map(|flag| format!("{flag} (given twice: the last one counts)"));
+        Ok(Remarks { ignored, odd: twice.chain(file.odd).collect() })
     }
 
     /// Which addresses serve NodePorts; `--bind-address`, if it is one, is the node's primary address of its family.
     pub fn nodeport_addresses(&self) -> NodePortAddresses {
-        let addresses = self.nodeport_addresses.clone().unwrap_or_default();
+        let addresses = self.nodeport_addresses.first().cloned().unwrap_or_default();
         match self.node.bind_address {
             Some(ip) if !ip.is_unspecified() => addresses.with_primary(ip.into()),
             _ => addresses,
@@ -77,9 +91,8 @@ impl RunFlags {
 mod tests {
     use std::io::Write as _;
 
-    use clap::Parser as _;
-
     use super::super::flags::{Cli, Command, LogFormat};
+    use super::super::parse;
     use super::*;
 
     const FILE: &str = "
@@ -95,12 +108,13 @@ oomScoreAdj: -5
 mode: ipvs
 ";
 
-    fn run(flags: &[&str]) -> (RunFlags, Vec<String>) {
-        let Command::Run(mut flags) = Cli::parse_from([&["kubelane", "run"], flags].concat()).command else {
+    fn run(flags: &[&str]) -> (RunFlags, Remarks) {
+        let line = [&["kubelane", "run"], flags].concat();
+        let Ok(Cli { command: Command::Run(mut flags) }) = parse(line.iter().map(Into::into).collect()) else {
             panic!("another command")
         };
-        let ignored = flags.complete().unwrap();
-        (*flags, ignored)
+        let remarks = flags.complete().unwrap();
+        (*flags, remarks)
     }
 
     #[test]
@@ -110,11 +124,11 @@ mode: ipvs
         let config = format!("--config={}", file.path().display());
         let at = |text: &str| Some(text.parse::<SocketAddr>().unwrap());
 
-        let (flags, ignored) = run(&[]);
+        let (flags, remarks) = run(&[]);
         assert_eq!((flags.node.healthz(), flags.node.metrics()), (at("0.0.0.0:10256"), at("127.0.0.1:10249")));
-        assert!(ignored.is_empty() && flags.log.verbosity.is_none() && flags.source.kubeconfig.is_none());
+        assert!(remarks == Remarks::default() && flags.log.verbosity.is_none() && flags.source.kubeconfig.is_none());
 
-        let (flags, ignored) = run(&[&config]);
+        let (flags, Remarks { ignored, .. }) = run(&[&config]);
         assert_eq!((flags.node.healthz(), flags.node.metrics()), (at("[::1]:1111"), at("[::1]:10249")));
         assert_eq!(flags.source.kubeconfig.as_deref(), Some(Path::new("/file/kubeconfig")));
         assert_eq!(flags.source.hostname_override.as_deref(), Some("of-the-file"));
@@ -124,7 +138,8 @@ mode: ipvs
 
         let given = "--kubeconfig=/k --hostname-override=b --healthz-port=2222 --metrics-bind-address=127.0.0.1:3333 \
                      --nodeport-addresses=10.0.0.0/8 -v=0 --logging-format=text --oom-score-adj=7 --proxy-mode=nftables";
-        let (flags, ignored) = run(&[&[config.as_str()], &given.split_whitespace().collect::<Vec<_>>()[..]].concat());
+        let (flags, Remarks { ignored, .. }) =
+            run(&[&[config.as_str()], &given.split_whitespace().collect::<Vec<_>>()[..]].concat());
         assert_eq!((flags.node.healthz(), flags.node.metrics()), (at("[::]:2222"), at("127.0.0.1:3333")));
         assert_eq!(flags.source.kubeconfig.as_deref(), Some(Path::new("/k")));
         assert_eq!(flags.source.hostname_override.as_deref(), Some("b"));
@@ -135,8 +150,27 @@ mode: ipvs
             (Some(7), &["--proxy-mode".to_owned(), "mode".to_owned()][..])
         );
 
-        let (flags, ignored) = run(&[&config, "--source=dir:/x", "--healthz-bind-address="]);
+        let (flags, Remarks { ignored, .. }) = run(&[&config, "--source=dir:/x", "--healthz-bind-address="]);
         assert_eq!((flags.node.healthz(), flags.source.kubeconfig), (None, None));
         assert_eq!(ignored, ["mode", "clientConnection.kubeconfig"]);
+    }
+
+    #[test]
+    fn what_is_odd_in_flags_and_file_is_named_together() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(format!("{FILE}metadata: {{}}\n").as_bytes()).unwrap();
+        let config = format!("--config={}", file.path().display());
+        let (flags, remarks) =
+            run(&[&config, "-v=1", "-v=0", "--nodeport-addresses=10.0.0.0/8", "--nodeport-addresses=fd00::/8"]);
+        assert_eq!(flags.nodeport_addresses(), "10.0.0.0/8,fd00::/8".parse().unwrap());
+        assert_eq!(flags.log.verbosity, Some(0));
+        assert_eq!(remarks.odd, ["--v (given twice: the last one counts)", "metadata (unknown field)"]);
+
+        let line = ["kubelane", "--nodeport-addresses=primary", "--nodeport-addresses=10.0.0.0/8"];
+        let Ok(Cli { command: Command::Run(mut flags) }) = parse(line.iter().map(Into::into).collect()) else {
+            panic!("another command")
+        };
+        let error = flags.complete().unwrap_err().to_string();
+        assert!(error.starts_with("--nodeport-addresses: `primary` cannot stand in a list; allowed are"), "{error}");
     }
 }

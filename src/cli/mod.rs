@@ -9,12 +9,14 @@ mod get;
 mod host;
 mod kube_proxy;
 mod leftovers;
+mod lenient_yaml;
 mod log;
 mod merge;
 mod run;
 mod snapshot;
 mod status;
 mod table;
+mod traffic;
 mod value;
 
 use std::ffi::OsString;
@@ -24,7 +26,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{ArgAction, CommandFactory as _, Parser as _};
 
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
@@ -73,7 +75,29 @@ pub fn main(started: Instant) -> ExitCode {
 /// # Errors
 /// When it cannot be meant; also when it asks for help or the version, which clap counts among its errors.
 pub fn parse(arguments: Vec<OsString>) -> Result<Cli, clap::Error> {
-    Cli::try_parse_from(with_subcommand(arguments))
+    let arguments = with_subcommand(arguments);
+    let mut cli = Cli::try_parse_from(&arguments)?;
+    if let Command::Run(flags) = &mut cli.command {
+        flags.repeated = repeated(&arguments);
+    }
+    Ok(cli)
+}
+
+/// The flags of `run` of which one value counts and that are given more than once, each once: clap keeps the last.
+fn repeated(arguments: &[OsString]) -> Vec<String> {
+    let command = Cli::command();
+    let of_run = command.find_subcommand("run").into_iter().flat_map(clap::Command::get_arguments);
+    let single: Vec<&clap::Arg> = of_run.filter(|arg| !matches!(arg.get_action(), ArgAction::Append)).collect();
+    let names = |arg: &clap::Arg, argument: &str| match argument.strip_prefix("--").map(split_value) {
+        Some((name, _)) => {
+            arg.get_long() == Some(name) || arg.get_all_aliases().is_some_and(|aliases| aliases.contains(&name))
+        }
+        None => argument.strip_prefix('-').is_some_and(|short| arg.get_short() == short.chars().next()),
+    };
+    let flags = arguments.iter().skip(2).filter_map(|argument| argument.to_str()).filter(|text| text.len() > 1);
+    let flags: Vec<&str> = flags.filter(|text| text.starts_with('-')).collect();
+    let is_repeated = |arg: &&clap::Arg| flags.iter().filter(|flag| names(arg, flag)).count() > 1;
+    single.into_iter().filter(is_repeated).filter_map(|arg| Some(format!("--{}", arg.get_long()?))).collect()
 }
 
 /// kube-proxy has no subcommands: flags alone mean `run`. Nor does it tell --log_dir from --log-dir.
@@ -154,6 +178,33 @@ mod tests {
             let arguments = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
             assert_eq!(with_subcommand(arguments(given)), arguments(expected), "{given}");
         }
+    }
+
+    #[test]
+    fn of_a_flag_given_twice_the_last_one_counts_and_it_is_named() {
+        let parse = |text: &str| match parse(format!("kubelane {text}").split(' ').map(OsString::from).collect()) {
+            Ok(Cli { command: Command::Run(flags) }) => *flags,
+            other => panic!("{text}: {other:?}"),
+        };
+        for (given, repeated) in [
+            ("--source dir:/x --kubeconfig /k", &[][..]),
+            ("run --hostname-override=a --hostname_override b", &["--hostname-override"]),
+            ("--source dir:/x -v=1 --v 3 -v4", &["--v"]),
+            ("--log-format json --logging-format=text", &["--log-format"]),
+            (
+                "--destroy-tcp-sockets --destroy-tcp-sockets --conntrack-tcp-be-liberal --conntrack-tcp-be-liberal=false",
+                &["--conntrack-tcp-be-liberal", "--destroy-tcp-sockets"],
+            ),
+            (
+                "--nodeport-addresses=10.0.0.0/8 --nodeport-addresses=fd00::/8 --proxy-mode=ipvs --proxy-mode=iptables",
+                &[],
+            ),
+            ("--oom-score-adj -5 --conntrack-min -5", &[]),
+        ] {
+            assert_eq!(parse(given).repeated, repeated, "{given}");
+        }
+        let last = parse("--max-services=1 --max-services=2 -v=1 -v=3 --cleanup --cleanup=false");
+        assert_eq!((last.max_services, last.log.verbosity, last.cleanup), (2, Some(3), false));
     }
 
     #[test]

@@ -9,9 +9,11 @@ use tracing::{info, warn};
 
 use super::UsageError;
 use super::flags::{RunFlags, Source, SourceFlags};
+use super::merge::Remarks;
 use super::{host, log};
 use crate::agent::{self, Settings, SourceSettings};
 use crate::bpf;
+use crate::model::FlowTimeouts;
 
 /// Health, metrics and watches; the agent itself has the main thread.
 const WORKER_THREADS: usize = 2;
@@ -23,9 +25,12 @@ const LAST_WORK: Duration = Duration::from_secs(1);
 /// # Errors
 /// A [`UsageError`] before anything is touched; anything that keeps the daemon from its work.
 pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
-    let ignored = flags.complete()?;
+    let Remarks { ignored, odd } = flags.complete()?;
     let source = choose_source(&flags.source, in_cluster())?;
     log::start(flags.log).map_err(|error| UsageError(format!("{error:#}")))?;
+    if !odd.is_empty() {
+        warn!("these settings are not as they should be, and are read as kube-proxy reads them: {}", odd.join(", "));
+    }
     if !ignored.is_empty() {
         warn!("these settings have no meaning here and are ignored: {}", ignored.join(", "));
     }
@@ -63,6 +68,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
     );
     let (healthz, metrics) = (flags.node.healthz(), flags.node.metrics());
     let nodeport_addresses = flags.nodeport_addresses();
+    let traffic = flags.traffic;
     Ok(Settings {
         source,
         node_name,
@@ -72,11 +78,14 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
             cgroup: cgroup.path,
             max_endpoints: flags.max_endpoints,
             max_services: flags.max_services,
+            flow_limits: FlowTimeouts::from(traffic.timeouts).into(),
+            tcp_be_liberal: traffic.conntrack_tcp_be_liberal.unwrap_or_default(),
         },
         healthz,
         metrics,
         nodeport_addresses,
         devices: flags.devices,
+        forward_through: traffic.forward_through.unwrap_or_default(),
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
         service_metrics: usize::from(flags.service_metrics),
         startup_taint: flags.startup_taint,

@@ -1,7 +1,11 @@
 //! What values of kube-proxy's settings look like, in flags and in the configuration file alike. Settings that have no
 //! meaning here are checked all the same: a typing error in one of them is as likely to be one in the next.
 
+use std::time::Duration;
+
 use ipnet::IpNet;
+
+use crate::model::FlowTimeouts;
 
 /// The sort of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +79,29 @@ pub fn is_duration(text: &str) -> bool {
     text == "0" || text.parse::<jiff::SignedDuration>().is_ok()
 }
 
+/// A boolean flag's value, as Go reads it.
+///
+/// # Errors
+/// What is allowed, when `text` is not.
+pub fn boolean(text: &str) -> Result<bool, String> {
+    Sort::Bool.check(text).map(|()| text.starts_with(['1', 't', 'T']))
+}
+
+/// One of [`FlowTimeouts`]; zero stands for its default.
+///
+/// # Errors
+/// What is allowed, when `text` is not.
+pub fn timeout(text: &str) -> Result<Duration, String> {
+    Sort::Duration.check(text)?;
+    if is_zero_duration(text) {
+        return Ok(Duration::ZERO);
+    }
+    let signed = text.parse::<jiff::SignedDuration>().ok();
+    let timeout = signed.and_then(|signed| Duration::try_from(signed).ok());
+    let fits = |timeout: &Duration| (FlowTimeouts::LEAST..=FlowTimeouts::MOST).contains(timeout);
+    timeout.filter(fits).ok_or_else(|| format!("{text:?} is not allowed: 1s to 720h is expected, or 0 for the default"))
+}
+
 /// Whether a duration is nothing: 0, 0s.
 pub fn is_zero_duration(text: &str) -> bool {
     text == "0" || text.parse::<jiff::SignedDuration>().is_ok_and(|duration| duration.is_zero())
@@ -106,5 +133,19 @@ mod tests {
         }
         assert!(MODES.check("x").unwrap_err().ends_with("allowed are iptables, ipvs, nftables"));
         assert!(is_zero_duration("0s") && is_zero_duration("0") && !is_zero_duration("1ms"));
+        assert!(["1", "t", "TRUE"].iter().all(|on| boolean(on) == Ok(true)) && boolean("F") == Ok(false));
+        assert!(boolean("yes").unwrap_err().contains("true or false"));
+    }
+
+    #[test]
+    fn a_timeout_of_a_flow_is_a_second_to_thirty_days_or_zero() {
+        let table = [("0", 0), ("0s", 0), ("1s", 1), ("1000000000ns", 1), ("1m30s", 90), ("720h", 2_592_000)];
+        for (text, seconds) in table {
+            assert_eq!(timeout(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for bad in ["999ms", "-1s", "720h0m1s", "-720h", "99999999h"] {
+            assert!(timeout(bad).unwrap_err().ends_with("1s to 720h is expected, or 0 for the default"), "{bad}");
+        }
+        assert!(timeout("soon").unwrap_err().contains("a duration such as 30s"));
     }
 }

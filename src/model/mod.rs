@@ -4,12 +4,14 @@
 
 mod address;
 mod change;
+mod datapath;
 mod endpoint;
 mod notice;
 mod service;
 
 pub use address::{Family, IpRange, Ipx, SocketAddrx};
 pub use change::{Change, Kind, Warning};
+pub use datapath::{FlowTimeouts, ForwardThrough};
 pub use endpoint::{Endpoint, Hints, Slice, SlicePort};
 pub use notice::{About, HealthCheck, Notice};
 pub use service::{ObjectName, Protocol, Service, ServicePort, TrafficPolicy};

@@ -5,6 +5,7 @@
 
 mod dump;
 mod outward;
+mod policies;
 mod routes;
 mod selection;
 #[cfg(test)]
@@ -25,7 +26,8 @@ use tokio::time::sleep;
 use tracing::{debug, warn};
 
 pub use outward::{DeviceSelection, Layer, NetDevice};
-pub use routes::follow_routes;
+pub use policies::follow_policies;
+pub use routes::{RouteChange, follow_routes};
 pub use selection::NodePortAddresses;
 
 use crate::model::Ipx;

@@ -3,11 +3,16 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::MulticastGroup::{
     Ipv4Ifaddr, Ipv4Netconf, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Netconf, Ipv6Route, Ipv6Rule, Link,
 };
-use tokio::time::sleep;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::rule::RuleAttribute;
+use rtnetlink::{Handle, IpVersion};
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::warn;
 
 use super::REOPEN_PAUSE;
@@ -15,9 +20,22 @@ use super::REOPEN_PAUSE;
 /// Two calls are at least this far apart: a router may change thousands of routes in a second.
 const GAP: Duration = Duration::from_millis(5);
 
+/// How often it is looked whether ports choose routes, besides after changes of rules: sysctls give no notice.
+const LOOK: Duration = Duration::from_secs(30);
+
+/// What has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteChange {
+    /// Routes, rules, devices, addresses or forwarding.
+    Routes,
+    /// Whether routes are chosen by addresses alone: no rule names ports, protocols or a type of service, and no path is
+    /// chosen by ports (the sysctls `fib_multipath_hash_policy`).
+    ByAddress(bool),
+}
+
 /// Calls `changed` after every change, one call for what comes at once; a lost notice (ENOBUFS) is one as well. Runs
 /// for ever: a broken socket is opened again.
-pub async fn follow_routes(mut changed: impl FnMut()) {
+pub async fn follow_routes(mut changed: impl FnMut(RouteChange)) {
     loop {
         if let Err(error) = follow(&mut changed).await {
             warn!("changes of routes: {error:#}; opening netlink again (remembered routes end after a second)");
@@ -27,19 +45,65 @@ pub async fn follow_routes(mut changed: impl FnMut()) {
 }
 
 /// Returns when the socket broke.
-async fn follow(changed: &mut impl FnMut()) -> anyhow::Result<()> {
+async fn follow(changed: &mut impl FnMut(RouteChange)) -> anyhow::Result<()> {
     // Netconf: the sysctl `forwarding`.
     let groups = [Link, Ipv4Ifaddr, Ipv6Ifaddr, Ipv4Route, Ipv6Route, Ipv4Rule, Ipv6Rule, Ipv4Netconf, Ipv6Netconf];
     let (listener, _, mut notices) =
         rtnetlink::new_multicast_connection(&groups).context("subscribing to changes of routes (netlink)")?;
-    let listener = tokio::spawn(listener);
+    let (asker, handle, _) = rtnetlink::new_connection().context("opening a netlink socket")?;
+    let mut connections = JoinSet::new();
+    connections.spawn(listener);
+    connections.spawn(asker);
+    let mut looks = interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // What changed before the subscription.
-    changed();
-    while notices.next().await.is_some() {
-        while notices.try_recv().is_ok() {}
-        changed();
-        sleep(GAP).await;
+    changed(RouteChange::Routes);
+    loop {
+        tokio::select! {
+            notice = notices.next() => {
+                let mut is_rule = is_of_rule(&notice.context("the netlink socket broke")?.0);
+                while let Ok((notice, _)) = notices.try_recv() {
+                    is_rule |= is_of_rule(&notice);
+                }
+                // A new rule may name ports: until that is known, they count.
+                if is_rule {
+                    changed(RouteChange::ByAddress(false));
+                    looks.reset_immediately();
+                }
+                changed(RouteChange::Routes);
+                sleep(GAP).await;
+            }
+            _ = looks.tick() => changed(RouteChange::ByAddress(routes_are_chosen_by_address(&handle).await?)),
+        }
     }
-    listener.abort();
-    anyhow::bail!("the netlink socket broke")
+}
+
+fn is_of_rule(notice: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    matches!(
+        notice.payload,
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_))
+    )
+}
+
+async fn routes_are_chosen_by_address(handle: &Handle) -> anyhow::Result<bool> {
+    for family in ["ipv4", "ipv6"] {
+        // Absent before 4.12 and 4.17, where layer 4 is never asked, and without the family.
+        let policy = std::fs::read_to_string(format!("/proc/sys/net/{family}/fib_multipath_hash_policy"));
+        if policy.is_ok_and(|policy| policy.trim() != "0") {
+            return Ok(false);
+        }
+    }
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let mut rules = handle.rule().get(version).execute();
+        while let Some(rule) = rules.try_next().await.context("listing rules (netlink)")? {
+            let names_ports = rule.attributes.iter().any(|attribute| {
+                use RuleAttribute::{DestinationPortRange, IpProtocol, SourcePortRange};
+                matches!(attribute, SourcePortRange(_) | DestinationPortRange(_) | IpProtocol(_))
+            });
+            if names_ports || rule.header.tos != 0 {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }

@@ -47,6 +47,20 @@ impl NodePortAddresses {
         picked
     }
 
+    /// Both of two lists. Nothing said (`All`) adds nothing.
+    ///
+    /// # Errors
+    /// `primary` is no part of a list.
+    pub fn and(self, other: Self) -> Result<Self, String> {
+        use NodePortAddresses::{All, Ranges};
+        match (self, other) {
+            (All, one) | (one, All) => Ok(one),
+            (Ranges(a), Ranges(b)) => Ok(Ranges([a, b].concat())),
+            (a, b) if a == b => Ok(a),
+            _ => Err("`primary` cannot stand in a list; allowed are `primary` or CIDRs separated by commas".to_owned()),
+        }
+    }
+
     /// `Primary` with `ip` (`--bind-address`) in the place of the Node object's address of that family.
     #[must_use]
     pub fn with_primary(self, ip: Ipx) -> Self {
@@ -135,6 +149,21 @@ mod tests {
         for (flag, internal, expected) in table {
             let selection: NodePortAddresses = flag.parse().unwrap();
             assert_eq!(selection.select(&ips(bound), &ips(internal)), ips(expected), "{flag:?} with Node {internal:?}");
+        }
+    }
+
+    #[test]
+    fn two_lists_are_one_and_primary_stands_alone() {
+        let table = [
+            ("10.0.0.0/8", "fd00::/8", Some("10.0.0.0/8,fd00::/8")),
+            ("", "10.0.0.0/8", Some("10.0.0.0/8")),
+            ("primary", "", Some("primary")),
+            ("primary", "primary", Some("primary")),
+            ("primary", "10.0.0.0/8", None),
+        ];
+        for (a, b, expected) in table {
+            let read = |text: &str| text.parse::<NodePortAddresses>().unwrap();
+            assert_eq!(read(a).and(read(b)).ok(), expected.map(read), "{a:?} and {b:?}");
         }
     }
 

@@ -14,7 +14,9 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use bytemuck::bytes_of;
-use kubelane::abi::{Backend, Frontend, FrontendKey, Pool, address_flag, backend_state, frontend_flag, pool_member};
+use kubelane::abi::{
+    Backend, FlowLimits, Frontend, FrontendKey, Pool, address_flag, backend_state, frontend_flag, pool_member,
+};
 use kubelane::bpf::{Datapath, Settings};
 use kubelane::model::{Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
@@ -169,7 +171,14 @@ impl Node {
     fn enter(directory: &Path) -> Node {
         let cgroup = cgroup::mount_point().unwrap().join(directory.file_name().unwrap());
         fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
-        let settings = Settings { pin_path: directory.join("kl"), cgroup, max_endpoints: 256, max_services: 64 };
+        let settings = Settings {
+            pin_path: directory.join("kl"),
+            cgroup,
+            max_endpoints: 256,
+            max_services: 64,
+            flow_limits: FlowLimits::default(),
+            tcp_be_liberal: false,
+        };
         let datapath = Some(Datapath::open(&settings).unwrap());
         Node { settings, datapath, next_backend: 1, next_slot: 0, next_service: 1 }
     }

@@ -102,6 +102,8 @@ fn a_socket_that_is_gone_is_told_to_the_one_at_the_other_end_of_a_node_port() {
 /// A packet from one end to the other.
 fn packet(protocol: Protocol, from: (&str, u16), to: (&str, u16), flags: u8) -> Frame {
     match protocol {
+        // An answer acknowledges the request.
+        Protocol::Tcp if flags == SYN | ACK => tcp(from, to, flags).numbered(7000, 1001),
         Protocol::Tcp => tcp(from, to, flags),
         _ => udp(from, to, &[5; 100]),
     }

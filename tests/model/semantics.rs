@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kubelane::model::{Endpoint, Family, IpRange, Ipx, ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 
 use super::world::{HERE, World, owner};
+use crate::wire::{LOCAL4, LOCAL6};
 
 /// A Service port: what session affinity is kept for, and what a backend belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -20,7 +21,7 @@ pub struct PortId {
 pub struct Target {
     pub ip: Ipx,
     pub port: u16,
-    /// On this node: it sees the client's own address.
+    /// Routes lead to it on this node, whatever its node's name: it sees the client's own address.
     pub local: bool,
 }
 
@@ -134,7 +135,7 @@ fn candidates<'w>(world: &'w World, service: &Service, port: &ServicePort, famil
     for slice in world.slices.values().filter(|slice| owner(slice) == service.name) {
         for number in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
             for endpoint in slice.endpoints.iter().filter(|e| e.ip.family() == family) {
-                let local = endpoint.node.as_deref() == Some(HERE);
+                let local = is_pod_of_this_node(endpoint.ip);
                 let target = Target { ip: endpoint.ip, port: number.port, local };
                 let serving_and_terminating = endpoint.serving && endpoint.terminating;
                 match all.iter_mut().find(|c| (c.target.ip, c.target.port) == (target.ip, target.port)) {
@@ -180,11 +181,20 @@ fn near(world: &World, all: &[Candidate]) -> Vec<Target> {
 
 /// The Local set, decided by itself and without hints.
 fn local(all: &[Candidate]) -> Vec<Target> {
-    let here = || all.iter().filter(|c| c.target.local);
+    let here = || all.iter().filter(|c| c.endpoint.node.as_deref() == Some(HERE));
     if here().any(|c| c.ready) {
         return here().filter(|c| c.ready).map(|c| c.target).collect();
     }
     here().filter(|c| c.serving_and_terminating).map(|c| c.target).collect()
+}
+
+/// Of the network that is routed to the pods' device: 16 bits of IPv4, 64 of IPv6.
+pub fn is_pod_of_this_node(ip: Ipx) -> bool {
+    let prefix = |address: &str| -> usize { if address.contains(':') { 8 } else { 14 } };
+    [LOCAL4, LOCAL6].iter().any(|pod| {
+        let network = super::world::ip(pod).0;
+        ip.0[..prefix(pod)] == network[..prefix(pod)]
+    })
 }
 
 /// Bit by bit.

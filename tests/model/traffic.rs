@@ -7,7 +7,7 @@ use kubelane::bpf::Direction;
 use kubelane::model::{Family, Ipx, Protocol};
 
 use super::random::Random;
-use super::semantics::{PortId, Target, Verdict, is_affine, is_usable, port_at, verdict};
+use super::semantics::{PortId, Target, Verdict, is_affine, is_pod_of_this_node, is_usable, port_at, verdict};
 use super::world::{World, ip};
 use crate::wire::frame::{ACK, FIN, Frame, Inside, RST, SYN, parse};
 use crate::wire::{DROP, NODE4, NODE6, Node, PASS, REDIRECT, TUNNEL4, TUNNEL6};
@@ -320,10 +320,11 @@ impl Traffic {
         self.note(name);
     }
 
-    /// The backend answers, and the client again: both directions, and the flow moves to the lasting table.
+    /// The backend answers, and the client again: both directions, and the flow is proved.
     fn establish(&mut self, node: &mut Node, at: usize) {
         let flow = self.flows[at].clone();
         self.reply(node, &flow, SYN | ACK);
+        node.begin_earlier(2);
         let counted = self.request(node, &flow, ACK);
         assert_eq!(counted, [("flow_established", 1)].into(), "{flow:?}");
         self.flows[at].stage = Stage::Open;
@@ -380,9 +381,7 @@ impl Traffic {
 
     /// The flow has ended or its backend has gone: its client's next packet begins another.
     fn begin_again(&mut self, node: &mut Node, world: &World, at: usize, flow: &Flow, flags: u8) {
-        if (flow.stage != Stage::Closed { client_first: false }) {
-            self.places.remove(&flow.place());
-        }
+        self.places.remove(&flow.place());
         self.note(if flow.stage == Stage::Opening || !is_tcp(&flow.request) {
             "left its backend"
         } else {
@@ -412,7 +411,17 @@ impl Traffic {
             true => self.send(node, Direction::Out, node.uplink, frame),
             false => self.send(node, Direction::In, if by_tunnel { node.tunnel } else { node.uplink }, frame),
         };
-        assert_passed(flow, "a reply", &passage, flow.request.to, flow.request.client);
+        // A client that is a pod of this node is behind the pods' device: where its packets came in elsewhere, the answers
+        // are sent there.
+        let is_pod = is_pod_of_this_node(flow.request.client.0);
+        let is_own = flow.target.ip == flow.request.client.0;
+        if flow.target.local && is_pod && (flow.request.by_tunnel || is_own) {
+            let (to, client) = (flow.request.to, flow.request.client);
+            let wanted = passage.frame.with_ends((&to.0.to_string(), to.1), (&client.0.to_string(), client.1));
+            assert_eq!((passage.action, &passage.seen), (REDIRECT, &wanted), "a reply of {flow:?}");
+        } else {
+            assert_passed(flow, "a reply", &passage, flow.request.to, flow.request.client);
+        }
         passage.counted
     }
 

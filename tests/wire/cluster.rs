@@ -208,7 +208,10 @@ impl Cluster {
             }
             for (index, addresses) in [(uplink, NODE), (tunnel, OVERLAY)] {
                 let (ip4, ip6) = (addresses[0].parse().ok(), addresses[1].parse().ok());
-                node.datapath.devices().attach(&Device { index, link_layer: LinkLayer::Ethernet, ip4, ip6 }).unwrap();
+                node.datapath
+                    .devices()
+                    .attach(&Device { index, link_layer: LinkLayer::Ethernet, ip4, ip6, rp_filter: 0 })
+                    .unwrap();
             }
             node
         });

@@ -139,7 +139,8 @@ impl Frame {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 let mut header = vec![0x45, 0];
                 header.extend(((20 + body.len()) as u16).to_be_bytes());
-                let (id, field) = fragment.map_or((0x1234, 0), |(offset, more, id)| {
+                // A whole packet must not be fragmented, as TCP's never may.
+                let (id, field) = fragment.map_or((0x1234, 0x4000), |(offset, more, id)| {
                     (id as u16, (offset / 8) | if more { 0x2000 } else { 0 })
                 });
                 header.extend(id.to_be_bytes());
@@ -252,6 +253,15 @@ impl Frame {
         };
         vec![piece(0..first), piece(first..body.len())]
     }
+}
+
+/// The IPv4 packet of a frame may be fragmented after all.
+pub fn may_fragment(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[20] &= !0x40;
+    frame[24..26].fill(0);
+    let sum = checksum(&[&frame[14..34]]);
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    frame
 }
 
 fn octets(ip: IpAddr) -> Vec<u8> {

@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, DeviceAddresses, Ends, Flow, FlowKey, Frontend, FrontendKey, Pool, SourceRangeKey, address_flag,
-    address_index, backend_flag, backend_state, frontend_flag, pool_empty, pool_member,
+    Backend, DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, FlowLimits, Frontend, FrontendKey, Pool, SourceRangeKey,
+    abi_version, address_flag, address_index, backend_flag, backend_state, flow_flag, flow_state, frontend_flag,
+    pool_empty, pool_member, reply_index,
 };
-use kubelane::bpf::run::{Outcome, run, run_marked};
+use kubelane::bpf::run::{Outcome, run, run_from, run_marked};
 use kubelane::bpf::{Datapath, Direction, Settings};
 use kubelane::model::{IpRange, Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
@@ -69,7 +70,14 @@ impl Place {
     }
 
     pub fn settings(&self) -> Settings {
-        Settings { pin_path: self.bpffs.join("kl"), cgroup: self.cgroup.clone(), max_endpoints: 1024, max_services: 64 }
+        Settings {
+            pin_path: self.bpffs.join("kl"),
+            cgroup: self.cgroup.clone(),
+            max_endpoints: 1024,
+            max_services: 64,
+            flow_limits: FlowLimits::default(),
+            tcp_be_liberal: false,
+        }
     }
 }
 
@@ -132,7 +140,10 @@ pub fn interface_index(name: &str) -> u32 {
 
 /// Sets `local` up as one device of this node with a neighbour that need not exist.
 fn device(name: &str, address4: &str, address6: &str, mtu: u32, neighbours: &[&str]) -> u32 {
-    ip_command(&format!("link add {name} mtu {mtu} type veth peer name {name}-far mtu {mtu}"));
+    // The address that frames of the tests are sent to.
+    ip_command(&format!(
+        "link add {name} address 02:00:00:00:00:01 mtu {mtu} type veth peer name {name}-far mtu {mtu}"
+    ));
     ip_command(&format!("addr add {address4} dev {name}"));
     ip_command(&format!("addr add {address6} dev {name} nodad"));
     ip_command(&format!("link set {name} up"));
@@ -158,13 +169,19 @@ impl Node {
         }
         let uplink = device("up0", "10.0.0.1/24", "fd00::1/64", 1500, &["10.0.0.254", "fd00::254"]);
         let tunnel = device("over0", "10.244.0.1/16", "fd44::1/32", TUNNEL_MTU, &[REMOTE4, REMOTE6]);
+        // Pods of this node are behind a device that is not outward.
+        ip_command("link add pods0 type veth peer name pods0-far");
+        ip_command("link set pods0 up");
+        ip_command("link set pods0-far up");
+        ip_command("route add 10.1.0.0/16 dev pods0");
+        ip_command("-6 route add fd01::/64 dev pods0");
         ip_command("route add default via 10.0.0.254");
         ip_command("-6 route add default via fd00::254");
         let place = Place::new();
         let datapath = open(&place.settings()).unwrap();
         let mut node = Node::with(datapath, place, uplink, tunnel);
-        node.note_device(uplink, NODE4, NODE6);
-        node.note_device(tunnel, TUNNEL4, TUNNEL6);
+        node.note_device(uplink, NODE4, NODE6, 0);
+        node.note_device(tunnel, TUNNEL4, TUNNEL6, 0);
         for (address, flags) in [
             (NODE4, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
             (NODE6, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
@@ -237,13 +254,18 @@ impl Node {
     }
 
     pub fn pinned(&self, map: &str) -> MapHandle {
-        MapHandle::from_pinned_path(self.pin_path.join("v3/maps").join(map)).unwrap()
+        MapHandle::from_pinned_path(self.pin_path.join(format!("v{}/maps", abi_version::ABI_VERSION)).join(map))
+            .unwrap()
     }
 
     /// What attaching to a device notes, for kernels that do not name a route's source.
-    fn note_device(&self, index: u32, ip4: &str, ip6: &str) {
-        let row =
-            DeviceAddresses { ip4: ip4.parse::<Ipx>().unwrap().0, ip6: ip6.parse::<Ipx>().unwrap().0, is_bare: 0 };
+    fn note_device(&self, index: u32, ip4: &str, ip6: &str, rp_filter: u32) {
+        let row = DeviceAddresses {
+            ip4: ip4.parse::<Ipx>().unwrap().0,
+            ip6: ip6.parse::<Ipx>().unwrap().0,
+            is_bare: 0,
+            rp_filter,
+        };
         self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
@@ -255,15 +277,23 @@ impl Node {
             indices.for_each(|index| bytes[index] = 1);
             map.update(&[0; 4], &bytes, MapFlags::ANY).unwrap();
         };
-        set("wire_filter", &mut addresses.iter().map(|address| address_index(&address.parse::<Ipx>().unwrap().0)));
-        for map in ["wire_filter", "ports"] {
-            set(map, &mut ports.iter().map(|port| 65_536 + usize::from(*port)));
-        }
+        let addresses: Vec<[u8; 16]> = addresses.iter().map(|address| address.parse::<Ipx>().unwrap().0).collect();
+        set("wire_filter", &mut addresses.iter().map(address_index));
+        set("wire_filter", &mut ports.iter().map(|port| 65_536 + usize::from(*port)));
+        let ends = addresses.iter().flat_map(|from| addresses.iter().map(move |to| (from, to)));
+        let replies =
+            ends.flat_map(|(from, to)| ports.iter().map(move |port| reply_index(from, to, port.to_be_bytes())));
+        set("ports", &mut replies.map(|index| 65_536 + index));
     }
 
     pub fn source_range(&self, service: u32, ip: &str, prefix: u8) {
         let key = SourceRangeKey::new(service, IpRange { ip: ip.parse().unwrap(), prefix });
         self.pinned("source_ranges").update(bytemuck::bytes_of(&key), &1u32.to_ne_bytes(), MapFlags::ANY).unwrap();
+    }
+
+    /// The uplink looks for sources in the routing table: one of `rp_filter`.
+    pub fn filter_reverse_paths(&self, rp_filter: u32) {
+        self.note_device(self.uplink, NODE4, NODE6, rp_filter);
     }
 
     /// As the daemon tells of it.
@@ -278,26 +308,66 @@ impl Node {
     }
 
     /// Every flow's last packet was so many seconds ago, however long they have been there.
-    pub fn let_flows_rest(&self, seconds: u64) {
+    pub fn let_flows_rest(&self, seconds: u32) {
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
-        let then = (now.tv_sec() as u64 - seconds) * 1_000_000_000;
-        self.each_flow(|flow| flow.used_ns = then);
+        let then = (now.tv_sec() as u32).wrapping_sub(seconds);
+        self.each_flow(|_, flow| set_second(flow, then));
     }
 
-    /// Every flow's last packet was so many seconds earlier, or later.
-    pub fn age_flows(&self, seconds: i64) {
-        self.each_flow(|flow| flow.used_ns = flow.used_ns.wrapping_sub((seconds * 1_000_000_000) as u64));
+    /// Every flow's last packet was so many seconds earlier; and so was its first, of UDP and SCTP.
+    pub fn age_flows(&self, seconds: u32) {
+        self.each_flow(|key, flow| {
+            set_second(flow, flow.second().wrapping_sub(seconds));
+            if flow.has(flow_flag::FLOW_REPLY) && key.protocol != Protocol::Tcp as u8 {
+                flow.backend_or_first = flow.backend_or_first.wrapping_sub(seconds);
+            }
+        });
     }
 
-    fn each_flow(&self, change: impl Fn(&mut Flow)) {
-        for map in ["flows", "new_flows"].map(|name| self.pinned(name)) {
+    /// The flows of UDP and SCTP began so many seconds earlier; their last packets were a second ago.
+    pub fn begin_earlier(&self, seconds: u32) {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+        let last = (now.tv_sec() as u32).wrapping_sub(1);
+        self.each_flow(|key, flow| {
+            if key.protocol == Protocol::Tcp as u8 {
+                return;
+            }
+            set_second(flow, last);
+            if flow.has(flow_flag::FLOW_REPLY) {
+                flow.backend_or_first = flow.backend_or_first.wrapping_sub(seconds);
+            }
+        });
+    }
+
+    /// The rows of flows, of both families.
+    pub fn flows(&self) -> Vec<(FlowKey, Flow)> {
+        let mut flows = Vec::new();
+        for map in FLOW_MAPS.map(|name| self.pinned(name)) {
+            for key in map.keys().collect::<Vec<_>>() {
+                let row = map.lookup(&key, MapFlags::ANY).unwrap().unwrap();
+                flows.push((flow_key(&key), bytemuck::pod_read_unaligned(&row)));
+            }
+        }
+        flows
+    }
+
+    fn each_flow(&self, change: impl Fn(&FlowKey, &mut Flow)) {
+        for map in FLOW_MAPS.map(|name| self.pinned(name)) {
             for key in map.keys().collect::<Vec<_>>() {
                 let row = map.lookup(&key, MapFlags::ANY).unwrap().unwrap();
                 let mut flow: Flow = bytemuck::pod_read_unaligned(&row);
-                change(&mut flow);
+                change(&flow_key(&key), &mut flow);
                 map.update(&key, bytemuck::bytes_of(&flow), MapFlags::EXIST).unwrap();
             }
         }
+    }
+
+    /// Rows of flows that both ends have proved, and of those that they have not.
+    pub fn flow_rows(&self) -> (usize, usize) {
+        let flows = self.flows();
+        let proved = flows.iter().filter(|(_, flow)| !flow.has(flow_flag::FLOW_REPLY));
+        let proved = 2 * proved.filter(|(_, flow)| flow.has(flow_flag::FLOW_PROVED)).count();
+        (proved, flows.len() - proved)
     }
 
     /// Rows of a map of flows.
@@ -305,20 +375,52 @@ impl Node {
         self.pinned(map).keys().count()
     }
 
-    /// Removes the flow that this request is of, if there is one: both rows, wherever they are.
+    /// Writes a flow: both rows, as packets from its client and from its backend come, and what they become. `state`: of the
+    /// requests' row.
+    pub fn flow(&self, protocol: Protocol, request: Ends, becomes: Ends, state: u32) {
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+        let second = (now.tv_sec() as u32 & flow_state::FLOW_SECOND_MASK) << flow_state::FLOW_SECOND_SHIFT;
+        let routed = state & flow_flag::FLOW_ROUTED;
+        let place = if routed == 0 { flow_flag::FLOW_AT_EGRESS } else { 0 };
+        let reply = flow_flag::FLOW_REPLY | flow_flag::FLOW_PROVED | routed | place;
+        let rows =
+            [(request, becomes, state, [1, 1]), (becomes.reversed(), request.reversed(), reply, [second, self.uplink])];
+        for (from, to, state, [backend_or_first, generation_or_interface]) in rows {
+            let row = Flow {
+                ends: to,
+                change: Flow::change_of(&from, &to),
+                state: state | second,
+                sequence: 0,
+                backend_or_first,
+                generation_or_interface,
+            };
+            self.write_flow(&FlowKey { ends: from, protocol: protocol as u8, zero: [0; 3] }, &row);
+        }
+    }
+
+    fn write_flow(&self, key: &FlowKey, row: &Flow) {
+        let row = bytemuck::bytes_of(row);
+        match short_key(key) {
+            Some(key) => self.pinned("flows4").update(bytemuck::bytes_of(&key), row, MapFlags::ANY).unwrap(),
+            None => self.pinned("flows6").update(bytemuck::bytes_of(key), row, MapFlags::ANY).unwrap(),
+        }
+    }
+
+    /// Takes all flows away.
+    pub fn forget_flows(&self) {
+        for map in FLOW_MAPS.map(|name| self.pinned(name)) {
+            map.keys().collect::<Vec<_>>().iter().for_each(|key| map.delete(key).unwrap());
+        }
+    }
+
+    /// Removes the flow that this request is of, if there is one: both rows.
     pub fn forget_flow(&self, request: &Frame, protocol: Protocol) {
         let key = FlowKey { ends: ends(request), protocol: protocol as u8, zero: [0; 3] };
-        for map in ["flows", "new_flows"].map(|name| self.pinned(name)) {
-            let Some(row) = map.lookup(bytemuck::bytes_of(&key), MapFlags::ANY).unwrap() else { continue };
-            let there = bytemuck::pod_read_unaligned::<Flow>(&row).ends;
-            let back = Ends {
-                source: there.destination,
-                destination: there.source,
-                source_port_be: there.destination_port_be,
-                destination_port_be: there.source_port_be,
-            };
-            for key in [key, FlowKey { ends: back, ..key }] {
-                map.delete(bytemuck::bytes_of(&key)).unwrap();
+        let Some((_, flow)) = self.flows().into_iter().find(|(found, _)| *found == key) else { return };
+        for key in [key, key.partner(&flow.ends)] {
+            match short_key(&key) {
+                Some(key) => self.pinned("flows4").delete(bytemuck::bytes_of(&key)).unwrap(),
+                None => self.pinned("flows6").delete(bytemuck::bytes_of(&key)).unwrap(),
             }
         }
     }
@@ -338,9 +440,21 @@ impl Node {
         (outcome.action, frame::parse(&outcome.frame))
     }
 
+    /// A packet that leaves by the tunnel.
+    pub fn tunnel_out(&mut self, frame: &Frame) -> (i32, Frame) {
+        let outcome = self.raw(Direction::Out, self.tunnel, &frame.bytes());
+        (outcome.action, frame::parse(&outcome.frame))
+    }
+
     /// A packet that leaves by the uplink.
     pub fn uplink_out(&mut self, frame: &Frame) -> (i32, Frame) {
         let outcome = self.raw(Direction::Out, self.uplink, &frame.bytes());
+        (outcome.action, frame::parse(&outcome.frame))
+    }
+
+    /// A packet that came in by another device, and leaves by the uplink.
+    pub fn forwarded_out(&mut self, frame: &Frame, from: u32) -> (i32, Frame) {
+        let outcome = run_from(self.datapath.devices(), Direction::Out, &frame.bytes(), from, self.uplink).unwrap();
         (outcome.action, frame::parse(&outcome.frame))
     }
 
@@ -355,6 +469,37 @@ impl Node {
         let moved = self.counters().into_iter().map(|(name, n)| (name, n - before[name])).filter(|(_, n)| *n > 0);
         (result, moved.collect())
     }
+}
+
+/// The tables of flows, IPv4 and IPv6.
+const FLOW_MAPS: [&str; 2] = ["flows4", "flows6"];
+
+fn set_second(flow: &mut Flow, second: u32) {
+    flow.state = flow.state & flow_flag::FLOW_FLAGS | second << flow_state::FLOW_SECOND_SHIFT;
+}
+
+/// A key as the map has it.
+fn flow_key(key: &[u8]) -> FlowKey {
+    match key.len() {
+        16 => bytemuck::pod_read_unaligned::<FlowKey4>(key).into(),
+        _ => bytemuck::pod_read_unaligned(key),
+    }
+}
+
+/// That of `flows4`, for IPv4.
+fn short_key(key: &FlowKey) -> Option<FlowKey4> {
+    let ip4 = |address: [u8; 16]| match Ipx(address).to_ip() {
+        IpAddr::V4(ip) => Some(ip.octets()),
+        IpAddr::V6(_) => None,
+    };
+    Some(FlowKey4 {
+        source: ip4(key.ends.source)?,
+        destination: ip4(key.ends.destination)?,
+        source_port_be: key.ends.source_port_be,
+        destination_port_be: key.ends.destination_port_be,
+        protocol: key.protocol,
+        zero: [0; 3],
+    })
 }
 
 pub fn backend(address: &str, port: u16, protocol: Protocol, local: bool) -> Backend {

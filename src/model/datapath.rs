@@ -1,0 +1,58 @@
+//! How the datapath treats flows of packets from the wire, as the operator of the node set it.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+/// How long a flow is kept after its last packet in either direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowTimeouts {
+    /// Both ends have sent, and neither has ended it.
+    pub tcp_established: Duration,
+    /// One end has sent its FIN, the other has not.
+    pub tcp_close_wait: Duration,
+    /// Only the client has sent so far.
+    pub udp: Duration,
+    /// Both ends have sent.
+    pub udp_stream: Duration,
+}
+
+impl FlowTimeouts {
+    /// Bounds of each.
+    pub const LEAST: Duration = Duration::from_secs(1);
+    pub const MOST: Duration = Duration::from_secs(30 * 24 * 3600);
+}
+
+impl Default for FlowTimeouts {
+    /// TCP: kube-proxy's defaults. UDP: the kernel's (net.netfilter.nf_conntrack_udp_timeout and _stream), which
+    /// kube-proxy leaves alone.
+    fn default() -> Self {
+        FlowTimeouts {
+            tcp_established: Duration::from_secs(24 * 3600),
+            tcp_close_wait: Duration::from_secs(3600),
+            udp: Duration::from_secs(30),
+            udp_stream: Duration::from_secs(120),
+        }
+    }
+}
+
+/// How packets to backends on other nodes leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ForwardThrough {
+    /// Straight out of the device of the route.
+    #[default]
+    Redirect,
+    /// Through the host's stack: its firewall and its routing see them.
+    Stack,
+}
+
+impl FromStr for ForwardThrough {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "redirect" => Ok(ForwardThrough::Redirect),
+            "stack" => Ok(ForwardThrough::Stack),
+            _ => Err("allowed are redirect and stack"),
+        }
+    }
+}
