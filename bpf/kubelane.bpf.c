@@ -23,6 +23,7 @@
  *   checksum.h   checksums, changed in place
  *   rewrite.h    new ends for a packet
  *   flow.h       the table of flows: states, proof, both directions
+ *   flow_end.h   why a flow goes, and how
  *   snat.h       which ends a backend sees
  *   route.h      where a packet goes next
  *   icmp.h       errors that are answered with here
@@ -61,6 +62,7 @@
 #include "checksum.h"
 #include "rewrite.h"
 #include "flow.h"
+#include "flow_end.h"
 #include "snat.h"
 #include "route.h"
 #include "icmp.h"
