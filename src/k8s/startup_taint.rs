@@ -1,13 +1,20 @@
 //! The taint that keeps pods away from a node whose Services do not work yet (`--startup-taint`): taken off the Node
 //! when the daemon is ready, and only then.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::backoff::Backoff;
+
+/// For how long the Node may seem to have a taint that was taken away before it is looked at again: it may have been
+/// registered anew in the meantime, which the watch shows as no change at all.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Takes the taint away whenever `tainted` says that the Node has it, until its sender is dropped.
 pub async fn run(client: kube::Client, node: String, key: String, mut tainted: watch::Receiver<bool>) {
@@ -16,10 +23,12 @@ pub async fn run(client: kube::Client, node: String, key: String, mut tainted: w
     while tainted.wait_for(|is| *is).await.is_ok() {
         match remove(&client, &node, &key).await {
             Ok(removed) => {
-                info!(taint = key, removed, "the startup taint is off the Node");
+                if removed > 0 {
+                    info!(taint = key, removed, "the startup taint is off the Node");
+                }
                 (backoff, told) = (Backoff::default(), None);
                 // Until the watch has seen it.
-                if tainted.wait_for(|is| !*is).await.is_err() {
+                if let Ok(Err(_)) = timeout(LOOK_AGAIN, tainted.wait_for(|is| !*is)).await {
                     return;
                 }
             }
