@@ -98,21 +98,92 @@ static __always_inline int checksum_set_transport(struct __sk_buff *skb, const s
 	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | 4) ? -1 : 0;
 }
 
+enum checksum_state {
+	CHECKSUM_IS_WHOLE = 0,
+	CHECKSUM_IS_PARTIAL = 1, /* the pseudo header's sum: the device adds the rest */
+	CHECKSUM_IS_NONE = 2, /* UDP without one */
+	CHECKSUM_IS_UNKNOWN = 3, /* one of the first two */
+};
+
+enum {
+	CHECKSUM_ZERO = 0xffff, /* RFC 768: 0 would say that there is none */
+};
+
 /*
- * Is the checksum a whole one, so that it can be changed here? Where the sender left it to the device
- * (CHECKSUM_PARTIAL, as between veths) it is the pseudo header's sum; the kernel does not tell programs (before 6.2),
- * but every other value is no such sum. Of aggregates nothing is known.
+ * The kernel does not tell programs (before 6.2) whether the sender left the checksum to the device (CHECKSUM_PARTIAL, as
+ * between veths). But then it is the pseudo header's sum, and every other value is a whole one. The other way round one
+ * packet in 65536 has a whole checksum that looks like that sum; an aggregate has none (skb_gso_segment() asks for
+ * CHECKSUM_PARTIAL).
  */
-static __always_inline int checksum_is_whole(struct __sk_buff *skb, const struct packet *packet)
+static __always_inline enum checksum_state checksum_state(struct __sk_buff *skb, const struct packet *packet)
 {
 	const struct ends *ends = &packet->tuple.ends;
 	__u64 sum = bpf_htons(packet->tuple.protocol) + bpf_htonl(packet->total - (packet->l4 - packet->l3));
+	int is_aggregate = skb->gso_size != 0;
 
+	if (!packet->check && packet->tuple.protocol == IPPROTO_UDP)
+		return CHECKSUM_IS_NONE;
 	if (packet->is_ip6)
 		sum += checksum_of_address(&ends->source) + checksum_of_address(&ends->destination);
 	else
 		sum += (__u64)address_words(&ends->source)->word[3] + address_words(&ends->destination)->word[3];
-	return !skb->gso_size && packet->check && checksum_fold16(sum) != checksum_fold16(packet->check);
+	if (is_aggregate != (checksum_fold16(sum) == packet->check))
+		return CHECKSUM_IS_UNKNOWN;
+	return is_aggregate ? CHECKSUM_IS_PARTIAL : CHECKSUM_IS_WHOLE;
+}
+
+/* Reads it again, for scratch.check. */
+static __always_inline int checksum_load(struct __sk_buff *skb, struct scratch *given, int is_udp)
+{
+	__be32 word;
+
+	/* Of UDP behind the length, of TCP before the urgent pointer. */
+	if (packet_load(skb, given->packet.l4 + (is_udp ? 4 : 16), &word, sizeof(word)))
+		return -1;
+	given->check = bpf_htons(bpf_ntohl(word) >> (is_udp ? 0 : 16));
+	return 0;
+}
+
+/*
+ * Changes a checksum of which only the kernel knows what it is. It is asked to change the part of the addresses, and what
+ * it makes of that tells. The new one is left in scratch.check, to be written with the ports; in the packet's bytes, and
+ * in the sum of a device that has summed them (CHECKSUM_COMPLETE), the addresses' part is done. Not 0: the kernel refused. Global, so
+ * that it is verified once and not for each way that leads here.
+ */
+__noinline int checksum_settle(struct __sk_buff *skb)
+{
+	struct scratch *given = scratch();
+	const struct ends *old, *ends;
+	const struct packet *packet;
+	__u32 offset, addresses;
+	__u64 flags;
+	int is_udp;
+
+	if (!given)
+		return -1;
+	packet = &given->packet;
+	old = &packet->tuple.ends;
+	ends = &given->flow.ends;
+	addresses = given->addresses;
+	is_udp = packet->tuple.protocol == IPPROTO_UDP;
+	flags = is_udp ? BPF_F_MARK_MANGLED_0 : 0;
+	offset = packet->l4 + (is_udp ? 6 : 16);
+	if (bpf_l4_csum_replace(skb, offset, 0, addresses, flags | BPF_F_PSEUDO_HDR) ||
+	    checksum_load(skb, given, is_udp))
+		return -1;
+	if (checksum_fold16(addresses) % 0xffff) {
+		/* A sum grows where a checksum, which is complemented, shrinks. */
+		if (given->check == checksum_fold16((__u64)packet->check + addresses))
+			return 0;
+		given->check = checksum_changed(given->check, ports_change(0, old, ends));
+		if (!given->check && is_udp)
+			given->check = CHECKSUM_ZERO;
+		return 0;
+	}
+	if (bpf_l4_csum_replace(skb, offset, ports_word(old->source_port, old->destination_port),
+				ports_word(ends->source_port, ends->destination_port), flags | 4))
+		return -1;
+	return checksum_load(skb, given, is_udp);
 }
 
 #endif

@@ -6,9 +6,9 @@
 #ifndef KUBELANE_DELIVER_H
 #define KUBELANE_DELIVER_H
 
-/* Options of an IPv4 header (RFC 791) that are not forwarded: source routes, which hosts refuse and routers as a rule, and
- * what is no option. */
-static __noinline int deliver_options_are_refused(struct __sk_buff *skb, const struct packet *packet)
+/* Options of the packet's IPv4 header (RFC 791) that are not forwarded: source routes, which hosts refuse and routers as a
+ * rule, and what is no option. Global, so that it is verified once. */
+__noinline int deliver_options_are_refused(struct __sk_buff *skb)
 {
 	enum {
 		OPTION_END = 0,
@@ -17,9 +17,14 @@ static __noinline int deliver_options_are_refused(struct __sk_buff *skb, const s
 		OPTION_SSRR = 0x89,
 		OPTIONS_MAX = 40
 	};
-	__u32 offset = packet->l3 + sizeof(struct iphdr);
+	const struct scratch *given = scratch();
+	__u32 offset, l4;
 
-	for (int i = 0; i < OPTIONS_MAX && offset < packet->l4; i++) {
+	if (!given)
+		return 1;
+	offset = given->packet.l3 + sizeof(struct iphdr);
+	l4 = given->packet.l4;
+	for (int i = 0; i < OPTIONS_MAX && offset < l4; i++) {
 		__u8 option[2] = {};
 
 		if (bpf_skb_load_bytes(skb, offset, option, sizeof(option)))
@@ -34,12 +39,15 @@ static __noinline int deliver_options_are_refused(struct __sk_buff *skb, const s
 			return 1;
 		offset += option[1];
 	}
-	return offset > packet->l4;
+	return offset > l4;
 }
 
 static __always_inline int deliver_route(struct __sk_buff *skb, struct scratch *given, struct packet *packet,
-					 const struct ends *ends, struct route *route)
+					 const struct ends *ends)
 {
+	struct route *route = &given->route;
+
+	route->next.nh_family = 0;
 	if (packet->ttl <= 1) {
 		count(COUNTER_ICMP_TTL_EXCEEDED);
 		return VERDICT_ANSWER_TTL;
@@ -62,45 +70,45 @@ static __always_inline int deliver_route(struct __sk_buff *skb, struct scratch *
 	}
 }
 
-/* To or from a backend elsewhere: routed here, with one hop less to live. */
+/* To or from a backend elsewhere: routed here. Answers VERDICT_CONTINUE for what can be sent on by scratch.route. */
 static __always_inline int deliver_routed(struct __sk_buff *skb, struct scratch *given)
 {
 	struct packet *packet = &given->packet;
-	struct route route = {};
-	int verdict;
+	int verdict = VERDICT_HAND_OVER;
 
-	if (!packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) &&
-	    deliver_options_are_refused(skb, packet)) {
+	if (!packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) && deliver_options_are_refused(skb)) {
 		count(COUNTER_DROPPED_OPTIONS);
 		return VERDICT_DROP;
 	}
-	verdict = VERDICT_HAND_OVER;
 	if (!stack_is_asked_for())
-		verdict = deliver_route(skb, given, packet, &given->flow.ends, &route);
+		verdict = deliver_route(skb, given, packet, &given->flow.ends);
 	if (verdict == VERDICT_HAND_OVER)
 		stack_hand(skb);
-	if (verdict != VERDICT_CONTINUE)
-		return verdict;
-	if (rewrite_packet(skb, REWRITE_HOP) || route_send(skb, packet->l3, &route)) {
-		count(COUNTER_DROPPED_REWRITE);
-		return VERDICT_DROP;
-	}
-	return VERDICT_SEND;
+	return verdict;
 }
 
-static __always_inline int deliver_packet(struct __sk_buff *skb, struct scratch *given)
+/* What differs between the ways that lead to the rewriting stands in the scratch, so that the verifier follows it once. */
+static __always_inline int deliver_packet(struct __sk_buff *skb, const enum hook hook, struct scratch *given)
 {
-	int verdict = VERDICT_HAND_OVER;
+	int verdict;
 
-	if (given->flow.state & FLOW_ROUTED)
+	given->rewrite_mode = REWRITE_HOST;
+	if (given->flow.state & FLOW_ROUTED) {
 		verdict = deliver_routed(skb, given);
-	if (verdict != VERDICT_HAND_OVER)
-		return verdict;
-	if (rewrite_packet(skb, REWRITE_HOST)) {
-		count(COUNTER_DROPPED_REWRITE);
-		return VERDICT_DROP;
+		if (verdict == VERDICT_CONTINUE)
+			given->rewrite_mode = REWRITE_HOP;
+		else if (verdict != VERDICT_HAND_OVER)
+			return verdict;
 	}
-	return VERDICT_PASS;
+	if (rewrite_packet(skb, hook, given))
+		goto refused;
+	if (given->rewrite_mode == REWRITE_HOST)
+		return VERDICT_PASS;
+	if (!route_send(skb, given->packet.l3, &given->route))
+		return VERDICT_SEND;
+refused:
+	count(COUNTER_DROPPED_REWRITE);
+	return VERDICT_DROP;
 }
 
 /* Out of line: errors are rare, and their path is the deepest (the kernel allows 512 bytes of stack in all). */
@@ -145,13 +153,12 @@ static __noinline int deliver_error(struct __sk_buff *skb, struct scratch *given
 	const struct flow *flow = &given->flow;
 	struct ends outer = {.source = error->tuple.ends.source, .destination = flow->ends.destination};
 	__u32 routed = flow->state & FLOW_ROUTED;
-	struct route route = {};
 	int verdict;
 
 	if (routed || address_equal(&outer.source, &quoted->tuple.ends.destination))
 		outer.source = flow->ends.source;
 	if (routed) {
-		verdict = deliver_route(skb, given, error, &outer, &route);
+		verdict = deliver_route(skb, given, error, &outer);
 		if (verdict != VERDICT_CONTINUE)
 			return VERDICT_DROP;
 	}
@@ -163,7 +170,7 @@ static __noinline int deliver_error(struct __sk_buff *skb, struct scratch *given
 	count(COUNTER_ICMP_TRANSLATED);
 	if (!routed)
 		return VERDICT_PASS;
-	return route_send(skb, error->l3, &route) ? VERDICT_DROP : VERDICT_SEND;
+	return route_send(skb, error->l3, &given->route) ? VERDICT_DROP : VERDICT_SEND;
 }
 
 #endif

@@ -27,6 +27,15 @@ enum {
 	TCP_ACK = 0x10,
 };
 
+/*
+ * Where a program is called. A program that writes in place has the kernel unshare each packet that is a clone before it
+ * even begins (bpf_unclone_prologue): of what comes in few are, of the TCP that a node sends all.
+ */
+enum hook {
+	HOOK_INGRESS = 0,
+	HOOK_EGRESS = 1,
+};
+
 enum packet_kind {
 	PACKET_OTHER = 0, /* none of the below: not for us */
 	PACKET_WHOLE = 1, /* TCP, UDP or SCTP with its ports */
@@ -46,6 +55,7 @@ struct packet {
 	__u32 fragment_id;
 	__u32 mtu; /* what an answer "too big" will say */
 	__be32 transport[5]; /* the transport header as it is: 20 bytes of TCP, 8 of others */
+	__be32 ip6_length_hop_limit; /* the second word of an IPv6 header, as it is */
 	__u16 ip4_check;
 	__u16 check; /* the transport header's, of TCP and UDP */
 	__u8 kind; /* enum packet_kind */
@@ -86,6 +96,37 @@ static __always_inline int packet_load(struct __sk_buff *skb, __u64 offset, void
 		}
 	}
 	return bpf_skb_load_bytes(skb, offset, to, size);
+}
+
+/*
+ * The other way: in place where the hook may, and the bytes are in the linear part. `sum`: by how much that changes the
+ * sum of the packet's bytes, for packets that the device has summed (CHECKSUM_COMPLETE; of others there is nothing to
+ * do). Not 0: the kernel refused.
+ */
+static __always_inline int packet_store(struct __sk_buff *skb, const enum hook hook, __u64 offset, const void *from,
+					const __u32 size, __u32 sum)
+{
+	const __u32 *words = from;
+	void *data, *end;
+	__u32 *to;
+
+	if (hook == HOOK_EGRESS)
+		return bpf_skb_store_bytes(skb, offset, from, size, BPF_F_RECOMPUTE_CSUM);
+	barrier_var(skb);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	barrier_var(offset);
+	if (offset < 1024) {
+		to = data + offset;
+		if ((void *)to + size <= end) {
+			for (__u32 i = 0; i < size / 4; i++)
+				to[i] = words[i];
+			if (sum)
+				bpf_csum_update(skb, sum);
+			return 0;
+		}
+	}
+	return bpf_skb_store_bytes(skb, offset, from, size, BPF_F_RECOMPUTE_CSUM);
 }
 
 static __always_inline int is_icmp_error(int is_ip6, __u8 type)
@@ -171,6 +212,8 @@ static __always_inline int packet_parse_ip6(struct __sk_buff *skb, struct packet
 	address_set_words(&packet->tuple.ends.destination, ip.daddr.in6_u.u6_addr32);
 	packet->total = sizeof(ip) + bpf_ntohs(ip.payload_len);
 	packet->ttl = ip.hop_limit;
+	packet->ip6_length_hop_limit =
+		bpf_htonl((__u32)bpf_ntohs(ip.payload_len) << 16 | (__u32)ip.nexthdr << 8 | ip.hop_limit);
 	if (protocol_has_ports(ip.nexthdr)) {
 		packet->tuple.protocol = ip.nexthdr;
 		packet->l4 = packet->l3 + sizeof(ip);

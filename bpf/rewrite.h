@@ -12,7 +12,9 @@ enum rewrite_mode {
 };
 
 enum {
-	IP6_HOP_LIMIT = 7, /* before the addresses, also to be written at once */
+	IP6_HOP_LIMIT = 7,
+	IP6_TAIL = 4, /* where length, next header, hop limit and both addresses lie side by side */
+	IP6_ADDRESSES = 8,
 	IP4_TAIL = 8, /* where TTL, protocol, checksum and both addresses lie side by side, to be written at once */
 };
 
@@ -60,9 +62,9 @@ static __always_inline int rewrite_ip6(struct __sk_buff *skb, const struct packe
 	} tail = {*source, *destination};
 	__u8 ttl = packet->ttl - 1;
 
-	if (mode == REWRITE_HOP && bpf_skb_store_bytes(skb, packet->l3 + 7, &ttl, sizeof(ttl), flags))
+	if (mode == REWRITE_HOP && bpf_skb_store_bytes(skb, packet->l3 + IP6_HOP_LIMIT, &ttl, sizeof(ttl), flags))
 		return -1;
-	return bpf_skb_store_bytes(skb, packet->l3 + 8, &tail, sizeof(tail), flags);
+	return bpf_skb_store_bytes(skb, packet->l3 + IP6_ADDRESSES, &tail, sizeof(tail), flags);
 }
 
 /* The addresses of the header at packet->l3, and what covers them there. */
@@ -74,12 +76,11 @@ static __noinline int rewrite_addresses(struct __sk_buff *skb, const struct pack
 	return rewrite_ip4(skb, packet, source, destination, mode);
 }
 
-/* The transport header with other ports, and its checksum changed by `change`. Answers how many bytes it is. */
-static __always_inline void transport_fill(__be32 *to, const struct packet *packet, __be32 ports, __u32 change)
+/* The transport header with other ports and another checksum. */
+static __always_inline void transport_fill(__be32 *to, const struct packet *packet, const struct ends *ends,
+					   __u16 check)
 {
-	__u16 check = checksum_changed(packet->check, change);
-
-	to[0] = ports;
+	to[0] = ports_word(ends->source_port, ends->destination_port);
 	if (packet->tuple.protocol == IPPROTO_TCP) {
 		to[1] = packet->transport[1];
 		to[2] = packet->transport[2];
@@ -87,17 +88,11 @@ static __always_inline void transport_fill(__be32 *to, const struct packet *pack
 		to[4] = (packet->transport[4] & bpf_htonl(0xffff)) | bpf_htonl((__u32)bpf_ntohs(check) << 16);
 		return;
 	}
-	to[1] = (packet->transport[1] & bpf_htonl(0xffff0000)) | bpf_htonl(check ? bpf_ntohs(check) : 0xffff);
+	to[1] = (packet->transport[1] & bpf_htonl(0xffff0000)) | bpf_htonl(bpf_ntohs(check));
 }
 
-/*
- * Where the transport header follows the addresses and its checksum can be changed here, one call writes everything from
- * the TTL on. Where the device has summed the packet (CHECKSUM_COMPLETE), its sum starts at the IP header: the IPv4
- * header's checksum makes up for all that is in it, and the transport's for what its pseudo header has, too.
- * bpf_csum_update() does nothing in other cases.
- */
-static __always_inline int rewrite_whole_ip4(struct __sk_buff *skb, const struct scratch *given, __be32 ports,
-					     __u32 mode)
+/* Where the transport header follows the addresses, everything from the TTL on is written at once. */
+static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const enum hook hook, const struct scratch *given)
 {
 	struct {
 		struct ip4_tail ip;
@@ -105,65 +100,49 @@ static __always_inline int rewrite_whole_ip4(struct __sk_buff *skb, const struct
 	} tail;
 	const struct packet *packet = &given->packet;
 	const struct ends *ends = &given->flow.ends;
-	long result;
+	__u32 offset = packet->l3 + IP4_TAIL;
 
-	ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, given->addresses, mode);
-	transport_fill(tail.transport, packet, ports, given->flow.change);
+	ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, given->addresses, given->rewrite_mode);
+	transport_fill(tail.transport, packet, ends, given->check);
 	if (packet->tuple.protocol == IPPROTO_TCP)
-		result = bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
-	else
-		result = bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail.ip) + 8, 0);
-	bpf_csum_update(skb, ~given->addresses);
-	return result;
+		return packet_store(skb, hook, offset, &tail, sizeof(tail), given->sum);
+	return packet_store(skb, hook, offset, &tail, sizeof(tail.ip) + UDP_HEADER, given->sum);
 }
 
-/* In IPv6 the transport's checksum makes up for all but the hop limit. */
-static __always_inline int rewrite_whole_ip6(struct __sk_buff *skb, const struct packet *packet,
-					     const struct ends *ends, __be32 ports, __u32 change, __u32 mode)
+static __always_inline int rewrite_plain_ip6(struct __sk_buff *skb, const enum hook hook, const struct scratch *given)
 {
 	struct {
-		__u8 unused[IP6_HOP_LIMIT & 3];
-		__u8 hop_limit;
+		__be32 length_hop_limit;
 		struct address source;
 		struct address destination;
 		__be32 transport[5];
-	} tail = {.source = ends->source, .destination = ends->destination};
-	__u32 offset = packet->l3 + IP6_HOP_LIMIT;
-	long result;
+	} tail;
+	const struct packet *packet = &given->packet;
+	const struct ends *ends = &given->flow.ends;
+	__u32 offset = packet->l3 + IP6_TAIL, sum;
 
-	tail.hop_limit = packet->ttl - (mode == REWRITE_HOP);
-	transport_fill(tail.transport, packet, ports, change);
+	tail.length_hop_limit = packet->ip6_length_hop_limit - bpf_htonl(given->rewrite_mode == REWRITE_HOP);
+	tail.source = ends->source;
+	tail.destination = ends->destination;
+	transport_fill(tail.transport, packet, ends, given->check);
+	sum = checksum_fold32((__u64)given->sum + (__u32)~packet->ip6_length_hop_limit + tail.length_hop_limit);
 	if (packet->tuple.protocol == IPPROTO_TCP)
-		result = bpf_skb_store_bytes(skb, offset, &tail.hop_limit, 1 + 2 * sizeof(struct address) + 20, 0);
-	else
-		result = bpf_skb_store_bytes(skb, offset, &tail.hop_limit, 1 + 2 * sizeof(struct address) + 8, 0);
-	if (mode == REWRITE_HOP)
-		bpf_csum_update(skb,
-				checksum_fold32((__u64)(__u16)~bpf_htons(packet->ttl) + bpf_htons(tail.hop_limit)));
-	return result;
+		return packet_store(skb, hook, offset, &tail, sizeof(tail), sum);
+	return packet_store(skb, hook, offset, &tail, 4 + 2 * sizeof(struct address) + UDP_HEADER, sum);
 }
 
-/* The same step by step: options or extensions between the headers, no checksum, or one that the device will make. Where
- * the ports of IPv4 follow the addresses, one call writes both. */
+/* The same step by step: pieces, SCTP, options or extensions between the headers. */
 static __noinline int rewrite_by_parts(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
 				       __u32 mode)
 {
 	const struct ends *old = &packet->tuple.ends;
 	__be32 old_ports = ports_word(old->source_port, old->destination_port);
 	__be32 new_ports = ports_word(ends->source_port, ends->destination_port);
-	struct {
-		struct ip4_tail ip;
-		__be32 ports;
-	} tail = {.ports = new_ports};
-	__u32 addresses = addresses_change(old, ends, packet->is_ip6);
 
 	if (packet->kind != PACKET_PIECE) {
-		if (checksum_set_transport(skb, packet, addresses, old_ports, new_ports))
+		if (checksum_set_transport(skb, packet, addresses_change(old, ends, packet->is_ip6), old_ports,
+					   new_ports))
 			return -1;
-		if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr)) {
-			ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, addresses, mode);
-			return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
-		}
 		if (old_ports != new_ports && bpf_skb_store_bytes(skb, packet->l4, &new_ports, sizeof(new_ports), 0))
 			return -1;
 	}
@@ -172,29 +151,53 @@ static __noinline int rewrite_by_parts(struct __sk_buff *skb, const struct packe
 	return rewrite_ip4(skb, packet, &ends->source, &ends->destination, mode);
 }
 
+/* The transport checksum that is to be written, left in the scratch, as is by how much the sum of the packet's bytes changes
+ * once the addresses, the ports and it are: the IPv4 header's own checksum makes up for all that is in that header. Not 0:
+ * the kernel refused. */
+static __always_inline int rewrite_checksum(struct __sk_buff *skb, struct scratch *given)
+{
+	struct packet *packet = &given->packet;
+	const struct ends *old = &packet->tuple.ends, *ends = &given->flow.ends;
+	__u32 addresses = given->addresses;
+
+	given->sum = packet->is_ip6 ? addresses : 0;
+	switch (checksum_state(skb, packet)) {
+	case CHECKSUM_IS_WHOLE:
+		given->check = checksum_changed(packet->check, given->flow.change);
+		if (!given->check && packet->tuple.protocol == IPPROTO_UDP)
+			given->check = CHECKSUM_ZERO;
+		/* It makes up for the ports, and for the addresses, which IPv4 has covered already. */
+		given->sum = packet->is_ip6 ? 0 : ~addresses;
+		return 0;
+	case CHECKSUM_IS_NONE:
+		given->check = 0;
+		given->sum = ports_change(given->sum, old, ends);
+		return 0;
+	case CHECKSUM_IS_PARTIAL:
+		given->check = checksum_fold16((__u64)packet->check + addresses);
+		return 0;
+	case CHECKSUM_IS_UNKNOWN:
+		break;
+	}
+	return checksum_settle(skb);
+}
+
 /*
  * Gives the scratch's packet (TCP, UDP or SCTP, or a piece of it) the ends of the scratch's copy of a row, whose change
- * of addresses is in the scratch as well. Not 0: the kernel refused. Global, so that it is verified once and not for each way that leads here.
+ * of addresses is in the scratch as well, as is the mode. Not 0: the kernel refused.
  */
-__noinline int rewrite_packet(struct __sk_buff *skb, __u32 mode)
+static __always_inline int rewrite_packet(struct __sk_buff *skb, const enum hook hook, struct scratch *given)
 {
-	struct scratch *given = scratch();
-	const struct packet *packet;
-	const struct ends *ends;
-	__be32 ports;
+	const struct packet *packet = &given->packet;
 
-	if (!given)
+	if (packet->kind == PACKET_PIECE || packet->tuple.protocol == IPPROTO_SCTP ||
+	    packet->l4 - packet->l3 != (packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)))
+		return rewrite_by_parts(skb, packet, &given->flow.ends, given->rewrite_mode);
+	if (rewrite_checksum(skb, given))
 		return -1;
-	packet = &given->packet;
-	ends = &given->flow.ends;
-	ports = ports_word(ends->source_port, ends->destination_port);
-	if (packet->kind == PACKET_PIECE || packet->tuple.protocol == IPPROTO_SCTP || !checksum_is_whole(skb, packet))
-		return rewrite_by_parts(skb, packet, ends, mode);
-	if (packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct ipv6hdr))
-		return rewrite_whole_ip6(skb, packet, ends, ports, given->flow.change, mode);
-	if (!packet->is_ip6 && packet->l4 == packet->l3 + sizeof(struct iphdr))
-		return rewrite_whole_ip4(skb, given, ports, mode);
-	return rewrite_by_parts(skb, packet, ends, mode);
+	if (packet->is_ip6)
+		return rewrite_plain_ip6(skb, hook, given);
+	return rewrite_plain_ip4(skb, hook, given);
 }
 
 #endif

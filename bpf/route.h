@@ -24,12 +24,6 @@ enum route_result {
 	ROUTE_HERE = 4, /* the node itself, or a pod's device: the host's stack goes on with it */
 };
 
-struct route {
-	struct bpf_redir_neigh next; /* nh_family 0: the kernel finds it while sending */
-	__u32 interface;
-	__u32 mtu; /* what fits; 0: not to be remembered */
-};
-
 static __always_inline void fib_fill(struct bpf_fib_lookup *fib, struct __sk_buff *skb, const struct ends *ends,
 				     __u8 protocol, __u32 length)
 {

@@ -15,12 +15,23 @@ enum {
 	NANOSECONDS = 1000000000,
 };
 
+/* Where a packet is sent to; see route.h. */
+struct route {
+	struct bpf_redir_neigh next; /* nh_family 0: the kernel finds it while sending */
+	__u32 interface;
+	__u32 mtu; /* what fits; 0: not to be remembered */
+};
+
 struct scratch {
 	struct packet packet;
 	struct packet quoted; /* what an ICMP error quotes */
 	struct frontend frontend; /* the one that the packet asks for */
 	struct flow flow; /* a copy of the packet's row; or the row that it begins */
 	__u32 addresses; /* the part of flow.change that addresses have, of the packet at hand */
+	struct route route; /* of the packet */
+	__u32 sum; /* see rewrite_checksum() */
+	__u16 check;
+	__u16 rewrite_mode;
 	struct flow_key reply; /* the other direction's key */
 	struct flow reply_row; /* and row, of a flow that begins */
 	struct flow former; /* the row, of a flow that has ended, that the packet's new flow replaces */

@@ -51,7 +51,7 @@ static __always_inline int wire_packet(struct __sk_buff *skb, struct scratch *gi
 		count(COUNTER_DROPPED_FLOW_CHANGING);
 		return VERDICT_DROP;
 	}
-	return deliver_packet(skb, given);
+	return deliver_packet(skb, HOOK_INGRESS, given);
 }
 
 /* An ICMP error is about a packet that went the other way: the flow is that of its answer. Copies its row. Those that the
@@ -214,15 +214,19 @@ static __always_inline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip
 		count(COUNTER_DROPPED_FLOW_CHANGING);
 		return TC_ACT_SHOT;
 	}
-	if (recall != RECALL_SERVES && !stack_recall(given)) {
-		owner_note(skb);
-		return TC_ACT_UNSPEC;
+	if (recall != RECALL_SERVES) {
+		if (!stack_recall(given)) {
+			owner_note(skb);
+			return TC_ACT_UNSPEC;
+		}
+		given->flow.generation_or_interface = skb->ifindex;
 	}
-	if (rewrite_packet(skb, REWRITE_HOST)) {
+	given->rewrite_mode = REWRITE_HOST;
+	if (rewrite_packet(skb, HOOK_EGRESS, given)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return TC_ACT_SHOT;
 	}
-	if (recall != RECALL_SERVES || given->flow.generation_or_interface == skb->ifindex)
+	if (given->flow.generation_or_interface == skb->ifindex)
 		return TC_ACT_UNSPEC;
 	return wire_redirect(skb);
 }

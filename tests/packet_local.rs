@@ -3,6 +3,7 @@
 
 mod wire;
 
+use kubelane::abi::address_flag::ADDRESS_SERVICE_VIP;
 use kubelane::model::Protocol;
 use wire::frame::{ACK, FIN, Inside, RST, SYN, tcp, udp};
 use wire::{CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, VIP4, VIP6};
@@ -138,6 +139,29 @@ fn a_udp_checksum_that_becomes_zero_is_sent_as_ffff() {
         }
     }
     assert!(seen);
+}
+
+#[test]
+fn a_whole_checksum_that_looks_like_one_left_to_the_device_is_changed_as_a_whole_one() {
+    // Also where the addresses' sum stays the same, as of these: the words of the backends' are swapped.
+    let swapped = [(CLIENT4, "0.5.10.1", LOCAL4), (CLIENT6, "fd05::1", LOCAL6)];
+    let plain = ENDS.map(|(client, service, _, backend)| (client, service, backend));
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let mut node = node_with_local_backends(protocol);
+        for ((_, service, _), id) in swapped.into_iter().zip([4, 6]) {
+            node.address(service, ADDRESS_SERVICE_VIP);
+            node.frontend(service, 30080, protocol, &[id]);
+        }
+        for (port, (client, service, backend)) in (40_000..).zip(plain.into_iter().chain(swapped)) {
+            let (from, to) = ((client, port), (service, 30080));
+            let frame = match protocol {
+                Protocol::Tcp => tcp(from, to, SYN),
+                _ => udp(from, to, b""),
+            };
+            let frame = frame.looking_partial();
+            assert_eq!(node.uplink_in(&frame), (PASS, frame.with_ends(from, (backend, 8080))), "{service}");
+        }
+    }
 }
 
 #[test]

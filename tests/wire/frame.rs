@@ -82,11 +82,15 @@ impl Frame {
         self
     }
 
-    pub fn carrying(mut self, bytes: usize) -> Frame {
+    pub fn carrying(self, bytes: usize) -> Frame {
         let fresh: Vec<u8> = (0..bytes).map(|i| (i * 7 + 3) as u8).collect();
+        self.with_data(&fresh)
+    }
+
+    pub fn with_data(mut self, bytes: &[u8]) -> Frame {
         match &mut self.inside {
-            Inside::Tcp { data, .. } | Inside::Udp { data, .. } | Inside::Icmp { data, .. } => *data = fresh,
-            Inside::Sctp { data, .. } | Inside::Piece { data, .. } => *data = fresh,
+            Inside::Tcp { data, .. } | Inside::Udp { data, .. } | Inside::Icmp { data, .. } => *data = bytes.to_vec(),
+            Inside::Sctp { data, .. } | Inside::Piece { data, .. } => *data = bytes.to_vec(),
         }
         self
     }
@@ -231,11 +235,29 @@ impl Frame {
         if protocol == 1 {
             return checksum(&[body]);
         }
+        checksum(&[&self.pseudo_header(protocol, body.len()), body])
+    }
+
+    fn pseudo_header(&self, protocol: u8, length: usize) -> Vec<u8> {
         let mut pseudo = octets(self.source);
         pseudo.extend(octets(self.destination));
-        pseudo.extend((body.len() as u32).to_be_bytes());
+        pseudo.extend((length as u32).to_be_bytes());
         pseudo.extend([0, 0, 0, protocol]);
-        checksum(&[&pseudo, body])
+        pseudo
+    }
+
+    /// The same with two bytes of data that make its checksum the sum of the pseudo header, which is what a sender writes
+    /// that leaves the checksum to the device.
+    pub fn looking_partial(&self) -> Frame {
+        (0..=u16::MAX)
+            .map(|word| self.clone().with_data(&word.to_be_bytes()))
+            .find(|frame| {
+                let (protocol, body, _) = frame.body();
+                let at = if protocol == 17 { 6 } else { 16 };
+                let pseudo = !checksum(&[&frame.pseudo_header(protocol, body.len())]);
+                body[at..at + 2] == pseudo.to_be_bytes()
+            })
+            .expect("every sum has its complement")
     }
 
     /// Cuts a UDP datagram into fragments with `first` bytes of it in the first one.
