@@ -1,84 +1,31 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * A packet from the wire that belongs to no flow: whether a Service wants it, who may have it, and the flow that it
- * begins.
+ * The flow that a packet begins, once it is known what it asks for (service.h): its backend, where that is, and both rows.
  *
- * Cost, once for each flow: the roles of its destination, one or two look-ups of the frontend and one more to be sure
- * of it, the pick, where its backend is, both rows, and the row of the flow that it may push out.
+ * Cost: the pick, where the backend is, both rows, and the row of the flow that it may push out.
  */
 #ifndef KUBELANE_BEGIN_H
 #define KUBELANE_BEGIN_H
 
-/* Copies the frontend that serves the packet's destination to the wire. A cluster IP serves nobody out there. */
-static __always_inline int begin_frontend(struct scratch *given)
-{
-	const struct flow_key *tuple = &given->packet.tuple;
-	__u32 roles = address_roles(&tuple->ends.destination);
-	struct frontend_key key = {
-		.address = tuple->ends.destination,
-		.port = tuple->ends.destination_port,
-		.protocol = tuple->protocol,
-	};
-	struct frontend *frontend = (void *)0;
-
-	if (roles & ADDRESS_SERVICE_VIP)
-		frontend = bpf_map_lookup_elem(&frontends, &key);
-	if (!frontend && (roles & ADDRESS_NODE))
-		frontend = frontend_lookup_node_port(&key);
-	return frontend && frontend_read(&key, frontend, &given->frontend) &&
-	       (given->frontend.flags & (FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT));
-}
-
-static __always_inline int source_is_allowed(const struct frontend *frontend, const struct address *client)
-{
-	struct source_range_key key = {.prefix_length = 160, .service_id = frontend->service_id, .address = *client};
-
-	return bpf_map_lookup_elem(&source_ranges, &key) != (void *)0;
-}
-
-/* Whether this client may have a backend of this frontend. */
-static __always_inline int begin_admit(const struct packet *packet, const struct frontend *frontend)
-{
-	if (packet->kind == PACKET_PIECE) {
-		count(COUNTER_DROPPED_FRAGMENT);
-		return VERDICT_DROP;
-	}
-	if (packet->tcp_flags & TCP_RST) {
-		count(COUNTER_DROPPED_UNKNOWN_RESET);
-		return VERDICT_DROP;
-	}
-	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_is_allowed(frontend, &packet->tuple.ends.source)) {
-		count(COUNTER_DROPPED_SOURCE_RANGE);
-		return VERDICT_DROP;
-	}
-	if (frontend->outside.count)
-		return VERDICT_CONTINUE;
-	if (frontend->outside.on_empty == EMPTY_DROP) {
-		count(COUNTER_DROPPED_NO_LOCAL_ENDPOINT);
-		return VERDICT_DROP;
-	}
-	count(COUNTER_REFUSED_NO_ENDPOINT);
-	return VERDICT_ANSWER_UNREACHABLE;
-}
-
-static __always_inline struct choice begin_choose(const struct packet *packet, const struct frontend *frontend)
+static __always_inline struct choice begin_choose(const struct packet *packet, const struct frontend *frontend,
+						  const struct pool *pool)
 {
 	struct affinity_key key = {.service_id = frontend->service_id, .kind = CLIENT_ADDRESS};
 
 	if (!frontend->affinity_seconds)
-		return backend_pick(frontend, &frontend->outside);
+		return backend_pick(frontend, pool);
 	__builtin_memcpy(key.client, &packet->tuple.ends.source, sizeof(key.client));
-	return backend_pick_unproved(&key, frontend, &frontend->outside);
+	return backend_pick_unproved(&key, frontend, pool);
 }
 
 /*
  * A packet that is routed here never meets the checks of the host's stack: sources that nobody can have (RFC 1812
  * 5.3.7), the node's own ones, and the reverse path (RFC 3704), where the device asks for it (rp_filter, IPv4 only).
  */
-static __always_inline int begin_source_is_valid(struct __sk_buff *skb, struct scratch *given)
+static __always_inline int begin_source_is_valid(hook_context *ctx, struct scratch *given)
 {
 	struct ends *back = &given->backend_ends;
-	__u32 interface = skb->ifindex;
+	__u32 interface = given->packet.interface;
 	struct route route = {};
 	struct device *device;
 	int result;
@@ -88,7 +35,7 @@ static __always_inline int begin_source_is_valid(struct __sk_buff *skb, struct s
 	ends_reverse(back, &given->packet.tuple.ends);
 	/* Whether the answer fits is judged when it comes. */
 	given->smallest.segment = 1;
-	result = route_recall(skb, given, &given->smallest, back, &route);
+	result = route_recall(ctx, given, &given->smallest, back, &route);
 	if (result == ROUTE_HERE)
 		return 0;
 	device = bpf_map_lookup_elem(&devices, &interface);
@@ -99,7 +46,7 @@ static __always_inline int begin_source_is_valid(struct __sk_buff *skb, struct s
 
 /* Where the backend is: as routes and devices say, whatever the name of its node. Answers VERDICT_CONTINUE, and sets
  * FLOW_ROUTED and this node's address for one that is elsewhere. */
-static __always_inline int begin_find_backend(struct __sk_buff *skb, struct scratch *given, int is_named_local)
+static __always_inline int begin_find_backend(hook_context *ctx, struct scratch *given, int is_named_local)
 {
 	struct ends *ends = &given->backend_ends;
 	__u32 roles;
@@ -110,7 +57,7 @@ static __always_inline int begin_find_backend(struct __sk_buff *skb, struct scra
 	address_set_ip4(&ends->source, 0);
 	if (given->packet.is_ip6)
 		address_words(&ends->source)->word[2] = 0;
-	switch (route_source(skb, given, ends, given->packet.tuple.protocol)) {
+	switch (route_source(ctx, given, ends, given->packet.tuple.protocol)) {
 	case ROUTE_HERE:
 		return VERDICT_CONTINUE;
 	case ROUTE_FOUND:
@@ -133,7 +80,7 @@ static __always_inline int begin_find_backend(struct __sk_buff *skb, struct scra
 	}
 	given->flow.ends.source = ends->source;
 	given->flow.state |= FLOW_ROUTED;
-	if (begin_source_is_valid(skb, given))
+	if (begin_source_is_valid(ctx, given))
 		return VERDICT_CONTINUE;
 	count(COUNTER_DROPPED_MARTIAN);
 	return VERDICT_DROP;
@@ -144,8 +91,9 @@ static __always_inline int begin_find_backend(struct __sk_buff *skb, struct scra
  * (out of the node, and in again by a load balancer) sees the Service's address: its own would never leave it. Its
  * replies go out by an outward device like others, and are sent to it from there, as interface 0 says.
  */
-static __always_inline __u32 begin_source(const struct packet *packet, struct flow *flow, __u32 *interface)
+static __always_inline __u32 begin_source(const struct scratch *given, struct flow *flow, __u32 *interface)
 {
+	const struct packet *packet = &given->packet;
 	int is_sctp = packet->tuple.protocol == IPPROTO_SCTP;
 
 	if (flow->state & FLOW_ROUTED)
@@ -260,7 +208,7 @@ static __noinline int begin_give_up(struct scratch *given, int place)
 }
 
 /* Enters the requests' row, once the replies' stands: no request goes to a backend whose answers would not be known. */
-static __noinline int begin_enter(struct __sk_buff *skb, struct scratch *given, int place)
+static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int place)
 {
 	struct flow *request = (void *)0;
 	__u64 *proved;
@@ -281,7 +229,7 @@ static __noinline int begin_enter(struct __sk_buff *skb, struct scratch *given, 
 		if (result)
 			return result == -EEXIST ? begin_yield(given, place) : begin_give_up(given, place);
 	}
-	flow_note_opening(skb, given);
+	flow_note_opening(ctx, given);
 	count(given->flow.state & FLOW_ROUTED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
 	if (given->packet.tuple.protocol == IPPROTO_TCP && !(given->packet.tcp_flags & TCP_SYN))
 		count(COUNTER_FLOW_MIDSTREAM);
@@ -290,7 +238,7 @@ static __noinline int begin_enter(struct __sk_buff *skb, struct scratch *given, 
 
 /* The flow of a packet to a backend that was chosen: the ends that it will see, and both rows. Global, for the depth of
  * the stack. */
-__noinline int begin_flow(struct __sk_buff *skb)
+__noinline int begin_flow(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	__u32 interface, ports;
@@ -298,10 +246,10 @@ __noinline int begin_flow(struct __sk_buff *skb)
 
 	if (!given)
 		return VERDICT_DROP;
-	interface = skb->ifindex;
-	ports = begin_source(&given->packet, &given->flow, &interface);
+	interface = given->packet.interface;
+	ports = begin_source(given, &given->flow, &interface);
 	begin_fill_reply(given, interface);
-	place = snat_reserve(skb, ports);
+	place = snat_reserve(ctx, ports);
 	if (place == PLACE_TAKEN || place == PLACE_FULL) {
 		count(place == PLACE_FULL ? COUNTER_DROPPED_FLOW_TABLE : COUNTER_DROPPED_SNAT_EXHAUSTED);
 		return VERDICT_DROP;
@@ -311,7 +259,7 @@ __noinline int begin_flow(struct __sk_buff *skb)
 		checksum_change(&given->packet.tuple.ends, &given->flow.ends.source, &given->flow.ends.destination);
 	given->flow.change = ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends);
 	begin_note_ports(given);
-	verdict = begin_enter(skb, given, place);
+	verdict = begin_enter(ctx, given, place);
 	if (verdict == VERDICT_CONTINUE)
 		count_service(given->frontend.service_id);
 	return verdict;
@@ -333,29 +281,15 @@ static __always_inline void begin_fill(struct scratch *given, const struct choic
 	flow->generation_or_interface = choice->backend->generation;
 }
 
-/* Global, for the same reason. VERDICT_CONTINUE: the scratch's packet has a frontend, and may have a backend. */
-__noinline int begin_ask(struct __sk_buff *skb)
-{
-	struct scratch *given = scratch();
-
-	if (!given || !skb)
-		return VERDICT_DROP;
-	/* Before the frontend is looked up: it may change hands meanwhile. */
-	given->flow.sequence = epoch_now(EPOCH_HANDS);
-	if (!begin_frontend(given) || owner_is_other(skb))
-		return VERDICT_PASS;
-	return begin_admit(&given->packet, &given->frontend);
-}
-
 /* Global, for the same reason. VERDICT_CONTINUE: scratch.flow has a backend, and how it is reached. */
-__noinline int begin_choose_backend(struct __sk_buff *skb)
+__noinline int begin_choose_backend(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	struct choice choice;
 
 	if (!given)
 		return VERDICT_DROP;
-	choice = begin_choose(&given->packet, &given->frontend);
+	choice = begin_choose(&given->packet, &given->frontend, &given->pool);
 	if (!choice.backend) {
 		count(COUNTER_FAILED_BACKEND_MISSING);
 		return VERDICT_PASS;
@@ -366,17 +300,17 @@ __noinline int begin_choose_backend(struct __sk_buff *skb)
 		count(COUNTER_DROPPED_SCTP_PORT);
 		return VERDICT_DROP;
 	}
-	return begin_find_backend(skb, given, choice.backend->flags & BACKEND_NODE_LOCAL);
+	return begin_find_backend(ctx, given, choice.backend->flags & BACKEND_NODE_LOCAL);
 }
 
 /* VERDICT_CONTINUE: the packet has a flow from now on, and scratch.flow is a copy of its row. */
-static __always_inline int begin(struct __sk_buff *skb)
+static __always_inline int begin(hook_context *ctx)
 {
-	int verdict = begin_ask(skb);
+	int verdict = service_ask(ctx);
 
 	if (verdict == VERDICT_CONTINUE)
-		verdict = begin_choose_backend(skb);
-	return verdict == VERDICT_CONTINUE ? begin_flow(skb) : verdict;
+		verdict = begin_choose_backend(ctx);
+	return verdict == VERDICT_CONTINUE ? begin_flow(ctx) : verdict;
 }
 
 #endif

@@ -82,7 +82,7 @@ static __always_inline __u16 checksum_changed(__u16 check, __u32 change)
  * is written as 0xffff (RFC 768). The kernel's helper knows what offloading has left for the device to do. SCTP's
  * covers no addresses (RFC 9260), and its ports are never changed.
  */
-static __always_inline int checksum_set_transport(struct __sk_buff *skb, const struct packet *packet, __u32 addresses,
+static __always_inline int checksum_set_transport(hook_context *ctx, const struct packet *packet, __u32 addresses,
 						  __be32 old_ports, __be32 new_ports)
 {
 	int is_udp = packet->tuple.protocol == IPPROTO_UDP;
@@ -91,11 +91,11 @@ static __always_inline int checksum_set_transport(struct __sk_buff *skb, const s
 
 	if (packet->tuple.protocol == IPPROTO_SCTP)
 		return 0;
-	if (bpf_l4_csum_replace(skb, offset, 0, addresses, flags | BPF_F_PSEUDO_HDR))
+	if (hook_checksum_change(ctx, offset, addresses, flags | BPF_F_PSEUDO_HDR))
 		return -1;
 	if (old_ports == new_ports)
 		return 0;
-	return bpf_l4_csum_replace(skb, offset, old_ports, new_ports, flags | 4) ? -1 : 0;
+	return hook_checksum_change(ctx, offset, checksum_fold32((__u64)(__u32)~old_ports + new_ports), flags) ? -1 : 0;
 }
 
 enum checksum_state {
@@ -115,11 +115,10 @@ enum {
  * packet in 65536 has a whole checksum that looks like that sum; an aggregate has none (skb_gso_segment() asks for
  * CHECKSUM_PARTIAL).
  */
-static __always_inline enum checksum_state checksum_state(struct __sk_buff *skb, const struct packet *packet)
+static __always_inline enum checksum_state checksum_state(const struct packet *packet)
 {
 	const struct ends *ends = &packet->tuple.ends;
 	__u64 sum = bpf_htons(packet->tuple.protocol) + bpf_htonl(packet->total - (packet->l4 - packet->l3));
-	int is_aggregate = skb->gso_size != 0;
 
 	if (!packet->check && packet->tuple.protocol == IPPROTO_UDP)
 		return CHECKSUM_IS_NONE;
@@ -127,18 +126,18 @@ static __always_inline enum checksum_state checksum_state(struct __sk_buff *skb,
 		sum += checksum_of_address(&ends->source) + checksum_of_address(&ends->destination);
 	else
 		sum += (__u64)address_words(&ends->source)->word[3] + address_words(&ends->destination)->word[3];
-	if (is_aggregate != (checksum_fold16(sum) == packet->check))
+	if (packet->is_aggregate != (checksum_fold16(sum) == packet->check))
 		return CHECKSUM_IS_UNKNOWN;
-	return is_aggregate ? CHECKSUM_IS_PARTIAL : CHECKSUM_IS_WHOLE;
+	return packet->is_aggregate ? CHECKSUM_IS_PARTIAL : CHECKSUM_IS_WHOLE;
 }
 
 /* Reads it again, for scratch.check. */
-static __always_inline int checksum_load(struct __sk_buff *skb, struct scratch *given, int is_udp)
+static __always_inline int checksum_load(hook_context *ctx, struct scratch *given, int is_udp)
 {
 	__be32 word;
 
 	/* Of UDP behind the length, of TCP before the urgent pointer. */
-	if (packet_load(skb, given->packet.l4 + (is_udp ? 4 : 16), &word, sizeof(word)))
+	if (packet_load(ctx, given->packet.l4 + (is_udp ? 4 : 16), &word, sizeof(word)))
 		return -1;
 	given->check = bpf_htons(bpf_ntohl(word) >> (is_udp ? 0 : 16));
 	return 0;
@@ -150,7 +149,7 @@ static __always_inline int checksum_load(struct __sk_buff *skb, struct scratch *
  * in the sum of a device that has summed them (CHECKSUM_COMPLETE), the addresses' part is done. Not 0: the kernel refused. Global, so
  * that it is verified once and not for each way that leads here.
  */
-__noinline int checksum_settle(struct __sk_buff *skb)
+__noinline int checksum_settle(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	const struct ends *old, *ends;
@@ -168,8 +167,7 @@ __noinline int checksum_settle(struct __sk_buff *skb)
 	is_udp = packet->tuple.protocol == IPPROTO_UDP;
 	flags = is_udp ? BPF_F_MARK_MANGLED_0 : 0;
 	offset = packet->l4 + (is_udp ? 6 : 16);
-	if (bpf_l4_csum_replace(skb, offset, 0, addresses, flags | BPF_F_PSEUDO_HDR) ||
-	    checksum_load(skb, given, is_udp))
+	if (hook_checksum_change(ctx, offset, addresses, flags | BPF_F_PSEUDO_HDR) || checksum_load(ctx, given, is_udp))
 		return -1;
 	if (checksum_fold16(addresses) % 0xffff) {
 		/* A sum grows where a checksum, which is complemented, shrinks. */
@@ -180,10 +178,9 @@ __noinline int checksum_settle(struct __sk_buff *skb)
 			given->check = CHECKSUM_ZERO;
 		return 0;
 	}
-	if (bpf_l4_csum_replace(skb, offset, ports_word(old->source_port, old->destination_port),
-				ports_word(ends->source_port, ends->destination_port), flags | 4))
+	if (hook_checksum_change(ctx, offset, ports_change(0, old, ends), flags))
 		return -1;
-	return checksum_load(skb, given, is_udp);
+	return checksum_load(ctx, given, is_udp);
 }
 
 #endif

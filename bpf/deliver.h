@@ -8,7 +8,7 @@
 
 /* Options of the packet's IPv4 header (RFC 791) that are not forwarded: source routes, which hosts refuse and routers as a
  * rule, and what is no option. Global, so that it is verified once. */
-__noinline int deliver_options_are_refused(struct __sk_buff *skb)
+__noinline int deliver_options_are_refused(hook_context *ctx)
 {
 	enum {
 		OPTION_END = 0,
@@ -27,7 +27,7 @@ __noinline int deliver_options_are_refused(struct __sk_buff *skb)
 	for (int i = 0; i < OPTIONS_MAX && offset < l4; i++) {
 		__u8 option[2] = {};
 
-		if (bpf_skb_load_bytes(skb, offset, option, sizeof(option)))
+		if (hook_load(ctx, offset, option, sizeof(option)))
 			return 1;
 		if (option[0] == OPTION_END)
 			return 0;
@@ -42,7 +42,7 @@ __noinline int deliver_options_are_refused(struct __sk_buff *skb)
 	return offset > l4;
 }
 
-static __always_inline int deliver_route(struct __sk_buff *skb, struct scratch *given, struct packet *packet,
+static __always_inline int deliver_route(hook_context *ctx, struct scratch *given, struct packet *packet,
 					 const struct ends *ends)
 {
 	struct route *route = &given->route;
@@ -52,7 +52,7 @@ static __always_inline int deliver_route(struct __sk_buff *skb, struct scratch *
 		count(COUNTER_ICMP_TTL_EXCEEDED);
 		return VERDICT_ANSWER_TTL;
 	}
-	switch (route_recall(skb, given, packet, ends, route)) {
+	switch (route_recall(ctx, given, packet, ends, route)) {
 	case ROUTE_FOUND:
 		return VERDICT_CONTINUE;
 	case ROUTE_TOO_BIG:
@@ -71,40 +71,40 @@ static __always_inline int deliver_route(struct __sk_buff *skb, struct scratch *
 }
 
 /* To or from a backend elsewhere: routed here. Answers VERDICT_CONTINUE for what can be sent on by scratch.route. */
-static __always_inline int deliver_routed(struct __sk_buff *skb, struct scratch *given)
+static __always_inline int deliver_routed(hook_context *ctx, struct scratch *given)
 {
 	struct packet *packet = &given->packet;
 	int verdict = VERDICT_HAND_OVER;
 
-	if (!packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) && deliver_options_are_refused(skb)) {
+	if (!packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) && deliver_options_are_refused(ctx)) {
 		count(COUNTER_DROPPED_OPTIONS);
 		return VERDICT_DROP;
 	}
 	if (!stack_is_asked_for())
-		verdict = deliver_route(skb, given, packet, &given->flow.ends);
+		verdict = deliver_route(ctx, given, packet, &given->flow.ends);
 	if (verdict == VERDICT_HAND_OVER)
-		stack_hand(skb);
+		stack_hand(ctx);
 	return verdict;
 }
 
 /* What differs between the ways that lead to the rewriting stands in the scratch, so that the verifier follows it once. */
-static __always_inline int deliver_packet(struct __sk_buff *skb, const enum hook hook, struct scratch *given)
+static __always_inline int deliver_packet(hook_context *ctx, const enum hook hook, struct scratch *given)
 {
 	int verdict;
 
 	given->rewrite_mode = REWRITE_HOST;
 	if (given->flow.state & FLOW_ROUTED) {
-		verdict = deliver_routed(skb, given);
+		verdict = deliver_routed(ctx, given);
 		if (verdict == VERDICT_CONTINUE)
 			given->rewrite_mode = REWRITE_HOP;
 		else if (verdict != VERDICT_HAND_OVER)
 			return verdict;
 	}
-	if (rewrite_packet(skb, hook, given))
+	if (rewrite_packet(ctx, hook, given))
 		goto refused;
 	if (given->rewrite_mode == REWRITE_HOST)
 		return VERDICT_PASS;
-	if (!route_send(skb, given->packet.l3, &given->route))
+	if (!route_send(ctx, given->packet.l3, &given->route))
 		return VERDICT_SEND;
 refused:
 	count(COUNTER_DROPPED_REWRITE);
@@ -122,7 +122,7 @@ static __noinline __u32 error_checksum_change(const struct ends *old, const stru
  * The packet that an ICMP error quotes went the other way: its source becomes the flow's new destination. The checksum
  * of what is quoted is left as it is, since most errors quote too little to have it.
  */
-static __noinline int rewrite_error(struct __sk_buff *skb, const struct packet *error, const struct packet *quoted,
+static __noinline int rewrite_error(hook_context *ctx, const struct packet *error, const struct packet *quoted,
 				    const struct ends *outer, const struct ends *ends)
 {
 	__be32 old_ports = ports_word(quoted->tuple.ends.source_port, quoted->tuple.ends.destination_port);
@@ -133,21 +133,21 @@ static __noinline int rewrite_error(struct __sk_buff *skb, const struct packet *
 	__u32 around = error_checksum_change(&error->tuple.ends, &outer->source, &outer->destination);
 	__u32 check = error->l4 + 2;
 
-	if (rewrite_addresses(skb, quoted, &ends->destination, &ends->source, REWRITE_QUOTED) ||
-	    bpf_skb_store_bytes(skb, quoted->l4, &new_ports, sizeof(new_ports), 0) ||
-	    bpf_l4_csum_replace(skb, check, old_ports, new_ports, 4))
+	if (rewrite_addresses(ctx, quoted, &ends->destination, &ends->source, REWRITE_QUOTED) ||
+	    hook_store(ctx, quoted->l4, &new_ports, sizeof(new_ports)) ||
+	    hook_checksum_change(ctx, check, checksum_fold32((__u64)(__u32)~old_ports + new_ports), 0))
 		return -1;
 	if (!error->is_ip6)
 		return 0;
-	return bpf_l4_csum_replace(skb, check, 0, inside, 0) ||
-	       bpf_l4_csum_replace(skb, check, 0, around, BPF_F_PSEUDO_HDR);
+	return hook_checksum_change(ctx, check, inside, 0) ||
+	       hook_checksum_change(ctx, check, around, BPF_F_PSEUDO_HDR);
 }
 
 /*
  * The error's own ends. Its source is shown as the flow's where it is the quoted packet's destination, and also
  * where it is forwarded here, since no other source of a forwarded packet would be let through everywhere.
  */
-static __noinline int deliver_error(struct __sk_buff *skb, struct scratch *given)
+static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 {
 	struct packet *error = &given->packet, *quoted = &given->quoted;
 	const struct flow *flow = &given->flow;
@@ -158,19 +158,19 @@ static __noinline int deliver_error(struct __sk_buff *skb, struct scratch *given
 	if (routed || address_equal(&outer.source, &quoted->tuple.ends.destination))
 		outer.source = flow->ends.source;
 	if (routed) {
-		verdict = deliver_route(skb, given, error, &outer);
+		verdict = deliver_route(ctx, given, error, &outer);
 		if (verdict != VERDICT_CONTINUE)
 			return VERDICT_DROP;
 	}
-	if (rewrite_error(skb, error, quoted, &outer, &flow->ends) ||
-	    rewrite_addresses(skb, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST)) {
+	if (rewrite_error(ctx, error, quoted, &outer, &flow->ends) ||
+	    rewrite_addresses(ctx, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST)) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
 	if (!routed)
 		return VERDICT_PASS;
-	return route_send(skb, error->l3, &given->route) ? VERDICT_DROP : VERDICT_SEND;
+	return route_send(ctx, error->l3, &given->route) ? VERDICT_DROP : VERDICT_SEND;
 }
 
 #endif

@@ -431,23 +431,23 @@ static __always_inline struct flow *flow_find_both(struct scratch *given, struct
 
 /* These two are global, so that they are verified by themselves. They answer an enum recall for the scratch's packet and
  * copy of its row. */
-__noinline int flow_attend_to_request(struct __sk_buff *skb)
+__noinline int flow_attend_to_request(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	struct flow *flow, *partner;
 
-	if (!given || !skb)
+	if (!given || !ctx)
 		return RECALL_CHANGING;
 	flow = flow_find_both(given, &partner);
 	return flow ? flow_attend_request(given, flow, partner) : RECALL_CHANGING;
 }
 
-__noinline int flow_attend_to_reply(struct __sk_buff *skb)
+__noinline int flow_attend_to_reply(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	struct flow *flow, *partner;
 
-	if (!given || !skb)
+	if (!given || !ctx)
 		return RECALL_CHANGING;
 	flow = flow_find_both(given, &partner);
 	return flow ? flow_attend_reply(given, flow, partner) : RECALL_CHANGING;
@@ -473,7 +473,7 @@ static __always_inline int flow_wants_attention(struct scratch *given, const str
 }
 
 /* Looks for the flow of the scratch's packet, and copies its row. Answers an enum recall. */
-static __always_inline int flow_recall(struct __sk_buff *skb, struct scratch *given, __u32 at_egress)
+static __always_inline int flow_recall(hook_context *ctx, struct scratch *given, __u32 at_egress)
 {
 	const struct packet *packet = &given->packet;
 	struct flow *flow = flow_find(&packet->tuple);
@@ -489,8 +489,8 @@ static __always_inline int flow_recall(struct __sk_buff *skb, struct scratch *gi
 	if (ports_change(given->addresses, &packet->tuple.ends, &given->flow.ends) != given->flow.change)
 		return RECALL_CHANGING;
 	if (flow_wants_attention(given, packet))
-		return at_egress || (given->flow.state & FLOW_REPLY) ? flow_attend_to_reply(skb)
-								     : flow_attend_to_request(skb);
+		return at_egress || (given->flow.state & FLOW_REPLY) ? flow_attend_to_reply(ctx)
+								     : flow_attend_to_request(ctx);
 	if (packet->tuple.protocol == IPPROTO_TCP)
 		flow_note_sequence(flow, packet->sequence);
 	return RECALL_SERVES;

@@ -63,7 +63,7 @@ static __always_inline int flow_remove_lonely(struct scratch *given, struct flow
  * the key of a replies' row whose partner has left it, that row. The only place where rows are deleted that others may
  * know of. Answers how many rows went.
  */
-__noinline int flow_remove(struct __sk_buff *skb, __u32 why)
+__noinline int flow_remove(hook_context *ctx, __u32 why)
 {
 	const struct flow_limits *limits = flow_limits_get(why == REMOVE_FREE ? FLOW_LIMITS_SET : FLOW_LIMITS_NOW);
 	struct scratch *given = scratch();
@@ -72,7 +72,7 @@ __noinline int flow_remove(struct __sk_buff *skb, __u32 why)
 	__u32 second, state = FLOW_ENDING;
 	__u64 *proved;
 
-	if (!given || !limits || !skb)
+	if (!given || !limits || !ctx)
 		return 0;
 	second = second_now(given);
 	request = flow_find(&given->removed);
@@ -82,6 +82,9 @@ __noinline int flow_remove(struct __sk_buff *skb, __u32 why)
 		return why == REMOVE_OVER && flow_idle(request->state, second) > limits->tcp_opening
 			       ? flow_remove_lonely(given, request)
 			       : 0;
+	/* As of most that were entered in the ring: no need to find its partner. */
+	if (why == REMOVE_OPENING && (request->state & FLOW_PROVED))
+		return 0;
 	given->removed_ends = request->ends;
 	flow_key_reverse(&given->removed_partner, &given->removed_ends, given->removed.protocol);
 	reply = flow_find(&given->removed_partner);
@@ -118,7 +121,7 @@ __noinline int flow_remove(struct __sk_buff *skb, __u32 why)
 
 /* Enters a new flow into this processor's ring, and removes the one that has been there the longest if nobody has
  * proved it meanwhile. */
-static __noinline int flow_note_opening(struct __sk_buff *skb, struct scratch *given)
+static __noinline int flow_note_opening(hook_context *ctx, struct scratch *given)
 {
 	__u32 index = bpf_get_smp_processor_id() * FLOW_OPENINGS + (given->openings++ & (FLOW_OPENINGS - 1));
 	struct opening *opening = bpf_map_lookup_elem(&flow_openings, &index);
@@ -129,7 +132,7 @@ static __noinline int flow_note_opening(struct __sk_buff *skb, struct scratch *g
 	given->removed_mark = opening->mark;
 	opening->key = given->packet.tuple;
 	opening->mark = flow_opening_mark(given->packet.tuple.protocol, &given->flow, &given->reply_row);
-	if (given->removed.protocol && flow_remove(skb, REMOVE_OPENING))
+	if (given->removed.protocol && flow_remove(ctx, REMOVE_OPENING))
 		count(COUNTER_FLOW_PUSHED_OUT);
 	return 0;
 }

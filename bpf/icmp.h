@@ -5,18 +5,6 @@
 #ifndef KUBELANE_ICMP_H
 #define KUBELANE_ICMP_H
 
-/* What becomes of a packet. */
-enum verdict {
-	VERDICT_PASS = 0, /* to whoever comes next: other programs, then the host's stack */
-	VERDICT_DROP = 1,
-	VERDICT_SEND = 2, /* redirected: packet->mtu holds nothing, the helper's answer is returned */
-	VERDICT_ANSWER_UNREACHABLE = 3, /* port unreachable */
-	VERDICT_ANSWER_TTL = 4, /* time exceeded */
-	VERDICT_ANSWER_TOO_BIG = 5, /* fragmentation needed, packet too big: packet->mtu fits */
-	VERDICT_CONTINUE = 6, /* none yet */
-	VERDICT_HAND_OVER = 7, /* to the host's stack, which fragments it */
-};
-
 enum {
 	QUOTE_MAX = 128, /* an IP header with options or extensions, and the transport header; a power of two */
 	ANSWER_TTL = 64,
@@ -58,22 +46,7 @@ static __always_inline int icmp_may_answer(const struct address *source)
 	return address_is_ip4(source) ? first < 0xe0000000 : first >> 24 != 0xff;
 }
 
-/*
- * Makes room for `length` bytes at `l3`. A checksum that the sender left to the device (CHECKSUM_PARTIAL, as between
- * virtual machines) would be written into the answer on its way out; the kernel forgets about it when the place where
- * it starts is pulled off the front (skb_postpull_rcsum), which is what growing at the tail and shrinking at the
- * front does.
- */
-static __always_inline int icmp_resize(struct __sk_buff *skb, const struct packet *packet, __u32 length)
-{
-	__u32 pulled = packet->l4 - packet->l3 + 40;
-
-	if (bpf_skb_change_tail(skb, packet->l3 + length + pulled, 0))
-		return -1;
-	return bpf_skb_adjust_room(skb, -(__s32)pulled, BPF_ADJ_ROOM_MAC, 0);
-}
-
-static __always_inline int icmp_store_ip4(struct __sk_buff *skb, const struct packet *packet, __u32 length)
+static __always_inline int icmp_store_ip4(hook_context *ctx, const struct packet *packet, __u32 length)
 {
 	struct iphdr ip = {
 		.version = 4,
@@ -87,10 +60,10 @@ static __always_inline int icmp_store_ip4(struct __sk_buff *skb, const struct pa
 	};
 
 	ip.check = (__u16)~checksum_fold16(bpf_csum_diff((void *)0, 0, (void *)&ip, sizeof(ip), 0));
-	return bpf_skb_store_bytes(skb, packet->l3, &ip, sizeof(ip), 0);
+	return hook_store(ctx, packet->l3, &ip, sizeof(ip));
 }
 
-static __always_inline int icmp_store_ip6(struct __sk_buff *skb, const struct packet *packet, __u32 length)
+static __always_inline int icmp_store_ip6(hook_context *ctx, const struct packet *packet, __u32 length)
 {
 	struct ipv6hdr ip = {
 		.version = 6,
@@ -101,7 +74,7 @@ static __always_inline int icmp_store_ip6(struct __sk_buff *skb, const struct pa
 
 	address_set_words((struct address *)&ip.saddr, address_words(&packet->tuple.ends.destination)->word);
 	address_set_words((struct address *)&ip.daddr, address_words(&packet->tuple.ends.source)->word);
-	return bpf_skb_store_bytes(skb, packet->l3, &ip, sizeof(ip), 0);
+	return hook_store(ctx, packet->l3, &ip, sizeof(ip));
 }
 
 /* RFC 8200 8.1: addresses, length and protocol are covered too. */
@@ -115,24 +88,24 @@ static __always_inline __u32 icmp_seed(const struct packet *packet, __u32 length
 			       bpf_htonl(length) + bpf_htonl(IPPROTO_ICMPV6));
 }
 
-/* Back to where the packet came from, which has shown that it knows the way. */
-static __always_inline int icmp_return(struct __sk_buff *skb, const struct packet *packet)
+/* Back to where the packet came from, which has shown that it knows the way. Answers a verdict. */
+static __always_inline int icmp_return(hook_context *ctx, const struct packet *packet)
 {
 	struct {
 		__u8 destination[6];
 		__u8 source[6];
 	} from = {}, to;
-	struct route back = {.interface = skb->ifindex};
+	struct route back = {.interface = packet->interface};
 
 	if (!packet->l3)
-		return route_send(skb, packet->l3, &back) ? TC_ACT_SHOT : TC_ACT_REDIRECT;
-	if (bpf_skb_load_bytes(skb, 0, &from, sizeof(from)))
-		return TC_ACT_SHOT;
+		return route_send(ctx, packet->l3, &back) ? VERDICT_DROP : VERDICT_SEND;
+	if (hook_load(ctx, 0, &from, sizeof(from)))
+		return VERDICT_DROP;
 	__builtin_memcpy(to.destination, from.source, 6);
 	__builtin_memcpy(to.source, from.destination, 6);
-	if (bpf_skb_store_bytes(skb, 0, &to, sizeof(to), 0))
-		return TC_ACT_SHOT;
-	return bpf_redirect(skb->ifindex, 0);
+	if (hook_store(ctx, 0, &to, sizeof(to)))
+		return VERDICT_DROP;
+	return hook_send_back(ctx) ? VERDICT_DROP : VERDICT_SEND;
 }
 
 static __always_inline int icmp_take_budget(__u64 now)
@@ -161,26 +134,27 @@ static __always_inline __u64 quote_length(__u64 length)
 }
 
 /* An answer to what was asked for, not to what is broken, a part or an error itself (RFC 1122 3.2.2). */
-static __always_inline int icmp_is_due(struct __sk_buff *skb, const struct packet *packet)
+static __always_inline int icmp_is_due(hook_context *ctx, const struct packet *packet)
 {
 	return packet->kind != PACKET_PIECE && packet->kind != PACKET_ERROR &&
-	       icmp_may_answer(&packet->tuple.ends.source) && packet->total <= skb->len - packet->l3 &&
+	       icmp_may_answer(&packet->tuple.ends.source) && packet->total <= hook_length(ctx) - packet->l3 &&
 	       packet->total >= sizeof(struct iphdr) + ICMP_HEADER;
 }
 
-static __always_inline int icmp_store(struct __sk_buff *skb, const struct packet *packet,
+static __always_inline int icmp_store(hook_context *ctx, const struct packet *packet,
 				      const struct icmp_message *message, __u64 quoted)
 {
 	__u64 header = packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
 
-	return icmp_resize(skb, packet, header + ICMP_HEADER + quoted) ||
-	       (packet->is_ip6 ? icmp_store_ip6(skb, packet, ICMP_HEADER + quoted)
-			       : icmp_store_ip4(skb, packet, ICMP_HEADER + quoted)) ||
-	       bpf_skb_store_bytes(skb, packet->l3 + header, message, ICMP_HEADER + quote_length(quoted), 0);
+	/* The longest transport header before a checksum, and a little more. */
+	return hook_resize(ctx, packet->l3, header + ICMP_HEADER + quoted, packet->l4 - packet->l3 + 40) ||
+	       (packet->is_ip6 ? icmp_store_ip6(ctx, packet, ICMP_HEADER + quoted)
+			       : icmp_store_ip4(ctx, packet, ICMP_HEADER + quoted)) ||
+	       hook_store(ctx, packet->l3 + header, message, ICMP_HEADER + quote_length(quoted));
 }
 
-/* Turns the packet into an error about itself. Answers a TC action. */
-__noinline int icmp_answer(struct __sk_buff *skb, __u32 verdict)
+/* Turns the packet into an error about itself, as `verdict` says. Answers VERDICT_SEND or VERDICT_DROP. */
+__noinline int icmp_answer(hook_context *ctx, __u32 verdict)
 {
 	struct icmp_message message = {};
 	struct scratch *given = scratch();
@@ -188,22 +162,22 @@ __noinline int icmp_answer(struct __sk_buff *skb, __u32 verdict)
 	__u64 quoted;
 
 	if (!given)
-		return TC_ACT_SHOT;
+		return VERDICT_DROP;
 	packet = &given->packet;
-	if (!icmp_is_due(skb, packet))
-		return TC_ACT_SHOT;
+	if (!icmp_is_due(ctx, packet))
+		return VERDICT_DROP;
 	if (!icmp_take_budget(clock_now(given))) {
 		count(COUNTER_DROPPED_ANSWER_LIMIT);
-		return TC_ACT_SHOT;
+		return VERDICT_DROP;
 	}
 	quoted = packet->total < QUOTE_MAX ? packet->total : QUOTE_MAX;
-	if (bpf_skb_load_bytes(skb, packet->l3, message.quote, quote_length(quoted)))
-		return TC_ACT_SHOT;
+	if (hook_load(ctx, packet->l3, message.quote, quote_length(quoted)))
+		return VERDICT_DROP;
 	icmp_fill(&message, packet->is_ip6, verdict, packet->mtu);
 	/* What was not quoted is zero and adds nothing. */
 	message.check = (__u16)~checksum_fold16((__u32)bpf_csum_diff((void *)0, 0, (void *)&message, sizeof(message),
 								     icmp_seed(packet, ICMP_HEADER + quoted)));
-	return icmp_store(skb, packet, &message, quoted) ? TC_ACT_SHOT : icmp_return(skb, packet);
+	return icmp_store(ctx, packet, &message, quoted) ? VERDICT_DROP : icmp_return(ctx, packet);
 }
 
 #endif

@@ -10,14 +10,18 @@
  *   count.h      counters: every refusal and drop has one
  *   address.h    128-bit addresses
  *   frontend.h   destination -> frontend: is it a Service, and which?
- *   backend.h    frontend -> backend: session affinity, then a random pick
+ *   backend.h    backends, and records of them
+ *   pick.h       pool -> backend: a number chooses the slot
+ *   affinity.h   the backend that a client had before
  *   origin.h     connected sockets: what was asked for, which backend it got
  *   datagram.h   unconnected sockets: the same, for each destination
  *   socket.h     the verdict on connect() and sendmsg(), the reverse for recvmsg() and getpeername()
  *   stale.h      the iterators that find connected sockets that go where they should not any more
  *
- * and, for packets from and to the wire, which share abi.h to backend.h with them:
+ * and, for packets from and to the wire, which share abi.h to affinity.h with them:
  *
+ *   verdict.h    what becomes of a packet
+ *   hook.h       what the kernel lends a packet program: the only place that knows its context
  *   packet.h     bytes -> what has to be known of a packet
  *   scratch.h    what the rare steps work on
  *   checksum.h   checksums, changed in place
@@ -30,7 +34,8 @@
  *   stack.h      handing a packet to the host's stack instead
  *   deliver.h    sending on a packet, or an error, of a known flow
  *   owner.h      is the packet a connection's of this node?
- *   begin.h      a packet of no flow: who may have it, and the flow that it begins
+ *   service.h    a packet of no flow: what it asks for, and whether it may have it
+ *   begin.h      the flow that it begins
  *   wire.h       the verdict on a packet
  *
  * The families differ in the entry points below, packet.h and rewrite.h (IPv4 is v4-mapped everywhere else).
@@ -53,10 +58,14 @@
 #include "address.h"
 #include "frontend.h"
 #include "backend.h"
+#include "pick.h"
+#include "affinity.h"
 #include "origin.h"
 #include "datagram.h"
 #include "socket.h"
 #include "stale.h"
+#include "verdict.h"
+#include "hook.h"
 #include "packet.h"
 #include "scratch.h"
 #include "checksum.h"
@@ -69,6 +78,7 @@
 #include "stack.h"
 #include "deliver.h"
 #include "owner.h"
+#include "service.h"
 #include "begin.h"
 #include "wire.h"
 
@@ -228,7 +238,7 @@ enum link_layer {
  * protocol 0 for none. Answers how many rows went.
  */
 SEC("tc")
-int flow_collect(struct __sk_buff *skb)
+int flow_collect(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	int removed = 0;
@@ -236,37 +246,36 @@ int flow_collect(struct __sk_buff *skb)
 	if (!given)
 		return 0;
 	for (__u32 i = 0; i < COLLECT_KEYS; i++) {
-		if (bpf_skb_load_bytes(skb, COLLECT_HEAD + i * sizeof(struct flow_key), &given->removed,
-				       sizeof(given->removed)))
+		if (hook_load(ctx, COLLECT_HEAD + i * sizeof(struct flow_key), &given->removed, sizeof(given->removed)))
 			break;
 		if (given->removed.protocol)
-			removed += flow_remove(skb, REMOVE_OVER);
+			removed += flow_remove(ctx, REMOVE_OVER);
 	}
 	return removed;
 }
 
 /* Outward devices, what comes in. */
 SEC("tc")
-int wire_in_ethernet(struct __sk_buff *skb)
+int wire_in_ethernet(hook_context *ctx)
 {
-	return wire_ingress(skb, LINK_ETHERNET);
+	return wire_ingress(ctx, LINK_ETHERNET);
 }
 
 SEC("tc")
-int wire_in_bare(struct __sk_buff *skb)
+int wire_in_bare(hook_context *ctx)
 {
-	return wire_ingress(skb, LINK_NONE);
+	return wire_ingress(ctx, LINK_NONE);
 }
 
 /* Outward devices, what leaves. */
 SEC("tc")
-int wire_out_ethernet(struct __sk_buff *skb)
+int wire_out_ethernet(hook_context *ctx)
 {
-	return wire_egress(skb, LINK_ETHERNET);
+	return wire_egress(ctx, LINK_ETHERNET);
 }
 
 SEC("tc")
-int wire_out_bare(struct __sk_buff *skb)
+int wire_out_bare(hook_context *ctx)
 {
-	return wire_egress(skb, LINK_NONE);
+	return wire_egress(ctx, LINK_NONE);
 }

@@ -42,7 +42,7 @@ static __always_inline __u32 socket_tuple_fill(struct bpf_sock_tuple *tuple, con
 }
 
 /* Does a socket of the node's wait for this packet, and for no other client's? */
-static __always_inline int owner_is_socket(struct __sk_buff *skb, const struct packet *packet)
+static __always_inline int owner_is_socket(hook_context *ctx, const struct packet *packet)
 {
 	struct bpf_sock_tuple tuple = {};
 	__u32 size = socket_tuple_fill(&tuple, packet);
@@ -50,12 +50,12 @@ static __always_inline int owner_is_socket(struct __sk_buff *skb, const struct p
 	int is_owner;
 
 	if (packet->tuple.protocol == IPPROTO_TCP) {
-		sk = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 		if (!sk)
 			return 0;
 		is_owner = sk->state != SOCKET_LISTENS;
 	} else if (packet->tuple.protocol == IPPROTO_UDP) {
-		sk = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+		sk = bpf_sk_lookup_udp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 		if (!sk)
 			return 0;
 		/* The look-up finds a connected socket only for the end that it is connected to. */
@@ -68,7 +68,7 @@ static __always_inline int owner_is_socket(struct __sk_buff *skb, const struct p
 }
 
 /* Is the packet somebody's who is no Service? Global, so that it is verified by itself. */
-__noinline int owner_is_other(struct __sk_buff *skb)
+__noinline int owner_is_other(hook_context *ctx)
 {
 	const __u8 both = TCP_SYN | TCP_ACK;
 	struct scratch *given = scratch();
@@ -81,14 +81,14 @@ __noinline int owner_is_other(struct __sk_buff *skb)
 		return 0;
 	if (packet->tuple.protocol == IPPROTO_TCP && (packet->tcp_flags & both) == both)
 		return 1;
-	return bpf_map_lookup_elem(&outgoing, &packet->tuple) || owner_is_socket(skb, packet);
+	return bpf_map_lookup_elem(&outgoing, &packet->tuple) || owner_is_socket(ctx, packet);
 }
 
 /*
  * A packet that leaves from a port that is served, and is no reply of a local backend's: if the address is served, too,
  * its answers are its sender's. Once a second for each.
  */
-__noinline int owner_note(struct __sk_buff *skb)
+__noinline int owner_note(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	__u32 second, from, *noted;
@@ -96,7 +96,7 @@ __noinline int owner_note(struct __sk_buff *skb)
 	if (!given)
 		return 0;
 	/* What came in by an outward device and leaves by one was sent on from here. */
-	from = skb->ingress_ifindex;
+	from = hook_came_from(ctx);
 	if (from && bpf_map_lookup_elem(&devices, &from))
 		return 0;
 	second = second_now(given);

@@ -9,9 +9,6 @@
 #define KUBELANE_PACKET_H
 
 enum {
-	ETHERTYPE_IP4 = 0x0800,
-	ETHERTYPE_IP6 = 0x86dd,
-	VLAN_ID_MASK = 0x0fff,
 	MAX_EXTENSIONS = 6,
 	UDP_HEADER = 8,
 	SCTP_HEADER = 12,
@@ -27,15 +24,6 @@ enum {
 	TCP_ACK = 0x10,
 };
 
-/*
- * Where a program is called. A program that writes in place has the kernel unshare each packet that is a clone before it
- * even begins (bpf_unclone_prologue): of what comes in few are, of the TCP that a node sends all.
- */
-enum hook {
-	HOOK_INGRESS = 0,
-	HOOK_EGRESS = 1,
-};
-
 enum packet_kind {
 	PACKET_OTHER = 0, /* none of the below: not for us */
 	PACKET_WHOLE = 1, /* TCP, UDP or SCTP with its ports */
@@ -46,6 +34,8 @@ enum packet_kind {
 
 struct packet {
 	struct flow_key tuple;
+	__u32 interface; /* where it comes in, or leaves */
+	__u32 mark;
 	__u32 l3; /* offset of the IP header */
 	__u32 l4; /* offset of the transport header */
 	__u32 total; /* bytes from the IP header on */
@@ -63,7 +53,8 @@ struct packet {
 	__u8 ttl; /* or hop limit */
 	__u8 tcp_flags;
 	__u8 may_fragment; /* IPv4 without DF */
-	__u8 zero[3];
+	__u8 is_aggregate;
+	__u8 zero[2];
 };
 
 static __always_inline void address_set_words(struct address *address, const __u32 *words)
@@ -77,15 +68,13 @@ static __always_inline void address_set_words(struct address *address, const __u
 }
 
 /* Copies `size` bytes, a multiple of four: in place where they are in the linear part, which saves a call. */
-static __always_inline int packet_load(struct __sk_buff *skb, __u64 offset, void *to, const __u32 size)
+static __always_inline int packet_load(hook_context *ctx, __u64 offset, void *to, const __u32 size)
 {
 	void *data, *end;
 	__u32 *from, *words = to;
 
-	/* Or the compiler keeps the places of its members in registers, which the verifier does not allow. */
-	barrier_var(skb);
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
+	data = hook_bytes(ctx);
+	end = hook_bytes_end(ctx);
 	barrier_var(offset);
 	if (offset < 1024) {
 		from = data + offset;
@@ -95,7 +84,7 @@ static __always_inline int packet_load(struct __sk_buff *skb, __u64 offset, void
 			return 0;
 		}
 	}
-	return bpf_skb_load_bytes(skb, offset, to, size);
+	return hook_load(ctx, offset, to, size);
 }
 
 /*
@@ -103,18 +92,17 @@ static __always_inline int packet_load(struct __sk_buff *skb, __u64 offset, void
  * sum of the packet's bytes, for packets that the device has summed (CHECKSUM_COMPLETE; of others there is nothing to
  * do). Not 0: the kernel refused.
  */
-static __always_inline int packet_store(struct __sk_buff *skb, const enum hook hook, __u64 offset, const void *from,
+static __always_inline int packet_store(hook_context *ctx, const enum hook hook, __u64 offset, const void *from,
 					const __u32 size, __u32 sum)
 {
 	const __u32 *words = from;
 	void *data, *end;
 	__u32 *to;
 
-	if (hook == HOOK_EGRESS)
-		return bpf_skb_store_bytes(skb, offset, from, size, BPF_F_RECOMPUTE_CSUM);
-	barrier_var(skb);
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
+	if (hook == HOOK_TC_EGRESS)
+		return hook_store_summed(ctx, offset, from, size);
+	data = hook_bytes(ctx);
+	end = hook_bytes_end(ctx);
 	barrier_var(offset);
 	if (offset < 1024) {
 		to = data + offset;
@@ -122,11 +110,11 @@ static __always_inline int packet_store(struct __sk_buff *skb, const enum hook h
 			for (__u32 i = 0; i < size / 4; i++)
 				to[i] = words[i];
 			if (sum)
-				bpf_csum_update(skb, sum);
+				hook_sum_change(ctx, sum);
 			return 0;
 		}
 	}
-	return bpf_skb_store_bytes(skb, offset, from, size, BPF_F_RECOMPUTE_CSUM);
+	return hook_store_summed(ctx, offset, from, size);
 }
 
 static __always_inline int is_icmp_error(int is_ip6, __u8 type)
@@ -142,7 +130,7 @@ static __always_inline int protocol_has_ports(__u8 protocol)
 }
 
 /* Follows IPv6 extension headers from `next` on, up to the transport header. 0: there is none to be found. */
-static __noinline int packet_skip_extensions(struct __sk_buff *skb, struct packet *packet, __u32 next)
+static __noinline int packet_skip_extensions(hook_context *ctx, struct packet *packet, __u32 next)
 {
 	__u32 offset = packet->l3 + sizeof(struct ipv6hdr);
 
@@ -160,7 +148,7 @@ static __noinline int packet_skip_extensions(struct __sk_buff *skb, struct packe
 			packet->tuple.protocol = next;
 			return 1;
 		}
-		if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)))
+		if (hook_load(ctx, offset, &header, sizeof(header)))
 			return 0;
 		if (next == IPPROTO_FRAGMENT) {
 			packet->fragment_id = header.id;
@@ -180,11 +168,11 @@ static __noinline int packet_skip_extensions(struct __sk_buff *skb, struct packe
 	return 0;
 }
 
-static __always_inline int packet_parse_ip4(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int packet_parse_ip4(hook_context *ctx, struct packet *packet)
 {
 	struct iphdr ip = {};
 
-	if (packet_load(skb, packet->l3, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
+	if (packet_load(ctx, packet->l3, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5)
 		return 0;
 	address_set_ip4(&packet->tuple.ends.source, ip.saddr);
 	address_set_ip4(&packet->tuple.ends.destination, ip.daddr);
@@ -202,11 +190,11 @@ static __always_inline int packet_parse_ip4(struct __sk_buff *skb, struct packet
 	return 1;
 }
 
-static __always_inline int packet_parse_ip6(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int packet_parse_ip6(hook_context *ctx, struct packet *packet)
 {
 	struct ipv6hdr ip = {};
 
-	if (packet_load(skb, packet->l3, &ip, sizeof(ip)) || ip.version != 6)
+	if (packet_load(ctx, packet->l3, &ip, sizeof(ip)) || ip.version != 6)
 		return 0;
 	address_set_words(&packet->tuple.ends.source, ip.saddr.in6_u.u6_addr32);
 	address_set_words(&packet->tuple.ends.destination, ip.daddr.in6_u.u6_addr32);
@@ -219,25 +207,26 @@ static __always_inline int packet_parse_ip6(struct __sk_buff *skb, struct packet
 		packet->l4 = packet->l3 + sizeof(ip);
 		return 1;
 	}
-	return packet_skip_extensions(skb, packet, ip.nexthdr);
+	return packet_skip_extensions(ctx, packet, ip.nexthdr);
 }
 
-/* The length of one wire packet: an aggregate's segments have gso_size bytes behind the transport header. */
-static __always_inline void packet_measure(struct __sk_buff *skb, struct packet *packet, __u32 transport_header)
+/* The length of one wire packet: an aggregate's segments have segment_size bytes behind the transport header. */
+static __always_inline void packet_measure(hook_context *ctx, struct packet *packet, __u32 transport_header)
 {
-	__u32 gso_size = skb->gso_size;
+	__u32 segment_size = hook_segment_size(ctx);
 
 	/* Aggregates beyond 64 KiB ("BIG TCP") say 0. */
-	if (gso_size && packet->total < packet->l4 - packet->l3 + transport_header)
-		packet->total = skb->len - packet->l3;
-	packet->segment = gso_size ? packet->l4 - packet->l3 + transport_header + gso_size : packet->total;
+	if (segment_size && packet->total < packet->l4 - packet->l3 + transport_header)
+		packet->total = hook_length(ctx) - packet->l3;
+	packet->is_aggregate = segment_size != 0;
+	packet->segment = segment_size ? packet->l4 - packet->l3 + transport_header + segment_size : packet->total;
 }
 
-static __always_inline void packet_parse_tcp(struct __sk_buff *skb, struct packet *packet)
+static __always_inline void packet_parse_tcp(hook_context *ctx, struct packet *packet)
 {
 	__be32 *words = packet->transport; /* RFC 9293: ports, sequence, acknowledgement, flags and window, checksum */
 
-	if (packet_load(skb, packet->l4, words, sizeof(packet->transport))) {
+	if (packet_load(ctx, packet->l4, words, sizeof(packet->transport))) {
 		packet->kind = PACKET_OTHER;
 		return;
 	}
@@ -247,22 +236,22 @@ static __always_inline void packet_parse_tcp(struct __sk_buff *skb, struct packe
 	packet->acknowledgement = bpf_ntohl(words[2]);
 	packet->tcp_flags = bpf_ntohl(words[3]) >> 16;
 	packet->check = bpf_htons(bpf_ntohl(words[4]) >> 16);
-	packet_measure(skb, packet, (bpf_ntohl(words[3]) >> 28) * 4);
+	packet_measure(ctx, packet, (bpf_ntohl(words[3]) >> 28) * 4);
 }
 
 /* UDP and SCTP (RFC 768, RFC 9260): ports, and nothing else that matters here. */
-static __always_inline void packet_parse_ports(struct __sk_buff *skb, struct packet *packet)
+static __always_inline void packet_parse_ports(hook_context *ctx, struct packet *packet)
 {
 	__be32 *words = packet->transport;
 
-	if (packet_load(skb, packet->l4, words, 8)) {
+	if (packet_load(ctx, packet->l4, words, 8)) {
 		packet->kind = PACKET_OTHER;
 		return;
 	}
 	packet->tuple.ends.source_port = bpf_htons(bpf_ntohl(words[0]) >> 16);
 	packet->tuple.ends.destination_port = bpf_htons(bpf_ntohl(words[0]));
 	packet->check = bpf_htons(bpf_ntohl(words[1])); /* of UDP */
-	packet_measure(skb, packet, packet->tuple.protocol == IPPROTO_UDP ? UDP_HEADER : SCTP_HEADER);
+	packet_measure(ctx, packet, packet->tuple.protocol == IPPROTO_UDP ? UDP_HEADER : SCTP_HEADER);
 }
 
 /* For a new packet: what the parsers do not set for each. */
@@ -277,11 +266,11 @@ static __always_inline void packet_reset(struct packet *packet, __u32 l3, __u32 
 }
 
 /* After packet_reset(). `kind` says what the packet is. */
-static __always_inline int packet_parse(struct __sk_buff *skb, struct packet *packet)
+static __always_inline int packet_parse(hook_context *ctx, struct packet *packet)
 {
 	__u8 type = 0;
 
-	if (!(packet->is_ip6 ? packet_parse_ip6(skb, packet) : packet_parse_ip4(skb, packet))) {
+	if (!(packet->is_ip6 ? packet_parse_ip6(ctx, packet) : packet_parse_ip4(ctx, packet))) {
 		packet->kind = PACKET_OTHER;
 		return 0;
 	}
@@ -290,14 +279,14 @@ static __always_inline int packet_parse(struct __sk_buff *skb, struct packet *pa
 		if (packet->kind == PACKET_PIECE)
 			return 0;
 		if (packet->tuple.protocol == IPPROTO_TCP)
-			packet_parse_tcp(skb, packet);
+			packet_parse_tcp(ctx, packet);
 		else
-			packet_parse_ports(skb, packet);
+			packet_parse_ports(ctx, packet);
 		return 0;
 	}
 	if (packet->kind == PACKET_WHOLE &&
 	    packet->tuple.protocol == (packet->is_ip6 ? IPPROTO_ICMPV6 : IPPROTO_ICMP) &&
-	    !bpf_skb_load_bytes(skb, packet->l4, &type, sizeof(type)) && is_icmp_error(packet->is_ip6, type))
+	    !hook_load(ctx, packet->l4, &type, sizeof(type)) && is_icmp_error(packet->is_ip6, type))
 		packet->kind = PACKET_ERROR;
 	else
 		packet->kind = PACKET_OTHER;
@@ -305,29 +294,18 @@ static __always_inline int packet_parse(struct __sk_buff *skb, struct packet *pa
 }
 
 /* What an ICMP error quotes: an IP header and at least eight bytes behind it, the ports being the first four. */
-static __noinline int packet_parse_quoted(struct __sk_buff *skb, struct packet *quoted)
+static __noinline int packet_parse_quoted(hook_context *ctx, struct packet *quoted)
 {
 	__be16 halves[4] = {};
 
-	if (!(quoted->is_ip6 ? packet_parse_ip6(skb, quoted) : packet_parse_ip4(skb, quoted)))
+	if (!(quoted->is_ip6 ? packet_parse_ip6(ctx, quoted) : packet_parse_ip4(ctx, quoted)))
 		return 0;
 	if (quoted->kind == PACKET_PIECE || !protocol_has_ports(quoted->tuple.protocol) ||
-	    bpf_skb_load_bytes(skb, quoted->l4, halves, sizeof(halves)))
+	    hook_load(ctx, quoted->l4, halves, sizeof(halves)))
 		return 0;
 	quoted->tuple.ends.source_port = halves[0];
 	quoted->tuple.ends.destination_port = halves[1];
 	return 1;
-}
-
-/* The family by the frame's type, where the network layer's header is; 0: neither IPv4 nor IPv6. A frame for a VLAN
- * is met again on the VLAN's own device. */
-static __always_inline int packet_family(struct __sk_buff *skb)
-{
-	if (skb->vlan_present && (skb->vlan_tci & VLAN_ID_MASK))
-		return 0;
-	if (skb->protocol == bpf_htons(ETHERTYPE_IP4))
-		return 4;
-	return skb->protocol == bpf_htons(ETHERTYPE_IP6) ? 6 : 0;
 }
 
 #endif

@@ -41,39 +41,40 @@ static __always_inline void ip4_tail_fill(struct ip4_tail *tail, const struct pa
 	tail->check = (__u16)~checksum_fold16(sum + change);
 }
 
-static __always_inline int rewrite_ip4(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
+static __always_inline int rewrite_ip4(hook_context *ctx, const struct packet *packet, const struct address *source,
 				       const struct address *destination, __u32 mode)
 {
 	struct ip4_tail tail;
 
 	ip4_tail_fill(&tail, packet, source, destination, checksum_change(&packet->tuple.ends, source, destination),
 		      mode);
-	return bpf_skb_store_bytes(skb, packet->l3 + IP4_TAIL, &tail, sizeof(tail), 0);
+	return hook_store(ctx, packet->l3 + IP4_TAIL, &tail, sizeof(tail));
 }
 
-static __always_inline int rewrite_ip6(struct __sk_buff *skb, const struct packet *packet, const struct address *source,
+static __always_inline int rewrite_ip6(hook_context *ctx, const struct packet *packet, const struct address *source,
 				       const struct address *destination, __u32 mode)
 {
-	/* Nothing in the header itself makes up for the change. Inside an ICMP error the ICMP checksum does. */
-	__u64 flags = mode == REWRITE_QUOTED ? 0 : BPF_F_RECOMPUTE_CSUM;
 	struct {
 		struct address source;
 		struct address destination;
 	} tail = {*source, *destination};
 	__u8 ttl = packet->ttl - 1;
 
-	if (mode == REWRITE_HOP && bpf_skb_store_bytes(skb, packet->l3 + IP6_HOP_LIMIT, &ttl, sizeof(ttl), flags))
+	/* Inside an ICMP error its checksum makes up for the change, else nothing does. */
+	if (mode == REWRITE_QUOTED)
+		return hook_store(ctx, packet->l3 + IP6_ADDRESSES, &tail, sizeof(tail));
+	if (mode == REWRITE_HOP && hook_store_summed(ctx, packet->l3 + IP6_HOP_LIMIT, &ttl, sizeof(ttl)))
 		return -1;
-	return bpf_skb_store_bytes(skb, packet->l3 + IP6_ADDRESSES, &tail, sizeof(tail), flags);
+	return hook_store_summed(ctx, packet->l3 + IP6_ADDRESSES, &tail, sizeof(tail));
 }
 
 /* The addresses of the header at packet->l3, and what covers them there. */
-static __noinline int rewrite_addresses(struct __sk_buff *skb, const struct packet *packet,
-					const struct address *source, const struct address *destination, __u32 mode)
+static __noinline int rewrite_addresses(hook_context *ctx, const struct packet *packet, const struct address *source,
+					const struct address *destination, __u32 mode)
 {
 	if (packet->is_ip6)
-		return rewrite_ip6(skb, packet, source, destination, mode);
-	return rewrite_ip4(skb, packet, source, destination, mode);
+		return rewrite_ip6(ctx, packet, source, destination, mode);
+	return rewrite_ip4(ctx, packet, source, destination, mode);
 }
 
 /* The transport header with other ports and another checksum. */
@@ -92,7 +93,7 @@ static __always_inline void transport_fill(__be32 *to, const struct packet *pack
 }
 
 /* Where the transport header follows the addresses, everything from the TTL on is written at once. */
-static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const enum hook hook, const struct scratch *given)
+static __always_inline int rewrite_plain_ip4(hook_context *ctx, const enum hook hook, const struct scratch *given)
 {
 	struct {
 		struct ip4_tail ip;
@@ -105,11 +106,11 @@ static __always_inline int rewrite_plain_ip4(struct __sk_buff *skb, const enum h
 	ip4_tail_fill(&tail.ip, packet, &ends->source, &ends->destination, given->addresses, given->rewrite_mode);
 	transport_fill(tail.transport, packet, ends, given->check);
 	if (packet->tuple.protocol == IPPROTO_TCP)
-		return packet_store(skb, hook, offset, &tail, sizeof(tail), given->sum);
-	return packet_store(skb, hook, offset, &tail, sizeof(tail.ip) + UDP_HEADER, given->sum);
+		return packet_store(ctx, hook, offset, &tail, sizeof(tail), given->sum);
+	return packet_store(ctx, hook, offset, &tail, sizeof(tail.ip) + UDP_HEADER, given->sum);
 }
 
-static __always_inline int rewrite_plain_ip6(struct __sk_buff *skb, const enum hook hook, const struct scratch *given)
+static __always_inline int rewrite_plain_ip6(hook_context *ctx, const enum hook hook, const struct scratch *given)
 {
 	struct {
 		__be32 length_hop_limit;
@@ -127,12 +128,12 @@ static __always_inline int rewrite_plain_ip6(struct __sk_buff *skb, const enum h
 	transport_fill(tail.transport, packet, ends, given->check);
 	sum = checksum_fold32((__u64)given->sum + (__u32)~packet->ip6_length_hop_limit + tail.length_hop_limit);
 	if (packet->tuple.protocol == IPPROTO_TCP)
-		return packet_store(skb, hook, offset, &tail, sizeof(tail), sum);
-	return packet_store(skb, hook, offset, &tail, 4 + 2 * sizeof(struct address) + UDP_HEADER, sum);
+		return packet_store(ctx, hook, offset, &tail, sizeof(tail), sum);
+	return packet_store(ctx, hook, offset, &tail, 4 + 2 * sizeof(struct address) + UDP_HEADER, sum);
 }
 
 /* The same step by step: pieces, SCTP, options or extensions between the headers. */
-static __noinline int rewrite_by_parts(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
+static __noinline int rewrite_by_parts(hook_context *ctx, const struct packet *packet, const struct ends *ends,
 				       __u32 mode)
 {
 	const struct ends *old = &packet->tuple.ends;
@@ -140,28 +141,28 @@ static __noinline int rewrite_by_parts(struct __sk_buff *skb, const struct packe
 	__be32 new_ports = ports_word(ends->source_port, ends->destination_port);
 
 	if (packet->kind != PACKET_PIECE) {
-		if (checksum_set_transport(skb, packet, addresses_change(old, ends, packet->is_ip6), old_ports,
+		if (checksum_set_transport(ctx, packet, addresses_change(old, ends, packet->is_ip6), old_ports,
 					   new_ports))
 			return -1;
-		if (old_ports != new_ports && bpf_skb_store_bytes(skb, packet->l4, &new_ports, sizeof(new_ports), 0))
+		if (old_ports != new_ports && hook_store(ctx, packet->l4, &new_ports, sizeof(new_ports)))
 			return -1;
 	}
 	if (packet->is_ip6)
-		return rewrite_ip6(skb, packet, &ends->source, &ends->destination, mode);
-	return rewrite_ip4(skb, packet, &ends->source, &ends->destination, mode);
+		return rewrite_ip6(ctx, packet, &ends->source, &ends->destination, mode);
+	return rewrite_ip4(ctx, packet, &ends->source, &ends->destination, mode);
 }
 
 /* The transport checksum that is to be written, left in the scratch, as is by how much the sum of the packet's bytes changes
  * once the addresses, the ports and it are: the IPv4 header's own checksum makes up for all that is in that header. Not 0:
  * the kernel refused. */
-static __always_inline int rewrite_checksum(struct __sk_buff *skb, struct scratch *given)
+static __always_inline int rewrite_checksum(hook_context *ctx, struct scratch *given)
 {
 	struct packet *packet = &given->packet;
 	const struct ends *old = &packet->tuple.ends, *ends = &given->flow.ends;
 	__u32 addresses = given->addresses;
 
 	given->sum = packet->is_ip6 ? addresses : 0;
-	switch (checksum_state(skb, packet)) {
+	switch (checksum_state(packet)) {
 	case CHECKSUM_IS_WHOLE:
 		given->check = checksum_changed(packet->check, given->flow.change);
 		if (!given->check && packet->tuple.protocol == IPPROTO_UDP)
@@ -179,25 +180,25 @@ static __always_inline int rewrite_checksum(struct __sk_buff *skb, struct scratc
 	case CHECKSUM_IS_UNKNOWN:
 		break;
 	}
-	return checksum_settle(skb);
+	return checksum_settle(ctx);
 }
 
 /*
  * Gives the scratch's packet (TCP, UDP or SCTP, or a piece of it) the ends of the scratch's copy of a row, whose change
  * of addresses is in the scratch as well, as is the mode. Not 0: the kernel refused.
  */
-static __always_inline int rewrite_packet(struct __sk_buff *skb, const enum hook hook, struct scratch *given)
+static __always_inline int rewrite_packet(hook_context *ctx, const enum hook hook, struct scratch *given)
 {
 	const struct packet *packet = &given->packet;
 
 	if (packet->kind == PACKET_PIECE || packet->tuple.protocol == IPPROTO_SCTP ||
 	    packet->l4 - packet->l3 != (packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)))
-		return rewrite_by_parts(skb, packet, &given->flow.ends, given->rewrite_mode);
-	if (rewrite_checksum(skb, given))
+		return rewrite_by_parts(ctx, packet, &given->flow.ends, given->rewrite_mode);
+	if (rewrite_checksum(ctx, given))
 		return -1;
 	if (packet->is_ip6)
-		return rewrite_plain_ip6(skb, hook, given);
-	return rewrite_plain_ip4(skb, hook, given);
+		return rewrite_plain_ip6(ctx, hook, given);
+	return rewrite_plain_ip4(ctx, hook, given);
 }
 
 #endif

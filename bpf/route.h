@@ -12,7 +12,6 @@
 enum {
 	FIB_LOOKUP_SRC = 1 << 4, /* 6.7 */
 	FIB_LOOKUP_MARK = 1 << 5, /* 6.10 */
-	ETHERNET_HEADER = 14,
 	MTU_LEAST = 1280, /* RFC 8200; kernels before 5.12 do not say which MTU was exceeded */
 };
 
@@ -24,14 +23,14 @@ enum route_result {
 	ROUTE_HERE = 4, /* the node itself, or a pod's device: the host's stack goes on with it */
 };
 
-static __always_inline void fib_fill(struct bpf_fib_lookup *fib, struct __sk_buff *skb, const struct ends *ends,
+static __always_inline void fib_fill(struct bpf_fib_lookup *fib, __u32 interface, const struct ends *ends,
 				     __u8 protocol, __u32 length)
 {
 	fib->l4_protocol = protocol;
 	fib->sport = ends->source_port;
 	fib->dport = ends->destination_port;
 	fib->tot_len = length;
-	fib->ifindex = skb->ifindex;
+	fib->ifindex = interface;
 	if (address_is_ip4(&ends->destination)) {
 		fib->family = FAMILY_INET;
 		/* An IPv4 wildcard is "none" just as it is for the kernel. */
@@ -47,18 +46,17 @@ static __always_inline void fib_fill(struct bpf_fib_lookup *fib, struct __sk_buf
 }
 
 /* The mark is an input that shares its place with an output; kernels before 6.10 know no such flag and say -EINVAL. */
-static __always_inline long fib_lookup(struct __sk_buff *skb, struct bpf_fib_lookup *fib, __u32 flags)
+static __always_inline long fib_lookup(hook_context *ctx, __u32 mark, struct bpf_fib_lookup *fib, __u32 flags)
 {
-	__u32 mark = skb->mark;
 	long result;
 
 	if (mark) {
 		__builtin_memcpy(fib->smac, &mark, sizeof(mark));
-		result = bpf_fib_lookup(skb, fib, sizeof(*fib), flags | FIB_LOOKUP_MARK);
+		result = bpf_fib_lookup(ctx, fib, sizeof(*fib), flags | FIB_LOOKUP_MARK);
 		if (result != -EINVAL)
 			return result;
 	}
-	return bpf_fib_lookup(skb, fib, sizeof(*fib), flags);
+	return bpf_fib_lookup(ctx, fib, sizeof(*fib), flags);
 }
 
 /*
@@ -79,33 +77,22 @@ static __always_inline void route_set_next(struct route *route, const struct bpf
 		route->next.ipv6_nh[i] = fib->ipv6_dst[i];
 }
 
-/*
- * Sends a packet on; not 0: the kernel refused. bpf_redirect_neigh() takes an Ethernet header off, and drops what has
- * none (__bpf_redirect_neigh, in all kernels): a packet of a device without link headers is given one that nobody
- * reads.
- */
-static __always_inline int route_send(struct __sk_buff *skb, __u32 l3, struct route *route)
+/* Sends a packet on; not 0: the kernel refused. */
+static __always_inline int route_send(hook_context *ctx, __u32 l3, struct route *route)
 {
-	/* A priority tag (VLAN 0, IEEE 802.1Q) ends at the device that it came in by. */
-	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
-		return -1;
-	if (!l3 && bpf_skb_change_head(skb, ETHERNET_HEADER, 0))
-		return -1;
-	if (!route->next.nh_family)
-		return bpf_redirect_neigh(route->interface, (void *)0, 0, 0) != TC_ACT_REDIRECT;
-	return bpf_redirect_neigh(route->interface, &route->next, sizeof(route->next), 0) != TC_ACT_REDIRECT;
+	return hook_send(ctx, l3, route->interface, &route->next);
 }
 
-static __noinline int route_find(struct __sk_buff *skb, const struct packet *packet, const struct ends *ends,
-				 struct route *route)
+static __noinline int route_find(hook_context *ctx, struct scratch *given, const struct packet *packet,
+				 const struct ends *ends, struct route *route)
 {
 	struct bpf_fib_lookup fib = {};
 	/* More than 65535 does not fit, and fits no device either. */
 	__u32 length = packet->segment > 0xffff ? 0xffff : packet->segment;
 	long result;
 
-	fib_fill(&fib, skb, ends, packet->tuple.protocol, length);
-	result = fib_lookup(skb, &fib, 0);
+	fib_fill(&fib, given->packet.interface, ends, packet->tuple.protocol, length);
+	result = fib_lookup(ctx, given->packet.mark, &fib, 0);
 	/* "No neighbour" names the next hop: redirecting resolves it. */
 	if (result == BPF_FIB_LKUP_RET_SUCCESS || result == BPF_FIB_LKUP_RET_NO_NEIGH) {
 		route_set_next(route, &fib);
@@ -138,10 +125,10 @@ static __always_inline struct known_route *known_route_at(const struct ends *end
 }
 
 /* Is that what was asked for packets of these ends, a moment ago? */
-static __always_inline int known_route_answers(const struct known_route *known, struct __sk_buff *skb,
+static __always_inline int known_route_answers(const struct known_route *known, __u32 interface,
 					       const struct ends *ends, __u32 protocol, __u32 by_address, __u32 second)
 {
-	if (!known->interface || known->second != second || known->from != skb->ifindex ||
+	if (!known->interface || known->second != second || known->from != interface ||
 	    known->epoch != epoch_now(EPOCH_ROUTES) ||
 	    (address_difference(&known->ends.source, &ends->source) |
 	     address_difference(&known->ends.destination, &ends->destination)))
@@ -152,11 +139,14 @@ static __always_inline int known_route_answers(const struct known_route *known, 
 }
 
 /* `epoch` is from before the look-up: a change that came meanwhile counts. */
-static __always_inline void known_route_note(struct known_route *known, struct __sk_buff *skb, const struct ends *ends,
+static __always_inline void known_route_note(struct known_route *known, __u32 from, const struct ends *ends,
 					     __u32 protocol, const struct route *route, __u32 epoch, __u32 second)
 {
+	known->from = from;
+	/* Else the compiler loads everything before it stores anything, on a stack that has no room for it. */
+	barrier();
 	known->ends = *ends;
-	known->from = skb->ifindex;
+	barrier();
 	known->protocol = protocol;
 	known->epoch = epoch;
 	known->second = second;
@@ -168,15 +158,15 @@ static __always_inline void known_route_note(struct known_route *known, struct _
 }
 
 /* As route_find(), from what this processor knows if it does. Marks and what is larger than known to fit are asked. */
-static __always_inline int route_recall(struct __sk_buff *skb, struct scratch *given, const struct packet *packet,
+static __always_inline int route_recall(hook_context *ctx, struct scratch *given, const struct packet *packet,
 					const struct ends *ends, struct route *route)
 {
 	__u32 second = second_now(given), by_address = epoch_now(EPOCH_ROUTES_BY_ADDRESS), epoch;
 	struct known_route *known = known_route_at(ends, by_address);
 	int result;
 
-	if (known && !skb->mark && packet->segment <= known->mtu &&
-	    known_route_answers(known, skb, ends, packet->tuple.protocol, by_address, second)) {
+	if (known && !given->packet.mark && packet->segment <= known->mtu &&
+	    known_route_answers(known, given->packet.interface, ends, packet->tuple.protocol, by_address, second)) {
 		route->interface = known->interface;
 		route->next.nh_family = known->family;
 		for (int i = 0; i < 4; i++)
@@ -184,25 +174,26 @@ static __always_inline int route_recall(struct __sk_buff *skb, struct scratch *g
 		return ROUTE_FOUND;
 	}
 	epoch = epoch_now(EPOCH_ROUTES);
-	result = route_find(skb, packet, ends, route);
-	if (result == ROUTE_FOUND && known && !skb->mark && route->mtu)
-		known_route_note(known, skb, ends, packet->tuple.protocol, route, epoch, second);
+	result = route_find(ctx, given, packet, ends, route);
+	if (result == ROUTE_FOUND && known && !given->packet.mark && route->mtu)
+		known_route_note(known, given->packet.interface, ends, packet->tuple.protocol, route, epoch, second);
 	return result;
 }
 
 /* Asks the kernel. */
-static __always_inline int route_source_find(struct __sk_buff *skb, struct ends *ends, __u8 protocol, __u32 *interface)
+static __always_inline int route_source_find(hook_context *ctx, const struct packet *packet, struct ends *ends,
+					     __u8 protocol, __u32 *interface)
 {
 	struct bpf_fib_lookup fib = {};
 	struct device *device;
 	long result;
 
 	/* Of length 1: whether the packet fits is judged later. */
-	fib_fill(&fib, skb, ends, protocol, 1);
-	result = fib_lookup(skb, &fib, FIB_LOOKUP_SRC);
+	fib_fill(&fib, packet->interface, ends, protocol, 1);
+	result = fib_lookup(ctx, packet->mark, &fib, FIB_LOOKUP_SRC);
 	if (result == -EINVAL) {
-		fib_fill(&fib, skb, ends, protocol, 1);
-		result = fib_lookup(skb, &fib, 0);
+		fib_fill(&fib, packet->interface, ends, protocol, 1);
+		result = fib_lookup(ctx, packet->mark, &fib, 0);
 		fib.ipv4_src = 0;
 	}
 	if (result == BPF_FIB_LKUP_RET_NOT_FWDED)
@@ -231,7 +222,7 @@ static __always_inline int route_source_find(struct __sk_buff *skb, struct ends 
  * Where is ends->destination? ROUTE_HERE: on this node. ROUTE_FOUND: behind an outward device; ends->source, which must
  * be all zeros (IPv4: mapped), becomes what this node would use towards it.
  */
-static __noinline int route_source(struct __sk_buff *skb, struct scratch *given, struct ends *ends, __u8 protocol)
+static __noinline int route_source(hook_context *ctx, struct scratch *given, struct ends *ends, __u8 protocol)
 {
 	__u32 second = second_now(given), epoch = epoch_now(EPOCH_ROUTES), interface = 0;
 	__u32 by_address = epoch_now(EPOCH_ROUTES_BY_ADDRESS);
@@ -240,21 +231,22 @@ static __noinline int route_source(struct __sk_buff *skb, struct scratch *given,
 	struct route route = {};
 	int result;
 
-	if (known && !skb->mark && known_route_answers(known, skb, ends, protocol, by_address, second)) {
+	if (known && !given->packet.mark &&
+	    known_route_answers(known, given->packet.interface, ends, protocol, by_address, second)) {
 		if (!known->mtu)
 			return ROUTE_HERE;
 		address_set_words(&ends->source, known->next);
 		return ROUTE_FOUND;
 	}
 	*asked = *ends;
-	result = route_source_find(skb, ends, protocol, &interface);
-	if (!known || skb->mark || !interface || (result != ROUTE_FOUND && result != ROUTE_HERE))
+	result = route_source_find(ctx, &given->packet, ends, protocol, &interface);
+	if (!known || given->packet.mark || !interface || (result != ROUTE_FOUND && result != ROUTE_HERE))
 		return result;
 	route.interface = interface;
 	route.mtu = result == ROUTE_FOUND;
 	for (int i = 0; i < 4; i++)
 		route.next.ipv6_nh[i] = address_words(&ends->source)->word[i];
-	known_route_note(known, skb, asked, protocol, &route, epoch, second);
+	known_route_note(known, given->packet.interface, asked, protocol, &route, epoch, second);
 	return result;
 }
 

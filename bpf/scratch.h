@@ -26,6 +26,7 @@ struct scratch {
 	struct packet packet;
 	struct packet quoted; /* what an ICMP error quotes */
 	struct frontend frontend; /* the one that the packet asks for */
+	struct pool pool; /* and that pool of it */
 	struct flow flow; /* a copy of the packet's row; or the row that it begins */
 	__u32 addresses; /* the part of flow.change that addresses have, of the packet at hand */
 	struct route route; /* of the packet */

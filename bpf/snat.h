@@ -104,12 +104,12 @@ static __always_inline int place_of_holder(struct scratch *given)
 }
 
 /* Tries the place that scratch.reply names. Answers an enum place. */
-__noinline int place_try(struct __sk_buff *skb)
+__noinline int place_try(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	long result;
 
-	if (!given || !skb)
+	if (!given || !ctx)
 		return PLACE_FULL;
 	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
 	result = flow_create(&given->reply, &given->reply_row);
@@ -119,17 +119,17 @@ __noinline int place_try(struct __sk_buff *skb)
 }
 
 /* The same once the flow that holds it was removed. Another processor may be faster. */
-__noinline int place_take(struct __sk_buff *skb)
+__noinline int place_take(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	int place;
 
 	if (!given)
 		return PLACE_FULL;
-	place = place_try(skb);
+	place = place_try(ctx);
 	if (place != PLACE_FREE && place != PLACE_FOLLOWING && place != PLACE_YIELDING)
 		return place;
-	if (!flow_remove(skb, place == PLACE_FREE ? REMOVE_FREE : REMOVE_PLACE))
+	if (!flow_remove(ctx, place == PLACE_FREE ? REMOVE_FREE : REMOVE_PLACE))
 		return PLACE_TAKEN;
 	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
 	return flow_create(&given->reply, &given->reply_row) ? PLACE_TAKEN : PLACE_RESERVED;
@@ -143,7 +143,7 @@ __noinline int place_take(struct __sk_buff *skb)
  * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers PLACE_RESERVED,
  * PLACE_OWN, PLACE_TAKEN (every port tried belongs to an established flow) or PLACE_FULL.
  */
-__noinline int snat_reserve(struct __sk_buff *skb, int ports)
+__noinline int snat_reserve(hook_context *ctx, int ports)
 {
 	struct scratch *given = scratch();
 	__be16 chosen = 0, own = 0;
@@ -161,9 +161,9 @@ __noinline int snat_reserve(struct __sk_buff *skb, int ports)
 		*candidate = bpf_htons(config.snat_first + port % config.snat_ports);
 		if (ports != SNAT_ANY && i == 0)
 			*candidate = given->packet.tuple.ends.source_port;
-		place = place_try(skb);
+		place = place_try(ctx);
 		if (place == PLACE_FREE)
-			place = place_take(skb);
+			place = place_take(ctx);
 		if (place == PLACE_RESERVED || place == PLACE_OWN || place == PLACE_FULL)
 			return place;
 		if (place == PLACE_FOLLOWING && !own)
@@ -186,7 +186,7 @@ __noinline int snat_reserve(struct __sk_buff *skb, int ports)
 	if (!chosen)
 		return PLACE_TAKEN;
 	given->reply.ends.destination_port = chosen;
-	return place_take(skb);
+	return place_take(ctx);
 }
 
 #endif

@@ -51,12 +51,12 @@ static __always_inline void stack_note(struct scratch *given, const struct ends 
  * The scratch's copy of the row becomes the first half of the packet's new ends, for rewrite_packet(). Both directions of
  * the second half are noted: the flow's own packets become flow.ends, and answers what the packet's ends are, reversed.
  */
-__noinline int stack_hand(struct __sk_buff *skb)
+__noinline int stack_hand(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	struct ends *way;
 
-	if (!given || !skb)
+	if (!given || !ctx)
 		return 0;
 	way = &given->backend_ends;
 	stack_ends(way, given);

@@ -37,12 +37,12 @@ static __noinline int fragment_ports(struct packet *packet, int is_ours)
 	return 1;
 }
 
-static __always_inline int wire_packet(struct __sk_buff *skb, struct scratch *given)
+static __always_inline int wire_packet(hook_context *ctx, struct scratch *given)
 {
-	int recall = flow_recall(skb, given, 0), verdict;
+	int recall = flow_recall(ctx, given, 0), verdict;
 
 	if (recall == RECALL_NONE) {
-		verdict = begin(skb);
+		verdict = begin(ctx);
 		if (verdict != VERDICT_CONTINUE)
 			return verdict;
 	} else if (recall == RECALL_FOREIGN) {
@@ -51,7 +51,7 @@ static __always_inline int wire_packet(struct __sk_buff *skb, struct scratch *gi
 		count(COUNTER_DROPPED_FLOW_CHANGING);
 		return VERDICT_DROP;
 	}
-	return deliver_packet(skb, HOOK_INGRESS, given);
+	return deliver_packet(ctx, HOOK_TC_INGRESS, given);
 }
 
 /* An ICMP error is about a packet that went the other way: the flow is that of its answer. Copies its row. Those that the
@@ -72,7 +72,7 @@ static __always_inline int flow_of_quoted(struct scratch *given, __u32 at_egress
 }
 
 /* Translates and sends on an ICMP error. Answers a verdict. */
-__noinline int wire_error(struct __sk_buff *skb, __u32 at_egress)
+__noinline int wire_error(hook_context *ctx, __u32 at_egress)
 {
 	struct packet *quoted, *error;
 	struct scratch *given = scratch();
@@ -82,24 +82,18 @@ __noinline int wire_error(struct __sk_buff *skb, __u32 at_egress)
 	error = &given->packet;
 	quoted = &given->quoted;
 	packet_reset(quoted, error->l4 + ICMP_HEADER, error->is_ip6);
-	if (!packet_parse_quoted(skb, quoted) ||
+	if (!packet_parse_quoted(ctx, quoted) ||
 	    !address_equal(&error->tuple.ends.destination, &quoted->tuple.ends.source))
 		return VERDICT_PASS;
-	return flow_of_quoted(given, at_egress) ? deliver_error(skb, given) : VERDICT_PASS;
+	return flow_of_quoted(given, at_egress) ? deliver_error(ctx, given) : VERDICT_PASS;
 }
 
-static __always_inline int wire_finish(struct __sk_buff *skb, int verdict)
+/* What the program answers. */
+static __always_inline int wire_finish(hook_context *ctx, int verdict)
 {
-	switch (verdict) {
-	case VERDICT_PASS:
-		return TC_ACT_UNSPEC;
-	case VERDICT_SEND:
-		return TC_ACT_REDIRECT;
-	case VERDICT_DROP:
-		return TC_ACT_SHOT;
-	default:
-		return icmp_answer(skb, verdict);
-	}
+	if (verdict != VERDICT_PASS && verdict != VERDICT_SEND && verdict != VERDICT_DROP)
+		verdict = icmp_answer(ctx, verdict);
+	return hook_action(verdict);
 }
 
 /* Pieces whose first one was not seen. For another host's stack they would never become whole; this host's may wait. */
@@ -112,14 +106,16 @@ static __always_inline int wire_stray_piece(const struct packet *packet)
 }
 
 /* The scratch with the packet that the program was called for; none: neither TCP, UDP, SCTP nor an ICMP error. */
-static __always_inline struct scratch *wire_parse(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
+static __always_inline struct scratch *wire_parse(hook_context *ctx, __u32 l3, __u32 is_ip6)
 {
 	struct scratch *given = scratch();
 
 	if (!given)
 		return (void *)0;
 	packet_reset(&given->packet, l3, is_ip6);
-	packet_parse(skb, &given->packet);
+	given->packet.interface = hook_interface(ctx);
+	given->packet.mark = hook_mark(ctx);
+	packet_parse(ctx, &given->packet);
 	return given->packet.kind == PACKET_OTHER ? (void *)0 : given;
 }
 
@@ -140,42 +136,42 @@ static __always_inline int wire_piece_is_ours(const struct packet *packet)
 	return filter && wire_port_is_ours(filter, packet->tuple.ends.destination_port);
 }
 
-/* A packet that came in and may be for us. */
-static __always_inline int wire_in(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
+/* A packet that came in and may be for us. Answers a verdict, as those below do. */
+static __always_inline int wire_in(hook_context *ctx, __u32 l3, __u32 is_ip6)
 {
-	struct scratch *given = wire_parse(skb, l3, is_ip6);
+	struct scratch *given = wire_parse(ctx, l3, is_ip6);
 	struct packet *packet;
 	int verdict;
 
 	if (!given)
-		return TC_ACT_UNSPEC;
+		return VERDICT_PASS;
 	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
-		verdict = wire_error(skb, 0);
+		verdict = wire_error(ctx, 0);
 	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_ours(packet)))
 		verdict = wire_stray_piece(packet);
 	else
-		verdict = wire_packet(skb, given);
-	return wire_finish(skb, verdict);
+		verdict = wire_packet(ctx, given);
+	return verdict;
 }
 
 /* A reply that leaves by another device than the one that its flow came in by carries an address that is not that
  * device's: it is sent by the route that its new source has. */
-__noinline int wire_redirect(struct __sk_buff *skb)
+__noinline int wire_redirect(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	struct route route = {};
 
 	if (!given)
-		return TC_ACT_UNSPEC;
-	if (route_recall(skb, given, &given->packet, &given->flow.ends, &route) != ROUTE_FOUND ||
-	    route.interface == skb->ifindex)
-		return TC_ACT_UNSPEC;
-	if (route_send(skb, given->packet.l3, &route)) {
+		return VERDICT_PASS;
+	if (route_recall(ctx, given, &given->packet, &given->flow.ends, &route) != ROUTE_FOUND ||
+	    route.interface == given->packet.interface)
+		return VERDICT_PASS;
+	if (route_send(ctx, given->packet.l3, &route)) {
 		count(COUNTER_DROPPED_REWRITE);
-		return TC_ACT_SHOT;
+		return VERDICT_DROP;
 	}
-	return TC_ACT_REDIRECT;
+	return VERDICT_SEND;
 }
 
 /* May a local backend have answered this client from this port? */
@@ -196,39 +192,39 @@ static __always_inline int wire_piece_is_reply(const struct packet *packet)
 }
 
 /* A packet that leaves and may be a local backend's reply, or from a port that is served. */
-static __always_inline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip6)
+static __always_inline int wire_out(hook_context *ctx, __u32 l3, __u32 is_ip6)
 {
-	struct scratch *given = wire_parse(skb, l3, is_ip6);
+	struct scratch *given = wire_parse(ctx, l3, is_ip6);
 	struct packet *packet;
 	int recall;
 
 	if (!given)
-		return TC_ACT_UNSPEC;
+		return VERDICT_PASS;
 	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
-		return wire_finish(skb, wire_error(skb, FLOW_AT_EGRESS));
+		return wire_error(ctx, FLOW_AT_EGRESS);
 	if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_reply(packet)))
-		return TC_ACT_UNSPEC;
-	recall = flow_recall(skb, given, FLOW_AT_EGRESS);
+		return VERDICT_PASS;
+	recall = flow_recall(ctx, given, FLOW_AT_EGRESS);
 	if (recall == RECALL_CHANGING) {
 		count(COUNTER_DROPPED_FLOW_CHANGING);
-		return TC_ACT_SHOT;
+		return VERDICT_DROP;
 	}
 	if (recall != RECALL_SERVES) {
 		if (!stack_recall(given)) {
-			owner_note(skb);
-			return TC_ACT_UNSPEC;
+			owner_note(ctx);
+			return VERDICT_PASS;
 		}
-		given->flow.generation_or_interface = skb->ifindex;
+		given->flow.generation_or_interface = packet->interface;
 	}
 	given->rewrite_mode = REWRITE_HOST;
-	if (rewrite_packet(skb, HOOK_EGRESS, given)) {
+	if (rewrite_packet(ctx, HOOK_TC_EGRESS, given)) {
 		count(COUNTER_DROPPED_REWRITE);
-		return TC_ACT_SHOT;
+		return VERDICT_DROP;
 	}
-	if (given->flow.generation_or_interface == skb->ifindex)
-		return TC_ACT_UNSPEC;
-	return wire_redirect(skb);
+	if (given->flow.generation_or_interface == packet->interface)
+		return VERDICT_PASS;
+	return wire_redirect(ctx);
 }
 
 /*
@@ -236,9 +232,9 @@ static __always_inline int wire_out(struct __sk_buff *skb, __u32 l3, __u32 is_ip
  * port. What has no ports in the usual place, or is no TCP, UDP or SCTP, is looked at more closely if its address may
  * be one of ours.
  */
-static __always_inline int wire_may_request(struct __sk_buff *skb, __u32 l3, int family)
+static __always_inline int wire_may_request(hook_context *ctx, __u32 l3, int family)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	void *data = hook_bytes(ctx), *end = hook_bytes_end(ctx);
 	struct ipv6hdr *ip6 = data + l3;
 	struct iphdr *ip4 = data + l3;
 	struct address destination;
@@ -273,24 +269,24 @@ static __always_inline int wire_may_request(struct __sk_buff *skb, __u32 l3, int
 	return family == 6;
 }
 
-static __always_inline int wire_ingress(struct __sk_buff *skb, __u32 l3)
+static __always_inline int wire_ingress(hook_context *ctx, __u32 l3)
 {
-	int family = packet_family(skb);
+	int family = hook_family(ctx);
 
 	/* Frames for other hosts, which a switch floods, and for all: the stack would not forward them either. What has
 	 * no link header is for this host. */
-	if (l3 && skb->pkt_type != PACKET_HOST)
+	if (l3 && !hook_is_to_this_host(ctx))
 		return TC_ACT_UNSPEC;
-	if (!family || !wire_may_request(skb, l3, family))
+	if (!family || !wire_may_request(ctx, l3, family))
 		return TC_ACT_UNSPEC;
-	return wire_in(skb, l3, family == 6);
+	return wire_finish(ctx, wire_in(ctx, l3, family == 6));
 }
 
 /* The same for what leaves: may it be a local backend's answer to this client, or come from a served address and port?
  * What was sent on from here by the device that it came in by is neither. */
-static __always_inline int wire_may_reply(struct __sk_buff *skb, __u32 l3, int family)
+static __always_inline int wire_may_reply(hook_context *ctx, __u32 l3, int family)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	void *data = hook_bytes(ctx), *end = hook_bytes_end(ctx);
 	struct ipv6hdr *ip6 = data + l3;
 	struct iphdr *ip4 = data + l3;
 	struct wire_filter *filter;
@@ -326,16 +322,16 @@ static __always_inline int wire_may_reply(struct __sk_buff *skb, __u32 l3, int f
 		return 1;
 	filter = bpf_map_lookup_elem(&wire_filter, &zero);
 	return filter && filter->ports[port_index(*port)] && filter->addresses[address_index(&own)] &&
-	       skb->ingress_ifindex != skb->ifindex;
+	       hook_came_from(ctx) != hook_interface(ctx);
 }
 
-static __always_inline int wire_egress(struct __sk_buff *skb, __u32 l3)
+static __always_inline int wire_egress(hook_context *ctx, __u32 l3)
 {
-	int family = packet_family(skb);
+	int family = hook_family(ctx);
 
-	if (!family || !wire_may_reply(skb, l3, family))
+	if (!family || !wire_may_reply(ctx, l3, family))
 		return TC_ACT_UNSPEC;
-	return wire_out(skb, l3, family == 6);
+	return wire_finish(ctx, wire_out(ctx, l3, family == 6));
 }
 
 #endif

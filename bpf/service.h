@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/*
+ * What a packet of no flow asks for: whether a Service wants it, which of the Service's pools it is for, and whether its
+ * client may have a backend at all.
+ *
+ * Cost: the roles of its destination, one or two look-ups of the frontend and one more to be sure of it, and whose it is.
+ */
+#ifndef KUBELANE_SERVICE_H
+#define KUBELANE_SERVICE_H
+
+/* Copies the frontend that serves the packet's destination to the wire. A cluster IP serves nobody out there. */
+static __always_inline int service_find(struct scratch *given)
+{
+	const struct flow_key *tuple = &given->packet.tuple;
+	__u32 roles = address_roles(&tuple->ends.destination);
+	struct frontend_key key = {
+		.address = tuple->ends.destination,
+		.port = tuple->ends.destination_port,
+		.protocol = tuple->protocol,
+	};
+	struct frontend *frontend = (void *)0;
+
+	if (roles & ADDRESS_SERVICE_VIP)
+		frontend = bpf_map_lookup_elem(&frontends, &key);
+	if (!frontend && (roles & ADDRESS_NODE))
+		frontend = frontend_lookup_node_port(&key);
+	return frontend && frontend_read(&key, frontend, &given->frontend) &&
+	       (given->frontend.flags & (FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT));
+}
+
+static __always_inline int source_is_allowed(const struct frontend *frontend, const struct address *client)
+{
+	struct source_range_key key = {.prefix_length = 160, .service_id = frontend->service_id, .address = *client};
+
+	return bpf_map_lookup_elem(&source_ranges, &key) != (void *)0;
+}
+
+/* Whether this client may have a backend of this frontend. */
+static __always_inline int service_admit(const struct packet *packet, const struct frontend *frontend,
+					 const struct pool *pool)
+{
+	if (packet->kind == PACKET_PIECE) {
+		count(COUNTER_DROPPED_FRAGMENT);
+		return VERDICT_DROP;
+	}
+	if (packet->tcp_flags & TCP_RST) {
+		count(COUNTER_DROPPED_UNKNOWN_RESET);
+		return VERDICT_DROP;
+	}
+	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_is_allowed(frontend, &packet->tuple.ends.source)) {
+		count(COUNTER_DROPPED_SOURCE_RANGE);
+		return VERDICT_DROP;
+	}
+	if (pool->count)
+		return VERDICT_CONTINUE;
+	if (pool->on_empty == EMPTY_DROP) {
+		count(COUNTER_DROPPED_NO_LOCAL_ENDPOINT);
+		return VERDICT_DROP;
+	}
+	count(COUNTER_REFUSED_NO_ENDPOINT);
+	return VERDICT_ANSWER_UNREACHABLE;
+}
+
+/* VERDICT_CONTINUE: the scratch's packet asks for scratch.frontend, and may have a backend of scratch.pool. Global, for the
+ * depth of the stack. */
+__noinline int service_ask(hook_context *ctx)
+{
+	struct scratch *given = scratch();
+
+	if (!given || !ctx)
+		return VERDICT_DROP;
+	/* Before the frontend is looked up: it may change hands meanwhile. */
+	given->flow.sequence = epoch_now(EPOCH_HANDS);
+	if (!service_find(given) || owner_is_other(ctx))
+		return VERDICT_PASS;
+	given->pool = given->frontend.outside;
+	return service_admit(&given->packet, &given->frontend, &given->pool);
+}
+
+#endif
