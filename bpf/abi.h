@@ -244,7 +244,9 @@ enum flow_flag {
 	FLOW_RESET = 64, /* this side has reset the connection, and sent nothing since */
 	FLOW_AFFINE = 128, /* of requests: the Service remembers its clients */
 	FLOW_ENDING = 256, /* whoever set this deletes both rows; nobody else uses or changes them any more */
-	FLOW_FLAGS = 1023, /* all of them, and one to spare */
+	FLOW_SHADOWED =
+		512, /* of replies: the client has a connection to the backend itself from the same port (TCP) */
+	FLOW_FLAGS = 1023, /* all of them */
 };
 
 enum flow_state {

@@ -103,6 +103,8 @@ static __always_inline __u32 begin_source(const struct scratch *given, struct fl
 		flow->ends.source = packet->tuple.ends.destination;
 		*interface = 0;
 	}
+	if (given->own_port_is_taken)
+		return SNAT_ANY;
 	return is_sctp ? SNAT_KEEP : SNAT_KEEP_FIRST;
 }
 

@@ -268,6 +268,9 @@ static __always_inline int flow_serves(const struct packet *packet, struct flow 
 	if (packet->tuple.protocol == IPPROTO_TCP) {
 		if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 			return 1;
+		/* Another connection answers in this one's place: the client asks again, from a port that is free. */
+		if ((reply->state & (FLOW_SHADOWED | FLOW_PROVED)) == FLOW_SHADOWED)
+			return 0;
 		/* A SYN to a backend that is gone would wait in vain; on an open connection it is the backend's to
 		 * judge (RFC 5961). */
 		return !flow_is_closed(flow->state, reply->state) &&
@@ -344,6 +347,7 @@ static __always_inline int flow_attend_request(struct scratch *given, struct flo
 	if (!flow_serves(packet, flow, reply, second)) {
 		given->former = given->flow;
 		given->has_former = 1;
+		given->own_port_is_taken = reply && (reply->state & FLOW_SHADOWED);
 		return RECALL_NONE;
 	}
 	if (packet->tuple.protocol == IPPROTO_TCP) {
@@ -395,8 +399,12 @@ static __always_inline int flow_attend_reply(struct scratch *given, struct flow 
 		return RECALL_FOREIGN;
 	ends_reverse(&request_ends, &given->flow.ends);
 	if (!(flow->state & FLOW_PROVED)) {
-		if (!flow_is_answered(packet, flow, request))
+		if (!flow_is_answered(packet, flow, request)) {
+			if (!(given->flow.state & FLOW_SHADOWED))
+				flow_mark(given, flow, &request_ends, FLOW_SHADOWED, 0);
 			return RECALL_FOREIGN;
+		}
+		clear = FLOW_SHADOWED;
 		if (packet->tuple.protocol == IPPROTO_TCP)
 			flow->sequence = packet->sequence;
 		if (packet->tuple.protocol == IPPROTO_TCP && !(packet->tcp_flags & TCP_RST))
@@ -479,6 +487,7 @@ static __always_inline int flow_recall(hook_context *ctx, struct scratch *given,
 	struct flow *flow = flow_find(&packet->tuple);
 
 	given->has_former = 0;
+	given->own_port_is_taken = 0;
 	if (!flow)
 		return RECALL_NONE;
 	given->flow = *flow;

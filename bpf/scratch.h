@@ -37,6 +37,7 @@ struct scratch {
 	struct flow reply_row; /* and row, of a flow that begins */
 	struct flow former; /* the row, of a flow that has ended, that the packet's new flow replaces */
 	__u32 has_former;
+	__u32 own_port_is_taken; /* of it: the backend has another connection from the client's port */
 	struct ends asked; /* of the cache of routes */
 	struct flow_key removed; /* what flow_remove() is asked for: the requests' key */
 	__u32 idle; /* of the flow that holds a place: seconds of silence */

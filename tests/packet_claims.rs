@@ -124,6 +124,29 @@ fn a_flow_that_nobody_has_answered_takes_no_packet_of_a_connection_to_the_pod_it
 }
 
 #[test]
+fn a_connection_by_a_node_port_from_the_port_of_one_to_the_pod_itself_gets_another_port() {
+    let mut node = node(Protocol::Tcp);
+    for (client, address, pod) in [(CLIENT4, NODE4, LOCAL4), (CLIENT6, NODE6, LOCAL6)] {
+        let (from, to, pod) = ((client, 40_000), (address, HERE), (pod, 8080));
+        let syn = tcp(from, to, SYN);
+        assert_eq!(node.uplink_in(&syn), (PASS, syn.with_ends(from, pod)));
+        // The pod takes it for a SYN on the connection that it has, and says where that one is (RFC 5961).
+        let challenge = tcp(pod, from, ACK).numbered(0x7000_0000, 0x4000_0000);
+        assert_eq!(node.uplink_out(&challenge), (PASS, challenge.clone()));
+        let (action, again) = node.uplink_in(&syn);
+        let port = again.ports().0;
+        assert_ne!(port, 40_000);
+        assert_eq!((action, again), (PASS, syn.with_ends((client, port), pod)));
+        let answer = tcp(pod, (client, port), SYN | ACK).numbered(7000, 1001);
+        assert_eq!(node.uplink_out(&answer), (PASS, answer.with_ends(to, from)));
+        let ack = tcp(from, to, ACK).numbered(1001, 7001);
+        assert_eq!(node.uplink_in(&ack), (PASS, ack.with_ends((client, port), pod)));
+        assert_eq!(node.uplink_out(&challenge), (PASS, challenge));
+    }
+    assert_eq!(node.flow_rows(), (4, 0));
+}
+
+#[test]
 fn where_a_backend_is_is_a_matter_of_routes_whatever_its_nodes_name() {
     let mut node = node(Protocol::Tcp);
     // Named as of another node, or of none, but here: pods, and the node itself.

@@ -39,3 +39,31 @@ fn a_port_that_served_for_a_node_port_serves_for_the_pod_itself_next() {
         }
     }
 }
+
+#[test]
+fn a_node_port_is_reached_from_the_port_of_an_open_connection_to_its_pod() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let mut object = port("tcp", "TCP", 80);
+    object["nodePort"] = json!(30_001);
+    let changes = json!({"spec": {"type": "NodePort"}});
+    cluster.put_with("one", 1, json!([object]), changes, &[("tcp", "TCP", TARGET)], &cluster.ready(&["b"]));
+    let _daemons = ["node1", "node2"].map(|node| Daemon::start(&cluster.lab, node, &cluster.manifests.dir).unwrap());
+    let host = &cluster.lab.node("node1").host;
+    let [mut one, mut two] = [(); 2].map(|()| host.client().unwrap());
+    for (family, kind) in [Kind::Tcp4, Kind::Tcp6].into_iter().enumerate() {
+        let by_node_port = SocketAddr::new(cluster.lab.node("node2").host.addresses()[family], 30_001);
+        let directly = SocketAddr::new(cluster.lab.pod("b").addresses()[family], TARGET);
+        let own = SocketAddr::new(host.addresses()[family], 20_003);
+        let mut direct = one.open(kind).unwrap();
+        direct.bind(own).unwrap();
+        direct.connect(directly).unwrap();
+        let mut other = two.open(kind).unwrap();
+        other.bind(own).unwrap();
+        // The first SYN meets the connection that is there; the second, a second later, gets another port.
+        other.connect(by_node_port).unwrap();
+        assert_eq!(other.ask().as_deref(), Ok("b"));
+        assert_eq!(direct.ask().as_deref(), Ok("b"), "the direct connection goes on");
+        other.abort().unwrap();
+        direct.abort().unwrap();
+    }
+}

@@ -51,7 +51,12 @@ impl Sockets {
                 self.open.insert(self.next, (*kind, open(*kind)?));
                 return Ok(Reply::Socket { socket: self.next });
             }
-            Request::Bind { socket, to } => self.get(*socket)?.1.bind(&(*to).into())?,
+            Request::Bind { socket, to } => {
+                let (_, socket) = self.get(*socket)?;
+                // As clients do that come from one port to several servers.
+                socket.set_reuse_address(true)?;
+                socket.bind(&(*to).into())?;
+            }
             Request::BindAddress { socket, to } => {
                 let (_, socket) = self.get(*socket)?;
                 setsockopt(socket, sockopt::IpBindAddressNoPort, &true)?;
