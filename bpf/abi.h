@@ -208,6 +208,20 @@ struct wire_filter {
 	__u8 sockets[WIRE_FILTER_SIZE]; /* by address_index() of what sockets ask for, enum socket_filter */
 };
 
+/* What ports have been used for, a byte each, set by the programs: bytes can be set without a lock, and one that is set
+ * for nothing only costs a look-up. */
+enum reply_filter_size {
+	REPLY_FILTER_SIZE = 262144,
+};
+
+struct port_table {
+	__u8 forwarded[65536]; /* by destination port of what comes in: replies of backends elsewhere */
+	/* By reply_index() of what leaves: a local backend's answers to a client. Both are set, one is read, and the
+	 * daemon renews the other: clears it, sets what the flows need that there are, and lets it be read. */
+	__u8 replies[2][REPLY_FILTER_SIZE];
+	__u32 replies_read; /* which of them */
+};
+
 struct ends {
 	struct address source;
 	struct address destination;
@@ -370,6 +384,7 @@ _Static_assert(sizeof(struct flow_key4) == 16, "flow_key4");
 _Static_assert(sizeof(struct flow) == 56, "flow");
 _Static_assert(sizeof(struct flow_limits) == 32, "flow_limits");
 _Static_assert(sizeof(struct opening) == 44, "opening");
+_Static_assert(sizeof(struct port_table) == 589828, "port_table");
 _Static_assert(sizeof(struct origin) == 52, "origin");
 _Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
 

@@ -119,9 +119,7 @@ static __always_inline void begin_note_ports(const struct scratch *given)
 	if (given->flow.state & FLOW_ROUTED)
 		table->forwarded[port_index(given->reply.ends.destination_port)] = 1;
 	else
-		table->replies[reply_index(address_words(&given->reply.ends.source)->word[3],
-					   address_words(&given->reply.ends.destination)->word[3],
-					   given->reply.ends.source_port)] = 1;
+		flow_note_reply(table, &given->reply);
 }
 
 /* The replies' row, but for its port. */

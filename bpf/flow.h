@@ -110,6 +110,16 @@ static __noinline int flow_delete(const struct flow_key *key)
 	return bpf_map_delete_elem(&flows4, &key4);
 }
 
+/* Before a packet goes on: what leaves with the key of its answers, at egress, is looked at from now on. */
+static __always_inline void flow_note_reply(struct port_table *table, const struct flow_key *reply)
+{
+	__u32 index = reply_index(address_words(&reply->ends.source)->word[3],
+				  address_words(&reply->ends.destination)->word[3], reply->ends.source_port);
+
+	table->replies[0][index] = 1;
+	table->replies[1][index] = 1;
+}
+
 /* A 32-bit mixer (the finaliser of MurmurHash3). */
 static __always_inline __u32 mix(__u32 value)
 {

@@ -240,19 +240,9 @@ struct {
 	__type(value, struct fragment_ports);
 } fragments SEC(".maps");
 
-/* What a port has been used for, a byte each, set by the programs: bytes can be set without a lock, and never need to
- * be cleared, as one that is set for nothing only costs a look-up. */
-enum reply_filter_size {
-	REPLY_FILTER_SIZE = 262144,
-};
-
-struct port_table {
-	__u8 forwarded[65536]; /* by destination port of what comes in: replies of backends elsewhere */
-	__u8 replies[REPLY_FILTER_SIZE]; /* by reply_index() of what leaves: a local backend's answers to a client */
-};
-
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct port_table);

@@ -41,9 +41,7 @@ static __always_inline void stack_note(struct scratch *given, const struct ends 
 	row->state = FLOW_AT_EGRESS;
 	table = bpf_map_lookup_elem(&ports, &zero);
 	if (table)
-		table->replies[reply_index(address_words(&given->reply.ends.source)->word[3],
-					   address_words(&given->reply.ends.destination)->word[3],
-					   given->reply.ends.source_port)] = 1;
+		flow_note_reply(table, &given->reply);
 	bpf_map_update_elem(&handed, &given->reply, row, BPF_ANY);
 }
 

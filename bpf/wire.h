@@ -180,7 +180,7 @@ static __always_inline int wire_is_reply(__be32 source, __be32 destination, __be
 	__u32 zero = 0;
 	struct port_table *table = bpf_map_lookup_elem(&ports, &zero);
 
-	return table && table->replies[reply_index(source, destination, port)];
+	return table && table->replies[table->replies_read & 1][reply_index(source, destination, port)];
 }
 
 static __always_inline int wire_piece_is_reply(const struct packet *packet)

@@ -397,7 +397,8 @@ fn through_the_stack(node: &mut Node, protocol: Protocol) {
         assert_eq!((action, counted.get("handed_to_stack")), (PASS, Some(&1)), "{counted:?}");
         let port = seen.ports().0;
         assert_eq!(seen, request.with_ends((client, port), far));
-        // It leaves by the tunnel, a hop less to live, and gets the node's address.
+        // It leaves by the tunnel, a hop less to live, and gets the node's address, also when the filter was renewed.
+        node.renew_reply_filter();
         let leaving = seen.living(60);
         assert_eq!(node.tunnel_out(&leaving), (PASS, leaving.with_ends((source, port), far)));
         let answer = packet(far, (source, port), true);

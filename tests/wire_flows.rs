@@ -232,3 +232,28 @@ fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
     node.uplink_in(&tcp((CLIENT4, 5009), TO, SYN));
     assert_eq!(busiest(10), [("shop/cart:http".to_owned(), 1)]);
 }
+
+#[test]
+fn the_filter_of_replies_forgets_flows_that_have_gone_and_no_others() {
+    let mut node = node();
+    let mut collector = node.datapath.flow_collector().unwrap();
+    let client = |number: u32| format!("198.51.100.{number}");
+    let ask = |node: &mut Node, number| drop(node.uplink_in(&tcp((&client(number), 5000), TO, SYN)));
+    let is_answered = |node: &mut Node, number| {
+        let from = (&*client(number), 5000);
+        let answer = tcp(POD, from, SYN | ACK).numbered(7000, 1001);
+        node.uplink_out(&answer) == (PASS, answer.with_ends(TO, from))
+    };
+    // Clients that are gone when it is renewed, one that stays, and one that comes meanwhile.
+    (100..200).for_each(|number| ask(&mut node, number));
+    node.forget_flows();
+    ask(&mut node, 1);
+    assert!(node.replies_noted() > 90, "two may share a byte");
+    for _ in 0..2 {
+        collector.renew_soon();
+        ask(&mut node, 2);
+        collect(&mut collector);
+        assert_eq!(node.replies_noted(), 2);
+        assert!(is_answered(&mut node, 1) && is_answered(&mut node, 2));
+    }
+}

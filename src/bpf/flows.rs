@@ -9,6 +9,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
@@ -16,10 +17,11 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::batch::Batches;
 use super::pinned;
+use super::reply_filter::ReplyFilter;
 use super::test_run::test_run;
 use crate::abi::flow_class::{FLOW_CLASS_OTHER, FLOW_CLASS_TCP};
 use crate::abi::flow_collect_input::{COLLECT_HEAD, COLLECT_KEYS};
-use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
+use crate::abi::flow_flag::{FLOW_AT_EGRESS, FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
 use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
 use crate::abi::flow_state::FLOW_SECOND_MASK;
 use crate::abi::{Flow, FlowKey, FlowKey4, FlowLimits};
@@ -31,6 +33,9 @@ const PRESSURE_FROM: u64 = 70;
 const PRESSURE_FULL: u64 = 95;
 /// A connection that is open and silent for less is never taken for dead, however full the table is.
 const ESTABLISHED_LEAST: u64 = 300;
+
+/// From one renewal of the filter of replies to the next.
+const RENEW_EVERY: Duration = Duration::from_secs(3600);
 
 /// Rows in one system call.
 const ROWS_AT_ONCE: usize = 4096;
@@ -102,6 +107,19 @@ pub struct FlowCollector {
     shares: [u64; 2],
     /// As the daemon was told.
     wanted: FlowLimits,
+    filter: ReplyFilter,
+    /// Rows of packets that were handed to the host's stack.
+    handed: MapHandle,
+    renewal: Renewal,
+}
+
+/// What is being done about the filter of replies.
+#[derive(Clone, Copy)]
+enum Renewal {
+    /// Nothing, since then.
+    Rests(Instant),
+    /// Rows are noted as they are seen, of so many tables more.
+    Notes { tables: usize },
 }
 
 impl FlowCollector {
@@ -129,7 +147,41 @@ impl FlowCollector {
             counts: open("flow_counts")?,
             shares,
             wanted,
+            filter: ReplyFilter::open(&open("ports")?)?,
+            handed: open("handed")?,
+            renewal: Renewal::Rests(Instant::now()),
         })
+    }
+
+    /// With the next passes the filter of replies is renewed, however long ago that was done.
+    pub fn renew_soon(&mut self) {
+        if let Renewal::Rests(_) = self.renewal {
+            self.tables.iter_mut().for_each(Table::restart);
+            self.filter.begin();
+            self.renewal = Renewal::Notes { tables: self.tables.len() };
+        }
+    }
+
+    /// A table has been seen from its beginning to its end.
+    fn note_end_of_table(&mut self) -> Result<()> {
+        let Renewal::Notes { tables } = self.renewal else { return Ok(()) };
+        self.renewal = Renewal::Notes { tables: tables - 1 };
+        if tables > 1 {
+            return Ok(());
+        }
+        let mut batches = Batches::new(&self.handed);
+        loop {
+            let batch = batches.next(&self.handed, ROWS_AT_ONCE).context("cannot read the map handed")?;
+            for (key, _) in batch.rows() {
+                self.filter.note(&bytemuck::pod_read_unaligned(key));
+            }
+            if batch.ended {
+                break;
+            }
+        }
+        self.filter.finish();
+        self.renewal = Renewal::Rests(Instant::now());
+        Ok(())
     }
 
     /// Looks at about `budget` rows (at least one bucket) and takes away those that are over.
@@ -138,14 +190,19 @@ impl FlowCollector {
         let second = now.tv_sec() as u32 & FLOW_SECOND_MASK;
         let limits = self.press()?;
         let mut pass = FlowPass::default();
+        if matches!(self.renewal, Renewal::Rests(since) if since.elapsed() >= RENEW_EVERY) {
+            self.renew_soon();
+        }
         // Each table at most once a call, or an empty one would be begun again for ever.
         for _ in 0..self.tables.len() {
             let table = &mut self.tables[self.turn];
-            let ended = table.collect(&self.program, budget.max(1), second, &limits, &mut pass)?;
+            let filter = matches!(self.renewal, Renewal::Notes { .. }).then_some(&self.filter);
+            let ended = table.collect(&self.program, budget.max(1), second, &limits, filter, &mut pass)?;
             if ended {
-                table.batches.restart();
-                table.last = Some(std::mem::take(&mut table.seen));
+                table.last = Some(table.seen);
+                table.restart();
                 self.turn = (self.turn + 1) % self.tables.len();
+                self.note_end_of_table()?;
             }
             if !ended || pass.examined >= budget {
                 break;
@@ -183,13 +240,19 @@ impl Table {
         TableUse { seen: self.last, capacity: self.map.max_entries() as usize }
     }
 
-    /// True at the end of the table.
+    fn restart(&mut self) {
+        self.batches.restart();
+        self.seen = Seen::default();
+    }
+
+    /// True at the end of the table. Replies that leave are noted in `filter`.
     fn collect(
         &mut self,
         program: &OwnedFd,
         budget: usize,
         second: u32,
         limits: &FlowLimits,
+        filter: Option<&ReplyFilter>,
         pass: &mut FlowPass,
     ) -> Result<bool> {
         let mut candidates = Vec::new();
@@ -203,8 +266,11 @@ impl Table {
                     16 => FlowKey::from(bytemuck::pod_read_unaligned::<FlowKey4>(key)),
                     _ => bytemuck::pod_read_unaligned(key),
                 };
-                let flow = bytemuck::pod_read_unaligned(flow);
+                let flow: Flow = bytemuck::pod_read_unaligned(flow);
                 seen.note(&key, &flow);
+                if let Some(filter) = filter.filter(|_| flow.has(FLOW_AT_EGRESS)) {
+                    filter.note(&key);
+                }
                 candidates.extend(candidate(&key, &flow, second, limits));
             }
             let ended = batch.ended;

@@ -20,6 +20,7 @@ pub mod pinned;
 mod ports;
 mod privileges;
 pub mod probe;
+mod reply_filter;
 #[cfg(feature = "lab")]
 pub mod run;
 mod skeleton;

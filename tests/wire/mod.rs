@@ -18,7 +18,7 @@ use frame::Frame;
 use kubelane::abi::{
     Backend, DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, FlowLimits, Frontend, FrontendKey, Pool, SourceRangeKey,
     abi_version, address_flag, address_index, backend_flag, backend_state, flow_flag, flow_state, frontend_flag,
-    pool_empty, pool_member, reply_index,
+    pool_empty, pool_member, reply_filter_size, reply_index,
 };
 use kubelane::bpf::run::{Outcome, run, run_from, run_marked};
 use kubelane::bpf::{Datapath, Direction, Settings};
@@ -283,7 +283,22 @@ impl Node {
         let ends = addresses.iter().flat_map(|from| addresses.iter().map(move |to| (from, to)));
         let replies =
             ends.flat_map(|(from, to)| ports.iter().map(move |port| reply_index(from, to, port.to_be_bytes())));
-        set("ports", &mut replies.map(|index| 65_536 + index));
+        let size = reply_filter_size::REPLY_FILTER_SIZE as usize;
+        set("ports", &mut replies.flat_map(|index| [65_536 + index, 65_536 + size + index]));
+    }
+
+    /// How many bytes are set in the filter of replies that is read.
+    pub fn replies_noted(&self) -> usize {
+        let size = reply_filter_size::REPLY_FILTER_SIZE as usize;
+        let table = self.pinned("ports").lookup(&[0; 4], MapFlags::ANY).unwrap().unwrap();
+        let read = usize::from(table[65_536 + 2 * size]);
+        table[65_536 + read * size..][..size].iter().filter(|byte| **byte != 0).count()
+    }
+
+    pub fn renew_reply_filter(&self) {
+        let mut collector = self.datapath.flow_collector().unwrap();
+        collector.renew_soon();
+        collector.collect(usize::MAX / 4).unwrap();
     }
 
     pub fn source_range(&self, service: u32, ip: &str, prefix: u8) {
