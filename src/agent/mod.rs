@@ -2,9 +2,12 @@
 //! work, and ends with the first part that ends.
 
 mod audit;
+mod conditions;
 mod connections;
+mod contest;
 mod drops;
 mod flows;
+mod links;
 mod outlets;
 mod probe;
 mod retry;
@@ -35,6 +38,7 @@ use crate::model::{About, ForwardThrough, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
+use conditions::Conditions;
 use outlets::Outlets;
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
@@ -98,7 +102,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             parts.spawn(part(name, server));
         }
     }
-    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app)?;
+    let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
+    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions)?;
     let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
@@ -119,7 +124,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     };
     let core = Core::new(CoreSettings { node_name: settings.node_name });
     let (maps, devices) = datapath.parts();
-    let mut worker = Worker::new(core, maps, Wire::new(devices), inputs)?;
+    let mut worker = Worker::new(core, maps, Wire::new(devices).telling(conditions), inputs)?;
     tokio::select! {
         signal = signals.next() => {
             info!("{signal}: the daemon ends; programs stay attached and go on serving (`kubelane cleanup` removes them)");
@@ -140,12 +145,14 @@ async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static s
     (name, Ok(()))
 }
 
-/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits, which ask the worker.
+/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits of attachments and rows, which ask the
+/// worker.
 fn watch_kernel(
     parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
     datapath: &mut Datapath,
     settings: &Settings,
     app: &App,
+    conditions: &Conditions,
 ) -> anyhow::Result<mpsc::Receiver<audit::Request>> {
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
@@ -164,6 +171,8 @@ fn watch_kernel(
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let (requests, audits) = mpsc::channel(1);
+    let links = links::watch(datapath.socket_hooks(), requests.clone(), conditions.clone());
+    parts.spawn(async move { ("attachments", links.await) });
     let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
     parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
     Ok(audits)
