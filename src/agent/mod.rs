@@ -4,6 +4,7 @@
 mod audit;
 mod conditions;
 mod connections;
+mod conntrack;
 mod contest;
 mod drops;
 mod flows;
@@ -34,7 +35,7 @@ pub use source::SourceSettings;
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, SourceStatus};
-use crate::model::{About, ForwardThrough, Notice};
+use crate::model::{About, ForwardThrough, HostConntrack, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
@@ -64,6 +65,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub forward_through: ForwardThrough,
+    /// What the host's connection tracking is to be set to.
+    pub conntrack: HostConntrack,
     pub destroy_tcp_sockets: bool,
     /// How many Services' connections are exposed; 0: none, and they are not counted.
     pub service_metrics: usize,
@@ -160,6 +163,7 @@ fn watch_kernel(
         let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
         parts.spawn(async move { ("connections of Services", watch.await) });
     }
+    parts.spawn(conntrack::set(settings.conntrack));
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let (epoch, forward_through) = (datapath.route_epoch()?, settings.forward_through);

@@ -199,7 +199,7 @@ mod tests {
                 "--nodeport-addresses=10.0.0.0/8 --nodeport-addresses=fd00::/8 --proxy-mode=ipvs --proxy-mode=iptables",
                 &[],
             ),
-            ("--oom-score-adj -5 --conntrack-min -5", &[]),
+            ("--oom-score-adj -5 --iptables-masquerade-bit -5", &[]),
         ] {
             assert_eq!(parse(given).repeated, repeated, "{given}");
         }
