@@ -274,3 +274,18 @@ fn the_nodes_connection_tracking_is_set_as_kube_proxy_sets_it_and_never_lowered(
     assert_eq!(read("tcp_timeout_close_wait"), "7200", "raised only");
     assert_eq!(read("tcp_timeout_established"), "60", "0 leaves it alone");
 }
+
+#[test]
+fn check_and_cleanup_tell_of_loopback_addresses_that_kube_proxy_left_open() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let node = cluster.lab.node("node1");
+    let cgroup = node.cgroup.display().to_string();
+    let pins = node.pin_path.display().to_string();
+    let check = || node.kubelane(&["check", "--pin-path", &pins, "--cgroup", &cgroup]).unwrap();
+    assert!(!check().contains("CVE-2020-8558") && !node.cleanup().unwrap().contains("CVE-2020-8558"));
+    node.host.sysctl(&[("ipv4/conf/all/route_localnet", "1")]).unwrap();
+    let said = check();
+    let line = said.lines().find(|line| line.contains("CVE-2020-8558")).unwrap_or_else(|| panic!("{said}"));
+    assert!(line.starts_with("warn") && line.contains("sysctl -w net.ipv4.conf.all.route_localnet=0"), "{line}");
+    assert!(node.cleanup().unwrap().contains("CVE-2020-8558"));
+}

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::config_file::ConfigFile;
 use super::flags::CheckFlags;
 use super::host::find_cgroup;
-use super::leftovers::{kube_proxy_chains, listener_on};
+use super::leftovers::{LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY, kube_proxy_chains, listener_on, routes_loopback};
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
 use crate::bpf::{Privileges, probe};
 use crate::netdev::IPVS_DEVICE;
@@ -84,6 +84,7 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics()));
     findings.push(chains());
     findings.push(ipvs_device());
+    findings.push(loopback());
     findings.push(own_pins(pin_path));
     findings.extend(configuration(&file));
     let mut text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
@@ -233,6 +234,14 @@ fn ipvs_device() -> Finding {
             format!("{KUBE_PROXY_REMEDY} or `ip link del {IPVS_DEVICE}`"),
         ),
         Err(_) => Finding::ok(WHAT, "none"),
+    }
+}
+
+fn loopback() -> Finding {
+    const WHAT: &str = "packets for 127.0.0.0/8 from outside";
+    match routes_loopback() {
+        true => Finding::warn(WHAT, LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY),
+        false => Finding::ok(WHAT, "refused"),
     }
 }
 

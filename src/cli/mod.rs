@@ -147,6 +147,9 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
         0 => format!("nothing of kubelane below {}\n", pin_path.display()),
         n => format!("{n} removed: kubelane is gone from {}\n", pin_path.display()),
     };
+    if leftovers::routes_loopback() {
+        text += &format!("{}; {}\n", leftovers::LOOPBACK_IS_ROUTED, leftovers::LOOPBACK_REMEDY);
+    }
     print(&text)
 }
 
