@@ -288,9 +288,11 @@ mod tests {
             is_up: true,
             is_loopback: false,
             is_member: false,
+            controller: None,
             below: None,
             has_default_route: true,
             addresses: vec![address.parse().unwrap()],
+            has_subnet: true,
         }
     }
 
