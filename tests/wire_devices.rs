@@ -4,7 +4,8 @@ mod wire;
 
 use std::process::Command;
 
-use kubelane::bpf::{self, Attached, Datapath, Device, Devices, Direction, Fault, LinkLayer, Method};
+use kubelane::bpf::{self, Attached, Datapath, Device, Devices, Direction, Fault, LinkLayer, Method, PacketTrial};
+use kubelane::model::{Family, Protocol};
 use wire::{Node, Place, ip_command};
 
 fn device(index: u32) -> Device {
@@ -150,5 +151,31 @@ fn what_somebody_takes_off_a_device_is_found_and_attached_again() {
             devices.attach(&device(uplink)).unwrap();
             assert!(tc("filter show dev up0 egress").contains("wire_out"));
         }
+    }
+}
+
+#[test]
+fn a_packet_on_trial_arrives_while_the_program_is_there_and_leaves_no_trace() {
+    for (method, choose, _) in METHODS {
+        let mut node = Node::new();
+        let device = Device { ip6: Some(wire::NODE6.parse().unwrap()), ..device(node.uplink) };
+        if node.datapath.devices().method() == Method::Clsact && method == Method::Tcx {
+            continue;
+        }
+        choose(node.datapath.devices());
+        node.datapath.devices().attach(&device).unwrap();
+        let trial = PacketTrial::open(&node.pin_path).unwrap();
+        assert_eq!(trial.run(&device).unwrap(), [], "nothing is served");
+        // One protocol of each, so that another is free.
+        for (wildcard, protocol) in [("0.0.0.0", Protocol::Udp), ("::", Protocol::Tcp)] {
+            node.frontend(wildcard, 30_001, protocol, &[]);
+        }
+        let counters = node.counters();
+        for _ in 0..3 {
+            assert_eq!(trial.run(&device).unwrap(), [(Family::Ipv4, true), (Family::Ipv6, true)], "{method:?}");
+        }
+        assert_eq!(node.counters(), counters);
+        node.datapath.devices().detach(device.index).unwrap();
+        assert_eq!(trial.run(&device).unwrap(), [(Family::Ipv4, false), (Family::Ipv6, false)], "{method:?}");
     }
 }

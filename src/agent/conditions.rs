@@ -15,6 +15,12 @@ pub enum Reason {
     NotAttached,
     /// Somebody takes a program off its hook whenever it is put back.
     Contested,
+    /// A device's packets cannot be read.
+    LinkLayer,
+    /// There is no device where packets are met.
+    NoDevice,
+    /// Packets do not get to the program of a device.
+    PacketsKeptAway,
 }
 
 impl Reason {
@@ -22,6 +28,9 @@ impl Reason {
         match self {
             Reason::NotAttached => "not_attached",
             Reason::Contested => "contested",
+            Reason::LinkLayer => "link_layer",
+            Reason::NoDevice => "no_device",
+            Reason::PacketsKeptAway => "packets_kept_away",
         }
     }
 }

@@ -11,6 +11,7 @@ mod flows;
 mod links;
 mod outlets;
 mod probe;
+mod reach;
 mod retry;
 mod routes;
 mod source;
@@ -33,7 +34,7 @@ use tracing::{info, warn};
 pub use source::SourceSettings;
 
 use crate::abi;
-use crate::bpf::{self, Datapath, Maps};
+use crate::bpf::{self, Datapath, Maps, PacketTrial};
 use crate::k8s::{self, SourceStatus};
 use crate::model::{About, ForwardThrough, HostConntrack, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
@@ -125,9 +126,13 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         audits,
         started,
     };
+    let (listeners, attached) = watch::channel(None);
+    let trial = PacketTrial::open(&settings.datapath.pin_path)?;
+    let reach = reach::watch(trial, attached, inputs.network.clone(), inputs.devices.clone(), conditions.clone());
+    parts.spawn(async move { ("reach", reach.await) });
     let core = Core::new(CoreSettings { node_name: settings.node_name });
     let (maps, devices) = datapath.parts();
-    let mut worker = Worker::new(core, maps, Wire::new(devices).telling(conditions), inputs)?;
+    let mut worker = Worker::new(core, maps, Wire::new(devices).telling(conditions, listeners), inputs)?;
     tokio::select! {
         signal = signals.next() => {
             info!("{signal}: the daemon ends; programs stay attached and go on serving (`kubelane cleanup` removes them)");

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use super::conditions::{Conditions, Reason};
@@ -46,6 +47,9 @@ impl Hooks for Devices {
     }
 }
 
+/// Devices with programs, and their names.
+pub type AttachedDevices = Vec<(Device, String)>;
+
 /// The outward devices as they are attached.
 pub struct Wire<'d> {
     hooks: &'d mut dyn Hooks,
@@ -55,6 +59,8 @@ pub struct Wire<'d> {
     failures: BTreeMap<u32, String>,
     contests: Contests,
     conditions: Conditions,
+    /// Who wants to know where programs are attached.
+    listeners: Option<watch::Sender<Option<AttachedDevices>>>,
     /// Devices of an earlier daemon have been looked for.
     adopted: bool,
     due: Option<Instant>,
@@ -68,14 +74,15 @@ impl<'d> Wire<'d> {
             failures: BTreeMap::new(),
             contests: Contests::default(),
             conditions: Conditions::default(),
+            listeners: None,
             adopted: false,
             due: None,
         }
     }
 
-    /// Tells of what is not served there.
-    pub fn telling(self, conditions: Conditions) -> Self {
-        Wire { conditions, ..self }
+    /// Tells of what is not served there, and of the devices that programs are attached to, once they are known.
+    pub fn telling(self, conditions: Conditions, listeners: watch::Sender<Option<AttachedDevices>>) -> Self {
+        Wire { conditions, listeners: Some(listeners), ..self }
     }
 
     /// When to call again although nothing changed; `None` when nothing failed.
@@ -108,6 +115,10 @@ impl<'d> Wire<'d> {
             }
         }
         self.note(failures, now);
+        let attached: AttachedDevices = self.attached.values().cloned().collect();
+        if let Some(listeners) = &self.listeners {
+            listeners.send_if_modified(|known| known.replace(attached.clone()).as_ref() != Some(&attached));
+        }
     }
 
     /// Attached devices that are no longer outward. Those of an earlier daemon are found by their pins.

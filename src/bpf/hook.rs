@@ -138,7 +138,7 @@ pub(super) fn tcx_fault(
 }
 
 /// What is attached to one tcx hook, in the order in which it runs.
-pub(super) struct TcxPrograms {
+struct TcxPrograms {
     links: Vec<u32>,
     programs: Vec<u32>,
 }
@@ -156,7 +156,18 @@ impl TcxPrograms {
     }
 }
 
-pub(super) fn tcx_programs(index: u32, direction: Direction) -> Result<TcxPrograms> {
+/// The programs that come before ours on a device's tcx hook, for people; none when ours is not there.
+///
+/// # Errors
+/// When the kernel has no tcx, or the device has gone.
+pub fn programs_before_ours(index: u32, direction: Direction) -> Result<Vec<String>> {
+    let mut names = link::program_names(&tcx_programs(index, direction)?.programs);
+    let ours = names.iter().position(|name| name.starts_with("wire_in_") || name.starts_with("wire_out_"));
+    names.truncate(ours.unwrap_or(0));
+    Ok(names)
+}
+
+fn tcx_programs(index: u32, direction: Direction) -> Result<TcxPrograms> {
     /// BPF_MPROG_MAX: more fit on no hook.
     const MOST: usize = 64;
     let (mut programs, mut links) = (vec![0u32; MOST], vec![0u32; MOST]);

@@ -223,6 +223,10 @@ pub struct LogFlags {
 pub struct CheckFlags {
     #[command(flatten)]
     pub node: NodeFlags,
+
+    /// As with `kubelane run`: devices whose packets are looked at
+    #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true)]
+    pub devices: DeviceSelection,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -12,6 +12,7 @@ mod leftovers;
 mod lenient_yaml;
 mod log;
 mod merge;
+mod outward;
 mod run;
 mod snapshot;
 mod status;
