@@ -63,8 +63,8 @@ fn links(node: &Node) -> PathBuf {
 /// The pin of the program on a direction of eth0.
 fn device_pin(node: &Node, direction: &str) -> PathBuf {
     let name = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().into_owned();
-    let pins = fs::read_dir(links(node)).unwrap().flatten();
-    let pin = pins.filter(|entry| name(entry).starts_with("tcx_") && name(entry).ends_with(direction)).next();
+    let mut pins = fs::read_dir(links(node)).unwrap().flatten();
+    let pin = pins.find(|entry| name(entry).starts_with("tcx_") && name(entry).ends_with(direction));
     pin.expect("eth0 has programs").path()
 }
 
