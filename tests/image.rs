@@ -225,6 +225,11 @@ fn the_daemon_runs_with_the_images_files_and_the_daemonsets_mounts_and_nothing_e
         assert!(ready.ends_with("\r\n\r\nok") || ready.ends_with("ok\n"), "the datapath was probed: {ready}");
         site.put_slice("echo", &[pod_that_answers]);
         assert!(eventually(PATIENCE, || site.ask(10) == all(pod_that_answers, 40)), "{name}: {}", site.log());
+        let close_wait = Path::new("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait");
+        let read = || node.host.inside(|| Ok(fs::read_to_string(close_wait)?)).unwrap();
+        if close_wait.exists() {
+            assert!(eventually(PATIENCE, || read() == "3600\n"), "{}: {}", read(), daemon.log());
+        }
         assert!(fs::write(seen_by(&daemon, "/file"), "").is_err(), "the root file system can be written to");
         assert_eq!(fs::metadata(seen_by(&daemon, "/kubelane")).unwrap().permissions().mode() & 0o111, 0o111);
         a_namespace_that_is_named_later_is_seen(&daemon, lab);

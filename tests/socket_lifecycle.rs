@@ -240,3 +240,52 @@ fn cleanup_removes_every_trace() {
     }
     node.cleanup().expect("a second cleanup has nothing to do and says so by success");
 }
+
+/// What upstream's test of connections that one end has closed asks of a node.
+#[test]
+fn the_nodes_connection_tracking_is_set_as_kube_proxy_sets_it_and_never_lowered() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let host = &cluster.lab.node("node1").host;
+    let netfilter = std::path::Path::new("/proc/sys/net/netfilter");
+    let read = |name: &str| {
+        let name = netfilter.join(format!("nf_conntrack_{name}"));
+        host.inside(|| Ok(std::fs::read_to_string(name)?.trim().to_owned())).unwrap_or_default()
+    };
+    if !netfilter.exists() {
+        return skip("this kernel has no connection tracking, or has not loaded it (CONFIG_NF_CONNTRACK)");
+    }
+    host.sysctl(&[("netfilter/nf_conntrack_tcp_timeout_established", "60")]).unwrap();
+    host.sysctl(&[("netfilter/nf_conntrack_udp_timeout", "20")]).unwrap();
+    let daemon = cluster.start();
+    assert!(eventually(PATIENCE, || read("tcp_timeout_close_wait") == "3600"), "{}", daemon.log());
+    assert!(eventually(PATIENCE, || read("tcp_timeout_established") == "86400"), "{}", daemon.log());
+    assert_eq!((read("udp_timeout").as_str(), read("tcp_be_liberal").as_str()), ("20", "0"), "nobody asked");
+    assert!(daemon.log().contains("nf_conntrack_tcp_timeout_close_wait: 3600 (60 before)"), "{}", daemon.log());
+    daemon.terminate().unwrap();
+
+    host.sysctl(&[("netfilter/nf_conntrack_tcp_timeout_close_wait", "7200")]).unwrap();
+    host.sysctl(&[("netfilter/nf_conntrack_tcp_timeout_established", "60")]).unwrap();
+    let options =
+        ["--conntrack-udp-timeout=90s", "--conntrack-tcp-be-liberal", "--conntrack-tcp-timeout-established=0"];
+    let manifests = &cluster.manifests.dir;
+    let daemon = support::daemon::Daemon::start_with(&cluster.lab, "node1", manifests, &options).unwrap();
+    assert!(eventually(PATIENCE, || read("udp_timeout") == "90"), "{}", daemon.log());
+    assert!(eventually(PATIENCE, || read("tcp_be_liberal") == "1"), "{}", daemon.log());
+    assert_eq!(read("tcp_timeout_close_wait"), "7200", "raised only");
+    assert_eq!(read("tcp_timeout_established"), "60", "0 leaves it alone");
+}
+
+#[test]
+fn check_and_cleanup_tell_of_loopback_addresses_that_kube_proxy_left_open() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let node = cluster.lab.node("node1");
+    let cgroup = node.cgroup.display().to_string();
+    let pins = node.pin_path.display().to_string();
+    let check = || node.kubelane(&["check", "--pin-path", &pins, "--cgroup", &cgroup]).unwrap();
+    assert!(!check().contains("CVE-2020-8558") && !node.cleanup().unwrap().contains("CVE-2020-8558"));
+    node.host.sysctl(&[("ipv4/conf/all/route_localnet", "1")]).unwrap();
+    let said = check();
+    let line = said.lines().find(|line| line.contains("CVE-2020-8558")).unwrap_or_else(|| panic!("{said}"));
+    assert!(line.starts_with("warn") && line.contains("sysctl -w net.ipv4.conf.all.route_localnet=0"), "{line}");
+    assert!(node.cleanup().unwrap().contains("CVE-2020-8558"));
+}

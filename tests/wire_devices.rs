@@ -4,7 +4,8 @@ mod wire;
 
 use std::process::Command;
 
-use kubelane::bpf::{self, Attached, Datapath, Device, Devices, LinkLayer, Method};
+use kubelane::bpf::{self, Attached, Datapath, Device, Devices, Direction, Fault, LinkLayer, Method, PacketTrial};
+use kubelane::model::{Family, Protocol};
 use wire::{Node, Place, ip_command};
 
 fn device(index: u32) -> Device {
@@ -113,4 +114,68 @@ fn somebody_elses_filter_in_our_place_is_not_replaced() {
     datapath.devices().use_clsact();
     let error = format!("{:#}", datapath.devices().attach(&device(uplink)).unwrap_err());
     assert!(error.contains("somebody else"), "{error}");
+}
+
+#[test]
+fn what_somebody_takes_off_a_device_is_found_and_attached_again() {
+    for (method, choose, word) in METHODS {
+        let mut node = Node::new();
+        let uplink = node.uplink;
+        let links = node.pin_path.join("v3/links");
+        let devices = node.datapath.devices();
+        if devices.method() == Method::Clsact && method == Method::Tcx {
+            continue;
+        }
+        choose(devices);
+        devices.attach(&device(uplink)).unwrap();
+        assert_eq!(devices.faults(&device(uplink)).unwrap(), [], "{method:?}");
+        let pin = |direction: &str| links.join(format!("{word}_{uplink}_{direction}"));
+        let incoming = vec![Fault::Detached(Direction::In)];
+        let both = vec![Fault::Detached(Direction::Out), Fault::Detached(Direction::In)];
+        let unpin = || std::fs::remove_file(pin("in")).unwrap();
+        let take_off = || match method {
+            Method::Tcx => {
+                ["in", "out"].iter().for_each(|way| libbpf_rs::Link::open(pin(way)).unwrap().detach().unwrap())
+            }
+            Method::Clsact => drop(tc("qdisc del dev up0 clsact")),
+        };
+        for (take, expected) in [(&unpin as &dyn Fn(), incoming), (&take_off, both)] {
+            take();
+            assert_eq!(devices.faults(&device(uplink)).unwrap(), expected, "{method:?}");
+            devices.attach(&device(uplink)).unwrap();
+            assert_eq!(devices.faults(&device(uplink)).unwrap(), [], "{method:?}");
+        }
+        if method == Method::Clsact {
+            tc("filter del dev up0 egress pref 27499");
+            assert_eq!(devices.faults(&device(uplink)).unwrap(), [Fault::Detached(Direction::Out)]);
+            devices.attach(&device(uplink)).unwrap();
+            assert!(tc("filter show dev up0 egress").contains("wire_out"));
+        }
+    }
+}
+
+#[test]
+fn a_packet_on_trial_arrives_while_the_program_is_there_and_leaves_no_trace() {
+    for (method, choose, _) in METHODS {
+        let mut node = Node::new();
+        let device = Device { ip6: Some(wire::NODE6.parse().unwrap()), ..device(node.uplink) };
+        if node.datapath.devices().method() == Method::Clsact && method == Method::Tcx {
+            continue;
+        }
+        choose(node.datapath.devices());
+        node.datapath.devices().attach(&device).unwrap();
+        let trial = PacketTrial::open(&node.pin_path).unwrap();
+        assert_eq!(trial.run(&device).unwrap(), [], "nothing is served");
+        // One protocol of each, so that another is free.
+        for (wildcard, protocol) in [("0.0.0.0", Protocol::Udp), ("::", Protocol::Tcp)] {
+            node.frontend(wildcard, 30_001, protocol, &[]);
+        }
+        let counters = node.counters();
+        for _ in 0..3 {
+            assert_eq!(trial.run(&device).unwrap(), [(Family::Ipv4, true), (Family::Ipv6, true)], "{method:?}");
+        }
+        assert_eq!(node.counters(), counters);
+        node.datapath.devices().detach(device.index).unwrap();
+        assert_eq!(trial.run(&device).unwrap(), [(Family::Ipv4, false), (Family::Ipv6, false)], "{method:?}");
+    }
 }

@@ -19,6 +19,8 @@ pub enum Request {
     Snapshot(MapName, oneshot::Sender<Option<Snapshot>>),
     /// Whether these rows are as written, and if not, to write them again.
     Correct(MapName, Vec<Vec<u8>>),
+    /// Whether the programs are still on the devices, and if not, to attach them again.
+    Devices,
 }
 
 /// Runs for ever; an audit that fails is told of when its reason is new. `maps`: handles of its own.

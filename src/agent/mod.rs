@@ -2,11 +2,16 @@
 //! work, and ends with the first part that ends.
 
 mod audit;
+mod conditions;
 mod connections;
+mod conntrack;
+mod contest;
 mod drops;
 mod flows;
+mod links;
 mod outlets;
 mod probe;
+mod reach;
 mod retry;
 mod routes;
 mod source;
@@ -29,12 +34,13 @@ use tracing::{info, warn};
 pub use source::SourceSettings;
 
 use crate::abi;
-use crate::bpf::{self, Datapath, Maps};
+use crate::bpf::{self, Datapath, Maps, PacketTrial};
 use crate::k8s::{self, SourceStatus};
-use crate::model::{About, ForwardThrough, Notice};
+use crate::model::{About, ForwardThrough, HostConntrack, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
+use conditions::Conditions;
 use outlets::Outlets;
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
@@ -60,6 +66,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub forward_through: ForwardThrough,
+    /// What the host's connection tracking is to be set to.
+    pub conntrack: HostConntrack,
     pub destroy_tcp_sockets: bool,
     /// How many Services' connections are exposed; 0: none, and they are not counted.
     pub service_metrics: usize,
@@ -98,7 +106,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             parts.spawn(part(name, server));
         }
     }
-    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app)?;
+    let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
+    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions)?;
     let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
@@ -117,9 +126,13 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         audits,
         started,
     };
+    let (listeners, attached) = watch::channel(None);
+    let trial = PacketTrial::open(&settings.datapath.pin_path)?;
+    let reach = reach::watch(trial, attached, inputs.network.clone(), inputs.devices.clone(), conditions.clone());
+    parts.spawn(async move { ("reach", reach.await) });
     let core = Core::new(CoreSettings { node_name: settings.node_name });
     let (maps, devices) = datapath.parts();
-    let mut worker = Worker::new(core, maps, Wire::new(devices), inputs)?;
+    let mut worker = Worker::new(core, maps, Wire::new(devices).telling(conditions, listeners), inputs)?;
     tokio::select! {
         signal = signals.next() => {
             info!("{signal}: the daemon ends; programs stay attached and go on serving (`kubelane cleanup` removes them)");
@@ -140,12 +153,14 @@ async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static s
     (name, Ok(()))
 }
 
-/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits, which ask the worker.
+/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits of attachments and rows, which ask the
+/// worker.
 fn watch_kernel(
     parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
     datapath: &mut Datapath,
     settings: &Settings,
     app: &App,
+    conditions: &Conditions,
 ) -> anyhow::Result<mpsc::Receiver<audit::Request>> {
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
@@ -153,6 +168,7 @@ fn watch_kernel(
         let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
         parts.spawn(async move { ("connections of Services", watch.await) });
     }
+    parts.spawn(conntrack::set(settings.conntrack));
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });
     let (epoch, forward_through) = (datapath.route_epoch()?, settings.forward_through);
@@ -164,6 +180,8 @@ fn watch_kernel(
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let (requests, audits) = mpsc::channel(1);
+    let links = links::watch(datapath.socket_hooks(), requests.clone(), conditions.clone());
+    parts.spawn(async move { ("attachments", links.await) });
     let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
     parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
     Ok(audits)

@@ -4,9 +4,13 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use crate::bpf::{Attached, Device, Devices, LinkLayer};
+use super::conditions::{Conditions, Reason};
+use super::contest::{Contests, Verdict};
+use super::links::CONTEST_REMEDY;
+use crate::bpf::{Attached, Device, Devices, Direction, Fault, LinkLayer};
 use crate::model::Family;
 use crate::netdev::{Layer, NetDevice};
 
@@ -21,6 +25,8 @@ pub trait Hooks {
     fn detach(&mut self, index: u32) -> anyhow::Result<()>;
     /// Interface indices of the devices that have programs, an earlier daemon's included.
     fn attached(&self) -> anyhow::Result<Vec<u32>>;
+    /// What is no longer as it was attached; to attach again puts it right.
+    fn faults(&self, device: &Device) -> anyhow::Result<Vec<Fault>>;
 }
 
 impl Hooks for Devices {
@@ -35,15 +41,26 @@ impl Hooks for Devices {
     fn attached(&self) -> anyhow::Result<Vec<u32>> {
         Devices::attached(self)
     }
+
+    fn faults(&self, device: &Device) -> anyhow::Result<Vec<Fault>> {
+        Devices::faults(self, device)
+    }
 }
+
+/// Devices with programs, and their names.
+pub type AttachedDevices = Vec<(Device, String)>;
 
 /// The outward devices as they are attached.
 pub struct Wire<'d> {
     hooks: &'d mut dyn Hooks,
     /// By interface index, with the name.
     attached: BTreeMap<u32, (Device, String)>,
-    /// What was said of devices that could not be attached or detached.
+    /// Devices that could not be attached or detached, with their names.
     failures: BTreeMap<u32, String>,
+    contests: Contests,
+    conditions: Conditions,
+    /// Who wants to know where programs are attached.
+    listeners: Option<watch::Sender<Option<AttachedDevices>>>,
     /// Devices of an earlier daemon have been looked for.
     adopted: bool,
     due: Option<Instant>,
@@ -51,7 +68,21 @@ pub struct Wire<'d> {
 
 impl<'d> Wire<'d> {
     pub fn new(hooks: &'d mut dyn Hooks) -> Self {
-        Wire { hooks, attached: BTreeMap::new(), failures: BTreeMap::new(), adopted: false, due: None }
+        Wire {
+            hooks,
+            attached: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            contests: Contests::default(),
+            conditions: Conditions::default(),
+            listeners: None,
+            adopted: false,
+            due: None,
+        }
+    }
+
+    /// Tells of what is not served there, and of the devices that programs are attached to, once they are known.
+    pub fn telling(self, conditions: Conditions, listeners: watch::Sender<Option<AttachedDevices>>) -> Self {
+        Wire { conditions, listeners: Some(listeners), ..self }
     }
 
     /// When to call again although nothing changed; `None` when nothing failed.
@@ -68,6 +99,7 @@ impl<'d> Wire<'d> {
                 Err(error) => drop(failures.insert(index, (name.clone(), format!("{error:#}")))),
             }
             self.attached.remove(&index);
+            self.conditions.over(&subject(&name), Reason::Contested);
         }
         for device in outward {
             let wanted = (hook_of(device), device.name.clone());
@@ -83,13 +115,17 @@ impl<'d> Wire<'d> {
             }
         }
         self.note(failures, now);
+        let attached: AttachedDevices = self.attached.values().cloned().collect();
+        if let Some(listeners) = &self.listeners {
+            listeners.send_if_modified(|known| known.replace(attached.clone()).as_ref() != Some(&attached));
+        }
     }
 
     /// Attached devices that are no longer outward. Those of an earlier daemon are found by their pins.
     fn leaving(&mut self, outward: &[&NetDevice]) -> Vec<(u32, String)> {
         let mut leaving: Vec<(u32, String)> =
             self.attached.iter().map(|(index, (_, name))| (*index, name.clone())).collect();
-        leaving.extend(self.failures.keys().map(|index| (*index, format!("interface {index}"))));
+        leaving.extend(self.failures.iter().map(|(index, name)| (*index, name.clone())));
         if !self.adopted {
             match self.hooks.attached() {
                 Ok(indices) => {
@@ -115,17 +151,77 @@ impl<'d> Wire<'d> {
     }
 
     fn note(&mut self, failures: BTreeMap<u32, (String, String)>, now: Instant) {
-        for (index, (name, error)) in &failures {
-            if self.failures.get(index) != Some(error) {
-                warn!(
-                    "device {name}: {error}; NodePorts and load balancer addresses are not served there (trying \
-                     again; if the device should be left alone, name the others with --devices)"
-                );
-            }
+        const REMEDY: &str = "NodePorts and load balancer addresses are not served there (trying again; if the device \
+                              should be left alone, name the others with --devices)";
+        let over = self.failures.iter().filter(|(index, _)| !failures.contains_key(index));
+        over.for_each(|(_, name)| self.conditions.over(&subject(name), Reason::NotAttached));
+        for (name, error) in failures.values() {
+            self.conditions.holds(&subject(name), Reason::NotAttached, &format!("{error}; {REMEDY}"));
         }
         self.due = (!failures.is_empty() || !self.adopted).then(|| now + RETRY);
-        self.failures = failures.into_iter().map(|(index, (_, error))| (index, error)).collect();
+        self.failures = failures.into_iter().map(|(index, (name, _))| (index, name)).collect();
     }
+
+    /// Puts back what somebody has taken off the devices, or put others before.
+    pub fn audit(&mut self, now: Instant) {
+        let mut failures = BTreeMap::new();
+        for (index, (device, name)) in &self.attached {
+            let subject = subject(name);
+            if self.failures.contains_key(index) || self.contests.rests(&subject, now) {
+                continue;
+            }
+            let result = match self.hooks.faults(device) {
+                Ok(faults) if faults.is_empty() => {
+                    if self.contests.there(&subject, now) {
+                        self.conditions.over(&subject, Reason::Contested);
+                    }
+                    continue;
+                }
+                Ok(faults) => match self.contests.gone(&subject, now) {
+                    Verdict::PutBack => self.hooks.attach(device).map(|_| faults),
+                    Verdict::LeaveAlone(_) => {
+                        let detail = format!("{}; {CONTEST_REMEDY}", describe(&faults, name));
+                        self.conditions.holds(&subject, Reason::Contested, &detail);
+                        continue;
+                    }
+                },
+                Err(error) => Err(error),
+            };
+            match result {
+                Ok(faults) => {
+                    self.contests.put_back(&subject, now);
+                    self.conditions.restored(&subject);
+                    warn!("{}: put right", describe(&faults, name));
+                }
+                Err(error) => drop(failures.insert(*index, (name.clone(), format!("{error:#}")))),
+            }
+        }
+        // Attached anew by the next round.
+        if !failures.is_empty() {
+            self.attached.retain(|index, _| !failures.contains_key(index));
+            self.note(failures, now);
+        }
+    }
+}
+
+fn subject(name: &str) -> String {
+    format!("device {name}")
+}
+
+fn describe(faults: &[Fault], name: &str) -> String {
+    let packets = |direction: &Direction| match direction {
+        Direction::In => "that come in",
+        Direction::Out => "that leave",
+    };
+    let describe = |fault: &Fault| match fault {
+        Fault::Detached(direction) => {
+            format!("the program for packets {} was taken off device {name}", packets(direction))
+        }
+        Fault::Overtaken(direction, others) => {
+            format!("{} came before the program for packets {} on device {name}", others.join(", "), packets(direction))
+        }
+    };
+    faults.iter().map(describe).collect::<Vec<_>>().join(", ")
 }
 
 fn hook_of(device: &NetDevice) -> Device {
@@ -164,6 +260,8 @@ mod tests {
     struct Model {
         attached: BTreeMap<u32, Device>,
         refuses: BTreeSet<u32>,
+        /// As soon as it is attached.
+        taken_off: bool,
         calls: usize,
     }
 
@@ -185,6 +283,11 @@ mod tests {
         fn attached(&self) -> anyhow::Result<Vec<u32>> {
             Ok(self.attached.keys().copied().collect())
         }
+
+        fn faults(&self, device: &Device) -> anyhow::Result<Vec<Fault>> {
+            anyhow::ensure!(!self.refuses.contains(&device.index), "no such device");
+            Ok(if self.taken_off { vec![Fault::Detached(Direction::In)] } else { vec![] })
+        }
     }
 
     fn device(index: u32, address: &str) -> NetDevice {
@@ -196,9 +299,11 @@ mod tests {
             is_up: true,
             is_loopback: false,
             is_member: false,
+            controller: None,
             below: None,
             has_default_route: true,
             addresses: vec![address.parse().unwrap()],
+            has_subnet: true,
         }
     }
 
@@ -256,5 +361,38 @@ mod tests {
         wire.follow(&[], now);
         assert_eq!(wire.due(), Some(now + RETRY));
         assert_eq!((model(&hooks), hooks.calls), (vec![1], 2));
+    }
+
+    #[test]
+    fn what_is_taken_off_a_device_is_put_back_until_it_is_a_contest_and_again_when_that_is_over() {
+        let mut hooks = Model { taken_off: true, ..Model::default() };
+        let (one, now) = (device(1, "192.0.2.1"), Instant::now());
+        let mut wire = Wire::new(&mut hooks);
+        wire.follow(&[&one], now);
+        for second in 0..20 {
+            wire.audit(now + Duration::from_secs(second));
+        }
+        assert_eq!((wire.due(), hooks.calls), (None, 6), "attached once, put back five times");
+
+        hooks.taken_off = false;
+        let mut wire = Wire::new(&mut hooks);
+        wire.follow(&[&one], now);
+        wire.audit(now);
+        assert_eq!(hooks.calls, 7, "what is in its place is left there");
+    }
+
+    #[test]
+    fn a_device_that_cannot_be_looked_at_is_attached_anew_by_the_next_round() {
+        let mut hooks = Model::default();
+        let (one, now) = (device(1, "192.0.2.1"), Instant::now());
+        Wire::new(&mut hooks).follow(&[&one], now);
+        hooks.refuses.insert(1);
+        let mut wire = Wire::new(&mut hooks);
+        wire.attached.insert(1, (hook_of(&one), one.name.clone()));
+        wire.adopted = true;
+        wire.audit(now);
+        assert_eq!(wire.due(), Some(now + RETRY));
+        wire.follow(&[&one], now + RETRY);
+        assert_eq!((wire.due(), hooks.calls), (Some(now + 2 * RETRY), 2));
     }
 }

@@ -139,6 +139,10 @@ impl<'m> Worker<'m> {
                 return false;
             }
             Request::Correct(map, keys) => (map, keys),
+            Request::Devices => {
+                self.wire.audit(tokio::time::Instant::now().into_std());
+                return false;
+            }
         };
         match self.core.correct(map, &keys, self.maps) {
             Ok(0) => false,

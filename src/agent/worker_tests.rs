@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::super::wire::Hooks;
 use super::*;
 use crate::abi::address_flag;
-use crate::bpf::{Attached, Device, StalePass};
+use crate::bpf::{Attached, Device, Fault, StalePass};
 use crate::model::{Endpoint, Node, ObjectName, Service, ServicePort, Slice, SlicePort};
 use crate::serve::Metrics;
 use crate::sync::{CoreSettings, Failure};
@@ -107,6 +107,10 @@ impl Hooks for NoHooks {
 
     fn attached(&self) -> anyhow::Result<Vec<u32>> {
         Ok(vec![])
+    }
+
+    fn faults(&self, device: &Device) -> anyhow::Result<Vec<Fault>> {
+        panic!("{device:?} was looked at")
     }
 }
 

@@ -1,16 +1,20 @@
 //! Keeping one program per hook attached to the cgroup, across restarts and upgrades of the daemon.
 //!
 //! A link pinned by an earlier daemon is updated in place: the kernel swaps its program atomically, so that there is
-//! no moment without one and none with two. Only when the link belongs to another cgroup is a new one made.
+//! no moment without one and none with two. Only when the link belongs to another cgroup is a new one made, and when
+//! somebody has detached or unpinned it: [`SocketHooks`] finds that out.
 
-use std::fs::{self, File};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::fs::File;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use libbpf_rs::query::LinkTypeInfo;
-use libbpf_rs::{Link, ProgramMut};
+use anyhow::{Context as _, Result};
+use libbpf_rs::query::{LinkInfo, LinkTypeInfo};
+
+use super::skeleton::KubelaneSkel;
+use super::{link, pinned};
 
 /// The cgroup that the programs are attached to.
 pub struct Cgroup {
@@ -36,42 +40,107 @@ pub enum Attached {
     Replaced,
 }
 
-/// Attaches `program` to `cgroup`, pinned at `pin`.
-pub fn attach(program: &ProgramMut<'_>, cgroup: &Cgroup, pin: &Path) -> Result<Attached> {
-    let former = match pinned_link(pin)? {
-        Some(mut link) if is_attached_to(&link, cgroup.id, pin)? => {
-            link.update_prog(program).with_context(|| format!("cannot replace the program of {}", pin.display()))?;
-            return Ok(Attached::Replaced);
+/// One program and its place on the cgroup. The name is the pin's, too.
+struct Hook {
+    name: &'static str,
+    kind: libbpf_sys::bpf_attach_type,
+    program: OwnedFd,
+}
+
+/// The programs of the cgroup's hooks, for putting back what somebody takes off.
+#[derive(Clone)]
+pub struct SocketHooks {
+    cgroup: Arc<Cgroup>,
+    hooks: Arc<[Hook]>,
+    links: PathBuf,
+}
+
+impl SocketHooks {
+    /// Attaches all, replies and names before requests: no socket is translated whose answers would not be.
+    /// [`Attached::Replaced`]: all of them took an earlier daemon's place.
+    pub(super) fn attach(
+        skeleton: &KubelaneSkel<'_>,
+        cgroup: Cgroup,
+        pin_path: &Path,
+    ) -> Result<(SocketHooks, Attached)> {
+        let progs = &skeleton.progs;
+        let hooks = [
+            ("recvmsg4", libbpf_sys::BPF_CGROUP_UDP4_RECVMSG, progs.recvmsg4.as_fd()),
+            ("recvmsg6", libbpf_sys::BPF_CGROUP_UDP6_RECVMSG, progs.recvmsg6.as_fd()),
+            ("getpeername4", libbpf_sys::BPF_CGROUP_INET4_GETPEERNAME, progs.getpeername4.as_fd()),
+            ("getpeername6", libbpf_sys::BPF_CGROUP_INET6_GETPEERNAME, progs.getpeername6.as_fd()),
+            ("sendmsg4", libbpf_sys::BPF_CGROUP_UDP4_SENDMSG, progs.sendmsg4.as_fd()),
+            ("sendmsg6", libbpf_sys::BPF_CGROUP_UDP6_SENDMSG, progs.sendmsg6.as_fd()),
+            ("connect4", libbpf_sys::BPF_CGROUP_INET4_CONNECT, progs.connect4.as_fd()),
+            ("connect6", libbpf_sys::BPF_CGROUP_INET6_CONNECT, progs.connect6.as_fd()),
+        ];
+        let own = |(name, kind, program): (&'static str, libbpf_sys::bpf_attach_type, BorrowedFd<'_>)| {
+            let program = program.try_clone_to_owned().context("cannot keep a BPF program")?;
+            Ok(Hook { name, kind, program })
+        };
+        let hooks = hooks.into_iter().map(own).collect::<Result<Vec<Hook>>>()?;
+        let links = pinned::links_directory(pin_path);
+        let all = SocketHooks { cgroup: Arc::new(cgroup), hooks: hooks.into(), links };
+        let mut outcome = Attached::Replaced;
+        for hook in all.hooks.iter() {
+            if all.attach_one(hook)? == Attached::New {
+                outcome = Attached::New;
+            }
         }
-        former => former,
-    };
-    let mut link = program
-        .attach_cgroup(cgroup.directory.as_raw_fd())
-        .with_context(|| format!("cannot attach {:?} to the cgroup", program.name()))?;
-    // The new link serves before the old one, of another cgroup, goes.
-    // bpffs allows no dots in names.
-    let mut new = pin.as_os_str().to_owned();
-    new.push("_new");
-    let new = Path::new(&new);
-    let _ = fs::remove_file(new);
-    link.pin(new).with_context(|| format!("cannot pin {}", new.display()))?;
-    fs::rename(new, pin).with_context(|| format!("cannot rename {} to {}", new.display(), pin.display()))?;
-    // A link that only loses its last reference is taken off its hook later, by a worker of the kernel's.
-    if let Some(former) = former {
-        former.detach().with_context(|| format!("cannot detach the former link of {}", pin.display()))?;
+        Ok((all, outcome))
     }
-    Ok(Attached::New)
-}
 
-fn pinned_link(pin: &Path) -> Result<Option<Link>> {
-    if !pin.exists() {
-        return Ok(None);
+    /// Names of all hooks, in the order in which to attach to them.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.hooks.iter().map(|hook| hook.name)
     }
-    Link::open(pin).map(Some).with_context(|| format!("cannot open the pinned link {}", pin.display()))
-}
 
-/// Whether the link is attached to this very cgroup. A cgroup that was removed leaves a link with id 0.
-fn is_attached_to(link: &Link, cgroup_id: u64, pin: &Path) -> Result<bool> {
-    let info = link.info().with_context(|| format!("cannot ask the kernel about {}", pin.display()))?;
-    Ok(matches!(info.info, LinkTypeInfo::Cgroup(info) if info.cgroup_id == cgroup_id))
+    /// Names of the hooks whose program is no longer attached, or pinned; in the same order.
+    pub fn missing(&self) -> Result<Vec<&'static str>> {
+        let mut missing = Vec::new();
+        for hook in self.hooks.iter() {
+            let is_there = match link::pinned(&self.links.join(hook.name))? {
+                Some((_, info)) => {
+                    self.is_attached_here(&info) && link::is_program(info.prog_id, hook.program.as_fd())?
+                }
+                None => false,
+            };
+            if !is_there {
+                missing.push(hook.name);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Attaches and pins the program of one hook again.
+    pub fn restore(&self, name: &str) -> Result<()> {
+        let hook = self.hooks.iter().find(|hook| hook.name == name);
+        hook.map_or(Ok(()), |hook| self.attach_one(hook).map(drop))
+    }
+
+    fn attach_one(&self, hook: &Hook) -> Result<Attached> {
+        let (pin, program) = (self.links.join(hook.name), hook.program.as_fd());
+        let former = match link::pinned(&pin)? {
+            Some((link, info)) if self.is_attached_here(&info) => {
+                link::update(&link, program)
+                    .with_context(|| format!("cannot replace the program of {}", pin.display()))?;
+                return Ok(Attached::Replaced);
+            }
+            former => former,
+        };
+        let new = link::create(program, self.cgroup.directory.as_raw_fd(), hook.kind, 0)
+            .with_context(|| format!("cannot attach {} to the cgroup", hook.name))?;
+        // The new link serves before the old one, of another cgroup, goes.
+        link::pin(new.as_fd(), &pin)?;
+        // A link that only loses its last reference is taken off its hook later, by a worker of the kernel's.
+        if let Some((former, _)) = former {
+            former.detach().with_context(|| format!("cannot detach the former link of {}", pin.display()))?;
+        }
+        Ok(Attached::New)
+    }
+
+    /// Whether a link is attached to this very cgroup. One that was detached, or whose cgroup was removed, has id 0.
+    fn is_attached_here(&self, info: &LinkInfo) -> bool {
+        matches!(&info.info, LinkTypeInfo::Cgroup(info) if info.cgroup_id == self.cgroup.id)
+    }
 }

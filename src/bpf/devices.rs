@@ -2,8 +2,8 @@
 //!
 //! Where the kernel has tcx links (6.6) a pinned link holds each program and is updated in place. Elsewhere the program
 //! is a filter of the device's clsact qdisc, at a priority and handle of our own, beside which a pin of the program
-//! says that the filter is ours; replacing it is atomic as well. Other people's programs and filters stay as they are,
-//! and run after ours: what we do not drop or redirect goes on to them.
+//! says that the filter is ours; replacing it is atomic as well. Other people's programs and filters stay as they are.
+//! Programs of tcx run after ours: what we do not drop or redirect goes on to them.
 //!
 //! Replies are attached before requests, and detached after them: no packet is translated whose answer would not be.
 
@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::attach::Attached;
+use super::hook::Fault;
 use super::skeleton::KubelaneSkel;
 use super::{hook, pinned};
 use crate::abi::DeviceAddresses;
@@ -123,6 +124,20 @@ impl Devices {
             }
         }
         Ok(outcome)
+    }
+
+    /// What is no longer as [`Devices::attach`] left it; to attach again puts it right.
+    pub fn faults(&self, device: &Device) -> Result<Vec<Fault>> {
+        let mut faults = Vec::new();
+        for direction in [Direction::Out, Direction::In] {
+            let program = self.program(direction, device.link_layer).as_fd();
+            let fault = match self.method {
+                Method::Tcx => hook::tcx_fault(program, device.index, direction, &self.links),
+                Method::Clsact => hook::filter_fault(program, device.index, direction, &self.links),
+            };
+            faults.extend(fault.with_context(|| format!("cannot look at device {}", device.index))?);
+        }
+        Ok(faults)
     }
 
     /// Detaches from a device; nothing happens if it was not attached or has vanished.

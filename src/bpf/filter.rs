@@ -19,6 +19,11 @@ const PORTS: usize = WIRE_FILTER_SIZE as usize;
 const SOCKETS: usize = 2 * WIRE_FILTER_SIZE as usize;
 const KEY: [u8; 4] = [0; 4];
 
+/// Whether packets to this port are looked at, by the value of the map.
+pub(super) fn is_port_marked(filter: &[u8], port: u16) -> bool {
+    filter.get(PORTS + usize::from(port)).is_some_and(|mark| *mark != 0)
+}
+
 /// The filter in the kernel, and the same bytes here: a row that adds nothing new costs no system call.
 pub(super) struct WireFilter {
     map: MapHandle,

@@ -5,10 +5,9 @@
 //! links/filter_<interface index>_<in|out>  a pinned program: its filter, by this priority and handle, is ours
 //! ```
 
-use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +17,7 @@ use libbpf_rs::{Link, Program, TC_EGRESS, TC_INGRESS, TcHook, TcHookBuilder};
 
 use super::attach::Attached;
 use super::devices::Direction;
+use super::{link, trial};
 
 /// Of our filters: a priority that other projects do not use (Cilium 1, Calico 49152 and up), and "kl".
 const FILTER_PRIORITY: u32 = 27_499;
@@ -53,62 +53,142 @@ pub(super) fn has_tcx(program: BorrowedFd<'_>) -> bool {
 }
 
 fn create_link(program: BorrowedFd<'_>, index: i32, direction: Direction) -> io::Result<OwnedFd> {
-    let hook = match direction {
+    link::create(program, index, tcx_hook(direction), libbpf_sys::BPF_F_BEFORE)
+}
+
+fn tcx_hook(direction: Direction) -> libbpf_sys::bpf_attach_type {
+    match direction {
         Direction::In => libbpf_sys::BPF_TCX_INGRESS,
         Direction::Out => libbpf_sys::BPF_TCX_EGRESS,
-    };
-    // SAFETY: the call takes no pointers but the options, which may be null.
-    let fd = unsafe { libbpf_sys::bpf_link_create(program.as_raw_fd(), index, hook, std::ptr::null()) };
-    if fd < 0 {
-        return Err(io::Error::from_raw_os_error(-fd));
     }
-    // SAFETY: the kernel has just given this descriptor to us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Pins a link or a program at `path`, in place of what was pinned there.
-fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push("_new");
-    let new = Path::new(&new);
-    let _ = fs::remove_file(new);
-    let name = CString::new(new.as_os_str().as_bytes()).context("a pin path holds a NUL byte")?;
-    // SAFETY: `name` is a NUL-terminated string that outlives the call.
-    let result = unsafe { libbpf_sys::bpf_obj_pin(object.as_raw_fd(), name.as_ptr()) };
-    if result != 0 {
-        return Err(io::Error::from_raw_os_error(-result)).with_context(|| format!("cannot pin {}", new.display()));
-    }
-    fs::rename(new, path).with_context(|| format!("cannot rename {} to {}", new.display(), path.display()))
+/// What is wrong with a program's attachment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Somebody took it off, or removed the pin that holds it.
+    Detached(Direction),
+    /// Others come before it, and may keep packets from it: their names.
+    Overtaken(Direction, Vec<String>),
 }
 
+/// As the first on its hook: a program before ours that answers TC_ACT_OK, as agents that only watch do, would keep all
+/// packets from us. Ours lets go on to others what it does not send on itself.
 pub(super) fn attach_tcx(program: BorrowedFd<'_>, index: u32, direction: Direction, links: &Path) -> Result<Attached> {
     let path = tcx_pin(links, index, direction);
-    if let Some(link) = pinned_tcx(&path, index)? {
-        // SAFETY: the call takes no pointers but the options, which may be null.
-        let result =
-            unsafe { libbpf_sys::bpf_link_update(link.as_fd().as_raw_fd(), program.as_raw_fd(), std::ptr::null()) };
-        if result != 0 {
-            return Err(io::Error::from_raw_os_error(-result))
-                .with_context(|| format!("cannot replace the program of {}", path.display()));
-        }
+    let former = pinned_tcx(&path, index)?;
+    if let Some((former, id)) = &former
+        && tcx_programs(index, direction)?.before(*id).is_empty()
+    {
+        link::update(former, program).with_context(|| format!("cannot replace the program of {}", path.display()))?;
         return Ok(Attached::Replaced);
     }
-    let link = create_link(program, index as i32, direction).context("cannot create a tcx link")?;
-    pin(link.as_fd(), &path)?;
-    Ok(Attached::New)
+    let new = match (create_link(program, index as i32, direction), &former) {
+        // One program cannot be on a hook twice.
+        (Err(error), Some((former, _))) if error.raw_os_error() == Some(libc::EEXIST) => {
+            overtake(former, program, index, direction)
+        }
+        (new, _) => new,
+    };
+    let new = new.context("cannot create a tcx link")?;
+    link::pin(new.as_fd(), &path)?;
+    // For this moment both see packets; what the first has translated is no Service's to the second.
+    let Some((former, _)) = former else { return Ok(Attached::New) };
+    former.detach().with_context(|| format!("cannot detach the former link of {}", path.display()))?;
+    Ok(Attached::Replaced)
 }
 
-/// The pinned link if it is still on this device: when a device goes its links stay, on interface 0.
-fn pinned_tcx(path: &Path, index: u32) -> Result<Option<Link>> {
-    if !path.exists() {
-        return Ok(None);
+/// A link before all others for the program of `former`, which keeps its place with a program that does nothing. Some
+/// microseconds lie between the two: to detach `former` first would be without a program until RCU has come round.
+fn overtake(former: &Link, program: BorrowedFd<'_>, index: u32, direction: Direction) -> io::Result<OwnedFd> {
+    let next = trial::next_program()?;
+    link::update(former, next.as_fd())?;
+    create_link(program, index as i32, direction).or_else(|error| link::update(former, program).and(Err(error)))
+}
+
+/// The pinned link and its id, if it is still on this device: when a device goes its links stay, on interface 0.
+fn pinned_tcx(path: &Path, index: u32) -> Result<Option<(Link, u32)>> {
+    Ok(link::pinned(path)?.and_then(|(link, info)| match info.info {
+        LinkTypeInfo::Tcx(tcx) if tcx.ifindex == index => Some((link, info.id)),
+        _ => None,
+    }))
+}
+
+/// What is wrong with the tcx link of a direction.
+pub(super) fn tcx_fault(
+    program: BorrowedFd<'_>,
+    index: u32,
+    direction: Direction,
+    links: &Path,
+) -> Result<Option<Fault>> {
+    let Some((_, id)) = pinned_tcx(&tcx_pin(links, index, direction), index)? else {
+        return Ok(Some(Fault::Detached(direction)));
+    };
+    let programs = tcx_programs(index, direction)?;
+    let is_ours = match programs.program_of(id) {
+        Some(running) => link::is_program(running, program)?,
+        None => false,
+    };
+    let before = programs.before(id);
+    Ok(match (is_ours, before) {
+        (false, _) => Some(Fault::Detached(direction)),
+        (true, []) => None,
+        (true, before) => Some(Fault::Overtaken(direction, link::program_names(before))),
+    })
+}
+
+/// What is attached to one tcx hook, in the order in which it runs.
+struct TcxPrograms {
+    links: Vec<u32>,
+    programs: Vec<u32>,
+}
+
+impl TcxPrograms {
+    /// Ids of the programs that run before that of this link; all, when it is not there.
+    fn before(&self, link: u32) -> &[u32] {
+        let place = self.links.iter().position(|id| *id == link).unwrap_or(self.programs.len());
+        &self.programs[..place]
     }
-    let link = Link::open(path).with_context(|| format!("cannot open the pinned link {}", path.display()))?;
-    let info = link.info().with_context(|| format!("cannot ask the kernel about {}", path.display()))?;
-    match info.info {
-        LinkTypeInfo::Tcx(info) if info.ifindex == index => Ok(Some(link)),
-        _ => Ok(None),
+
+    fn program_of(&self, link: u32) -> Option<u32> {
+        let place = self.links.iter().position(|id| *id == link)?;
+        self.programs.get(place).copied()
     }
+}
+
+/// The programs that come before ours on a device's tcx hook, for people; none when ours is not there.
+///
+/// # Errors
+/// When the kernel has no tcx, or the device has gone.
+pub fn programs_before_ours(index: u32, direction: Direction) -> Result<Vec<String>> {
+    let mut names = link::program_names(&tcx_programs(index, direction)?.programs);
+    let ours = names.iter().position(|name| name.starts_with("wire_in_") || name.starts_with("wire_out_"));
+    names.truncate(ours.unwrap_or(0));
+    Ok(names)
+}
+
+fn tcx_programs(index: u32, direction: Direction) -> Result<TcxPrograms> {
+    /// BPF_MPROG_MAX: more fit on no hook.
+    const MOST: usize = 64;
+    let (mut programs, mut links) = (vec![0u32; MOST], vec![0u32; MOST]);
+    let mut options = libbpf_sys::bpf_prog_query_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as _,
+        prog_ids: programs.as_mut_ptr(),
+        link_ids: links.as_mut_ptr(),
+        __bindgen_anon_1: libbpf_sys::bpf_prog_query_opts__bindgen_ty_1 { count: MOST as u32 },
+        ..Default::default()
+    };
+    // SAFETY: both lists have room for as many ids as is said, and outlive the call.
+    let result = unsafe { libbpf_sys::bpf_prog_query_opts(index as i32, tcx_hook(direction), &mut options) };
+    if result != 0 {
+        let error = io::Error::from_raw_os_error(-result);
+        return Err(error).with_context(|| format!("cannot list the programs on device {index}"));
+    }
+    // SAFETY: both members of the union are the same number.
+    let count = unsafe { options.__bindgen_anon_1.count } as usize;
+    programs.truncate(count);
+    links.truncate(count);
+    Ok(TcxPrograms { links, programs })
 }
 
 fn filter(program: BorrowedFd<'_>, index: u32, direction: Direction, replace: bool) -> TcHook {
@@ -132,13 +212,20 @@ pub(super) fn attach_filter(
     let mut filter = filter(program, index, direction, known);
     // "Exists" is no failure, the wrapper knows.
     filter.create().context("cannot create the clsact qdisc")?;
+    let running = filter.query().ok();
     if !known {
-        if filter.query().is_ok() {
-            bail!("a filter of somebody else has priority {FILTER_PRIORITY} and handle {FILTER_HANDLE:#x}");
+        link::pin(program, &path)?;
+        match running {
+            None => {}
+            // Only its pin was gone.
+            Some(running) if link::is_program(running, program)? => return Ok(Attached::Replaced),
+            Some(_) => {
+                let _ = fs::remove_file(&path);
+                bail!("a filter of somebody else has priority {FILTER_PRIORITY} and handle {FILTER_HANDLE:#x}");
+            }
         }
-        pin(program, &path)?;
     }
-    let existed = known && filter.query().is_ok();
+    let existed = known && running.is_some();
     if let Err(error) = filter.attach() {
         if !known {
             let _ = fs::remove_file(&path);
@@ -146,9 +233,25 @@ pub(super) fn attach_filter(
         return Err(error).context("cannot attach a clsact filter");
     }
     if known {
-        pin(program, &path)?;
+        link::pin(program, &path)?;
     }
     Ok(if existed { Attached::Replaced } else { Attached::New })
+}
+
+/// What is wrong with the filter of a direction.
+pub(super) fn filter_fault(
+    program: BorrowedFd<'_>,
+    index: u32,
+    direction: Direction,
+    links: &Path,
+) -> Result<Option<Fault>> {
+    let running = filter(program, index, direction, false).query();
+    let is_ours = match running {
+        Ok(running) => link::is_program(running, program)?,
+        Err(_) => false,
+    };
+    let is_right = is_ours && filter_pin(links, index, direction).exists();
+    Ok((!is_right).then_some(Fault::Detached(direction)))
 }
 
 /// Takes a pin of `links` away and with it what it stands for, of a device or of a cgroup.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 
-use super::attach::{Attached, Cgroup, attach};
+use super::attach::{Attached, Cgroup, SocketHooks};
 use super::btf::EmptyBtf;
 use super::connections::ServiceConnections;
 use super::devices::Devices;
@@ -75,6 +75,7 @@ pub struct Datapath {
     stale_sockets: Option<StaleSockets>,
     /// True when an earlier daemon's links were taken over.
     adopted: bool,
+    socket_hooks: SocketHooks,
     devices: Devices,
     /// The program that takes away flows which have ended.
     flow_collect: OwnedFd,
@@ -125,7 +126,7 @@ impl Datapath {
         for index in [FLOW_LIMITS_SET, FLOW_LIMITS_NOW] {
             flows::write_limits(&skeleton.maps.flow_limits, index, &settings.flow_limits)?;
         }
-        let adopted = attach_all(&skeleton, &cgroup, &settings.pin_path)?;
+        let (socket_hooks, attached) = SocketHooks::attach(&skeleton, cgroup, &settings.pin_path)?;
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
         }
@@ -144,7 +145,8 @@ impl Datapath {
             maps,
             service_connections,
             stale_sockets,
-            adopted,
+            adopted: attached == Attached::Replaced,
+            socket_hooks,
             devices,
             flow_collect,
             flow_limits: settings.flow_limits,
@@ -166,6 +168,11 @@ impl Datapath {
     /// Whether an earlier daemon's programs were found attached, and replaced without a gap.
     pub fn adopted(&self) -> bool {
         self.adopted
+    }
+
+    /// The programs of the cgroup's hooks, for putting them back; for use in another task.
+    pub fn socket_hooks(&self) -> SocketHooks {
+        self.socket_hooks.clone()
     }
 
     /// The outward devices, where packets from the wire are met.
@@ -328,27 +335,6 @@ fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
         );
     }
     Ok(pinned.max_entries())
-}
-
-/// Replies and names before requests: no socket is translated whose answers would not be.
-fn attach_all(skeleton: &KubelaneSkel<'_>, cgroup: &Cgroup, pin_path: &Path) -> Result<bool> {
-    let progs = &skeleton.progs;
-    let hooks = [
-        ("recvmsg4", &progs.recvmsg4),
-        ("recvmsg6", &progs.recvmsg6),
-        ("getpeername4", &progs.getpeername4),
-        ("getpeername6", &progs.getpeername6),
-        ("sendmsg4", &progs.sendmsg4),
-        ("sendmsg6", &progs.sendmsg6),
-        ("connect4", &progs.connect4),
-        ("connect6", &progs.connect6),
-    ];
-    let directory = pinned::links_directory(pin_path);
-    let mut adopted = true;
-    for (name, program) in hooks {
-        adopted &= attach(program, cgroup, &directory.join(name))? == Attached::Replaced;
-    }
-    Ok(adopted)
 }
 
 fn attach_iterators(skeleton: &KubelaneSkel<'_>, search: SocketSearch) -> Result<Option<StaleSockets>> {

@@ -136,6 +136,13 @@ pub(super) fn has_tcx() -> bool {
     load(&pass).is_ok_and(|program| hook::has_tcx(program.as_fd()))
 }
 
+/// A program that does nothing: what comes next on its hook runs.
+pub(super) fn next_program() -> io::Result<OwnedFd> {
+    /// linux/bpf.h.
+    const TCX_NEXT: i32 = -1;
+    load(&[instruction(MOVE_CONSTANT, 0, 0, 0, TCX_NEXT), instruction(EXIT, 0, 0, 0, 0)])
+}
+
 /// Whether a hash map's rows can be read, and so written and deleted, many at a time: an empty one says ENOENT.
 pub(super) fn has_hash_batches() -> bool {
     let options =

@@ -8,10 +8,11 @@ use std::path::Path;
 use super::config_file::ConfigFile;
 use super::flags::CheckFlags;
 use super::host::find_cgroup;
-use super::leftovers::{kube_proxy_chains, listener_on};
+use super::leftovers::{LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY, kube_proxy_chains, listener_on, routes_loopback};
+use super::outward::{Outward, outward};
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
 use crate::bpf::{Privileges, probe};
-use crate::netdev::IPVS_DEVICE;
+use crate::netdev::{DeviceSelection, IPVS_DEVICE};
 use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG, listen};
 
 /// kubelane serves the sockets of the node; what comes from outside is kube-proxy's for as long as it runs.
@@ -78,12 +79,14 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     let mut findings = vec![privileges(own)];
     findings.extend(features(own));
     findings.push(forwarding());
+    findings.extend(devices(&flags.devices, pin_path));
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
     findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz()));
     findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics()));
     findings.push(chains());
     findings.push(ipvs_device());
+    findings.push(loopback());
     findings.push(own_pins(pin_path));
     findings.extend(configuration(&file));
     let mut text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
@@ -154,6 +157,15 @@ fn forwarding() -> Finding {
     let commands: Vec<String> = off.iter().map(|(_, sysctl)| format!("sysctl -w {sysctl}=1")).collect();
     let detail = format!("off for {}: traffic from outside reaches no pod on another node", families.join(" and "));
     Finding::warn(WHAT, detail, commands.join("; "))
+}
+
+fn devices(selection: &DeviceSelection, pin_path: &Path) -> Vec<Finding> {
+    const WHAT: &str = "devices for traffic from outside";
+    match outward(selection, pin_path) {
+        Ok(Outward { devices, troubles }) if troubles.is_empty() => vec![Finding::ok(WHAT, devices)],
+        Ok(found) => found.troubles.into_iter().map(|(what, remedy)| Finding::warn(WHAT, what, remedy)).collect(),
+        Err(error) => vec![Finding::warn(WHAT, format!("not checked: {error:#}"), "run the check as root")],
+    }
 }
 
 fn cgroup(wanted: Option<&Path>) -> Finding {
@@ -233,6 +245,14 @@ fn ipvs_device() -> Finding {
             format!("{KUBE_PROXY_REMEDY} or `ip link del {IPVS_DEVICE}`"),
         ),
         Err(_) => Finding::ok(WHAT, "none"),
+    }
+}
+
+fn loopback() -> Finding {
+    const WHAT: &str = "packets for 127.0.0.0/8 from outside";
+    match routes_loopback() {
+        true => Finding::warn(WHAT, LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY),
+        false => Finding::ok(WHAT, "refused"),
     }
 }
 

@@ -12,7 +12,7 @@ use serde_norway::{Mapping, Value};
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::flags::LogFormat;
 use super::lenient_yaml;
-use super::traffic::TimeoutFlags;
+use super::traffic::{TableFlags, TimeoutFlags};
 use super::value::{LOCAL_MODES, MODES, Sort, is_duration, is_zero_duration, timeout};
 use crate::netdev::NodePortAddresses;
 
@@ -90,6 +90,10 @@ const FIELDS: [(&str, Sort); 66] = [
     ("resourceContainer", Sort::Text),
 ];
 
+/// Fields of which kube-proxy tells zero from nothing: the node's sysctl stays as it is.
+const ZERO_SAYS_SOMETHING: [&str; 4] =
+    ["conntrack.maxPerCore", "conntrack.min", "conntrack.tcpEstablishedTimeout", "conntrack.tcpCloseWaitTimeout"];
+
 /// What the file says; `None` where it says nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ConfigFile {
@@ -102,6 +106,7 @@ pub struct ConfigFile {
     pub oom_score_adj: Option<i16>,
     pub tcp_be_liberal: Option<bool>,
     pub timeouts: TimeoutFlags,
+    pub table: TableFlags,
     pub verbosity: Option<u8>,
     pub log_format: Option<LogFormat>,
     /// Fields that are set and have no meaning here.
@@ -156,7 +161,11 @@ impl ConfigFile {
         if path == "iptables.localhostNodePorts" && *value == Value::Bool(false) {
             self.ignored.push(path.to_owned());
         }
-        let Some(text) = read(sort, value)? else { return Ok(()) };
+        let text = match read(sort, value)? {
+            Some(text) => text,
+            None if ZERO_SAYS_SOMETHING.contains(&path) && !value.is_null() => "0".to_owned(),
+            None => return Ok(()),
+        };
         match path {
             "clientConnection.kubeconfig" => self.kubeconfig = Some(text.into()),
             "bindAddress" => {
@@ -168,6 +177,8 @@ impl ConfigFile {
             "hostnameOverride" => self.hostname_override = Some(text),
             "nodePortAddresses" => self.nodeport_addresses = Some(text.parse()?),
             "oomScoreAdj" => self.oom_score_adj = Some(integer(&text, -1000, 1000)? as i16),
+            "conntrack.maxPerCore" => self.table.max_per_core = Some(integer(&text, 0, i32::MAX.into())? as u32),
+            "conntrack.min" => self.table.min = Some(integer(&text, 0, i32::MAX.into())? as u32),
             "conntrack.tcpBeLiberal" => self.tcp_be_liberal = Some(true),
             "conntrack.tcpEstablishedTimeout" => self.timeouts.tcp_established = Some(timeout(&text)?),
             "conntrack.tcpCloseWaitTimeout" => self.timeouts.tcp_close_wait = Some(timeout(&text)?),

@@ -38,7 +38,8 @@ logging: {format: json, verbosity: 4}
 nodePortAddresses: [10.0.0.0/8, 'fd00::/8']
 oomScoreAdj: -999
 conntrack:
-  {tcpEstablishedTimeout: 2h, tcpCloseWaitTimeout: 0s, udpTimeout: 45000000000, udpStreamTimeout: null, tcpBeLiberal: true}
+  {tcpEstablishedTimeout: 2h, tcpCloseWaitTimeout: 0s, udpTimeout: 45000000000, udpStreamTimeout: null, tcpBeLiberal: true,
+   maxPerCore: 0, min: 9}
 ";
     let expected = ConfigFile {
         kubeconfig: Some("/etc/k".into()),
@@ -53,9 +54,11 @@ conntrack:
         tcp_be_liberal: Some(true),
         timeouts: TimeoutFlags {
             tcp_established: Some(Duration::from_secs(7200)),
+            tcp_close_wait: Some(Duration::ZERO),
             udp: Some(Duration::from_secs(45)),
-            ..TimeoutFlags::default()
+            udp_stream: None,
         },
+        table: TableFlags { max_per_core: Some(0), min: Some(9) },
         ignored: vec![],
         odd: vec![],
     };
@@ -70,7 +73,7 @@ fn what_cannot_apply_is_named_when_it_is_set() {
 mode: ipvs
 ipvs: {scheduler: rr, strictARP: true, excludeCIDRs: [10.0.0.0/8], syncPeriod: 30s, tcpTimeout: 0s}
 iptables: {masqueradeBit: 14, minSyncPeriod: 1000000000, localhostNodePorts: false}
-conntrack: {maxPerCore: 2, tcpEstablishedTimeout: 24h0m0s, max: 5}
+conntrack: {maxPerCore: null, tcpEstablishedTimeout: 24h0m0s, max: 5}
 featureGates: {A: true}
 logging: {vmodule: [{filePattern: x, verbosity: 3}], flushFrequency: 5s}
 winkernel: {networkName: x}
@@ -81,7 +84,6 @@ udpIdleTimeout: 250ms
     ignored.sort();
     let expected = [
         "conntrack.max",
-        "conntrack.maxPerCore",
         "featureGates",
         "iptables.localhostNodePorts",
         "iptables.masqueradeBit",
@@ -108,6 +110,7 @@ fn a_field_that_is_not_readable_is_named_with_what_is_allowed() {
         ("detectLocalMode: x", "detectLocalMode: \"x\" is not allowed: allowed are ClusterCIDR, NodeCIDR"),
         ("iptables: {masqueradeBit: fourteen}", "iptables.masqueradeBit: a number is expected"),
         ("iptables: {syncPeriod: soon}", "iptables.syncPeriod: \"soon\" is not allowed: a duration such as"),
+        ("conntrack: {maxPerCore: -1}", "conntrack.maxPerCore: -1 is not allowed: 0 to 2147483647 is expected"),
         ("enableProfiling: maybe", "enableProfiling: true or false is expected"),
         ("bindAddress: here", "bindAddress: \"here\" is not allowed: an IP address is expected"),
         ("healthzBindAddress: here:1", "healthzBindAddress: \"here:1\" is not allowed: allowed are IP:PORT"),

@@ -151,7 +151,8 @@ pub struct RunFlags {
     pub nodeport_addresses: Vec<NodePortAddresses>,
 
     /// Devices whose packets are looked at for NodePorts, load balancer and external IPs: names separated by commas, *
-    /// and ? as in file names [default: those with a default route or the Node's InternalIPs, tunnels, VLANs on these]
+    /// and ? as in file names [default: those with an address of the node or a default route, and tunnels; not the ends and
+    /// bridges of pods and virtual machines]
     #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true, help_heading = "Node")]
     pub devices: DeviceSelection,
 
@@ -222,6 +223,10 @@ pub struct LogFlags {
 pub struct CheckFlags {
     #[command(flatten)]
     pub node: NodeFlags,
+
+    /// As with `kubelane run`: devices whose packets are looked at
+    #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true)]
+    pub devices: DeviceSelection,
 }
 
 #[derive(Args, Clone, Debug)]

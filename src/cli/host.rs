@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use anyhow::{Context as _, ensure};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -92,9 +93,34 @@ pub fn node_name(wanted: Option<&str>) -> anyhow::Result<String> {
     Ok(name)
 }
 
+/// How many processors are running: the node's, whatever a container may use of them.
+pub fn processors() -> u32 {
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    online_processors(&online).unwrap_or_else(|| thread::available_parallelism().map_or(1, |n| n.get() as u32))
+}
+
+/// In a list such as `0-3,6` (Documentation/admin-guide/cputopology.rst).
+fn online_processors(list: &str) -> Option<u32> {
+    let count = |range: &str| -> Option<u32> {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        last.checked_sub(first)?.checked_add(1)
+    };
+    list.trim().split(',').map(count).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn processors_are_counted_in_lists_of_ranges() {
+        let table = [("0\n", Some(1)), ("0-3\n", Some(4)), ("0-1,4,6-7", Some(5)), ("", None), ("3-1", None)];
+        for (list, expected) in table {
+            assert_eq!(online_processors(list), expected, "{list:?}");
+        }
+        assert!(processors() >= 1);
+    }
 
     const HYBRID: &str = "\
 22 28 0:21 / /sys rw,nosuid shared:7 - sysfs sysfs rw

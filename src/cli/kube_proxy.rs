@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use super::value::{LOCAL_MODES, MODES, Sort};
 
 /// Name and sort. By subject; the last ones are its logging library's.
-const FLAGS: [(&str, Sort); 46] = [
+const FLAGS: [(&str, Sort); 44] = [
     ("feature-gates", Sort::Gates),
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),
@@ -32,8 +32,6 @@ const FLAGS: [(&str, Sort); 46] = [
     ("pod-bridge-interface", Sort::Text),
     ("pod-interface-name-prefix", Sort::Text),
     ("cluster-cidr", Sort::Cidrs),
-    ("conntrack-max-per-core", Sort::Number),
-    ("conntrack-min", Sort::Number),
     ("config-sync-period", Sort::Duration),
     ("proxy-port-range", Sort::Text),
     ("vmodule", Sort::Text),

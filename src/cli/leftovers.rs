@@ -1,4 +1,4 @@
-//! What kube-proxy leaves on a node: chains, the IPVS device, and its process on the ports that kubelane wants.
+//! What kube-proxy leaves on a node: chains, the IPVS device, a sysctl, and its process on the ports that kubelane wants.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -66,6 +66,20 @@ fn is_kube_proxys(chain: &str) -> bool {
         ["KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-MARK-MASQ", "KUBE-MARK-DROP", "KUBE-POSTROUTING"];
     chain.starts_with("KUBE-") && !KUBELETS.contains(&chain)
 }
+
+/// Whether packets for 127.0.0.0/8 may come from other hosts. kube-proxy's iptables mode sets the sysctl for NodePorts on
+/// 127.0.0.1, and drops what comes from elsewhere by a rule that its cleanup takes away, while the sysctl stays.
+pub fn routes_loopback() -> bool {
+    let value = fs::read_to_string("/proc/sys/net/ipv4/conf/all/route_localnet");
+    value.is_ok_and(|value| value.trim() != "0")
+}
+
+/// What [`routes_loopback`] means.
+pub const LOOPBACK_IS_ROUTED: &str = "net.ipv4.conf.all.route_localnet is on, as kube-proxy sets it: without its rules, hosts \
+                                      on the same network reach what listens on 127.0.0.1 here (CVE-2020-8558)";
+/// What to do about it.
+pub const LOOPBACK_REMEDY: &str = "kubelane does not need it; where kube-proxy has gone for good: sysctl -w \
+                                   net.ipv4.conf.all.route_localnet=0, and look for it in /etc/sysctl.d";
 
 /// $PATH, and the directories of administrators' tools, which are not in everybody's.
 fn search_path() -> OsString {

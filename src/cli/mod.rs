@@ -12,6 +12,7 @@ mod leftovers;
 mod lenient_yaml;
 mod log;
 mod merge;
+mod outward;
 mod run;
 mod snapshot;
 mod status;
@@ -147,6 +148,9 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
         0 => format!("nothing of kubelane below {}\n", pin_path.display()),
         n => format!("{n} removed: kubelane is gone from {}\n", pin_path.display()),
     };
+    if leftovers::routes_loopback() {
+        text += &format!("{}; {}\n", leftovers::LOOPBACK_IS_ROUTED, leftovers::LOOPBACK_REMEDY);
+    }
     print(&text)
 }
 
@@ -199,7 +203,7 @@ mod tests {
                 "--nodeport-addresses=10.0.0.0/8 --nodeport-addresses=fd00::/8 --proxy-mode=ipvs --proxy-mode=iptables",
                 &[],
             ),
-            ("--oom-score-adj -5 --conntrack-min -5", &[]),
+            ("--oom-score-adj -5 --iptables-masquerade-bit -5", &[]),
         ] {
             assert_eq!(parse(given).repeated, repeated, "{given}");
         }

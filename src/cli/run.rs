@@ -86,6 +86,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         nodeport_addresses,
         devices: flags.devices,
         forward_through: traffic.forward_through.unwrap_or_default(),
+        conntrack: traffic.host_conntrack(host::processors()),
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
         service_metrics: usize::from(flags.service_metrics),
         startup_taint: flags.startup_taint,

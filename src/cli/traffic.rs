@@ -1,4 +1,5 @@
-//! Flags that say how traffic from the wire is treated: kube-proxy's own names where it has them.
+//! Flags that say how traffic from the wire is treated, and what the host's connection tracking is set to: kube-proxy's
+//! own names where it has them.
 
 use std::time::Duration;
 
@@ -6,7 +7,7 @@ use clap::Args;
 
 use super::config_file::ConfigFile;
 use super::value::{boolean, timeout};
-use crate::model::{FlowTimeouts, ForwardThrough};
+use crate::model::{FlowTimeouts, ForwardThrough, HostConntrack};
 
 #[derive(Args, Clone, Copy, Debug, Default)]
 #[command(next_help_heading = "Traffic from outside")]
@@ -18,19 +19,49 @@ pub struct TrafficFlags {
     #[arg(long, value_name = "HOW")]
     pub forward_through: Option<ForwardThrough>,
 
-    /// Let a FIN outside the window change a TCP flow's state (a reset outside never does)
+    /// Let a FIN outside the window change a TCP flow's state (a reset outside never does), and set the sysctl
+    /// net.netfilter.nf_conntrack_tcp_be_liberal
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_parser = boolean)]
     pub conntrack_tcp_be_liberal: Option<bool>,
 
     #[command(flatten)]
     pub timeouts: TimeoutFlags,
+
+    #[command(flatten)]
+    pub table: TableFlags,
 }
 
-/// What was said of [`FlowTimeouts`], in flags or in the configuration file. Zero means the default.
+/// The size of the host's table of connections (net.netfilter.nf_conntrack_max), which is raised where it is smaller.
+#[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableFlags {
+    /// Connections for each processor that the host's connection tracking has room for; 0 leaves it as it is
+    ///
+    /// [default: 32768]
+    #[arg(long = "conntrack-max-per-core", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i32::MAX as i64))]
+    pub max_per_core: Option<u32>,
+
+    /// The same for all processors together at least
+    ///
+    /// [default: 131072]
+    #[arg(long = "conntrack-min", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i32::MAX as i64))]
+    pub min: Option<u32>,
+}
+
+impl TableFlags {
+    /// What the table is to hold on a node with so many processors; `None`: what it holds.
+    fn max(self, processors: u32) -> Option<u32> {
+        let per_core = self.max_per_core.unwrap_or(32_768);
+        (per_core > 0).then(|| per_core.saturating_mul(processors).max(self.min.unwrap_or(131_072)))
+    }
+}
+
+/// What was said of [`FlowTimeouts`], in flags or in the configuration file, and of the node's sysctls of the same names:
+/// zero is the default for flows, and leaves the sysctl as it is.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TimeoutFlags {
-    /// How long an established TCP flow is kept in silence, 1s to 720h; 0: the default
+    /// How long an established TCP flow is kept in silence, 1s to 720h; 0: the default. This and the next sysctl
+    /// (net.netfilter.nf_conntrack_tcp_timeout_established, _close_wait) are raised to it, but for 0
     ///
     /// [default: 24h]
     #[arg(long = "conntrack-tcp-timeout-established", value_name = "DURATION", value_parser = timeout)]
@@ -42,7 +73,7 @@ pub struct TimeoutFlags {
     #[arg(long = "conntrack-tcp-timeout-close-wait", value_name = "DURATION", value_parser = timeout)]
     pub tcp_close_wait: Option<Duration>,
 
-    /// The same for a UDP flow without a reply
+    /// The same for a UDP flow without a reply; the sysctls of this and the next are raised only when it is given
     ///
     /// [default: 30s]
     #[arg(long = "conntrack-udp-timeout", value_name = "DURATION", value_parser = timeout)]
@@ -65,6 +96,24 @@ impl TrafficFlags {
             udp: self.timeouts.udp.or(file.timeouts.udp),
             udp_stream: self.timeouts.udp_stream.or(file.timeouts.udp_stream),
         };
+        self.table = TableFlags {
+            max_per_core: self.table.max_per_core.or(file.table.max_per_core),
+            min: self.table.min.or(file.table.min),
+        };
+    }
+
+    /// What the host's connection tracking is to be set to on a node with so many processors.
+    pub fn host_conntrack(&self, processors: u32) -> HostConntrack {
+        let (given, defaults) = (self.timeouts, FlowTimeouts::default());
+        let unless_zero = |timeout: Duration| Some(timeout).filter(|timeout| !timeout.is_zero());
+        HostConntrack {
+            max: self.table.max(processors),
+            tcp_established: unless_zero(given.tcp_established.unwrap_or(defaults.tcp_established)),
+            tcp_close_wait: unless_zero(given.tcp_close_wait.unwrap_or(defaults.tcp_close_wait)),
+            udp: given.udp.and_then(unless_zero),
+            udp_stream: given.udp_stream.and_then(unless_zero),
+            tcp_be_liberal: self.conntrack_tcp_be_liberal.unwrap_or_default(),
+        }
     }
 }
 
@@ -130,6 +179,46 @@ mod tests {
             ("--conntrack-tcp-be-liberal=F", &file, Some(false)),
         ] {
             assert_eq!(traffic(line, file).conntrack_tcp_be_liberal, expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_hosts_connection_tracking_is_set_as_kube_proxy_sets_it() {
+        let seconds = |n| Some(Duration::from_secs(n));
+        let usual = HostConntrack {
+            max: Some(131_072),
+            tcp_established: seconds(86_400),
+            tcp_close_wait: seconds(3600),
+            udp: None,
+            udp_stream: None,
+            tcp_be_liberal: false,
+        };
+        let left = TimeoutFlags { tcp_established: seconds(0), tcp_close_wait: seconds(0), ..TimeoutFlags::default() };
+        let zeros = ConfigFile {
+            timeouts: left,
+            table: TableFlags { max_per_core: Some(0), min: None },
+            ..ConfigFile::default()
+        };
+        let none = HostConntrack { max: None, tcp_established: None, tcp_close_wait: None, ..usual };
+        let asked = "--conntrack-udp-timeout=20s --conntrack-udp-timeout-stream 1m --conntrack-tcp-be-liberal";
+        let udp = HostConntrack { udp: seconds(20), udp_stream: seconds(60), tcp_be_liberal: true, ..usual };
+        let table = [
+            ("", ConfigFile::default(), 2, usual),
+            ("", ConfigFile::default(), 8, HostConntrack { max: Some(262_144), ..usual }),
+            ("--conntrack-min=1", ConfigFile::default(), 2, HostConntrack { max: Some(65_536), ..usual }),
+            (
+                "--conntrack-max-per-core=0 --conntrack-min=9",
+                ConfigFile::default(),
+                2,
+                HostConntrack { max: None, ..usual },
+            ),
+            (asked, ConfigFile::default(), 2, udp),
+            ("--conntrack-udp-timeout=0", ConfigFile::default(), 2, usual),
+            ("", zeros.clone(), 2, none),
+            ("--conntrack-max-per-core=1 --conntrack-min=7", zeros, 8, HostConntrack { max: Some(8), ..none }),
+        ];
+        for (line, file, processors, expected) in table {
+            assert_eq!(traffic(line, &file).host_conntrack(processors), expected, "{line}");
         }
     }
 }

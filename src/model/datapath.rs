@@ -35,6 +35,20 @@ impl Default for FlowTimeouts {
     }
 }
 
+/// What the host's connection tracking is to be set to, as kube-proxy does for the connections that it and the CNI
+/// translate. `None`: left as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostConntrack {
+    /// Connections that its table holds.
+    pub max: Option<u32>,
+    pub tcp_established: Option<Duration>,
+    pub tcp_close_wait: Option<Duration>,
+    pub udp: Option<Duration>,
+    pub udp_stream: Option<Duration>,
+    /// Segments outside the window are no reason to take a packet for none of its connection.
+    pub tcp_be_liberal: bool,
+}
+
 /// How packets to backends on other nodes leave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ForwardThrough {

@@ -36,14 +36,19 @@ fn device(link: &LinkMessage) -> NetDevice {
         is_up: link.header.flags.contains(LinkFlags::Up),
         is_loopback: link.header.flags.contains(LinkFlags::Loopback),
         is_member: false,
+        controller: None,
         below: None,
         has_default_route: false,
         addresses: Vec::new(),
+        has_subnet: false,
     };
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => device.name.clone_from(name),
-            LinkAttribute::Controller(index) => device.is_member = *index != 0,
+            LinkAttribute::Controller(index) => {
+                device.is_member = *index != 0;
+                device.controller = Some(*index).filter(|index| *index != 0);
+            }
             LinkAttribute::Link(index) => device.below = Some(*index),
             LinkAttribute::LinkInfo(infos) => device.kind = kind(infos),
             _ => {}
@@ -83,6 +88,8 @@ async fn read_addresses(handle: &Handle, network: &mut Network) -> anyhow::Resul
         let at = network.devices.binary_search_by_key(&message.header.index, |d| d.index);
         if let (Ok(at), false) = (at, super::selection::is_link_local(ip)) {
             network.devices[at].addresses.push(ip);
+            let whole = if ip.to_ip().is_ipv4() { 32 } else { 128 };
+            network.devices[at].has_subnet |= message.header.prefix_len < whole;
         }
     }
     network.addresses.sort_unstable();

@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
-pub use outward::{DeviceSelection, Layer, NetDevice};
+pub use outward::{DeviceSelection, Layer, NetDevice, Unserved};
 pub use policies::follow_policies;
 pub use routes::{RouteChange, follow_routes};
 pub use selection::NodePortAddresses;

@@ -2,11 +2,15 @@
 //!
 //! | device | outward |
 //! |---|---|
-//! | with a default route, or with an InternalIP of the Node | yes, a veth too (containers as nodes have such uplinks) |
+//! | with a default route, or with an InternalIP of the Node | yes, a veth or bridge too (containers as nodes have such uplinks); a bridge needs the address |
 //! | tunnels (vxlan, geneve, ipip, gre, sit, wireguard, ...) | yes: replies of pods elsewhere come in there |
+//! | a card, bond, VLAN, macvlan, IP tunnel of a VPN with an address of its own | yes: clients reach NodePorts there |
+//! | a bridge with an address and a card, bond or VLAN in it | yes: the node's own uplink is in it |
+//! | a veth whose address has a subnet | yes: a cable to a network; a pod's end has no address, or a single one |
 //! | a VLAN on an outward device | yes |
-//! | any other veth, tap, dummy | no: pods' and VMs' own ends |
-//! | loopback, bridges, members of a bridge or bond, what is down | never, `--devices` may name bridges |
+//! | other bridges, Open vSwitch's ports, any other veth, taps, dummies | no: pods' and VMs' own ends, addresses without a device |
+//! | loopback, members of a bridge or bond, what is down | never |
+//! | what has other link headers (InfiniBand) | cannot be, and [`DeviceSelection::unserved`] tells |
 
 use std::str::FromStr;
 
@@ -46,12 +50,23 @@ pub struct NetDevice {
     pub is_loopback: bool,
     /// It belongs to a bridge, a bond or the like, which has the addresses and the routes. (A VRF does not count.)
     pub is_member: bool,
-    /// Of a VLAN: the index of the device below.
+    /// The index of that bridge or bond.
+    pub controller: Option<u32>,
+    /// Of a VLAN or macvlan: the index of the device below.
     pub below: Option<u32>,
     /// Some table has a default route by it.
     pub has_default_route: bool,
     /// In the kernel's order, link-local ones left out.
     pub addresses: Vec<Ipx>,
+    /// One of them has a subnet, and is not on its own (/32, /128).
+    pub has_subnet: bool,
+}
+
+/// A device that clients may be behind, and where nothing is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unserved {
+    pub name: String,
+    pub why: &'static str,
 }
 
 impl NetDevice {
@@ -98,17 +113,44 @@ impl DeviceSelection {
     /// Picks the outward devices. `internal_ips` are the Node object's.
     pub fn select<'d>(&self, devices: &'d [NetDevice], internal_ips: &[Ipx]) -> Vec<&'d NetDevice> {
         let usable = devices.iter().filter(|d| d.is_up && !d.is_loopback && d.layer != Layer::Unknown);
-        let DeviceSelection::Named(globs) = self else {
-            return found(usable.filter(|d| !d.is_member && d.kind != Some(InfoKind::Bridge)), internal_ips);
+        match self {
+            DeviceSelection::Found => found(usable.filter(|d| !d.is_member), devices, internal_ips),
+            DeviceSelection::Named(_) => usable.filter(|d| self.names(d)).collect(),
+        }
+    }
+
+    /// Devices that would be outward if their packets could be read.
+    pub fn unserved(&self, devices: &[NetDevice]) -> Vec<Unserved> {
+        const WHY: &str = "its link layer is not one that can be read (Ethernet and devices without link headers can)";
+        let is_wanted = |device: &NetDevice| match self {
+            DeviceSelection::Found => {
+                !device.is_member && (device.has_default_route || carries_addresses(device, devices))
+            }
+            DeviceSelection::Named(_) => self.names(device),
         };
-        usable.filter(|d| globs.iter().any(|glob| matches_glob(glob.as_bytes(), d.name.as_bytes()))).collect()
+        let unreadable = devices.iter().filter(|d| d.is_up && !d.is_loopback && d.layer == Layer::Unknown);
+        unreadable.filter(|d| is_wanted(d)).map(|d| Unserved { name: d.name.clone(), why: WHY }).collect()
+    }
+
+    fn names(&self, device: &NetDevice) -> bool {
+        let DeviceSelection::Named(globs) = self else { return false };
+        globs.iter().any(|glob| matches_glob(glob.as_bytes(), device.name.as_bytes()))
     }
 }
 
-fn found<'d>(usable: impl Iterator<Item = &'d NetDevice>, internal_ips: &[Ipx]) -> Vec<&'d NetDevice> {
-    let (mut outward, mut others): (Vec<_>, Vec<_>) = usable.partition(|device| {
-        device.has_default_route || device.is_tunnel() || device.addresses.iter().any(|ip| internal_ips.contains(ip))
-    });
+fn found<'d>(
+    usable: impl Iterator<Item = &'d NetDevice>,
+    devices: &[NetDevice],
+    internal_ips: &[Ipx],
+) -> Vec<&'d NetDevice> {
+    let is_outward = |device: &&NetDevice| {
+        let is_bridge = device.kind == Some(InfoKind::Bridge);
+        (device.has_default_route && !is_bridge)
+            || device.is_tunnel()
+            || device.addresses.iter().any(|ip| internal_ips.contains(ip))
+            || carries_addresses(device, devices)
+    };
+    let (mut outward, mut others): (Vec<_>, Vec<_>) = usable.partition(is_outward);
     // VLANs may stand on VLANs.
     loop {
         let stands_on_outward = |device: &&NetDevice| {
@@ -122,6 +164,41 @@ fn found<'d>(usable: impl Iterator<Item = &'d NetDevice>, internal_ips: &[Ipx]) 
         outward.extend(more);
         others = rest;
     }
+}
+
+/// Whether the device has addresses at which clients outside may ask, and is no end of pods or virtual machines.
+fn carries_addresses(device: &NetDevice, devices: &[NetDevice]) -> bool {
+    use InfoKind::{Bridge, Dummy, Ifb, IpVlan, MacVlan, Netkit, Nlmon, Other, Tun, Veth, Vlan, Vrf};
+    let below = || device.below.and_then(|below| devices.iter().find(|other| other.index == below));
+    let is_of_pods =
+        |below: &NetDevice| is_open_vswitch(below) || (below.kind == Some(Bridge) && !has_uplink(below, devices));
+    !device.addresses.is_empty()
+        && match &device.kind {
+            Some(Bridge) => has_uplink(device, devices),
+            Some(Vlan | MacVlan | IpVlan) => !below().is_some_and(is_of_pods),
+            Some(Veth | Netkit) => device.has_subnet,
+            // Taps are virtual machines' ends.
+            Some(Tun) => device.layer == Layer::None,
+            Some(Dummy | Ifb | Nlmon | Vrf) => false,
+            Some(Other(_)) => !is_open_vswitch(device),
+            _ => true,
+        }
+}
+
+/// Its internal ports are pods' gateways as well as uplinks: these have a default route or the Node's address.
+fn is_open_vswitch(device: &NetDevice) -> bool {
+    matches!(&device.kind, Some(InfoKind::Other(kind)) if kind == "openvswitch")
+}
+
+/// Whether a bridge has a member that leads out of the node.
+fn has_uplink(bridge: &NetDevice, devices: &[NetDevice]) -> bool {
+    use InfoKind::{Bond, MacVlan, Team, Vlan};
+    let leads_out = |member: &NetDevice| match &member.kind {
+        None | Some(Bond | Team | MacVlan) => true,
+        Some(Vlan) => member.below != Some(bridge.index),
+        _ => false,
+    };
+    devices.iter().any(|member| member.controller == Some(bridge.index) && leads_out(member))
 }
 
 /// `*` stands for any number of characters, `?` for one.
@@ -148,9 +225,11 @@ mod tests {
             is_up: true,
             is_loopback: false,
             is_member: false,
+            controller: None,
             below: None,
             has_default_route: false,
             addresses: vec![],
+            has_subnet: true,
         }
     }
 
@@ -182,6 +261,83 @@ mod tests {
     #[test]
     fn devices_with_default_routes_or_node_addresses_tunnels_and_vlans_on_them_face_outwards() {
         assert_eq!(names("", &node()), ["eth0", "bond0", "flannel.1", "wg0", "q.7", "q.7.8"]);
+    }
+
+    /// A device with an address; of what kind, and what it stands on or belongs to.
+    fn with_address(index: u32, name: &str, kind: Option<InfoKind>) -> NetDevice {
+        NetDevice { addresses: vec!["198.51.100.7".parse().unwrap()], ..device(index, name, kind) }
+    }
+
+    #[test]
+    fn every_device_with_an_address_that_clients_may_ask_at_faces_outwards_and_pods_ends_do_not() {
+        let member = |index: u32, name: &str, kind, controller: u32| NetDevice {
+            is_member: true,
+            controller: Some(controller),
+            ..device(index, name, kind)
+        };
+        let on = |index: u32, name: &str, kind, below: u32| NetDevice {
+            below: Some(below),
+            ..with_address(index, name, Some(kind))
+        };
+        let bridge = |index, name: &str| with_address(index, name, Some(InfoKind::Bridge));
+        let single = |index, name: &str, kind| NetDevice { has_subnet: false, ..with_address(index, name, Some(kind)) };
+        let devices = [
+            with_address(1, "eth1", None),
+            device(2, "eth2", None),
+            bridge(3, "br0"),
+            member(4, "eth3", None, 3),
+            member(5, "tap0", Some(InfoKind::Tun), 3),
+            bridge(6, "br-bond"),
+            member(7, "bond1", Some(InfoKind::Bond), 6),
+            bridge(8, "virbr0"),
+            member(9, "vnet0", Some(InfoKind::Tun), 8),
+            bridge(10, "cni0"),
+            member(11, "vethpod", Some(InfoKind::Veth), 10),
+            bridge(12, "docker0"),
+            on(13, "eth2.5", InfoKind::Vlan, 2),
+            on(14, "cni0.5", InfoKind::Vlan, 10),
+            on(15, "br0.5", InfoKind::Vlan, 3),
+            on(16, "mac0", InfoKind::MacVlan, 2),
+            with_address(17, "cable", Some(InfoKind::Veth)),
+            single(18, "ptp-pod", InfoKind::Veth),
+            NetDevice { layer: Layer::None, ..single(19, "tailscale0", InfoKind::Tun) },
+            with_address(20, "tap1", Some(InfoKind::Tun)),
+            with_address(21, "nodelocaldns", Some(InfoKind::Dummy)),
+            with_address(22, "antrea-gw0", Some(InfoKind::Other("openvswitch".into()))),
+            bridge(23, "loops"),
+            NetDevice { below: Some(23), ..member(24, "loops.7", Some(InfoKind::Vlan), 23) },
+        ];
+        let expected = ["eth1", "br0", "br-bond", "eth2.5", "br0.5", "mac0", "cable", "tailscale0"];
+        assert_eq!(names("", &devices), expected);
+    }
+
+    #[test]
+    fn a_bridge_needs_more_than_a_default_route() {
+        let bridge = |address: &str| NetDevice {
+            has_default_route: true,
+            addresses: vec![address.parse().unwrap()],
+            ..device(1, "br0", Some(InfoKind::Bridge))
+        };
+        assert_eq!(names("", &[bridge("198.51.100.7")]), [""; 0]);
+        assert_eq!(names("", &[bridge("192.0.2.9")]), ["br0"], "the Node's InternalIP");
+    }
+
+    #[test]
+    fn a_device_whose_packets_cannot_be_read_is_told_of_when_clients_may_be_behind_it() {
+        let unreadable = |device: NetDevice| NetDevice { layer: Layer::Unknown, ..device };
+        let devices = [
+            unreadable(with_address(1, "ib0", Some(InfoKind::Ipoib))),
+            unreadable(device(2, "ib1", None)),
+            unreadable(NetDevice { has_default_route: true, ..device(3, "ib2", None) }),
+            unreadable(NetDevice { is_up: false, ..with_address(4, "ib3", None) }),
+            unreadable(NetDevice { is_member: true, ..with_address(5, "ib4", None) }),
+            with_address(6, "eth0", None),
+        ];
+        for (selection, expected) in [("", &["ib0", "ib2"][..]), ("ib1,eth*", &["ib1"]), ("eth0", &[])] {
+            let selection: DeviceSelection = selection.parse().unwrap();
+            let unserved = selection.unserved(&devices);
+            assert_eq!(unserved.iter().map(|device| device.name.as_str()).collect::<Vec<_>>(), expected);
+        }
     }
 
     #[test]

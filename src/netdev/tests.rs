@@ -8,8 +8,9 @@ use futures::TryStreamExt as _;
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressMessage;
+use rtnetlink::packet_route::link::MacVlanMode;
 use rtnetlink::packet_route::route::RouteMessage;
-use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkBridge, LinkMacVlan, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::time::timeout;
 
 use super::dump::own_address;
@@ -130,12 +131,11 @@ fn a_device_faces_outwards_while_it_has_a_default_route_and_until_it_vanishes() 
         let up = links.try_next().await.unwrap().unwrap().header.index;
         let far = LinkUnspec::new_with_name("far0").up().build();
         handle.link().set(far).execute().await.unwrap();
-        handle.address().add(up, "192.0.2.5".parse().unwrap(), 24).execute().await.unwrap();
+        // A pod's end of a cable has no address, or a single one.
+        add(&handle, up, "192.0.2.5").await;
         expect_outward(&mut receiver, &[]).await;
 
-        let route = || -> RouteMessage {
-            RouteMessageBuilder::<Ipv4Addr>::new().output_interface(up).gateway([192, 0, 2, 1].into()).build()
-        };
+        let route = || -> RouteMessage { RouteMessageBuilder::<Ipv4Addr>::new().output_interface(up).build() };
         handle.route().add(route()).execute().await.unwrap();
         expect_outward(&mut receiver, &["up0"]).await;
         {
@@ -149,6 +149,30 @@ fn a_device_faces_outwards_while_it_has_a_default_route_and_until_it_vanishes() 
         handle.route().add(route()).execute().await.unwrap();
         expect_outward(&mut receiver, &["up0"]).await;
         handle.link().del(up).execute().await.unwrap();
+        expect_outward(&mut receiver, &[]).await;
+    });
+}
+
+#[test]
+fn a_bridge_with_an_address_faces_outwards_while_it_has_a_member_that_leads_out_of_the_node() {
+    in_new_namespace(|handle| async move {
+        let lan = add_bridge(&handle, "lan0").await;
+        handle.address().add(lan, "192.0.2.5".parse().unwrap(), 24).execute().await.unwrap();
+        let index = async |name: &str| {
+            let mut links = handle.link().get().match_name(name).execute();
+            links.try_next().await.unwrap().unwrap().header.index
+        };
+        handle.link().add(LinkVeth::new("pod0", "far0").up().build()).execute().await.unwrap();
+        let pod = index("pod0").await;
+        handle.link().set(LinkUnspec::new_with_index(pod).controller(lan).build()).execute().await.unwrap();
+        let mut receiver = watch().await.unwrap();
+        expect_outward(&mut receiver, &[]).await;
+
+        let below = index("far0").await;
+        let uplink = LinkMacVlan::new("mac0", below, MacVlanMode::Bridge).controller(lan).build();
+        handle.link().add(uplink).execute().await.unwrap();
+        expect_outward(&mut receiver, &["lan0"]).await;
+        handle.link().del(index("mac0").await).execute().await.unwrap();
         expect_outward(&mut receiver, &[]).await;
     });
 }

@@ -53,6 +53,8 @@ pub(super) struct Facts {
     pub last_updated: Option<SystemTime>,
     /// The own Node goes away (deletion timestamp or the autoscaler's taint).
     pub node_leaves: bool,
+    /// What is not served on this node, and why.
+    pub unserved: Option<String>,
 }
 
 /// An HTTP answer.
@@ -83,6 +85,7 @@ impl Default for Health {
             waiting_since: None,
             last_updated: None,
             node_leaves: false,
+            unserved: None,
         };
         Health { facts: Mutex::new(facts), stage: watch::Sender::new(Stage::Starting) }
     }
@@ -147,6 +150,11 @@ impl Health {
         self.lock().node_leaves = leaves;
     }
 
+    /// What is not served on this node although the rest is: words behind the `ok` of `/readyz`.
+    pub fn unserved(&self, what: Option<String>) {
+        self.lock().unserved = what;
+    }
+
     pub(super) fn facts(&self) -> Facts {
         self.lock().clone()
     }
@@ -179,8 +187,11 @@ impl Facts {
     pub fn readyz(&self) -> Answer {
         let (ok, body) = match (&self.not_ready, &self.trial) {
             (Some(reason), _) | (None, Trial::Open(reason)) => (false, format!("not ready: {reason}\n")),
-            (None, Trial::Done(None)) => (true, "ok\n".to_owned()),
-            (None, Trial::Done(Some(remark))) => (true, format!("ok; {remark}\n")),
+            (None, Trial::Done(remark)) => {
+                let unserved = self.unserved.as_ref().map(|what| format!("not served: {what}"));
+                let words: Vec<String> = ["ok".to_owned()].into_iter().chain(remark.clone()).chain(unserved).collect();
+                (true, words.join("; ") + "\n")
+            }
         };
         Answer { ok, body }
     }
@@ -225,6 +236,7 @@ mod tests {
             waiting_since: None,
             last_updated: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(100)),
             node_leaves: false,
+            unserved: None,
         }
     }
 
@@ -290,6 +302,9 @@ mod tests {
         assert_eq!(*health.stage().borrow(), Stage::Ready);
         health.probed(Some("not probed: elsewhere"));
         assert_eq!(health.facts().readyz(), Answer { ok: true, body: "ok; not probed: elsewhere\n".into() });
+        health.unserved(Some("device ib0: InfiniBand".into()));
+        let body = "ok; not probed: elsewhere; not served: device ib0: InfiniBand\n".into();
+        assert_eq!(health.facts().readyz(), Answer { ok: true, body });
     }
 
     #[test]

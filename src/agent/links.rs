@@ -1,0 +1,80 @@
+//! Now and then, whether the programs are still where they were attached. They are desired state like rows of maps: what
+//! somebody takes off is put back, unless he does so again and again.
+//!
+//! The programs on the cgroup are seen to here; of those on devices the worker is asked, which attaches them.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tracing::warn;
+
+use super::audit::Request;
+use super::conditions::{Conditions, Reason};
+use super::contest::{Contests, Verdict};
+use crate::bpf::SocketHooks;
+
+/// Between two looks. One takes some system calls for each program.
+const EVERY: Duration = Duration::from_secs(2);
+
+/// What to do about somebody who undoes an attachment again and again.
+pub const CONTEST_REMEDY: &str = "somebody undoes this again and again, so that it is left as it is for now: find out who (`bpftool link`, \
+     `bpftool net`; agents for networking, observability and security) and stop that; it is tried again every ten minutes";
+
+/// Runs for ever.
+///
+/// # Errors
+/// When the worker ended.
+pub async fn watch(hooks: SocketHooks, worker: mpsc::Sender<Request>, conditions: Conditions) -> anyhow::Result<()> {
+    let (mut contests, mut told) = (Contests::default(), None);
+    let mut ticks = interval(EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let error = look(&hooks, &mut contests, &conditions, Instant::now().into_std()).err();
+        let error = error.map(|error| format!("the programs on the cgroup cannot be looked at: {error:#}"));
+        if let Some(error) = error.as_ref().filter(|error| told.as_ref() != Some(*error)) {
+            warn!("{error}; trying again");
+        }
+        told = error;
+        worker.send(Request::Devices).await.context("the worker ended")?;
+    }
+}
+
+fn look(
+    hooks: &SocketHooks,
+    contests: &mut Contests,
+    conditions: &Conditions,
+    now: std::time::Instant,
+) -> anyhow::Result<()> {
+    let missing = hooks.missing()?;
+    for name in hooks.names() {
+        let subject = format!("cgroup program {name}");
+        if !missing.contains(&name) {
+            if contests.there(name, now) {
+                conditions.over(&subject, Reason::Contested);
+            }
+            conditions.over(&subject, Reason::NotAttached);
+            continue;
+        }
+        if contests.rests(name, now) {
+            continue;
+        }
+        match contests.gone(name, now) {
+            Verdict::PutBack => match hooks.restore(name) {
+                Ok(()) => {
+                    contests.put_back(name, now);
+                    warn!("{subject} was taken off the cgroup, or its pin removed, by somebody else: put back");
+                    conditions.restored(name);
+                }
+                Err(error) => conditions.holds(&subject, Reason::NotAttached, &format!("{error:#}")),
+            },
+            Verdict::LeaveAlone(_) => {
+                let detail = format!("not attached; {CONTEST_REMEDY}");
+                conditions.holds(&subject, Reason::Contested, &detail);
+            }
+        }
+    }
+    Ok(())
+}
