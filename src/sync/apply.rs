@@ -205,12 +205,12 @@ impl<'a> Applier<'a> {
     fn note_full_maps(&mut self) {
         for map in MapName::ALL {
             let name = map.as_str();
-            let remedy = match map {
-                MapName::SourceRanges => "give Services fewer and wider loadBalancerSourceRanges",
-                _ => {
-                    "stop kubelane, run `kubelane cleanup`, and start it with a higher --max-services or --max-endpoints"
-                }
+            let flag = match map {
+                MapName::SourceRanges => "--max-source-ranges",
+                MapName::Backends | MapName::Slots => "--max-endpoints",
+                MapName::Services | MapName::Frontends | MapName::Addresses => "--max-services",
             };
+            let remedy = format!("stop kubelane, run `kubelane cleanup`, and start it with a higher {flag}");
             let warnings = match self.full.contains(&map) {
                 true => vec![Warning {
                     subject: format!("map {name}"),
@@ -252,7 +252,7 @@ impl<'a> Applier<'a> {
             let mut missed = HashSet::default();
             for failure in failures {
                 missed.insert(failure.row);
-                if matches!(failure.error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC)) {
+                if failure.is_full() {
                     self.full.insert(map);
                 }
                 self.report.failures.push((map, failure.error.to_string()));

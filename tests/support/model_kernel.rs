@@ -117,6 +117,10 @@ impl ModelKernel {
                 let key: SourceRangeKey = bytemuck::pod_read_unaligned(key);
                 assert_eq!(number(value), 1);
                 assert!(self.services.contains_key(&key.service_id), "{key:?} is of a Service without a name");
+                if full(self.source_ranges.len(), self.source_ranges.contains_key(&key)) {
+                    // A trie says it in other words.
+                    return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+                }
                 self.source_ranges.insert(key, 1);
             }
         }
