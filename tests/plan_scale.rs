@@ -139,6 +139,30 @@ fn a_change_among_ten_thousand_services_costs_as_much_as_among_one() {
     assert_eq!((report.services, report.calls), (1, 2), "the endpoint that was removed is back, nothing else");
 }
 
+/// Processor time of a first sync of `count` Services that all ask for one external IP and port, and its warnings.
+fn contest(count: u32) -> (Duration, usize) {
+    let (mut core, mut sink) = (new_core(), Sink::default());
+    let contender =
+        |n| Service { external_ips: vec![address([192, 0], 513)], created: i64::from(n % 7), ..one_service(n) };
+    objects::list(&mut core, (0..count).map(contender), (0..count).map(|n| one_slice(n, 1)));
+    let before = processor_time();
+    let report = core.sync(&mut sink, Instant::now());
+    assert_eq!(report.services, count as usize);
+    (processor_time() - before, report.warnings.len())
+}
+
+#[test]
+fn a_contested_frontend_costs_each_claimant_the_same_and_is_warned_of_once() {
+    contest(200);
+    let runs = [200, 400, 800, 1600].map(|count| (count, contest(count)));
+    for (count, (time, warnings)) in runs {
+        println!("{count} Services with one external IP and port: {time:?} of processor time, {warnings} warnings");
+        assert_eq!(warnings, 1);
+    }
+    let each = runs.map(|(count, (time, _))| time / count);
+    assert!(each[3] < each[0] * 4, "{each:?}");
+}
+
 #[test]
 fn a_change_in_a_service_of_five_thousand_endpoints_is_two_rows() {
     let (mut core, mut sink) = (new_core(), Sink::default());

@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::claims::Rank;
 use super::compile::{CompiledEndpoint, CompiledFrontend, CompiledPort, PoolUse};
 use super::pool::Pool;
 use super::tables::{Space, is_gone};
@@ -83,6 +84,11 @@ impl Port {
             short: Shortage::default(),
             removed: false,
         }
+    }
+
+    /// Where this port, which has the id `id`, stands among those that claim the same frontend.
+    pub fn rank(&self, id: u32) -> Rank {
+        Rank { created: self.created, service: self.service.clone(), port: self.name.clone(), id }
     }
 
     /// Brings the backends to what `wanted` says. The pools follow once the owners of the frontends are known.

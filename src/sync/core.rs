@@ -163,6 +163,7 @@ impl Core {
                 report.triggers = self.world.arrivals_mut().settle();
             }
         }
+        self.layout.tell_contests(&mut self.book);
         (report.warnings, report.resolved) = self.book.take();
         report.duration = started.elapsed();
         report
