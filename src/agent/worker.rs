@@ -235,12 +235,14 @@ impl<'m> Worker<'m> {
         // Before anybody is told that it is ready, and scrapes.
         self.measure(report);
         let tell = self.retry.due().is_none_or(|due| now >= due);
-        if self.core.pending() {
-            self.retry.failed(now);
+        match self.core.pending() {
+            true => self.retry.failed(now),
+            false => self.retry.succeeded(),
+        }
+        if report.waits {
             self.inputs.app.health.update_waits(now);
             self.inputs.app.health.not_ready("the kernel does not take every row; see the log");
         } else {
-            self.retry.succeeded();
             self.inputs.app.health.up_to_date(SystemTime::now());
             self.inputs.app.metrics.up_to_date(SystemTime::now());
         }
@@ -277,6 +279,7 @@ impl<'m> Worker<'m> {
             services: counts.services as u64,
             endpoints: counts.endpoints as u64,
             frontends: counts.frontends as u64,
+            degraded: counts.degraded as u64,
         });
         let maps = [
             (MapName::Services, counts.names),

@@ -21,6 +21,8 @@ pub struct Share {
     /// Ports that found no id.
     pub nameless: usize,
     pub addresses: Vec<(Ipx, u32)>,
+    /// As `Compiled::is_cut`.
+    pub is_cut: bool,
 }
 
 /// Every row that is wanted, and where.
@@ -38,6 +40,8 @@ pub struct Layout {
     pub unsettled: HashSet<u32>,
     /// Services that did not get all they asked for.
     starved: HashSet<ObjectName>,
+    /// These, and Services that ask for more than their share.
+    degraded: HashSet<ObjectName>,
     /// Frontends whose claims have changed since their warnings were last brought up to date, and those with warnings.
     contests: BTreeSet<FrontendKey>,
     contested: HashSet<FrontendKey>,
@@ -126,7 +130,8 @@ impl Layout {
         let affected = self.settle_owners(&ports, touched);
         self.place_addresses(share.addresses, compiled.map_or(&[], |c| &c.addresses));
         if let Some(compiled) = compiled {
-            self.services.insert(name.clone(), Share { ports, nameless, addresses: compiled.addresses.clone() });
+            let (addresses, is_cut) = (compiled.addresses.clone(), compiled.is_cut);
+            self.services.insert(name.clone(), Share { ports, nameless, addresses, is_cut });
         }
         book.set(Origin::Compile(name.clone()), compiled.map_or(Vec::new(), |c| c.warnings.clone()));
         self.note_shortage(name, book);
@@ -170,6 +175,11 @@ impl Layout {
         self.space.service_ids.end_quarantine(now);
         self.space.backend_ids.end_quarantine(now);
         self.space.regions.end_quarantine(now);
+    }
+
+    /// How many Services have not got all they ask for.
+    pub fn degraded(&self) -> usize {
+        self.degraded.len()
     }
 
     /// Numbers of frontends and slots in the kernel, and of backends in use.
@@ -309,6 +319,11 @@ impl Layout {
             slots: sum.slots + port.short.slots,
         });
         let nameless = share.map_or(0, |s| s.nameless);
+        let is_cut = share.is_some_and(|s| s.is_cut);
+        match is_cut || nameless > 0 || short != Shortage::default() {
+            true => self.degraded.insert(name.clone()),
+            false => self.degraded.remove(name),
+        };
         if short == Shortage::default() && nameless == 0 {
             if self.starved.remove(name) {
                 book.set(Origin::Capacity(name.clone()), Vec::new());

@@ -4,6 +4,7 @@
 pub mod arrivals;
 pub mod claims;
 pub mod compile;
+mod fit;
 pub mod health;
 pub mod ids;
 pub mod layout;
@@ -13,6 +14,7 @@ pub mod port;
 mod ranges;
 pub mod region;
 pub mod select;
+pub mod shares;
 pub mod tables;
 pub mod warnings;
 pub mod world;

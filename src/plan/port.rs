@@ -8,6 +8,7 @@ use super::claims::Rank;
 use super::compile::{CompiledEndpoint, CompiledFrontend, CompiledPort, PoolUse};
 use super::pool::Pool;
 use super::tables::{Space, is_gone};
+use crate::abi::frontend_flag::FRONTEND_SOURCE_RANGES;
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::abi::{self, Backend, Frontend, ServiceName, SourceRangeKey};
 use crate::model::{Family, ObjectName, Protocol, SocketAddrx};
@@ -99,6 +100,11 @@ impl Port {
         space.tables.services.set(id, row_name(&self.service, &self.name));
         self.filter(wanted.source_ranges.iter().map(|range| SourceRangeKey::new(id, *range)).collect(), space);
         self.short.backends = self.seat(id, wanted, space);
+    }
+
+    /// Some of its frontends let in source ranges only, be there any or not.
+    pub fn asks_for_source_ranges(&self) -> bool {
+        self.frontends.iter().any(|f| u32::from(f.flags) & FRONTEND_SOURCE_RANGES != 0)
     }
 
     /// Lets these source ranges in, and no others.

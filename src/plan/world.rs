@@ -5,8 +5,10 @@ use std::mem;
 
 use super::arrivals::Arrivals;
 use super::compile::{Compiled, Context, compile};
+use super::fit;
 use super::health::health_check;
 use super::select::Place;
+use super::shares::{Amounts, Demand, Resource, Shares};
 use super::warnings::{Origin, WarningBook};
 use crate::model::{Change, HealthCheck, Ipx, Kind, Node, ObjectName, Service, Slice};
 use crate::table::{HashMap, HashSet};
@@ -38,6 +40,28 @@ struct Entry {
     service: Option<Box<Service>>,
     stamp: u32,
     slices: Vec<(u32, Box<Slice>)>,
+    /// Of all slices, as `fit::endpoint_rows`.
+    endpoint_rows: u32,
+    /// What the Service asks for of the maps.
+    demand: Amounts,
+}
+
+impl Entry {
+    /// The Service is another.
+    fn ask(&mut self, shares: &mut Shares) {
+        let rows = self.service.as_deref().map(|service| fit::demand(service, self.endpoint_rows)).unwrap_or_default();
+        shares.change(&std::mem::replace(&mut self.demand, rows), &rows);
+    }
+
+    /// One slice has this many rows now, where it had `before`.
+    fn ask_for_slice(&mut self, before: u32, now: u32, shares: &mut Shares) {
+        self.endpoint_rows = self.endpoint_rows.saturating_sub(before).saturating_add(now);
+        if self.service.is_some() {
+            let before = self.demand;
+            self.demand[Resource::Endpoints as usize] = self.endpoint_rows;
+            shares.change(&before, &self.demand);
+        }
+    }
 }
 
 /// Everything known of the cluster.
@@ -57,6 +81,7 @@ pub struct World {
     /// Every Service has to be compiled again, because the node's zone is another.
     zone_changed: bool,
     arrivals: Arrivals,
+    shares: Shares,
     service_count: usize,
     endpoint_count: usize,
 }
@@ -157,7 +182,20 @@ impl World {
         let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
         let zone = self.node.as_ref().and_then(|node| node.zone.as_deref());
         let place = Place { node: &self.node_name, zone };
-        Some(compile(service, &slices, Context { place, bound: &self.bound }))
+        Some(compile(service, &slices, Context { place, bound: &self.bound, limits: self.shares.of(name) }))
+    }
+
+    /// How many rows of each `shares::Resource` the maps hold. Services whose share of them is another are dirty.
+    pub fn share_out(&mut self, capacity: Amounts) {
+        if self.shares.set_capacity(capacity) {
+            self.entries.values().for_each(|entry| self.shares.change(&Amounts::default(), &entry.demand));
+        }
+        let entries = &self.entries;
+        let all = || {
+            let asking = entries.iter().filter_map(|(name, entry)| Some((name, entry, entry.service.as_deref()?)));
+            asking.map(|(name, entry, service)| Demand { name, created: service.created, rows: &entry.demand })
+        };
+        self.dirty.extend(self.shares.settle(all));
     }
 
     /// What load balancers are told of the Service of this name; `None` when they may not ask.
@@ -178,6 +216,7 @@ impl World {
         self.dirty.insert(service.name.clone());
         self.arrivals.services.pending += 1;
         entry.service = Some(service);
+        entry.ask(&mut self.shares);
     }
 
     fn service_gone(&mut self, name: &ObjectName) {
@@ -186,6 +225,7 @@ impl World {
             self.service_count -= 1;
             self.arrivals.services.pending += 1;
             self.dirty.insert(name.clone());
+            entry.ask(&mut self.shares);
         }
         if entry.slices.is_empty() {
             self.entries.remove(name);
@@ -206,14 +246,18 @@ impl World {
                 self.dirty.insert(owner);
             }
             self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
+            let (before, now) = (fit::endpoint_rows(old), fit::endpoint_rows(&slice));
             *old = slice;
+            entry.ask_for_slice(before, now, &mut self.shares);
             return;
         }
         self.endpoint_count += slice.endpoints.len();
         self.owners.insert(slice.name.clone(), owner.clone());
         self.arrivals.slice_changed(&owner, &slice, None);
         self.dirty.insert(owner);
+        let rows = fit::endpoint_rows(&slice);
         entry.slices.push((stamp, slice));
+        entry.ask_for_slice(0, rows, &mut self.shares);
     }
 
     fn slice_gone(&mut self, name: &ObjectName) {
@@ -222,6 +266,7 @@ impl World {
         if let Some(at) = entry.slices.iter().position(|(_, slice)| slice.name == *name) {
             let (_, slice) = entry.slices.swap_remove(at);
             self.endpoint_count -= slice.endpoints.len();
+            entry.ask_for_slice(fit::endpoint_rows(&slice), 0, &mut self.shares);
         }
         if entry.slices.is_empty() && entry.service.is_none() {
             self.entries.remove(&owner);
