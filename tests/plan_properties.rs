@@ -146,6 +146,8 @@ struct Bench {
     kernel: ModelKernel,
     core: Core,
     truth: Truth,
+    /// Services with as many endpoints are changed one by one.
+    large_from: usize,
 }
 
 impl Bench {
@@ -154,7 +156,7 @@ impl Bench {
     }
 
     fn with(kernel: ModelKernel) -> Self {
-        let mut bench = Bench { kernel, core: new_core(), truth: Truth::default() };
+        let mut bench = Bench { kernel, core: new_core(), truth: Truth::default(), large_from: usize::MAX };
         bench.truth.tell(&mut bench.core);
         bench
     }
@@ -234,6 +236,7 @@ impl Bench {
 
     fn restart(&mut self) {
         self.core = new_core();
+        self.core.set_large_from(self.large_from);
         let truth = self.truth.clone();
         // The agent may know the node's addresses before or after it adopts.
         if truth.services.len().is_multiple_of(2) {
@@ -282,8 +285,11 @@ proptest! {
     #[test]
     fn any_history_ends_where_a_full_rebuild_would_and_a_restart_there_writes_nothing(
         events in prop::collection::vec(any_event(), 1..60),
+        large_from in prop_oneof![Just(1), Just(3), Just(usize::MAX)],
     ) {
         let mut bench = Bench::new();
+        bench.large_from = large_from;
+        bench.core.set_large_from(large_from);
         for event in events {
             bench.play(event);
         }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::fit::{self, Fitted};
-use super::select::{Candidate, Place, merge_duplicates, select};
+use super::select::{Candidate, Choice, Place, choose, merge_duplicates};
 use super::shares::Amounts;
 use super::warnings::service_warning;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
@@ -164,12 +164,10 @@ fn compile_port(
         }
         let of_family = |f: &&mut CompiledFrontend| f.key.ip().family() == family;
         let needed = frontends.iter_mut().filter(of_family).fold(0, |set, f| set | f.inside.member | f.outside.member);
-        let first = endpoints.len();
-        compile_endpoints(port, slices, family, context.place, needed, &mut endpoints);
+        let choice = compile_endpoints(port, slices, family, context.place, needed, &mut endpoints);
 
         // Endpoints elsewhere are enough for a drop: a load balancer moves on, where a refusal would reach the client.
-        let local_is_empty = endpoints[first..].iter().all(|e| u32::from(e.pools) & POOL_LOCAL == 0);
-        let on_empty = if local_is_empty && endpoints.len() > first { EMPTY_DROP } else { EMPTY_REFUSE };
+        let on_empty = if choice.local_is_empty && !choice.is_empty { EMPTY_DROP } else { EMPTY_REFUSE };
         for frontend in frontends.iter_mut().filter(of_family) {
             for pool in [&mut frontend.inside, &mut frontend.outside] {
                 if u32::from(pool.member) == POOL_LOCAL {
@@ -250,7 +248,7 @@ fn keep(endpoints: &mut Vec<CompiledEndpoint>, most: usize) {
     }
 }
 
-/// Adds the usable endpoints of one family.
+/// Adds the usable endpoints of one family, and says what they decide together.
 fn compile_endpoints(
     port: &ServicePort,
     slices: &[&Slice],
@@ -258,29 +256,27 @@ fn compile_endpoints(
     place: Place,
     needed: u8,
     into: &mut Vec<CompiledEndpoint>,
-) {
+) -> Choice {
     let mut candidates = Vec::with_capacity(slices.iter().map(|s| s.endpoints.len()).sum());
     for slice in slices {
         for target in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
-            for endpoint in slice.endpoints.iter().filter(|e| e.ip.family() == family) {
-                candidates.push(Candidate {
-                    at: SocketAddrx { ip: endpoint.ip, port: target.port },
-                    ready: endpoint.ready,
-                    serving: endpoint.serving,
-                    terminating: endpoint.terminating,
-                    node_local: endpoint.node.as_deref() == Some(place.node),
-                    hints: endpoint.hints.as_deref(),
-                });
-            }
+            let endpoints = slice.endpoints.iter().filter(|e| e.ip.family() == family);
+            candidates.extend(endpoints.map(|endpoint| Candidate::new(endpoint, target.port, place)));
         }
     }
     merge_duplicates(&mut candidates);
-    let sets = select(&candidates, place, needed.into());
-    into.extend(candidates.iter().zip(sets).filter(|(c, _)| c.is_usable()).map(|(candidate, pools)| {
-        let state = if candidate.ready { backend_state::BACKEND_ACTIVE } else { backend_state::BACKEND_TERMINATING };
-        let flags = if candidate.node_local { backend_flag::BACKEND_NODE_LOCAL } else { 0 };
-        CompiledEndpoint { at: candidate.at, state: state as u8, pools, flags: flags as u8 }
-    }));
+    let choice = choose(&candidates, place);
+    let usable = candidates.iter().filter(|candidate| candidate.is_usable());
+    into.extend(usable.map(|candidate| compile_endpoint(candidate, choice, place, needed)));
+    choice
+}
+
+/// A usable endpoint, as its backend row has it.
+pub fn compile_endpoint(candidate: &Candidate, choice: Choice, place: Place, needed: u8) -> CompiledEndpoint {
+    let state = if candidate.ready { backend_state::BACKEND_ACTIVE } else { backend_state::BACKEND_TERMINATING };
+    let flags = if candidate.node_local { backend_flag::BACKEND_NODE_LOCAL } else { 0 };
+    let pools = choice.sets(candidate, place, needed.into());
+    CompiledEndpoint { at: candidate.at, state: state as u8, pools, flags: flags as u8 }
 }
 
 #[cfg(test)]

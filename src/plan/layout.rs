@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::claims::{AddressRoles, Claims, Rank};
 use super::compile::{Compiled, CompiledPort};
+use super::large::PortChange;
 use super::port::{Port, Shortage};
 use super::tables::{Space, is_gone};
 use super::warnings::{Origin, WarningBook, service_warning};
@@ -138,6 +139,29 @@ impl Layout {
         for other in affected.iter().filter(|other| *other != name) {
             self.note_shortage(other, book);
         }
+    }
+
+    /// Lays out what has changed of a Service, for each of its ports. False: it has to be placed as a whole, because it has
+    /// not got all it asks for, or needs another region.
+    pub fn adjust(&mut self, name: &ObjectName, changes: &[PortChange]) -> bool {
+        let Some(share) = self.services.get(name) else { return false };
+        if share.nameless > 0 || share.ports.len() != changes.len() {
+            return false;
+        }
+        for (id, change) in share.ports.iter().zip(changes).filter(|(_, change)| !change.is_empty()) {
+            let Some(port) = self.ports.get_mut(id) else { return false };
+            let is_done = port.adjust(*id, change, &mut self.space);
+            if port.is_unsettled() {
+                self.unsettled.insert(*id);
+            }
+            if !is_done {
+                return false;
+            }
+            for frontend in port.frontends.iter().filter(|f| self.claims.owner(f.key) == Some(*id)) {
+                self.space.tables.frontends.set(frontend.key, port.row(*id, frontend));
+            }
+        }
+        true
     }
 
     /// Whether something that the kernel may still follow leads to what `id` has left behind is for the caller to say:

@@ -1,5 +1,5 @@
 //! From records to rows, without a kernel: `world` holds what the sources say, `select` and `compile` define what a
-//! Service means, `layout` gives it ids and a place in the maps.
+//! Service means, `shares` and `fit` how much of it there is room for, `layout` gives it ids and a place in the maps.
 
 pub mod arrivals;
 pub mod claims;
@@ -7,6 +7,7 @@ pub mod compile;
 mod fit;
 pub mod health;
 pub mod ids;
+pub mod large;
 pub mod layout;
 pub mod no_local;
 pub mod pool;

@@ -113,6 +113,11 @@ impl Core {
         }
     }
 
+    /// Changes of Services with this many endpoints are laid out one by one. For tests, which have fewer.
+    pub fn set_large_from(&mut self, endpoints: usize) {
+        self.world.set_large_from(endpoints);
+    }
+
     /// Changes of endpoints that were triggered before `time` are not reported in [`SyncReport::triggers`].
     pub fn measure_after(&mut self, time: SystemTime) {
         let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -206,8 +211,17 @@ impl Core {
     }
 
     fn place(&mut self, name: &ObjectName, report: &mut SyncReport) {
+        let changes = self.world.take_changes(name);
+        if changes.is_some_and(|changes| self.layout.adjust(name, &changes)) {
+            report.services += 1;
+            report.health_checks_changed |= self.note_health_check(name);
+            return;
+        }
         let compiled = self.world.compile(name);
         self.layout.place(name, compiled.as_ref(), &mut self.book);
+        if let Some(compiled) = &compiled {
+            self.world.laid_out(name, compiled);
+        }
         report.services += usize::from(compiled.is_some());
         self.note_no_local(name, compiled.as_ref());
         report.health_checks_changed |= self.note_health_check(name);
