@@ -12,6 +12,7 @@ use super::outlets::Outlets;
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
 use super::wire::Wire;
+use super::worker_warnings::WarningLog;
 use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Protocol};
 use crate::netdev::{DeviceSelection, Network, NodePortAddresses};
@@ -67,6 +68,7 @@ pub struct Worker<'m> {
     node_deadline: Option<Instant>,
     synced: bool,
     warnings: usize,
+    warning_log: WarningLog,
 }
 
 impl<'m> Worker<'m> {
@@ -99,6 +101,7 @@ impl<'m> Worker<'m> {
             node_deadline: None,
             synced: false,
             warnings: 0,
+            warning_log: WarningLog::default(),
         })
     }
 
@@ -165,7 +168,7 @@ impl<'m> Worker<'m> {
             return;
         }
         let report = self.core.sync(self.maps, now);
-        self.tell_warnings(&report);
+        self.tell_warnings(&report, now);
         let Inputs { outlets, nodeport_addresses, .. } = &self.inputs;
         outlets.tell(&self.core, &report, nodeport_addresses, &self.addresses.nodeport);
         if self.core.ready() {
@@ -332,13 +335,8 @@ impl<'m> Worker<'m> {
         }
     }
 
-    fn tell_warnings(&mut self, report: &SyncReport) {
-        for warning in &report.warnings {
-            warn!("{}: {}", warning.subject, warning.message);
-        }
-        for warning in &report.resolved {
-            info!("{}: resolved: {}", warning.subject, warning.message);
-        }
+    fn tell_warnings(&mut self, report: &SyncReport, now: Instant) {
+        self.warning_log.tell(&report.warnings, &report.resolved, now);
         self.warnings = (self.warnings + report.warnings.len()).saturating_sub(report.resolved.len());
         self.inputs.app.metrics.set_warnings(self.warnings);
     }
