@@ -2,6 +2,7 @@
 //! rows still to be written, so that a change costs what changed and an idle table costs one copy.
 
 use std::hash::Hash;
+use std::ops::Range;
 
 use bytemuck::Pod;
 
@@ -194,6 +195,23 @@ impl<R: Rows> Table<R> {
     }
 }
 
+impl<V: Copy + PartialEq + Eq + Hash + Pod> Table<Indexed<V>> {
+    /// Where in `range` the rows are that are wanted to be one of `values`; sorted.
+    pub fn find(&self, range: Range<u32>, values: &[V]) -> Vec<u32> {
+        let set: HashSet<V> = if values.len() > 4 { values.iter().copied().collect() } else { HashSet::default() };
+        let is_wanted = |row: &V| if values.len() > 4 { set.contains(row) } else { values.contains(row) };
+        let end = self.applied.rows.len().min(range.end as usize);
+        let applied = self.applied.rows.get(range.start as usize..end).unwrap_or_default();
+        let found = (range.start..).zip(applied).filter(|(_, row)| is_wanted(row)).map(|(key, _)| key);
+        let mut keys: Vec<u32> = found.filter(|key| !self.pending.contains_key(key)).collect();
+        let waiting =
+            self.pending.iter().filter(|(key, row)| range.contains(key) && row.is_some_and(|r| is_wanted(&r)));
+        keys.extend(waiting.map(|(key, _)| *key));
+        keys.sort_unstable();
+        keys
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,6 +237,20 @@ mod tests {
         table.unset(3);
         table.forget(3);
         assert!(table.is_clean());
+    }
+
+    #[test]
+    fn rows_are_found_by_what_they_are_wanted_to_be() {
+        let mut table = Small::default();
+        (0..9).for_each(|key| table.confirm(key, Some(10 + key)));
+        table.set(2, 99);
+        table.set(7, 13);
+        table.set(12, 14);
+        for values in [&[12, 13, 99, 14, 18][..], &[12, 13, 99, 14, 18, 77]] {
+            assert_eq!(table.find(1..8, values), [2, 3, 4, 7]);
+            assert_eq!(table.find(3..20, values), [3, 4, 7, 8, 12]);
+        }
+        assert!(table.find(30..40, &[1]).is_empty());
     }
 
     #[test]

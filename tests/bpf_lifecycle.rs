@@ -14,7 +14,7 @@ use std::time::Instant;
 use kubelane::abi::{FlowLimits, FrontendKey, ServiceName, SourceRangeKey};
 use kubelane::bpf::{self, Datapath, Maps, Settings};
 use kubelane::model::{IpRange, Protocol};
-use kubelane::sync::{MapIo, MapName};
+use kubelane::sync::{Failure, MapIo, MapName};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// A BPF file system, a cgroup below the cgroup2 mount, and their end.
@@ -41,6 +41,7 @@ impl World {
             cgroup: self.cgroup.clone(),
             max_endpoints: 1024,
             max_services: 64,
+            max_source_ranges: 64,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
         }
@@ -94,6 +95,10 @@ fn rows_that_do_not_fit_are_named_one_by_one_and_the_others_are_written() {
     assert_eq!(rows(maps, MapName::Frontends), 256);
 }
 
+fn ip_range(text: &str, prefix: u8) -> IpRange {
+    IpRange { ip: objects::ip(text), prefix }
+}
+
 #[test]
 fn deleting_what_is_not_there_counts_as_deleted_and_the_rest_goes_on() {
     let world = World::new();
@@ -105,6 +110,29 @@ fn deleting_what_is_not_there_counts_as_deleted_and_the_rest_goes_on() {
     shuffled.extend_from_slice(&keys[..5 * 20]);
     assert!(maps.delete(MapName::Frontends, &shuffled, 10).is_empty());
     assert_eq!(rows(maps, MapName::Frontends), 0);
+}
+
+#[test]
+fn a_map_of_any_kind_that_is_full_takes_what_fits_and_says_that_it_is_full() {
+    let world = World::new();
+    let mut datapath = Datapath::open(&world.settings()).unwrap();
+    let maps = datapath.maps();
+    let ranges: Vec<SourceRangeKey> = (0..100).map(|n| SourceRangeKey::new(n, ip_range("10.0.0.0", 8))).collect();
+    let ids: Vec<u32> = (0..200).collect();
+    let addresses: Vec<u8> = (0u128..200).flat_map(|n| (n + 1).to_be_bytes()).collect();
+    let table: [(MapName, &[u8], usize, usize); 4] = [
+        (MapName::SourceRanges, bytemuck::cast_slice(&ranges), 4, 100),
+        (MapName::Services, bytemuck::cast_slice(&ids), size_of::<ServiceName>(), 200),
+        (MapName::Frontends, &frontend_keys(300), 36, 300),
+        (MapName::Addresses, &addresses, 4, 200),
+    ];
+    for (map, keys, value_size, rows) in table {
+        let failures = maps.write(map, keys, &vec![1u8; rows * value_size], rows);
+        assert_eq!(failures.len(), rows - maps.capacity(map) as usize, "{map:?}");
+        let is_full = |failure: &Failure| failure.is_full();
+        assert!(failures.iter().all(is_full), "{map:?}: {:?}", failures[0]);
+        assert!(failures[0].error.raw_os_error().is_some(), "{map:?}: {:?}", failures[0]);
+    }
 }
 
 #[test]
@@ -228,7 +256,7 @@ fn an_audit_finds_the_rows_that_somebody_else_changed_and_the_next_sync_repairs_
         others.dump(map, &mut |key, value| drop(rows.insert(key.to_vec(), value.to_vec()))).unwrap();
         rows
     };
-    let range = |text: &str, prefix: u8| IpRange { ip: objects::ip(text), prefix };
+    let range = ip_range;
     let mut service = objects::service("web", "10.96.0.1");
     service.load_balancer_ips = vec![objects::ip("192.0.2.1")];
     service.source_ranges = vec![range("10.1.0.0", 16), range("10.2.0.0", 16)];

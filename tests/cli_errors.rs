@@ -200,6 +200,7 @@ fn help_names_every_subcommand_and_flag_with_its_default() {
                 "[default: 65536]",
                 "--max-endpoints",
                 "[default: 262144]",
+                "--max-source-ranges",
                 "--log-format",
                 "-v, --v",
                 "--config",

@@ -7,16 +7,16 @@ mod hostile;
 mod site;
 mod support;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use apiserver::{Answer, Resource, Verb};
 use site::Site;
 use support::cluster::{all, names};
 use support::daemon::{Daemon, PATIENCE};
 use support::eventually;
-use support::manifests::{port, service};
+use support::manifests::{port, service, slice};
 
 /// The most memory that the process has used, in MiB.
 fn peak(daemon: &Daemon) -> u64 {
@@ -95,4 +95,71 @@ fn a_list_of_a_hundred_megabytes_needs_little_memory() {
         daemon.terminate().unwrap();
         site.cluster.lab.node("node1").cleanup().unwrap();
     }
+}
+
+/// 1,000 ports at 300 external IPs each, in 56 KB.
+fn many_frontends() -> Value {
+    let ports: Vec<Value> = (1..=1000).map(|n| port(&format!("p{n}"), "TCP", n)).collect();
+    let external: Vec<String> = (0..300).map(|n| format!("203.0.{}.{}", n / 250, n % 250)).collect();
+    service(
+        "frontends",
+        json!({"clusterIP": "10.99.0.1", "clusterIPs": ["10.99.0.1"], "ports": ports, "externalIPs": external}),
+    )
+}
+
+/// 12 ports for clients of 6,000 ranges each, in 104 KB.
+fn many_source_ranges() -> Value {
+    let ports: Vec<Value> = (1..=12).map(|n| port(&format!("p{n}"), "TCP", n)).collect();
+    let ranges: Vec<String> = (0..6000).map(|n| format!("172.{}.{}.0/24", 16 + n / 250, n % 250)).collect();
+    let mut object = service(
+        "ranges",
+        json!({
+            "type": "LoadBalancer", "clusterIP": "10.99.0.2", "clusterIPs": ["10.99.0.2"], "ports": ports,
+            "loadBalancerSourceRanges": ranges,
+        }),
+    );
+    object["status"] = json!({"loadBalancer": {"ingress": [{"ip": "198.51.100.77"}]}});
+    object
+}
+
+#[test]
+fn services_that_ask_for_more_than_the_maps_hold_are_degraded_alone() {
+    let Some(site) = Site::or_skip() else { return };
+    let daemon = site.start();
+    assert_eq!(names(&site.ask(10)), ["a", "b"]);
+    let limited = |count: f64| daemon.metric("kubelane_degraded_services").is_ok_and(|services| services == count);
+    site.server.upsert(many_frontends());
+    site.server.upsert(many_source_ranges());
+    assert!(eventually(PATIENCE, || limited(2.0)), "{}", daemon.log());
+
+    // Beside them, what is new works within a second, whatever becomes of them meanwhile.
+    let ready = site.cluster.ready(&["a"]);
+    let endpoint = ready.into_iter().find(|endpoint| endpoint.address().is_ipv4()).expect("an IPv4 endpoint");
+    site.server.upsert(slice("frontends-1", "frontends", &[("p1", "TCP", 9000)], &[endpoint]));
+    let before = daemon.metric("kubelane_frontends").unwrap();
+    let began = Instant::now();
+    site.put_slice("another", &["c"]);
+    site.put_service("another", 11);
+    let is_there = || daemon.metric("kubelane_frontends").is_ok_and(|frontends| frontends == before + 1.0);
+    assert!(eventually(PATIENCE, is_there), "{}", site.log());
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}: {}", began.elapsed(), site.log());
+    assert_eq!(site.ask(11), all("c", 40));
+    for name in ["kubelane_sync_failures_total", "kubeproxy_sync_proxy_rules_service_changes_pending"] {
+        assert_eq!(daemon.metric(name).unwrap(), 0.0, "{name}");
+    }
+    is_well(&daemon);
+    assert!(daemon.health("/readyz").unwrap().starts_with("HTTP/1.1 200"), "{}", daemon.log());
+    let (log, peak) = (site.log(), peak(&daemon));
+    for object in ["frontends: external IPs beyond the first ", "ranges: loadBalancerSourceRanges, so that "] {
+        assert_eq!(log.matches(&format!("Service default/{object}")).count(), 1, "{log}");
+    }
+    println!("two hostile Services: peak {peak} MiB");
+    assert!(peak < 150, "{peak} MiB");
+
+    // The next daemon finds all of it, and is ready.
+    daemon.terminate().unwrap();
+    let daemon = site.start();
+    assert_eq!(daemon.metric("kubelane_sync_rows_total").unwrap(), 0.0, "{}", daemon.log());
+    assert_eq!(site.ask(11), all("c", 40));
+    is_well(&daemon);
 }

@@ -11,8 +11,10 @@ mod objects;
 use std::time::Duration;
 
 use bench::{Bench, hosts, web};
-use kubelane::model::{Change, Endpoint, Kind, Protocol, Service, Slice, SocketAddrx, Warning};
-use kubelane::sync::{MapName, SyncReport};
+use kubelane::abi::FrontendKey;
+use kubelane::abi::frontend_flag::FRONTEND_SOURCE_RANGES;
+use kubelane::model::{Change, Endpoint, IpRange, Kind, Protocol, Service, Slice, SocketAddrx, Warning};
+use kubelane::sync::MapName;
 use model_kernel::ModelKernel;
 use objects::{ip, list, name, new_core, node, port, ready, service, slice, terminating, unready, zones};
 
@@ -87,26 +89,27 @@ fn the_oldest_service_owns_a_contested_frontend_and_the_next_takes_over() {
     list(&mut bench.core, all.clone(), slices);
     let report = bench.sync();
     assert_eq!(bench.owner("192.0.2.1", 80), "default/b:http");
-    let loses = |loser: &str, winner: &str| Warning {
+    let loses = |loser: &str, winner: &str, also: &str| Warning {
         subject: format!("Service default/{loser}"),
         message: format!(
-            "192.0.2.1:80/TCP belongs to Service default/{winner}, which is older or first by name: not served here"
+            "192.0.2.1:80/TCP belongs to Service default/{winner}, which is older or first by name: not served here{also}"
         ),
     };
-    assert_eq!(report.warnings, [loses("a", "b"), loses("c", "b")]);
+    let of_three = loses("a", "b", ", nor for default/c");
+    assert_eq!(report.warnings, std::slice::from_ref(&of_three));
     assert!(bench.sync().warnings.is_empty(), "warned of once");
 
     bench.core.apply(Change::ServiceGone(name("b")));
     let report = bench.sync();
     assert_eq!(bench.owner("192.0.2.1", 80), "default/c:http");
-    assert_eq!((report.warnings, report.resolved), (vec![loses("a", "c")], vec![loses("a", "b"), loses("c", "b")]));
+    assert_eq!((report.warnings, report.resolved), (vec![loses("a", "c", "")], vec![of_three]));
 
     bench.service(contender("a", "10.96.0.1", 100));
     assert_eq!(bench.owner("192.0.2.1", 80), "default/a:http");
     bench.core.apply(Change::ServiceGone(name("a")));
     bench.core.apply(Change::ServiceGone(name("c")));
     let report = bench.sync();
-    assert_eq!((bench.row("192.0.2.1", 80), report.resolved), (None, vec![loses("c", "a")]));
+    assert_eq!((bench.row("192.0.2.1", 80), report.resolved), (None, vec![loses("c", "a", "")]));
     assert!(bench.kernel.addresses.is_empty());
 }
 
@@ -218,8 +221,8 @@ fn a_full_map_is_warned_of_with_its_remedy_and_the_rest_goes_on() {
         report.warnings,
         [Warning {
             subject: "Service default/b".into(),
-            message: "1 endpoints are left out: the map backends is full; stop kubelane, run `kubelane cleanup`, and \
-                      start it with a higher --max-endpoints"
+            message: "endpoints beyond 1 of each port are left out: they are more than this Service's share of the maps; \
+                      ask for less, or stop kubelane, run `kubelane cleanup`, and start it with a higher --max-endpoints"
                 .into(),
         }]
     );
@@ -227,7 +230,11 @@ fn a_full_map_is_warned_of_with_its_remedy_and_the_rest_goes_on() {
     assert_eq!(bench.core.next_due(), None, "nothing rests that could be waited for");
 
     // An endpoint of the other goes; after its rest the id serves the one that waits.
-    bench.slice(slice("a-1", "a", hosts(0..1)));
+    let report = bench.slice(slice("a-1", "a", hosts(0..1)));
+    assert_eq!(
+        report.warnings[0].message.split(';').next(),
+        Some("1 endpoints are left out: the map backends is full")
+    );
     assert_eq!(bench.core.next_due(), Some(bench.kernel.now + SECOND));
     bench.kernel.now += SECOND;
     let report = bench.sync();
@@ -241,17 +248,128 @@ fn full_slots_leave_what_fits_and_a_full_hash_map_is_named() {
     assert_eq!(report.warnings.len(), 1);
     assert!(report.warnings[0].message.starts_with("3 endpoints get no connections: the map slots is full"));
     assert_eq!(bench.inside("10.96.0.1", 80).len(), 4);
+}
 
-    bench.kernel.capacity.insert(MapName::Frontends, 1);
+#[test]
+fn a_map_that_others_have_filled_is_a_shortage_and_no_update_that_waits() {
+    let mut bench = Bench::with(&[service("a", "10.96.0.1")], &[]);
+    let foreign = FrontendKey::new(ip("10.96.9.9"), 1, Protocol::Udp);
+    let row = *bench.row("10.96.0.1", 80).unwrap();
+    bench.kernel.judging = false;
+    bench.kernel.frontends.insert(foreign, row);
+    bench.kernel.capacity.insert(MapName::Frontends, 2);
     let report = bench.service(service("b", "10.96.0.2"));
     assert_eq!((report.failures.len(), report.warnings[0].subject.as_str()), (1, "map frontends"));
-    bench.core.apply(Change::ServiceGone(name("a")));
+    assert!(bench.core.pending() && !report.waits, "it is tried again, but nothing waits");
+    bench.kernel.frontends.remove(&foreign);
     let report = bench.sync();
-    let resolved = |report: &SyncReport| report.resolved.iter().any(|w| w.subject == "map frontends");
-    assert!(!resolved(&report), "the row that failed was tried before the old one was deleted");
-    let report = bench.sync();
-    assert!(resolved(&report));
+    assert_eq!((report.resolved.len(), bench.core.pending()), (1, false));
     assert_eq!(bench.owner("10.96.0.2", 80), "default/b:http");
+
+    bench.kernel.capacity.insert(MapName::Frontends, 10);
+    bench.kernel.fails = Box::new(|map| map == MapName::Frontends);
+    assert!(bench.service(service("c", "10.96.0.3")).waits, "an error of another kind");
+}
+
+#[test]
+fn one_service_that_asks_for_more_than_there_is_disturbs_no_other_and_leaves_nothing_waiting() {
+    let (mut hog, last) = (service("hog", "10.96.0.1"), service("last", "10.96.0.2"));
+    hog.ports = (1..=1000).map(|n| port(&format!("p{n}"), Protocol::Tcp, n)).collect();
+    hog.external_ips = (0..300).map(|n| ip(&format!("192.0.{}.{}", n / 250, n % 250))).collect();
+    let mut kernel = ModelKernel::default();
+    kernel.judging = false;
+    let report = {
+        let mut bench = Bench { kernel, core: new_core() };
+        list(&mut bench.core, [hog.clone(), last.clone()], [slice("last-1", "last", hosts(0..1))]);
+        let report = bench.sync();
+        assert_eq!(bench.inside("10.96.0.2", 80), ["10.1.0.1"]);
+        assert_eq!((bench.kernel.frontends.len(), bench.core.counts().degraded), (2001, 1), "a sixteenth of 40,000");
+        assert!(!bench.core.pending() && !report.waits);
+        hog.external_ips.truncate(1);
+        let resolved = bench.service(hog).resolved;
+        assert_eq!((resolved, bench.core.counts().degraded), (report.warnings.clone(), 0));
+        report
+    };
+    assert_eq!(report.warnings.len(), 1);
+    assert_eq!(report.warnings[0].subject, "Service default/hog");
+    assert!(report.warnings[0].message.starts_with("external IPs beyond the first 1 are left out"));
+}
+
+/// A Service with the load balancer IP 192.0.2.1 for clients of these ranges, all /16.
+fn filtered(ranges: &[&str]) -> Service {
+    let range = |at: &&str| IpRange { ip: ip(at), prefix: 16 };
+    Service {
+        load_balancer_ips: vec![ip("192.0.2.1")],
+        source_ranges: ranges.iter().map(range).collect(),
+        ..service("web", "10.96.0.1")
+    }
+}
+
+/// Clients of which ranges the load balancer IP lets in; `None`: all.
+fn lets_in(bench: &Bench) -> Option<Vec<String>> {
+    let row = bench.row("192.0.2.1", 80).expect("the frontend");
+    let ranges = bench.kernel.source_ranges.keys().filter(|key| key.service_id == row.service_id);
+    let ranges = ranges.map(|key| kubelane::model::Ipx(key.address).to_string()).collect();
+    (row.flags & FRONTEND_SOURCE_RANGES != 0).then_some(ranges)
+}
+
+#[test]
+fn a_service_that_begins_to_ask_for_source_ranges_is_never_left_open_whatever_fails() {
+    for failing in [MapName::SourceRanges, MapName::Backends, MapName::Slots] {
+        let mut bench = Bench::with(&[filtered(&[])], &[web(0..1)]);
+        assert_eq!(lets_in(&bench), None);
+        bench.kernel.fails = Box::new(move |map| map == failing);
+        bench.core.apply(Change::Service(Box::new(filtered(&["10.1.0.0", "10.2.0.0"]))));
+        assert!(bench.slice(web(0..3)).waits, "{failing:?}");
+        let ranges = if failing == MapName::SourceRanges { 0 } else { 2 };
+        assert_eq!(lets_in(&bench).map(|ranges| ranges.len()), Some(ranges), "{failing:?}");
+        bench.kernel.never_fails();
+        bench.sync();
+        assert_eq!(lets_in(&bench).unwrap(), ["10.1.0.0", "10.2.0.0"], "{failing:?}");
+        assert_eq!(bench.inside("192.0.2.1", 80).len(), 3, "{failing:?}");
+    }
+}
+
+#[test]
+fn a_source_range_that_is_taken_away_lets_nobody_in_whatever_else_fails() {
+    for failing in [MapName::Backends, MapName::Slots, MapName::Frontends] {
+        let mut bench = Bench::with(&[filtered(&["10.1.0.0", "10.2.0.0"])], &[web(0..1)]);
+        bench.kernel.fails = Box::new(move |map| map == failing);
+        bench.core.apply(Change::Service(Box::new(filtered(&["10.2.0.0"]))));
+        assert!(bench.slice(web(0..3)).waits, "{failing:?}");
+        assert_eq!(lets_in(&bench).unwrap(), ["10.2.0.0"], "{failing:?}");
+        // No longer asked for at all: the frontend opens first, or nobody would get in.
+        bench.core.apply(Change::Service(Box::new(filtered(&[]))));
+        bench.sync();
+        assert_eq!(lets_in(&bench).unwrap(), ["10.2.0.0"], "{failing:?}");
+        bench.kernel.never_fails();
+        bench.sync();
+        assert_eq!((lets_in(&bench), bench.kernel.source_ranges.len()), (None, 0), "{failing:?}");
+    }
+}
+
+#[test]
+fn a_service_with_more_source_ranges_than_its_share_is_closed_and_others_have_theirs() {
+    let (mut large, small) = (filtered(&[]), filtered(&["10.1.0.0"]));
+    large.name = name("large");
+    (large.cluster_ips, large.load_balancer_ips) = (vec![ip("10.96.0.9")], vec![ip("192.0.2.9")]);
+    large.ports = (1..=12).map(|n| port(&format!("p{n}"), Protocol::Tcp, n)).collect();
+    let ranges =
+        |count: u32| (0..count).map(|n| IpRange { ip: ip(&format!("10.{}.{}.0", n / 250, n % 250)), prefix: 24 });
+    let mut kernel = ModelKernel::default();
+    kernel.judging = false;
+    let mut bench = Bench::on(kernel, &[large.clone(), small.clone()], &[web(0..1)]);
+    let flags = |bench: &Bench| bench.row("192.0.2.9", 7).unwrap().flags & FRONTEND_SOURCE_RANGES;
+    assert_eq!(flags(&bench), 0);
+    large.source_ranges = ranges(6000).collect();
+    let report = bench.service(large.clone());
+    assert_eq!((report.failures.len(), report.waits, bench.core.pending()), (0, false, false));
+    assert_eq!((flags(&bench) != 0, bench.kernel.source_ranges.len()), (true, 1), "closed, the other's range is there");
+    assert!(report.warnings[0].message.starts_with("loadBalancerSourceRanges, so that its load balancer IPs serve no"));
+    assert_eq!(bench.core.counts().degraded, 1);
+    large.source_ranges = ranges(200).collect();
+    assert_eq!(bench.service(large).resolved, report.warnings);
+    assert_eq!(bench.kernel.source_ranges.len(), 12 * 200 + 1);
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! How the control plane carries 10,000 Services of 10 endpoints: times and memory are printed (`--nocapture`, and
 //! `--release` for figures that mean something); what is asserted is that the cost of a change does not grow with them.
 
+#[path = "support/bench.rs"]
+mod bench;
+#[path = "support/model_kernel.rs"]
+mod model_kernel;
 #[path = "support/objects.rs"]
 mod objects;
 
@@ -9,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use kubelane::model::{Change, Endpoint, Ipx, Kind, Protocol, Service, ServicePort, Slice};
 use kubelane::sync::{Core, Failure, MapIo, MapName};
+use model_kernel::ModelKernel;
+use nix::time::{ClockId, clock_gettime};
 use objects::{new_core, service, slice};
 
 const SERVICES: u32 = 10_000;
@@ -46,8 +52,9 @@ impl MapIo for Sink {
     fn capacity(&self, map: MapName) -> u32 {
         match map {
             MapName::Services => 20_000,
+            MapName::Backends => 262_144,
             MapName::Slots => 524_288,
-            MapName::Backends | MapName::Frontends | MapName::Addresses | MapName::SourceRanges => 131_072,
+            MapName::Frontends | MapName::Addresses | MapName::SourceRanges => 131_072,
         }
     }
 }
@@ -84,10 +91,9 @@ fn resident_mib() -> f64 {
     pages * 4096.0 / 1048576.0
 }
 
-/// What this thread has run, apart from what others took of the processor (the scheduler's own figure, nanoseconds).
+/// What this thread has run, apart from what others took of the processor.
 fn processor_time() -> Duration {
-    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    Duration::from_nanos(stat.split_whitespace().next().and_then(|ns| ns.parse().ok()).unwrap_or(0))
+    Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap())
 }
 
 fn load(core: &mut Core) -> Duration {
@@ -139,20 +145,91 @@ fn a_change_among_ten_thousand_services_costs_as_much_as_among_one() {
     assert_eq!((report.services, report.calls), (1, 2), "the endpoint that was removed is back, nothing else");
 }
 
-#[test]
-fn a_change_in_a_service_of_five_thousand_endpoints_is_two_rows() {
+/// Processor time of a first sync of `count` Services that all ask for one external IP and port, and its warnings.
+fn contest(count: u32) -> (Duration, usize) {
     let (mut core, mut sink) = (new_core(), Sink::default());
-    let part = |n: u32, endpoints| {
-        let mut part = one_slice(n, endpoints);
-        part.service = "service-0".into();
+    let contender =
+        |n| Service { external_ips: vec![address([192, 0], 513)], created: i64::from(n % 7), ..one_service(n) };
+    objects::list(&mut core, (0..count).map(contender), (0..count).map(|n| one_slice(n, 1)));
+    let before = processor_time();
+    let report = core.sync(&mut sink, Instant::now());
+    assert_eq!(report.services, count as usize);
+    (processor_time() - before, report.warnings.len())
+}
+
+#[test]
+fn a_contested_frontend_costs_each_claimant_the_same_and_is_warned_of_once() {
+    contest(200);
+    let runs = [200, 400, 800, 1600].map(|count| (count, contest(count)));
+    for (count, (time, warnings)) in runs {
+        println!("{count} Services with one external IP and port: {time:?} of processor time, {warnings} warnings");
+        assert_eq!(warnings, 1);
+    }
+    let each = runs.map(|(count, (time, _))| time / count);
+    assert!(each[3] < each[0] * 4, "{each:?}");
+}
+
+/// A Service of so many endpoints in slices of a hundred: the processor time of its first sync, and of one endpoint that
+/// goes, comes, or becomes unready.
+fn one_large_service(endpoints: u32) -> (Duration, [Duration; 3]) {
+    let (mut core, mut sink) = (new_core(), Sink::default());
+    let last = endpoints / 100 - 1;
+    let part = |n: u32, count: u32| {
+        let mut part = one_slice(n * 10, count);
+        (part.name, part.service) = (objects::name(&format!("part-{n}")), "service-0".into());
         part
     };
-    objects::list(&mut core, [one_service(0)], (0..500).map(|n| part(n, ENDPOINTS)));
-    let now = Instant::now();
-    println!("5,000 endpoints in one Service: first sync {:?}", core.sync(&mut sink, now).duration);
-    let started = Instant::now();
-    core.apply(Change::Slice(Box::new(part(499, ENDPOINTS - 1))));
+    let before = processor_time();
+    objects::list(&mut core, [one_service(0)], (0..=last).map(|n| part(n, 100)));
+    let mut now = Instant::now();
     let report = core.sync(&mut sink, now);
-    println!("one of 5,000 removed: {:?} from event to map, {} calls", started.elapsed(), report.calls);
-    assert_eq!((report.calls, report.rows_written), (2, 2));
+    let first = processor_time() - before;
+    assert_eq!((report.failures.len(), core.counts().slots as u32), (0, endpoints));
+    let mut unready = part(last / 2, 100);
+    unready.endpoints[50].ready = false;
+    let steps = [(part(last, 99), 2), (part(last, 100), 2), (unready, 3)];
+    let changes = steps.map(|(part, calls)| {
+        now += Duration::from_secs(2);
+        let before = processor_time();
+        core.apply(Change::Slice(Box::new(part)));
+        let report = core.sync(&mut sink, now);
+        let time = processor_time() - before;
+        assert_eq!((report.services, report.calls), (1, calls));
+        assert!(report.rows_written <= 3, "{report:?}");
+        time
+    });
+    (first, changes)
+}
+
+#[test]
+fn a_change_of_one_endpoint_costs_little_however_many_its_service_has() {
+    one_large_service(2000);
+    for endpoints in [100, 5000, 50_000] {
+        let (first, changes) = one_large_service(endpoints);
+        println!("{endpoints} endpoints in one Service: first sync {first:?}, one gone, back, unready: {changes:?}");
+        let each = changes.iter().sum::<Duration>() / 3;
+        assert!(endpoints < 5000 || each * 20 < first, "{each:?} each, all at once {first:?}");
+    }
+}
+
+#[test]
+fn changes_of_a_large_service_end_where_a_compile_as_a_whole_does() {
+    let kernels = [1, usize::MAX].map(|large_from| {
+        let (mut core, mut kernel) = (new_core(), ModelKernel::default());
+        kernel.judging = false;
+        core.set_large_from(large_from);
+        let part =
+            |n: u32, count| slice(&format!("part-{n}"), "web", bench::hosts(n as u16 * 100..n as u16 * 100 + count));
+        objects::list(&mut core, [service("web", "10.96.0.1")], (0..8).map(|n| part(n, 100)));
+        for (n, count) in [(7, 99), (3, 0), (0, 50), (5, 1), (3, 100), (6, 0), (1, 99), (0, 100)] {
+            core.apply(Change::Slice(Box::new(part(n, count))));
+            let now = kernel.now;
+            let report = core.sync(&mut kernel, now);
+            assert_eq!((report.failures.len(), core.pending()), (0, false));
+            kernel.check();
+            kernel.now += Duration::from_secs(1);
+        }
+        (kernel.meaning(), core.counts())
+    });
+    assert_eq!(kernels[0], kernels[1]);
 }

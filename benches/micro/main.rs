@@ -13,6 +13,7 @@ use kubelane::k8s::{Settings, wire};
 use kubelane::model::{Change, Kind};
 use kubelane::plan::compile::{Context, compile};
 use kubelane::plan::select::Place;
+use kubelane::plan::shares::UNLIMITED;
 use kubelane::sync::{Core, CoreSettings};
 
 use memory::Memory;
@@ -28,7 +29,7 @@ fn compile_one_service(criterion: &mut Criterion) {
     for endpoints in [10, 100, 5_000] {
         let (service, slices) = objects::service(0, endpoints);
         let slices: Vec<_> = slices.iter().collect();
-        let context = Context { place: Place { node: NODE, zone: None }, bound: &bound };
+        let context = Context { place: Place { node: NODE, zone: None }, bound: &bound, limits: UNLIMITED };
         group.throughput(Throughput::Elements(endpoints.into()));
         group.bench_function(BenchmarkId::new("endpoints", endpoints), |bencher| {
             bencher.iter(|| compile(black_box(&service), black_box(&slices), context));

@@ -18,6 +18,7 @@ mod source;
 mod stale;
 mod wire;
 mod worker;
+mod worker_warnings;
 
 use std::net::SocketAddr;
 use std::path::Path;

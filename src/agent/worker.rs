@@ -12,6 +12,7 @@ use super::outlets::Outlets;
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
 use super::wire::Wire;
+use super::worker_warnings::WarningLog;
 use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Protocol};
 use crate::netdev::{DeviceSelection, Network, NodePortAddresses};
@@ -67,6 +68,7 @@ pub struct Worker<'m> {
     node_deadline: Option<Instant>,
     synced: bool,
     warnings: usize,
+    warning_log: WarningLog,
 }
 
 impl<'m> Worker<'m> {
@@ -99,6 +101,7 @@ impl<'m> Worker<'m> {
             node_deadline: None,
             synced: false,
             warnings: 0,
+            warning_log: WarningLog::default(),
         })
     }
 
@@ -169,7 +172,7 @@ impl<'m> Worker<'m> {
             return;
         }
         let report = self.core.sync(self.maps, now);
-        self.tell_warnings(&report);
+        self.tell_warnings(&report, now);
         let Inputs { outlets, nodeport_addresses, .. } = &self.inputs;
         outlets.tell(&self.core, &report, nodeport_addresses, &self.addresses.nodeport);
         if self.core.ready() {
@@ -239,12 +242,14 @@ impl<'m> Worker<'m> {
         // Before anybody is told that it is ready, and scrapes.
         self.measure(report);
         let tell = self.retry.due().is_none_or(|due| now >= due);
-        if self.core.pending() {
-            self.retry.failed(now);
+        match self.core.pending() {
+            true => self.retry.failed(now),
+            false => self.retry.succeeded(),
+        }
+        if report.waits {
             self.inputs.app.health.update_waits(now);
             self.inputs.app.health.not_ready("the kernel does not take every row; see the log");
         } else {
-            self.retry.succeeded();
             self.inputs.app.health.up_to_date(SystemTime::now());
             self.inputs.app.metrics.up_to_date(SystemTime::now());
         }
@@ -281,6 +286,7 @@ impl<'m> Worker<'m> {
             services: counts.services as u64,
             endpoints: counts.endpoints as u64,
             frontends: counts.frontends as u64,
+            degraded: counts.degraded as u64,
         });
         let maps = [
             (MapName::Services, counts.names),
@@ -333,13 +339,8 @@ impl<'m> Worker<'m> {
         }
     }
 
-    fn tell_warnings(&mut self, report: &SyncReport) {
-        for warning in &report.warnings {
-            warn!("{}: {}", warning.subject, warning.message);
-        }
-        for warning in &report.resolved {
-            info!("{}: resolved: {}", warning.subject, warning.message);
-        }
+    fn tell_warnings(&mut self, report: &SyncReport, now: Instant) {
+        self.warning_log.tell(&report.warnings, &report.resolved, now);
         self.warnings = (self.warnings + report.warnings.len()).saturating_sub(report.resolved.len());
         self.inputs.app.metrics.set_warnings(self.warnings);
     }

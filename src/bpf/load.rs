@@ -62,6 +62,8 @@ pub struct Settings {
     pub max_endpoints: u32,
     /// Services that the maps can hold, with up to four frontends each. Taken when the maps are first created.
     pub max_services: u32,
+    /// Ranges of clients, of all Service ports together, that the maps can hold. Taken when the maps are first created.
+    pub max_source_ranges: u32,
     /// How long flows last.
     pub flow_limits: FlowLimits,
     /// A FIN counts whatever its sequence number is; a reset never does (nf_conntrack_tcp_be_liberal).
@@ -289,7 +291,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("datagram_tables", &mut maps.datagram_tables, None),
         ("datagram_more", &mut maps.datagram_more, None),
         ("counters", &mut maps.counters, None),
-        ("source_ranges", &mut maps.source_ranges, None),
+        ("source_ranges", &mut maps.source_ranges, Some(settings.max_source_ranges)),
         ("devices", &mut maps.devices, None),
         ("new_affinities", &mut maps.new_affinities, Some(lru_rows(16_384, processors))),
         ("flows4", &mut maps.flows4, Some(shares.rows())),
@@ -329,7 +331,7 @@ fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
     let pinned = MapHandle::from_pinned_path(pin).with_context(|| format!("cannot open {}", pin.display()))?;
     if pinned.max_entries() != wanted {
         tracing::warn!(
-            "{} keeps its capacity of {} rows ({wanted} asked for): --max-services and --max-endpoints take effect when the maps are created, after `kubelane cleanup`",
+            "{} keeps its capacity of {} rows ({wanted} asked for): --max-services, --max-endpoints and --max-source-ranges take effect when the maps are created, after `kubelane cleanup`",
             pin.display(),
             pinned.max_entries()
         );

@@ -97,26 +97,14 @@ impl Maps {
         &self.handles[map as usize].1
     }
 
-    /// For tries, which have no batches before 5.16.
-    fn one_by_one(
-        &mut self,
-        map: MapName,
-        rows: usize,
-        mut call: impl FnMut(&MapHandle, usize) -> libbpf_rs::Result<()>,
-    ) -> Vec<Failure> {
+    /// For tries, which have no batches before 5.16. `call(fd, row)` returns -errno, as libbpf does: libbpf-rs's errors
+    /// do not lead to theirs, and the one that says that the map is full looks like any other.
+    fn one_by_one(&mut self, map: MapName, rows: usize, call: impl Fn(i32, usize) -> i32) -> Vec<Failure> {
         self.syscalls += rows as u64;
-        let handle = self.handle(map);
-        let failed = |row| {
-            let error = call(handle, row).err()?;
-            // The errno is at the bottom of libbpf-rs's chain.
-            let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
-            let mut errno = None;
-            while let Some(this) = cause {
-                errno = this.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).or(errno);
-                cause = this.source();
-            }
-            let error = errno.map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error);
-            Some(Failure { row, error })
+        let fd = self.handle(map).as_fd().as_raw_fd();
+        let failed = |row| match call(fd, row) {
+            0 => None,
+            errno => Some(Failure { row, error: io::Error::from_raw_os_error(-errno) }),
         };
         (0..rows).filter_map(failed).collect()
     }
@@ -219,9 +207,11 @@ impl MapIo for Maps {
             return (0..rows).map(failure).collect();
         }
         if map == MapName::SourceRanges {
-            return self.one_by_one(map, rows, |handle, row| {
+            return self.one_by_one(map, rows, |fd, row| {
                 let (key, value) = (&keys[row * key_size..][..key_size], &values[row * value_size..][..value_size]);
-                handle.update(key, value, MapFlags::ANY)
+                let flags = MapFlags::ANY.bits();
+                // SAFETY: `key` and `value` have the map's sizes and outlive the call; the kernel only reads them.
+                unsafe { libbpf_sys::bpf_map_update_elem(fd, key.as_ptr().cast(), value.as_ptr().cast(), flags) }
             });
         }
         let batch = |first: usize, n: usize| {
@@ -236,11 +226,11 @@ impl MapIo for Maps {
         let key_size = self.handle(map).key_size() as usize;
         assert!(keys.len() == rows * key_size, "{map:?}: keys of another size");
         if map == MapName::SourceRanges {
-            return self.one_by_one(map, rows, |handle, row| {
-                match handle.delete(&keys[row * key_size..][..key_size]) {
-                    Err(error) if error.kind() == libbpf_rs::ErrorKind::NotFound => Ok(()),
-                    result => result,
-                }
+            return self.one_by_one(map, rows, |fd, row| {
+                let key = &keys[row * key_size..][..key_size];
+                // SAFETY: as in `write`.
+                let result = unsafe { libbpf_sys::bpf_map_delete_elem(fd, key.as_ptr().cast()) };
+                if result == -libc::ENOENT { 0 } else { result }
             });
         }
         let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);

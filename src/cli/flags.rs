@@ -182,6 +182,11 @@ pub struct RunFlags {
     #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
     pub max_endpoints: u32,
 
+    /// Ranges of loadBalancerSourceRanges, once for each port of their Service, that the maps can hold. Counts when the
+    /// maps are first made
+    #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
+    pub max_source_ranges: u32,
+
     /// Score by which the kernel's out-of-memory killer chooses, -1000 (never) to 1000 [default: as it was started
     /// with]
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Node")]

@@ -78,6 +78,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
             cgroup: cgroup.path,
             max_endpoints: flags.max_endpoints,
             max_services: flags.max_services,
+            max_source_ranges: flags.max_source_ranges,
             flow_limits: FlowTimeouts::from(traffic.timeouts).into(),
             tcp_be_liberal: traffic.conntrack_tcp_be_liberal.unwrap_or_default(),
         },

@@ -1,54 +1,77 @@
 //! Who claims which frontend and which address. Several Services may claim one (the same externalIP and port): all
-//! claims are kept, so that the next in line takes over when the owner goes.
+//! claims are kept in order, so that the next in line takes over when the owner goes.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::abi::FrontendKey;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
+use crate::model::ObjectName;
 use crate::table::HashMap;
+
+/// Where a Service port stands among all that claim the same: the oldest Service first, then the first by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    /// As `Service::created`.
+    pub created: i64,
+    pub service: ObjectName,
+    pub port: Arc<str>,
+    pub id: u32,
+}
 
 /// Service ids by frontend.
 #[derive(Debug, Default)]
 pub struct Claims {
-    /// The first claimant: of nearly every frontend the only one.
-    first: HashMap<FrontendKey, u32>,
-    /// The others.
-    more: HashMap<FrontendKey, Vec<u32>>,
+    owners: HashMap<FrontendKey, u32>,
+    /// All claimants, where there are several. The first one is the owner.
+    groups: HashMap<FrontendKey, BTreeSet<Rank>>,
 }
 
 impl Claims {
-    pub fn claim(&mut self, key: FrontendKey, service_id: u32) {
-        match self.first.get(&key) {
-            None => {
-                self.first.insert(key, service_id);
+    /// `rank` claims `key`, once more or for the first time. `rank_of` is asked for that of a claimant who was alone.
+    pub fn claim(&mut self, key: FrontendKey, rank: &Rank, rank_of: impl Fn(u32) -> Option<Rank>) {
+        let Some(owner) = self.owners.get(&key).copied() else {
+            self.owners.insert(key, rank.id);
+            return;
+        };
+        let group = match self.groups.get_mut(&key) {
+            Some(group) => group,
+            None if owner == rank.id => return,
+            None => self.groups.entry(key).or_insert_with(|| rank_of(owner).into_iter().collect()),
+        };
+        group.insert(rank.clone());
+        self.choose(key);
+    }
+
+    /// `rank` claims `key` no longer.
+    pub fn release(&mut self, key: FrontendKey, rank: &Rank) {
+        let Some(group) = self.groups.get_mut(&key) else {
+            if self.owners.get(&key) == Some(&rank.id) {
+                self.owners.remove(&key);
             }
-            Some(first) if *first == service_id => {}
-            Some(_) => {
-                let more = self.more.entry(key).or_default();
-                if !more.contains(&service_id) {
-                    more.push(service_id);
-                }
-            }
+            return;
+        };
+        group.remove(rank);
+        self.choose(key);
+        if self.groups.get(&key).is_some_and(|group| group.len() < 2) {
+            self.groups.remove(&key);
         }
     }
 
-    pub fn release(&mut self, key: FrontendKey, service_id: u32) {
-        if let Some(more) = self.more.get_mut(&key) {
-            more.retain(|id| *id != service_id);
-            if self.first.get(&key) == Some(&service_id)
-                && let Some(next) = more.pop()
-            {
-                self.first.insert(key, next);
-            }
-            if more.is_empty() {
-                self.more.remove(&key);
-            }
-        } else if self.first.get(&key) == Some(&service_id) {
-            self.first.remove(&key);
+    fn choose(&mut self, key: FrontendKey) {
+        if let Some(first) = self.groups.get(&key).and_then(BTreeSet::first) {
+            self.owners.insert(key, first.id);
         }
     }
 
-    /// Everyone who claims `key`, in no order.
-    pub fn of(&self, key: FrontendKey) -> impl Iterator<Item = u32> + '_ {
-        self.first.get(&key).into_iter().chain(self.more.get(&key).into_iter().flatten()).copied()
+    /// The Service port to which `key` belongs.
+    pub fn owner(&self, key: FrontendKey) -> Option<u32> {
+        self.owners.get(&key).copied()
+    }
+
+    /// Everyone who claims `key`, where there are several: the owner first.
+    pub fn group(&self, key: FrontendKey) -> Option<&BTreeSet<Rank>> {
+        self.groups.get(&key)
     }
 }
 

@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use super::ranges;
-use super::select::{Candidate, Place, merge_duplicates, select};
+use super::fit::{self, Fitted};
+use super::select::{Candidate, Choice, Place, choose, merge_duplicates};
+use super::shares::Amounts;
 use super::warnings::service_warning;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
 use crate::abi::frontend_flag::{
@@ -22,6 +23,8 @@ pub struct Context<'a> {
     pub place: Place<'a>,
     /// Addresses bound on this node's own devices: a cluster IP among them is left alone (a node-local DNS cache).
     pub bound: &'a HashSet<Ipx>,
+    /// The Service's share of the maps.
+    pub limits: Amounts,
 }
 
 /// One Service's share of the maps, without ids.
@@ -33,6 +36,8 @@ pub struct Compiled {
     /// Bits of `abi::address_flag`, sorted by address.
     pub addresses: Vec<(Ipx, u32)>,
     pub warnings: Vec<Warning>,
+    /// Something is left out, because it is more than the Service's share.
+    pub is_cut: bool,
 }
 
 /// One Service port.
@@ -42,7 +47,8 @@ pub struct CompiledPort {
     pub protocol: Protocol,
     /// 0: no affinity.
     pub affinity_seconds: u32,
-    /// Which clients on the wire its load balancer IPs serve; sorted. Read only where a frontend asks for it.
+    /// Which clients on the wire its load balancer IPs serve; sorted. Read only where a frontend asks for it; if it is
+    /// empty there, they serve none.
     pub source_ranges: Vec<IpRange>,
     /// Every endpoint that deserves a backend row, sorted by address and port.
     pub endpoints: Vec<CompiledEndpoint>,
@@ -83,9 +89,12 @@ pub struct PoolUse {
 
 /// Compiles one Service. `slices` are its EndpointSlices; their order decides nothing.
 pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compiled {
-    let mut warnings = Vec::new();
-    let mut ports: Vec<CompiledPort> = Vec::with_capacity(service.ports.len());
-    for port in &service.ports {
+    let endpoint_rows = slices.iter().fold(0u32, |sum, slice| sum.saturating_add(fit::endpoint_rows(slice)));
+    let fitted = fit::fit(service, endpoint_rows, &context.limits);
+    let is_cut = !fitted.left_out.is_empty();
+    let mut warnings = fitted.left_out.clone();
+    let mut ports: Vec<CompiledPort> = Vec::with_capacity(fitted.ports.len());
+    for port in fitted.ports {
         if ports.iter().any(|p| p.name == port.name) {
             warnings.push(format!("port {}: another port has this name already: left out", port_label(port)));
             continue;
@@ -104,10 +113,10 @@ pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compil
                 port_label(port)
             ));
         }
-        ports.push(compile_port(service, port, slices, context));
+        ports.push(compile_port(service, &fitted, port, slices, context));
     }
     let warnings = warnings.into_iter().map(|message| service_warning(&service.name, message)).collect();
-    Compiled { created: service.created, ports, addresses: addresses(service, context), warnings }
+    Compiled { created: service.created, ports, addresses: addresses(&fitted, context), warnings, is_cut }
 }
 
 fn port_label(port: &ServicePort) -> String {
@@ -122,12 +131,12 @@ fn names_no_slice_port(port: &ServicePort, slices: &[&Slice]) -> bool {
 }
 
 /// The cluster IPs that kubelane serves on this node.
-fn cluster_ips<'a>(service: &'a Service, context: Context<'a>) -> impl Iterator<Item = Ipx> + 'a {
+fn cluster_ips<'a>(service: &Fitted<'a>, context: Context<'a>) -> impl Iterator<Item = Ipx> + use<'a> {
     service.cluster_ips.iter().copied().filter(move |ip| !context.bound.contains(ip))
 }
 
-fn addresses(service: &Service, context: Context) -> Vec<(Ipx, u32)> {
-    let vips = service.external_ips.iter().chain(&service.load_balancer_ips).map(|ip| (*ip, ADDRESS_SERVICE_VIP));
+fn addresses(service: &Fitted, context: Context) -> Vec<(Ipx, u32)> {
+    let vips = service.external_ips.iter().chain(service.load_balancer_ips).map(|ip| (*ip, ADDRESS_SERVICE_VIP));
     let mut all: Vec<(Ipx, u32)> =
         cluster_ips(service, context).map(|ip| (ip, ADDRESS_CLUSTER_IP)).chain(vips).collect();
     all.sort_unstable();
@@ -139,22 +148,26 @@ fn addresses(service: &Service, context: Context) -> Vec<(Ipx, u32)> {
     all
 }
 
-fn compile_port(service: &Service, port: &ServicePort, slices: &[&Slice], context: Context) -> CompiledPort {
-    let mut frontends = frontends(service, port, context);
+fn compile_port(
+    service: &Service,
+    fitted: &Fitted,
+    port: &ServicePort,
+    slices: &[&Slice],
+    context: Context,
+) -> CompiledPort {
+    let mut frontends = frontends(service, fitted, port, context);
     let mut endpoints = Vec::new();
     for family in [Family::Ipv4, Family::Ipv6] {
-        let mut every_ip = service.cluster_ips.iter().chain(&service.external_ips).chain(&service.load_balancer_ips);
+        let mut every_ip = fitted.cluster_ips.iter().chain(fitted.external_ips).chain(fitted.load_balancer_ips);
         if !every_ip.any(|ip| ip.family() == family) {
             continue;
         }
         let of_family = |f: &&mut CompiledFrontend| f.key.ip().family() == family;
         let needed = frontends.iter_mut().filter(of_family).fold(0, |set, f| set | f.inside.member | f.outside.member);
-        let first = endpoints.len();
-        compile_endpoints(port, slices, family, context.place, needed, &mut endpoints);
+        let choice = compile_endpoints(port, slices, family, context.place, needed, &mut endpoints);
 
         // Endpoints elsewhere are enough for a drop: a load balancer moves on, where a refusal would reach the client.
-        let local_is_empty = endpoints[first..].iter().all(|e| u32::from(e.pools) & POOL_LOCAL == 0);
-        let on_empty = if local_is_empty && endpoints.len() > first { EMPTY_DROP } else { EMPTY_REFUSE };
+        let on_empty = if choice.local_is_empty && !choice.is_empty { EMPTY_DROP } else { EMPTY_REFUSE };
         for frontend in frontends.iter_mut().filter(of_family) {
             for pool in [&mut frontend.inside, &mut frontend.outside] {
                 if u32::from(pool.member) == POOL_LOCAL {
@@ -163,10 +176,11 @@ fn compile_port(service: &Service, port: &ServicePort, slices: &[&Slice], contex
             }
         }
     }
+    keep(&mut endpoints, fitted.endpoints_each);
     endpoints.sort_unstable_by_key(|e| e.at);
     let affinity_seconds = service.affinity_seconds.unwrap_or(0);
     let filters = frontends.iter().any(|f| u32::from(f.flags) & FRONTEND_SOURCE_RANGES != 0);
-    let source_ranges = if filters { ranges::disjoint_families(&service.source_ranges) } else { Vec::new() };
+    let source_ranges = if filters { fitted.source_ranges.clone() } else { Vec::new() };
     CompiledPort {
         name: port.name.clone(),
         protocol: port.protocol,
@@ -179,7 +193,7 @@ fn compile_port(service: &Service, port: &ServicePort, slices: &[&Slice], contex
 
 /// The frontends of one port, sorted by key. One address in two roles is one frontend with both flags: the first role
 /// (cluster IP before the others) decides for clients on this node, the last for packets from the wire.
-fn frontends(service: &Service, port: &ServicePort, context: Context) -> Vec<CompiledFrontend> {
+fn frontends(service: &Service, fitted: &Fitted, port: &ServicePort, context: Context) -> Vec<CompiledFrontend> {
     let pool = |policy| {
         let member = if policy == TrafficPolicy::Local { POOL_LOCAL } else { POOL_CLUSTER };
         PoolUse { member: member as u8, on_empty: EMPTY_REFUSE as u8 }
@@ -195,19 +209,19 @@ fn frontends(service: &Service, port: &ServicePort, context: Context) -> Vec<Com
             outside,
         });
     };
-    for ip in cluster_ips(service, context) {
+    for ip in cluster_ips(fitted, context) {
         add(ip, port.port, FRONTEND_CLUSTER_IP, internal, internal);
     }
-    for ip in &service.external_ips {
+    for ip in fitted.external_ips {
         add(*ip, port.port, FRONTEND_EXTERNAL_IP, cluster, external);
     }
-    for ip in &service.load_balancer_ips {
+    for ip in fitted.load_balancer_ips {
         // A list without a range of this family leaves the family open (kube-proxy).
         let is_filtered = service.source_ranges.iter().any(|range| range.ip.family() == ip.family());
         let filter = if is_filtered { FRONTEND_SOURCE_RANGES } else { 0 };
         add(*ip, port.port, FRONTEND_LOAD_BALANCER | filter, cluster, external);
     }
-    if port.node_port != 0 {
+    if port.node_port != 0 && fitted.node_ports {
         for family in [Family::Ipv4, Family::Ipv6] {
             if service.cluster_ips.iter().any(|ip| ip.family() == family) {
                 add(Ipx::any(family), port.node_port, FRONTEND_NODE_PORT, cluster, external);
@@ -226,7 +240,15 @@ fn frontends(service: &Service, port: &ServicePort, context: Context) -> Vec<Com
     all
 }
 
-/// Adds the usable endpoints of one family.
+/// Leaves out what is too much: those that get no new connections first, those of this node last.
+fn keep(endpoints: &mut Vec<CompiledEndpoint>, most: usize) {
+    if endpoints.len() > most {
+        endpoints.sort_unstable_by_key(|e| (e.pools == 0, u32::from(e.pools) & POOL_LOCAL == 0, e.at));
+        endpoints.truncate(most);
+    }
+}
+
+/// Adds the usable endpoints of one family, and says what they decide together.
 fn compile_endpoints(
     port: &ServicePort,
     slices: &[&Slice],
@@ -234,29 +256,27 @@ fn compile_endpoints(
     place: Place,
     needed: u8,
     into: &mut Vec<CompiledEndpoint>,
-) {
+) -> Choice {
     let mut candidates = Vec::with_capacity(slices.iter().map(|s| s.endpoints.len()).sum());
     for slice in slices {
         for target in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
-            for endpoint in slice.endpoints.iter().filter(|e| e.ip.family() == family) {
-                candidates.push(Candidate {
-                    at: SocketAddrx { ip: endpoint.ip, port: target.port },
-                    ready: endpoint.ready,
-                    serving: endpoint.serving,
-                    terminating: endpoint.terminating,
-                    node_local: endpoint.node.as_deref() == Some(place.node),
-                    hints: endpoint.hints.as_deref(),
-                });
-            }
+            let endpoints = slice.endpoints.iter().filter(|e| e.ip.family() == family);
+            candidates.extend(endpoints.map(|endpoint| Candidate::new(endpoint, target.port, place)));
         }
     }
     merge_duplicates(&mut candidates);
-    let sets = select(&candidates, place, needed.into());
-    into.extend(candidates.iter().zip(sets).filter(|(c, _)| c.is_usable()).map(|(candidate, pools)| {
-        let state = if candidate.ready { backend_state::BACKEND_ACTIVE } else { backend_state::BACKEND_TERMINATING };
-        let flags = if candidate.node_local { backend_flag::BACKEND_NODE_LOCAL } else { 0 };
-        CompiledEndpoint { at: candidate.at, state: state as u8, pools, flags: flags as u8 }
-    }));
+    let choice = choose(&candidates, place);
+    let usable = candidates.iter().filter(|candidate| candidate.is_usable());
+    into.extend(usable.map(|candidate| compile_endpoint(candidate, choice, place, needed)));
+    choice
+}
+
+/// A usable endpoint, as its backend row has it.
+pub fn compile_endpoint(candidate: &Candidate, choice: Choice, place: Place, needed: u8) -> CompiledEndpoint {
+    let state = if candidate.ready { backend_state::BACKEND_ACTIVE } else { backend_state::BACKEND_TERMINATING };
+    let flags = if candidate.node_local { backend_flag::BACKEND_NODE_LOCAL } else { 0 };
+    let pools = choice.sets(candidate, place, needed.into());
+    CompiledEndpoint { at: candidate.at, state: state as u8, pools, flags: flags as u8 }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::abi::address_flag;
 use crate::model::{Endpoint, ObjectName, SlicePort};
+use crate::plan::shares::{Resource, UNLIMITED};
 
 const DROP: u8 = EMPTY_DROP as u8;
 const REFUSE: u8 = EMPTY_REFUSE as u8;
@@ -69,8 +70,74 @@ fn run(service: &Service, slices: &[Slice]) -> Compiled {
 
 fn run_bound(service: &Service, slices: &[Slice], bound: &[&str]) -> Compiled {
     let bound = bound.iter().map(|a| ip(a)).collect();
+    run_within(service, slices, &bound, UNLIMITED)
+}
+
+fn run_within(service: &Service, slices: &[Slice], bound: &HashSet<Ipx>, limits: Amounts) -> Compiled {
     let place = Place { node: "here", zone: None };
-    compile(service, &slices.iter().collect::<Vec<_>>(), Context { place, bound: &bound })
+    compile(service, &slices.iter().collect::<Vec<_>>(), Context { place, bound, limits })
+}
+
+/// With these rows of `resource`, and all it wants of the others.
+fn run_with(service: &Service, slices: &[Slice], resource: Resource, rows: u32) -> Compiled {
+    let mut limits = UNLIMITED;
+    limits[resource as usize] = rows;
+    let compiled = run_within(service, slices, &HashSet::default(), limits);
+    assert_eq!(compiled.warnings.is_empty(), !compiled.is_cut);
+    compiled
+}
+
+/// Two ports with NodePorts, two addresses of each kind.
+fn large_service() -> Service {
+    let mut service = service();
+    service.ports = vec![port("http", Protocol::Tcp, 80), port("https", Protocol::Tcp, 443)];
+    (service.ports[0].node_port, service.ports[1].node_port) = (30080, 30443);
+    service.load_balancer_ips = vec![ip("192.0.2.1"), ip("192.0.2.2")];
+    service.external_ips = vec![ip("198.51.100.1"), ip("198.51.100.2")];
+    let range = |at: &str| IpRange { ip: ip(at), prefix: 16 };
+    service.source_ranges = vec![range("10.1.0.0"), range("10.2.0.0"), range("10.3.0.0")];
+    service
+}
+
+#[test]
+fn a_service_that_asks_for_more_than_its_share_keeps_what_clusters_need_most() {
+    use Resource::{Addresses, Endpoints, Frontends, Ports};
+    let service = large_service();
+    let slice = slice(&[("http", Protocol::Tcp, 8080), ("https", Protocol::Tcp, 8443)], "10.1.0.1 10.1.0.2? 10.1.0.3@");
+    // Frontends and addresses that are left, and the endpoints of each port.
+    for (resource, rows, frontends, addresses, endpoints) in [
+        (Frontends, 12, 12, 5, [3, 3]),
+        (Frontends, 11, 10, 4, [3, 3]),
+        (Frontends, 8, 8, 3, [3, 3]),
+        (Frontends, 5, 4, 1, [3, 3]),
+        (Frontends, 3, 2, 1, [3, 3]),
+        (Frontends, 1, 1, 1, [3, 0]),
+        (Frontends, 0, 0, 0, [0, 0]),
+        (Addresses, 2, 6, 2, [3, 3]),
+        (Ports, 1, 6, 5, [3, 0]),
+        (Endpoints, 6, 12, 5, [3, 3]),
+        (Endpoints, 3, 12, 5, [1, 1]),
+        (Endpoints, 0, 12, 5, [0, 0]),
+    ] {
+        let compiled = run_with(&service, std::slice::from_ref(&slice), resource, rows);
+        let of_port = |at: usize| compiled.ports.get(at).map_or(0, |port: &CompiledPort| port.endpoints.len());
+        let found = (compiled.ports.iter().map(|p| p.frontends.len()).sum(), compiled.addresses.len());
+        assert_eq!((found, [of_port(0), of_port(1)]), ((frontends, addresses), endpoints), "{resource:?} {rows}");
+    }
+    let service = Service { external_policy: TrafficPolicy::Local, ..service };
+    let one_each = run_with(&service, &[slice], Endpoints, 2);
+    assert_eq!(one_each.ports[0].endpoints[0].at.ip, ip("10.1.0.3"), "the one of this node");
+}
+
+#[test]
+fn source_ranges_that_do_not_fit_close_the_load_balancer_ips_and_nothing_else() {
+    let service = large_service();
+    let all = run_with(&service, &[], Resource::SourceRanges, 6);
+    assert_eq!((all.ports[1].source_ranges.len(), all.is_cut), (3, false));
+    let closed = run_with(&service, &[], Resource::SourceRanges, 5);
+    assert!(closed.is_cut && closed.ports.iter().all(|port| port.source_ranges.is_empty()));
+    let asks = |compiled: &Compiled| frontends(compiled).iter().filter(|f| f.contains(" 20 ")).count();
+    assert_eq!((asks(&closed), frontends(&closed)), (4, frontends(&all)), "each still asks for its ranges");
 }
 
 /// Frontends as "address:port/protocol number flags inside outside", a pool as C or L, with "!" when it drops.

@@ -1,16 +1,18 @@
 //! From what Services ask for to rows with ids: keeps every Service port's place in the kernel, settles contested
 //! frontends, and gives ids and regions back once nothing in the kernel leads to them.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::claims::{AddressRoles, Claims};
+use super::claims::{AddressRoles, Claims, Rank};
 use super::compile::{Compiled, CompiledPort};
+use super::large::PortChange;
 use super::port::{Port, Shortage};
 use super::tables::{Space, is_gone};
 use super::warnings::{Origin, WarningBook, service_warning};
 use crate::abi::FrontendKey;
 use crate::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE};
-use crate::model::{Ipx, ObjectName, Protocol};
+use crate::model::{Ipx, ObjectName, Protocol, Warning};
 use crate::table::{HashMap, HashSet, Rows};
 
 /// A Service's share: its ports' ids and the addresses it asked for.
@@ -20,6 +22,8 @@ pub struct Share {
     /// Ports that found no id.
     pub nameless: usize,
     pub addresses: Vec<(Ipx, u32)>,
+    /// As `Compiled::is_cut`.
+    pub is_cut: bool,
 }
 
 /// Every row that is wanted, and where.
@@ -37,7 +41,15 @@ pub struct Layout {
     pub unsettled: HashSet<u32>,
     /// Services that did not get all they asked for.
     starved: HashSet<ObjectName>,
+    /// These, and Services that ask for more than their share.
+    degraded: HashSet<ObjectName>,
+    /// Frontends whose claims have changed since their warnings were last brought up to date, and those with warnings.
+    contests: BTreeSet<FrontendKey>,
+    contested: HashSet<FrontendKey>,
 }
+
+/// Frontends, each with the owner that it had.
+type Touched = Vec<(FrontendKey, Option<u32>)>;
 
 impl Layout {
     /// How many rows the maps hold.
@@ -102,7 +114,7 @@ impl Layout {
 
         let mut unmatched = share.ports;
         let matched: Vec<Option<u32>> = wanted.iter().map(|port| self.take_match(&mut unmatched, port)).collect();
-        let mut touched: Vec<FrontendKey> = Vec::new();
+        let mut touched = Touched::new();
         let (mut ports, mut nameless) = (Vec::with_capacity(wanted.len()), 0);
         for (port, known) in wanted.iter().zip(matched) {
             match known.or_else(|| self.new_port(name, port)) {
@@ -116,16 +128,40 @@ impl Layout {
         for id in unmatched {
             self.remove_port(id, &mut touched);
         }
-        let affected = self.settle_owners(&ports, touched, book);
+        let affected = self.settle_owners(&ports, touched);
         self.place_addresses(share.addresses, compiled.map_or(&[], |c| &c.addresses));
         if let Some(compiled) = compiled {
-            self.services.insert(name.clone(), Share { ports, nameless, addresses: compiled.addresses.clone() });
+            let (addresses, is_cut) = (compiled.addresses.clone(), compiled.is_cut);
+            self.services.insert(name.clone(), Share { ports, nameless, addresses, is_cut });
         }
         book.set(Origin::Compile(name.clone()), compiled.map_or(Vec::new(), |c| c.warnings.clone()));
         self.note_shortage(name, book);
         for other in affected.iter().filter(|other| *other != name) {
             self.note_shortage(other, book);
         }
+    }
+
+    /// Lays out what has changed of a Service, for each of its ports. False: it has to be placed as a whole, because it has
+    /// not got all it asks for, or needs another region.
+    pub fn adjust(&mut self, name: &ObjectName, changes: &[PortChange]) -> bool {
+        let Some(share) = self.services.get(name) else { return false };
+        if share.nameless > 0 || share.ports.len() != changes.len() {
+            return false;
+        }
+        for (id, change) in share.ports.iter().zip(changes).filter(|(_, change)| !change.is_empty()) {
+            let Some(port) = self.ports.get_mut(id) else { return false };
+            let is_done = port.adjust(*id, change, &mut self.space);
+            if port.is_unsettled() {
+                self.unsettled.insert(*id);
+            }
+            if !is_done {
+                return false;
+            }
+            for frontend in port.frontends.iter().filter(|f| self.claims.owner(f.key) == Some(*id)) {
+                self.space.tables.frontends.set(frontend.key, port.row(*id, frontend));
+            }
+        }
+        true
     }
 
     /// Whether something that the kernel may still follow leads to what `id` has left behind is for the caller to say:
@@ -165,6 +201,11 @@ impl Layout {
         self.space.regions.end_quarantine(now);
     }
 
+    /// How many Services have not got all they ask for.
+    pub fn degraded(&self) -> usize {
+        self.degraded.len()
+    }
+
     /// Numbers of frontends and slots in the kernel, and of backends in use.
     pub fn counts(&self) -> (usize, usize, usize) {
         (self.space.tables.frontends.rows().len(), self.space.tenants, self.space.filled_slots)
@@ -184,90 +225,97 @@ impl Layout {
         Some(id)
     }
 
-    fn update_port(&mut self, id: u32, created: i64, wanted: &CompiledPort, touched: &mut Vec<FrontendKey>) {
+    /// `touched` gets the frontends whose claims change, with their owners of before.
+    fn update_port(&mut self, id: u32, created: i64, wanted: &CompiledPort, touched: &mut Touched) {
         let Some(port) = self.ports.get_mut(&id) else { return };
+        let before = port.rank(id);
         port.update(id, created, wanted, &mut self.space);
+        let rank = port.rank(id);
         for old in std::mem::replace(&mut port.frontends, wanted.frontends.clone()) {
-            if wanted.frontends.binary_search_by_key(&old.key, |f| f.key).is_err() {
-                self.claims.release(old.key, id);
-                touched.push(old.key);
+            if before != rank || wanted.frontends.binary_search_by_key(&old.key, |f| f.key).is_err() {
+                touched.push((old.key, self.claims.owner(old.key)));
+                self.claims.release(old.key, &before);
             }
         }
         for frontend in &wanted.frontends {
-            self.claims.claim(frontend.key, id);
-            touched.push(frontend.key);
+            touched.push((frontend.key, self.claims.owner(frontend.key)));
+            self.claim(frontend.key, &rank);
         }
     }
 
-    fn remove_port(&mut self, id: u32, touched: &mut Vec<FrontendKey>) {
+    fn remove_port(&mut self, id: u32, touched: &mut Touched) {
         let Some(port) = self.ports.get_mut(&id) else { return };
+        let rank = port.rank(id);
         port.remove(id, &mut self.space);
         for old in std::mem::take(&mut port.frontends) {
-            self.claims.release(old.key, id);
-            touched.push(old.key);
+            touched.push((old.key, self.claims.owner(old.key)));
+            self.claims.release(old.key, &rank);
         }
         self.unsettled.insert(id);
     }
 
-    /// Gives every touched frontend to its owner, and fills the pools of `ports` and of every other port that may have
-    /// won or lost one. Returns the Services of all these.
-    fn settle_owners(&mut self, ports: &[u32], touched: Vec<FrontendKey>, book: &mut WarningBook) -> Vec<ObjectName> {
+    /// The Service port of this rank asks for `key`.
+    pub fn claim(&mut self, key: FrontendKey, rank: &Rank) {
+        let ports = &self.ports;
+        self.claims.claim(key, rank, |id| ports.get(&id).map(|port| port.rank(id)));
+    }
+
+    /// Gives every touched frontend to its owner, and fills the pools of `ports` and of those that have won or lost one;
+    /// the others that claim it have nothing to do with it. Returns the Services of all these.
+    fn settle_owners(&mut self, ports: &[u32], touched: Touched) -> Vec<ObjectName> {
         let mut affected: Vec<u32> = ports.to_vec();
-        affected.extend(touched.iter().flat_map(|key| self.claims.of(*key)));
+        for (key, before) in &touched {
+            let owner = self.claims.owner(*key);
+            if owner != *before {
+                affected.extend([owner, *before].into_iter().flatten());
+            }
+        }
         affected.sort_unstable();
         affected.dedup();
-        let mut keys = touched;
+        let mut keys: Vec<FrontendKey> = touched.into_iter().map(|(key, _)| key).collect();
         let mut services = Vec::new();
         for id in affected {
-            let owned = self.owned_keys(id);
             let Some(port) = self.ports.get_mut(&id) else { continue };
-            port.fill_pools(|f| owned.binary_search(&f.key).is_ok(), &mut self.space);
+            port.fill_pools(|f| self.claims.owner(f.key) == Some(id), &mut self.space);
             if port.is_unsettled() {
                 self.unsettled.insert(id);
             }
-            keys.extend(owned);
+            keys.extend(port.frontends.iter().map(|f| f.key).filter(|key| self.claims.owner(*key) == Some(id)));
             services.push(port.service.clone());
         }
         keys.sort_unstable();
         keys.dedup();
-        for key in keys {
-            self.resolve(key, book);
-        }
+        keys.iter().for_each(|key| self.resolve(*key));
         services.dedup();
         services
     }
 
-    /// Of all claimants the oldest Service owns a frontend, then the first by name.
-    fn owner(&self, key: FrontendKey) -> Option<(u32, &Port)> {
-        let claimants = self.claims.of(key).filter_map(|id| Some((id, &**self.ports.get(&id)?)));
-        claimants.min_by(|(a_id, a), (b_id, b)| {
-            (a.created, &a.service, &a.name, a_id).cmp(&(b.created, &b.service, &b.name, b_id))
-        })
-    }
-
-    /// Sorted.
-    fn owned_keys(&self, id: u32) -> Vec<FrontendKey> {
-        let keys = self.ports.get(&id).into_iter().flat_map(|port| &port.frontends).map(|f| f.key);
-        keys.filter(|key| self.owner(*key).is_some_and(|(owner, _)| owner == id)).collect()
-    }
-
-    /// Wants the row of `key` as its owner has it, and warns the others.
-    fn resolve(&mut self, key: FrontendKey, book: &mut WarningBook) {
-        let owner = self.owner(key);
+    /// Wants the row of `key` as its owner has it.
+    fn resolve(&mut self, key: FrontendKey) {
+        let owner = self.claims.owner(key).and_then(|id| Some((id, self.ports.get(&id)?)));
         let row = owner.and_then(|(id, port)| {
             let at = port.frontends.binary_search_by_key(&key, |f| f.key).ok()?;
             Some(port.row(id, &port.frontends[at]))
         });
-        let mut warnings = Vec::new();
-        if let Some((winner_id, winner)) = owner {
-            let losers = self.claims.of(key).filter(|id| *id != winner_id).filter_map(|id| self.ports.get(&id));
-            warnings.extend(losers.map(|loser| service_warning(&loser.service, contest(key, winner))));
-            warnings.sort_unstable();
-        }
-        book.set(Origin::Contest(key), warnings);
         match row {
             Some(row) => self.space.tables.frontends.set(key, row),
             None => self.space.tables.frontends.unset(key),
+        }
+        let is_contested = self.claims.group(key).is_some();
+        if is_contested || self.contested.contains(&key) {
+            self.contests.insert(key);
+        }
+    }
+
+    /// Warns once of each frontend that several claim, since this was last called.
+    pub fn tell_contests(&mut self, book: &mut WarningBook) {
+        for key in std::mem::take(&mut self.contests) {
+            let warning = self.claims.group(key).and_then(|group| contest(key, group));
+            match warning.is_some() {
+                true => self.contested.insert(key),
+                false => self.contested.remove(&key),
+            };
+            book.set(Origin::Contest(key), warning.into_iter().collect());
         }
     }
 
@@ -295,6 +343,11 @@ impl Layout {
             slots: sum.slots + port.short.slots,
         });
         let nameless = share.map_or(0, |s| s.nameless);
+        let is_cut = share.is_some_and(|s| s.is_cut);
+        match is_cut || nameless > 0 || short != Shortage::default() {
+            true => self.degraded.insert(name.clone()),
+            false => self.degraded.remove(name),
+        };
         if short == Shortage::default() && nameless == 0 {
             if self.starved.remove(name) {
                 book.set(Origin::Capacity(name.clone()), Vec::new());
@@ -327,12 +380,27 @@ fn want_address(space: &mut Space, ip: Ipx, flags: u32) {
     }
 }
 
-fn contest(key: FrontendKey, winner: &Port) -> String {
+/// The youngest is told: most likely it is the one that made a contest of it.
+fn contest(key: FrontendKey, group: &BTreeSet<Rank>) -> Option<Warning> {
+    const NAMED: usize = 3;
     let protocol = match key.protocol {
         6 => "TCP",
         17 => "UDP",
         _ => "SCTP",
     };
     let at = crate::model::SocketAddrx { ip: key.ip(), port: key.port() };
-    format!("{at}/{protocol} belongs to Service {}, which is older or first by name: not served here", winner.service)
+    let (winner, youngest) = (group.first()?, group.last()?);
+    let others = group.len() - 2;
+    let names: Vec<String> =
+        group.iter().skip(1).take(others.min(NAMED)).map(|rank| rank.service.to_string()).collect();
+    let also = match (names.is_empty(), others - names.len()) {
+        (true, _) => String::new(),
+        (false, 0) => format!(", nor for {}", names.join(", ")),
+        (false, more) => format!(", nor for {} and {more} more", names.join(", ")),
+    };
+    let message = format!(
+        "{at}/{protocol} belongs to Service {}, which is older or first by name: not served here{also}",
+        winner.service
+    );
+    Some(service_warning(&youngest.service, message))
 }

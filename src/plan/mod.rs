@@ -1,11 +1,13 @@
 //! From records to rows, without a kernel: `world` holds what the sources say, `select` and `compile` define what a
-//! Service means, `layout` gives it ids and a place in the maps.
+//! Service means, `shares` and `fit` how much of it there is room for, `layout` gives it ids and a place in the maps.
 
 pub mod arrivals;
 pub mod claims;
 pub mod compile;
+mod fit;
 pub mod health;
 pub mod ids;
+pub mod large;
 pub mod layout;
 pub mod no_local;
 pub mod pool;
@@ -13,6 +15,7 @@ pub mod port;
 mod ranges;
 pub mod region;
 pub mod select;
+pub mod shares;
 pub mod tables;
 pub mod warnings;
 pub mod world;

@@ -56,6 +56,43 @@ impl Pool {
         missing as usize
     }
 
+    /// Takes `out` from the pool and `into` in, as [`Pool::hold`] would, without a look at what else is there but for where
+    /// `out` is. False: the pool is to be held as a whole, because it needs another region or does not have `out`.
+    pub fn exchange(&mut self, out: &[u32], into: &[u32], space: &mut Space) -> bool {
+        // No frontend uses it.
+        if self.capacity == 0 || out.is_empty() && into.is_empty() {
+            return true;
+        }
+        let Some(needed) = (self.count as usize + into.len()).checked_sub(out.len()).map(|n| n as u32) else {
+            return false;
+        };
+        let holes = space.tables.slots.find(self.base..self.base + self.count, out);
+        let is_roomy = self.capacity >= 8 && needed <= self.capacity / 4;
+        if needed == 0 || needed > self.capacity || is_roomy || holes.len() != out.len() {
+            return false;
+        }
+        let filled = holes.len().min(into.len());
+        for (slot, id) in holes.iter().zip(into) {
+            space.tables.slots.set(*slot, *id);
+        }
+        let mut end = self.base + self.count;
+        for id in &into[filled..] {
+            space.tables.slots.set(end, *id);
+            end += 1;
+        }
+        // From the last hole back, so that what is moved in is never a hole itself.
+        for hole in holes[filled..].iter().rev() {
+            end -= 1;
+            if let Some(last) = space.tables.slots.desired(end).filter(|_| *hole != end) {
+                space.tables.slots.set(*hole, last);
+            }
+            space.tables.slots.forget(end);
+        }
+        space.filled_slots = space.filled_slots - self.count as usize + needed as usize;
+        self.count = needed;
+        true
+    }
+
     /// Leaves the region; its slots are of no more interest.
     pub fn retire(&mut self, space: &mut Space, retired: &mut Vec<Range<u32>>) {
         for slot in self.base..self.base + self.count {

@@ -4,12 +4,16 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::claims::Rank;
 use super::compile::{CompiledEndpoint, CompiledFrontend, CompiledPort, PoolUse};
+use super::large::PortChange;
 use super::pool::Pool;
 use super::tables::{Space, is_gone};
+use crate::abi::frontend_flag::FRONTEND_SOURCE_RANGES;
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::abi::{self, Backend, Frontend, ServiceName, SourceRangeKey};
 use crate::model::{Family, ObjectName, Protocol, SocketAddrx};
+use crate::table::HashSet;
 
 /// An endpoint and its backend id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +89,11 @@ impl Port {
         }
     }
 
+    /// Where this port, which has the id `id`, stands among those that claim the same frontend.
+    pub fn rank(&self, id: u32) -> Rank {
+        Rank { created: self.created, service: self.service.clone(), port: self.name.clone(), id }
+    }
+
     /// Brings the backends to what `wanted` says. The pools follow once the owners of the frontends are known.
     pub fn update(&mut self, id: u32, created: i64, wanted: &CompiledPort, space: &mut Space) {
         self.created = created;
@@ -93,6 +102,11 @@ impl Port {
         space.tables.services.set(id, row_name(&self.service, &self.name));
         self.filter(wanted.source_ranges.iter().map(|range| SourceRangeKey::new(id, *range)).collect(), space);
         self.short.backends = self.seat(id, wanted, space);
+    }
+
+    /// Some of its frontends let in source ranges only, be there any or not.
+    pub fn asks_for_source_ranges(&self) -> bool {
+        self.frontends.iter().any(|f| u32::from(f.flags) & FRONTEND_SOURCE_RANGES != 0)
     }
 
     /// Lets these source ranges in, and no others.
@@ -172,6 +186,68 @@ impl Port {
         missing
     }
 
+    /// Brings some endpoints to what `changes` says, and nothing else. False: that cannot be done alone; what has been
+    /// done is right all the same.
+    pub fn adjust(&mut self, id: u32, changes: &PortChange, space: &mut Space) -> bool {
+        let Some(protocol) = self.protocol.filter(|_| self.short == Shortage::default()) else { return false };
+        let mut moves: [Moves; 4] = Default::default();
+        let (mut gone, mut came) = (Vec::new(), Vec::new());
+        let mut is_complete = true;
+        for (at, wanted) in changes {
+            let place = self.tenants.binary_search_by_key(at, |tenant| tenant.at);
+            let before = place.ok().map(|place| self.tenants[place]);
+            let known = before.map(|tenant| tenant.id).or_else(|| self.recall(*at, space).filter(|_| wanted.is_some()));
+            let Some(endpoint) = wanted else {
+                gone.extend(before);
+                note_moves(&mut moves, before.as_ref(), None);
+                continue;
+            };
+            let Some(backend_id) = known.or_else(|| space.backend_ids.allocate()) else {
+                is_complete = false;
+                continue;
+            };
+            let row = backend_row(id, backend_id, known.is_none(), protocol, endpoint, space);
+            space.tables.backends.set(backend_id, row);
+            let tenant = Tenant { at: *at, id: backend_id, pools: endpoint.pools };
+            note_moves(&mut moves, before.as_ref(), Some(&tenant));
+            match place {
+                Ok(place) => self.tenants[place] = tenant,
+                Err(_) => came.push(tenant),
+            }
+        }
+        self.exchange(gone, came, space);
+        for (pool, (out, into)) in self.pools.iter_mut().zip(&moves) {
+            is_complete &= pool.exchange(out, into, space);
+        }
+        is_complete
+    }
+
+    /// Dismisses those that are `gone`, and seats those that `came`: few, among many tenants.
+    fn exchange(&mut self, gone: Vec<Tenant>, came: Vec<Tenant>, space: &mut Space) {
+        space.tenants = space.tenants + came.len() - gone.len();
+        match gone[..] {
+            [] => {}
+            [one] => {
+                if let Ok(place) = self.tenants.binary_search_by_key(&one.at, |tenant| tenant.at) {
+                    self.tenants.remove(place);
+                }
+            }
+            _ => {
+                let ids: HashSet<u32> = gone.iter().map(|tenant| tenant.id).collect();
+                self.tenants.retain(|tenant| !ids.contains(&tenant.id));
+            }
+        }
+        gone.into_iter().for_each(|tenant| self.dismiss(tenant, space));
+        match came[..] {
+            [] => {}
+            [one] => self.tenants.insert(self.tenants.partition_point(|tenant| tenant.at < one.at), one),
+            _ => {
+                self.tenants.extend(came);
+                self.tenants.sort_by_key(|tenant| tenant.at);
+            }
+        }
+    }
+
     /// A backend that was to go and comes back before the kernel heard of it keeps its id and generation.
     fn recall(&mut self, at: SocketAddrx, space: &Space) -> Option<u32> {
         let lives = |id| space.tables.backends.applied(id).is_some_and(|row| !is_gone(&row));
@@ -209,6 +285,20 @@ impl Port {
                 let wanted: Vec<u32> = self.tenants.iter().filter(holds).map(|t| t.id).collect();
                 self.short.slots += self.pools[index].hold(&wanted, space, &mut self.retired);
             }
+        }
+    }
+}
+
+/// Backend ids that leave a pool, and those that come.
+type Moves = (Vec<u32>, Vec<u32>);
+
+fn note_moves(moves: &mut [Moves; 4], before: Option<&Tenant>, now: Option<&Tenant>) {
+    for member in [POOL_CLUSTER as u8, POOL_LOCAL as u8] {
+        let stands = |tenant: Option<&Tenant>| tenant.filter(|t| t.pools & member != 0).copied();
+        match (stands(before), stands(now)) {
+            (Some(tenant), None) => moves[pool_index(tenant.at.ip.family(), member)].0.push(tenant.id),
+            (None, Some(tenant)) => moves[pool_index(tenant.at.ip.family(), member)].1.push(tenant.id),
+            _ => {}
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Which endpoints get new connections: the rules of kube-proxy's topology.go (1.36) as one pure function.
 
+use std::sync::Arc;
+
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
-use crate::model::{Hints, SocketAddrx};
+use crate::model::{Endpoint, Hints, SocketAddrx};
 
 /// One endpoint of one Service port and family, as the choice sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +17,19 @@ pub struct Candidate<'a> {
     pub hints: Option<&'a Hints>,
 }
 
-impl Candidate<'_> {
+impl<'a> Candidate<'a> {
+    /// `port`: the slice's.
+    pub fn new(endpoint: &'a Endpoint, port: u16, place: Place) -> Self {
+        Candidate {
+            at: SocketAddrx { ip: endpoint.ip, port },
+            ready: endpoint.ready,
+            serving: endpoint.serving,
+            terminating: endpoint.terminating,
+            node_local: endpoint.node.as_deref() == Some(place.node),
+            hints: endpoint.hints.as_deref(),
+        }
+    }
+
     /// Not ready, but still serving while it terminates: good enough when there is nothing better.
     fn is_fallback(&self) -> bool {
         !self.ready && self.serving && self.terminating
@@ -45,60 +59,115 @@ pub fn merge_duplicates(candidates: &mut Vec<Candidate>) {
     candidates.dedup_by_key(|c| c.at);
 }
 
-/// The sets that each candidate belongs to, as bits of `abi::pool_member`, in the candidates' order. Only the sets in
-/// `needed` are decided. Each set falls back to terminating endpoints by itself; hints narrow the Cluster set only.
-pub fn select(candidates: &[Candidate], place: Place, needed: u32) -> Vec<u8> {
-    let mut sets = vec![0u8; candidates.len()];
-    if needed & POOL_CLUSTER != 0 {
-        let hinted = hint_filter(candidates, place);
-        let any_ready = candidates.iter().any(|c| c.ready);
-        for (set, candidate) in sets.iter_mut().zip(candidates) {
-            let chosen = if any_ready { candidate.ready && hinted(candidate) } else { candidate.is_fallback() };
-            if chosen {
-                *set |= POOL_CLUSTER as u8;
-            }
-        }
-    }
-    if needed & POOL_LOCAL != 0 {
-        let any_ready = candidates.iter().any(|c| c.node_local && c.ready);
-        for (set, candidate) in sets.iter_mut().zip(candidates) {
-            let chosen = if any_ready { candidate.ready } else { candidate.is_fallback() };
-            if chosen && candidate.node_local {
-                *set |= POOL_LOCAL as u8;
-            }
-        }
-    }
-    sets
+/// How many candidates there are of each kind that a choice looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    ready: usize,
+    fallback: usize,
+    /// Ready ones of this node, and fallbacks.
+    local_ready: usize,
+    local_fallback: usize,
+    /// Ready ones with hints of nodes, and those that name this node.
+    node_hinted: usize,
+    node_matches: usize,
+    /// The same of zones.
+    zone_hinted: usize,
+    zone_matches: usize,
 }
 
-/// Which ready endpoints their hints allow for this node. Hints count only when every ready endpoint has them and one
-/// at least names this place; node hints go before zone hints (KEP-4444, KEP-2433).
-fn hint_filter<'a>(candidates: &[Candidate], place: Place<'a>) -> impl Fn(&Candidate) -> bool + use<'a> {
-    #[derive(Clone, Copy)]
-    enum Rule<'a> {
-        Node(&'a str),
-        Zone(&'a str),
-        Ignore,
+impl Tally {
+    pub fn add(&mut self, candidate: &Candidate, place: Place) {
+        self.each(candidate, place, |count, is| *count += usize::from(is));
     }
-    let allows = |rule: Rule, candidate: &Candidate| match (rule, candidate.hints) {
-        (Rule::Ignore, _) => true,
-        (_, None) => false,
-        (Rule::Node(node), Some(hints)) => hints.nodes.iter().any(|n| **n == *node),
-        (Rule::Zone(zone), Some(hints)) => hints.zones.iter().any(|z| **z == *zone),
-    };
-    let all_have = |nonempty: fn(&Hints) -> bool| candidates.iter().all(|c| !c.ready || c.hints.is_some_and(nonempty));
-    let any_matches = |rule| candidates.iter().any(|c| c.ready && allows(rule, c));
 
-    let node = Rule::Node(place.node);
-    let zone = place.zone.map_or(Rule::Ignore, Rule::Zone);
-    let rule = if all_have(|h| !h.nodes.is_empty()) && any_matches(node) {
-        node
-    } else if all_have(|h| !h.zones.is_empty()) && any_matches(zone) {
-        zone
-    } else {
-        Rule::Ignore
-    };
-    move |candidate| allows(rule, candidate)
+    /// Takes away what was added before.
+    pub fn remove(&mut self, candidate: &Candidate, place: Place) {
+        self.each(candidate, place, |count, is| *count -= usize::from(is));
+    }
+
+    fn each(&mut self, candidate: &Candidate, place: Place, change: impl Fn(&mut usize, bool)) {
+        let (ready, fallback) = (candidate.ready, candidate.is_fallback());
+        change(&mut self.ready, ready);
+        change(&mut self.fallback, fallback);
+        change(&mut self.local_ready, ready && candidate.node_local);
+        change(&mut self.local_fallback, fallback && candidate.node_local);
+        if let Some(hints) = candidate.hints.filter(|_| ready) {
+            change(&mut self.node_hinted, !hints.nodes.is_empty());
+            change(&mut self.node_matches, names(&hints.nodes, place.node));
+            change(&mut self.zone_hinted, !hints.zones.is_empty());
+            change(&mut self.zone_matches, place.zone.is_some_and(|zone| names(&hints.zones, zone)));
+        }
+    }
+
+    /// Each set falls back to terminating endpoints by itself. Hints count only when every ready endpoint has them and
+    /// one at least names this place; node hints go before zone hints (KEP-4444, KEP-2433).
+    pub fn decide(&self) -> Choice {
+        let hints = if self.node_hinted == self.ready && self.node_matches > 0 {
+            HintRule::Node
+        } else if self.zone_hinted == self.ready && self.zone_matches > 0 {
+            HintRule::Zone
+        } else {
+            HintRule::Ignore
+        };
+        Choice {
+            any_ready: self.ready > 0,
+            hints,
+            any_local_ready: self.local_ready > 0,
+            is_empty: self.ready + self.fallback == 0,
+            local_is_empty: self.local_ready + self.local_fallback == 0,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HintRule {
+    Node,
+    Zone,
+    Ignore,
+}
+
+/// What all candidates together decide. As long as it is the same, what becomes of one concerns no other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    any_ready: bool,
+    hints: HintRule,
+    any_local_ready: bool,
+    /// No candidate is usable.
+    pub is_empty: bool,
+    /// None of this node is.
+    pub local_is_empty: bool,
+}
+
+impl Choice {
+    /// The sets that a candidate belongs to, as bits of `abi::pool_member`; of those in `needed` only. Hints narrow the
+    /// Cluster set only.
+    pub fn sets(&self, candidate: &Candidate, place: Place, needed: u32) -> u8 {
+        let takes = |any_ready: bool| if any_ready { candidate.ready } else { candidate.is_fallback() };
+        let is_hinted = !self.any_ready || self.allows(candidate, place);
+        let cluster = if takes(self.any_ready) && is_hinted { POOL_CLUSTER } else { 0 };
+        let local = if takes(self.any_local_ready) && candidate.node_local { POOL_LOCAL } else { 0 };
+        ((cluster | local) & needed) as u8
+    }
+
+    fn allows(&self, candidate: &Candidate, place: Place) -> bool {
+        match (self.hints, candidate.hints) {
+            (HintRule::Ignore, _) => true,
+            (_, None) => false,
+            (HintRule::Node, Some(hints)) => names(&hints.nodes, place.node),
+            (HintRule::Zone, Some(hints)) => place.zone.is_some_and(|zone| names(&hints.zones, zone)),
+        }
+    }
+}
+
+fn names(hints: &[Arc<str>], place: &str) -> bool {
+    hints.iter().any(|hint| **hint == *place)
+}
+
+/// What these candidates decide.
+pub fn choose(candidates: &[Candidate], place: Place) -> Choice {
+    let mut tally = Tally::default();
+    candidates.iter().for_each(|candidate| tally.add(candidate, place));
+    tally.decide()
 }
 
 #[cfg(test)]

@@ -12,6 +12,12 @@ fn hints_of(words: &[&str]) -> Option<Hints> {
     (hints != Hints::default()).then_some(hints)
 }
 
+/// The sets of each candidate, as bits of `abi::pool_member`.
+fn select(candidates: &[Candidate], place: Place, needed: u32) -> Vec<u8> {
+    let choice = choose(candidates, place);
+    candidates.iter().map(|candidate| choice.sets(candidate, place, needed)).collect()
+}
+
 /// The sets as numbers of the endpoints in `text` (endpoints are separated by " | "), from node "here" in zone "a".
 fn sets(text: &str, zone: Option<&str>) -> (Vec<usize>, Vec<usize>) {
     let parsed: Vec<(Vec<&str>, Option<Hints>)> = text

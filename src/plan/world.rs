@@ -5,8 +5,11 @@ use std::mem;
 
 use super::arrivals::Arrivals;
 use super::compile::{Compiled, Context, compile};
+use super::fit;
 use super::health::health_check;
+use super::large::{Large, PortChange};
 use super::select::Place;
+use super::shares::{Amounts, Demand, Resource, Shares};
 use super::warnings::{Origin, WarningBook};
 use crate::model::{Change, HealthCheck, Ipx, Kind, Node, ObjectName, Service, Slice};
 use crate::table::{HashMap, HashSet};
@@ -38,6 +41,49 @@ struct Entry {
     service: Option<Box<Service>>,
     stamp: u32,
     slices: Vec<(u32, Box<Slice>)>,
+    /// Of all slices, as `fit::endpoint_rows`.
+    endpoint_rows: u32,
+    /// What the Service asks for of the maps.
+    demand: Amounts,
+    /// Of a Service with many endpoints, since it was last laid out as a whole.
+    large: Option<Box<Large>>,
+}
+
+impl Entry {
+    /// The Service is another.
+    fn ask(&mut self, shares: &mut Shares) {
+        let rows = self.service.as_deref().map(|service| fit::demand(service, self.endpoint_rows)).unwrap_or_default();
+        shares.change(&std::mem::replace(&mut self.demand, rows), &rows);
+    }
+
+    /// One slice has this many rows now, where it had `before`.
+    fn ask_for_slice(&mut self, before: u32, now: u32, shares: &mut Shares) {
+        self.endpoint_rows = self.endpoint_rows.saturating_sub(before).saturating_add(now);
+        if self.service.is_some() {
+            let before = self.demand;
+            self.demand[Resource::Endpoints as usize] = self.endpoint_rows;
+            shares.change(&before, &self.demand);
+        }
+    }
+}
+
+/// Of a Service with fewer endpoints all are compiled: that costs less than to keep count of them.
+const LARGE_FROM: usize = 1024;
+
+/// Services to be laid out.
+#[derive(Debug, Default)]
+struct Dirty {
+    /// As a whole.
+    whole: HashSet<ObjectName>,
+    /// Or as their `Large` says.
+    parts: HashSet<ObjectName>,
+}
+
+impl Dirty {
+    fn note(&mut self, name: ObjectName, whole: bool) {
+        let set = if whole { &mut self.whole } else { &mut self.parts };
+        set.insert(name);
+    }
 }
 
 /// Everything known of the cluster.
@@ -53,10 +99,13 @@ pub struct World {
     slices: Listing,
     nodes: Listing,
     bound: HashSet<Ipx>,
-    dirty: HashSet<ObjectName>,
+    dirty: Dirty,
+    /// Services with as many endpoints are `Large`.
+    large_from: usize,
     /// Every Service has to be compiled again, because the node's zone is another.
     zone_changed: bool,
     arrivals: Arrivals,
+    shares: Shares,
     service_count: usize,
     endpoint_count: usize,
 }
@@ -64,7 +113,7 @@ pub struct World {
 impl World {
     /// `node_name`: this node, as endpoints and hints name it.
     pub fn new(node_name: &str) -> Self {
-        World { node_name: node_name.into(), ..World::default() }
+        World { node_name: node_name.into(), large_from: LARGE_FROM, ..World::default() }
     }
 
     /// Applies one event of a source.
@@ -116,7 +165,7 @@ impl World {
         }
         let touched =
             |entry: &Entry| entry.service.as_ref().is_some_and(|s| s.cluster_ips.iter().any(|ip| changed.contains(ip)));
-        self.dirty.extend(self.entries.iter().filter(|(_, e)| touched(e)).map(|(name, _)| name.clone()));
+        self.dirty.whole.extend(self.entries.iter().filter(|(_, e)| touched(e)).map(|(name, _)| name.clone()));
     }
 
     /// What came, for the metrics.
@@ -135,12 +184,19 @@ impl World {
 
     /// Marks a Service to be compiled again.
     pub fn mark(&mut self, name: ObjectName) {
-        self.dirty.insert(name);
+        self.dirty.whole.insert(name);
     }
 
     /// The Services to be compiled, sorted; none of them is dirty any more.
     pub fn take_dirty(&mut self) -> Vec<ObjectName> {
-        let mut names: Vec<ObjectName> = mem::take(&mut self.dirty).into_iter().collect();
+        let Dirty { mut whole, parts } = mem::take(&mut self.dirty);
+        for name in &whole {
+            if let Some(entry) = self.entries.get_mut(name) {
+                entry.large = None;
+            }
+        }
+        whole.extend(parts);
+        let mut names: Vec<ObjectName> = whole.into_iter().collect();
         names.sort_unstable();
         names
     }
@@ -155,15 +211,61 @@ impl World {
         let entry = self.entries.get(name)?;
         let service = entry.service.as_deref()?;
         let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
-        let zone = self.node.as_ref().and_then(|node| node.zone.as_deref());
-        let place = Place { node: &self.node_name, zone };
-        Some(compile(service, &slices, Context { place, bound: &self.bound }))
+        let place = place(&self.node_name, &self.node);
+        Some(compile(service, &slices, Context { place, bound: &self.bound, limits: self.shares.of(name) }))
+    }
+
+    /// The Service of this name is laid out as `compiled` says: from now on its changes may be told one by one.
+    pub fn laid_out(&mut self, name: &ObjectName, compiled: &Compiled) {
+        let Some(entry) = self.entries.get_mut(name) else { return };
+        let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
+        if slices.iter().map(|slice| slice.endpoints.len()).sum::<usize>() >= self.large_from {
+            let service = entry.service.as_deref();
+            let place = place(&self.node_name, &self.node);
+            entry.large = service.and_then(|service| Large::new(service, &slices, compiled, place)).map(Box::new);
+        }
+    }
+
+    /// What has changed of a large Service since it was last laid out, for each of its ports; `None` when it has to be
+    /// compiled as a whole.
+    pub fn take_changes(&mut self, name: &ObjectName) -> Option<Vec<PortChange>> {
+        let entry = self.entries.get_mut(name)?;
+        let large = entry.large.as_mut()?;
+        let limit = self.shares.of(name)[Resource::Endpoints as usize];
+        let changes = large.take_changes(place(&self.node_name, &self.node));
+        let changes = changes.filter(|_| entry.demand[Resource::Endpoints as usize] <= limit);
+        if changes.is_none() {
+            entry.large = None;
+        }
+        changes
+    }
+
+    /// Services with as many endpoints are large. For tests, which have fewer.
+    pub fn set_large_from(&mut self, endpoints: usize) {
+        self.large_from = endpoints;
+    }
+
+    /// How many rows of each `shares::Resource` the maps hold. Services whose share of them is another are dirty.
+    pub fn share_out(&mut self, capacity: Amounts) {
+        if self.shares.set_capacity(capacity) {
+            self.entries.values().for_each(|entry| self.shares.change(&Amounts::default(), &entry.demand));
+        }
+        let entries = &self.entries;
+        let all = || {
+            let asking = entries.iter().filter_map(|(name, entry)| Some((name, entry, entry.service.as_deref()?)));
+            asking.map(|(name, entry, service)| Demand { name, created: service.created, rows: &entry.demand })
+        };
+        self.dirty.whole.extend(self.shares.settle(all));
     }
 
     /// What load balancers are told of the Service of this name; `None` when they may not ask.
     pub fn health_check(&self, name: &ObjectName) -> Option<HealthCheck> {
         let entry = self.entries.get(name)?;
         let service = entry.service.as_deref().filter(|service| service.health_check_node_port != 0)?;
+        if let Some(large) = &entry.large {
+            let (service, port) = (service.name.clone(), service.health_check_node_port);
+            return Some(HealthCheck { service, port, local_endpoints: large.local_endpoints() as u32 });
+        }
         let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
         health_check(service, &slices, &self.node_name)
     }
@@ -175,9 +277,10 @@ impl World {
             return;
         }
         self.service_count += usize::from(entry.service.is_none());
-        self.dirty.insert(service.name.clone());
+        self.dirty.whole.insert(service.name.clone());
         self.arrivals.services.pending += 1;
         entry.service = Some(service);
+        entry.ask(&mut self.shares);
     }
 
     fn service_gone(&mut self, name: &ObjectName) {
@@ -185,7 +288,8 @@ impl World {
         if entry.service.take().is_some() {
             self.service_count -= 1;
             self.arrivals.services.pending += 1;
-            self.dirty.insert(name.clone());
+            self.dirty.whole.insert(name.clone());
+            entry.ask(&mut self.shares);
         }
         if entry.slices.is_empty() {
             self.entries.remove(name);
@@ -198,36 +302,46 @@ impl World {
             self.slice_gone(&slice.name.clone());
         }
         let stamp = self.slices.epoch;
+        let place = place(&self.node_name, &self.node);
         let entry = self.entries.entry(owner.clone()).or_default();
         if let Some((old_stamp, old)) = entry.slices.iter_mut().find(|(_, s)| s.name == slice.name) {
             *old_stamp = stamp;
             if old.ports != slice.ports || old.endpoints != slice.endpoints {
                 self.arrivals.slice_changed(&owner, &slice, Some(old));
-                self.dirty.insert(owner);
+                let is_noted = note_slice(&mut entry.large, Some(old), Some(&slice), place);
+                self.dirty.note(owner, !is_noted);
             }
             self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
+            let (before, now) = (fit::endpoint_rows(old), fit::endpoint_rows(&slice));
             *old = slice;
+            entry.ask_for_slice(before, now, &mut self.shares);
             return;
         }
         self.endpoint_count += slice.endpoints.len();
         self.owners.insert(slice.name.clone(), owner.clone());
         self.arrivals.slice_changed(&owner, &slice, None);
-        self.dirty.insert(owner);
+        self.dirty.note(owner, !note_slice(&mut entry.large, None, Some(&slice), place));
+        let rows = fit::endpoint_rows(&slice);
         entry.slices.push((stamp, slice));
+        entry.ask_for_slice(0, rows, &mut self.shares);
     }
 
     fn slice_gone(&mut self, name: &ObjectName) {
         let Some(owner) = self.owners.remove(name) else { return };
         let Some(entry) = self.entries.get_mut(&owner) else { return };
+        let mut is_noted = false;
         if let Some(at) = entry.slices.iter().position(|(_, slice)| slice.name == *name) {
             let (_, slice) = entry.slices.swap_remove(at);
             self.endpoint_count -= slice.endpoints.len();
+            entry.ask_for_slice(fit::endpoint_rows(&slice), 0, &mut self.shares);
+            let place = place(&self.node_name, &self.node);
+            is_noted = note_slice(&mut entry.large, Some(&slice), None, place);
         }
         if entry.slices.is_empty() && entry.service.is_none() {
             self.entries.remove(&owner);
         }
         self.arrivals.slice_gone(&owner);
-        self.dirty.insert(owner);
+        self.dirty.note(owner, !is_noted);
     }
 
     /// The zone decides which endpoints are hinted for this node, so that a new one touches every Service.
@@ -237,7 +351,9 @@ impl World {
         self.node = node;
         if moved {
             self.zone_changed = true;
-            self.dirty.extend(self.entries.keys().cloned());
+            self.dirty.whole.extend(self.entries.keys().cloned());
+            // What has been counted was counted for the zone of before.
+            self.entries.values_mut().for_each(|entry| entry.large = None);
         }
     }
 
@@ -274,6 +390,19 @@ impl World {
             _ => {}
         }
     }
+}
+
+/// The slice `before` is `now`. True when that is for `large` to tell, and not for all endpoints together.
+fn note_slice(large: &mut Option<Box<Large>>, before: Option<&Slice>, now: Option<&Slice>, place: Place) -> bool {
+    let is_noted = large.as_mut().is_some_and(|large| large.change(before, now, place));
+    if !is_noted {
+        *large = None;
+    }
+    is_noted
+}
+
+fn place<'a>(node_name: &'a str, node: &'a Option<Box<Node>>) -> Place<'a> {
+    Place { node: node_name, zone: node.as_ref().and_then(|node| node.zone.as_deref()) }
 }
 
 #[cfg(test)]

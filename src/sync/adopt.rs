@@ -149,7 +149,8 @@ fn adopt_frontends(layout: &mut Layout, found: &Found, report: &mut AdoptReport)
             inside: pool_use(&row.inside),
             outside: pool_use(&row.outside),
         });
-        layout.claims.claim(*key, row.service_id);
+        let rank = port.rank(row.service_id);
+        layout.claim(*key, &rank);
         for pool in [row.inside, row.outside] {
             if [POOL_CLUSTER, POOL_LOCAL].contains(&u32::from(pool.member)) && pool.count > 0 {
                 let index = pool_index(key.ip().family(), pool.member);

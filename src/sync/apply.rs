@@ -4,10 +4,11 @@
 //! | phase | why the state after each of its rows is safe |
 //! |---|---|
 //! | 1 names | nothing in the datapath follows them; adoption finds what a crash leaves behind by them |
-//! | 1 source ranges written | before the frontend that begins to ask for them: else it would turn every client away |
+//! | 1 source ranges written | before the frontend that begins to ask for them: else it would turn every client away. One that cannot be written holds nothing back: without it its clients are turned away, which is better than to let all in |
 //! | 2 backends, new and changed | no slot leads to a new one yet; a changed one is the same endpoint |
 //! | 3 slots | what a frontend can see is only ever replaced by a backend of the same pool, written in 2 |
 //! | 4 frontends written | bases and counts cover slots that 3 wrote; one row flips one frontend as a whole |
+//! | 4 frontends closed | of what a failure holds back only this: that source ranges are asked for from now on |
 //! | 5 address roles taken away | before the frontends go: else a port of an address left alone would be refused |
 //! | 6 frontends deleted | nothing leads to a frontend but its key |
 //! | 6 source ranges deleted | after the frontend that asks for them no longer: else it would turn clients away |
@@ -25,6 +26,7 @@ use bytemuck::Pod;
 use super::core::SyncReport;
 use super::{MapIo, MapName};
 use crate::abi::address_flag::ADDRESS_CLUSTER_IP;
+use crate::abi::frontend_flag::FRONTEND_SOURCE_RANGES;
 use crate::abi::{Backend, Frontend, FrontendKey};
 use crate::model::{Ipx, Protocol, SocketAddrx, Warning};
 use crate::plan::layout::Layout;
@@ -90,14 +92,18 @@ impl<'a> Applier<'a> {
     fn write_source_ranges(&mut self) {
         let ranges = &self.layout.space.tables.source_ranges;
         let rows = collect(ranges, |key, row| row.is_some() && !self.is_blocked(key.service_id));
-        let failed = self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
-        self.blocked.extend(failed.into_iter().map(|key| key.service_id));
+        self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
     }
 
-    /// A service id rests only when none is left of it: its next owner's clients would be judged by them.
+    /// A service id rests only when none is left of it: its next owner's clients would be judged by them. Whatever else of
+    /// a Service has failed, clients whom it lets in no longer are turned away; only if it does not ask for ranges any
+    /// more, its frontends are rewritten first.
     fn delete_source_ranges(&mut self) {
-        let ranges = &self.layout.space.tables.source_ranges;
-        let rows = collect(ranges, |key, row| row.is_none() && !self.is_blocked(key.service_id));
+        let Layout { space, ports, .. } = &*self.layout;
+        let still_asks = |id: u32| ports.get(&id).is_some_and(|port| port.asks_for_source_ranges());
+        let rows = collect(&space.tables.source_ranges, |key, row| {
+            row.is_none() && (!self.is_blocked(key.service_id) || still_asks(key.service_id))
+        });
         self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
     }
 
@@ -126,12 +132,28 @@ impl<'a> Applier<'a> {
         let mut datagrams = rows.iter().filter(|(key, _)| key.protocol != Protocol::Tcp as u8);
         let changed_hands = datagrams.any(changes_hands);
         self.put(MapName::Frontends, |t| &mut t.frontends, rows);
+        self.close_frontends();
         if changed_hands {
             self.report.datagram_frontends_changed_hands = true;
             if let Err(error) = self.io.note_changed_hands() {
                 self.report.failures.push((MapName::Frontends, error.to_string()));
             }
         }
+    }
+
+    /// A frontend that is to ask for source ranges and cannot be rewritten as a whole asks for them all the same.
+    fn close_frontends(&mut self) {
+        let frontends = &self.layout.space.tables.frontends;
+        let asks = |row: &Frontend| row.flags & FRONTEND_SOURCE_RANGES != 0;
+        let closed = |(key, wanted): (FrontendKey, Option<Frontend>)| {
+            let (has, wanted) =
+                (frontends.applied(key)?, wanted.filter(|row| asks(row) && self.is_blocked(row.service_id))?);
+            let is_open = has.service_id == wanted.service_id && !asks(&has);
+            is_open.then_some((key, Some(Frontend { flags: has.flags | FRONTEND_SOURCE_RANGES, ..has })))
+        };
+        let mut rows: Vec<(FrontendKey, Option<Frontend>)> = frontends.pending().filter_map(closed).collect();
+        rows.sort_unstable_by_key(|(key, _)| *key);
+        self.put(MapName::Frontends, |t| &mut t.frontends, rows);
     }
 
     fn narrow_addresses(&mut self) {
@@ -205,12 +227,12 @@ impl<'a> Applier<'a> {
     fn note_full_maps(&mut self) {
         for map in MapName::ALL {
             let name = map.as_str();
-            let remedy = match map {
-                MapName::SourceRanges => "give Services fewer and wider loadBalancerSourceRanges",
-                _ => {
-                    "stop kubelane, run `kubelane cleanup`, and start it with a higher --max-services or --max-endpoints"
-                }
+            let flag = match map {
+                MapName::SourceRanges => "--max-source-ranges",
+                MapName::Backends | MapName::Slots => "--max-endpoints",
+                MapName::Services | MapName::Frontends | MapName::Addresses => "--max-services",
             };
+            let remedy = format!("stop kubelane, run `kubelane cleanup`, and start it with a higher {flag}");
             let warnings = match self.full.contains(&map) {
                 true => vec![Warning {
                     subject: format!("map {name}"),
@@ -252,8 +274,9 @@ impl<'a> Applier<'a> {
             let mut missed = HashSet::default();
             for failure in failures {
                 missed.insert(failure.row);
-                if matches!(failure.error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC)) {
+                if failure.is_full() {
                     self.full.insert(map);
+                    self.report.rows_without_room += 1;
                 }
                 self.report.failures.push((map, failure.error.to_string()));
             }

@@ -14,6 +14,7 @@ use crate::plan::arrivals::Tally;
 use crate::plan::compile::Compiled;
 use crate::plan::layout::Layout;
 use crate::plan::no_local::NoLocal;
+use crate::plan::shares::{Amounts, Resource};
 use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
 use crate::table::{HashMap, Rows as _};
@@ -55,6 +56,11 @@ pub struct SyncReport {
     pub calls: usize,
     /// Rows that the kernel did not take, with its words.
     pub failures: Vec<(MapName, String)>,
+    /// Of these, rows for which a map had no room.
+    pub rows_without_room: usize,
+    /// Something that is wanted is not in the kernel, and not for want of room alone: that is a shortage of whoever asks
+    /// for it, and no update that waits.
+    pub waits: bool,
     /// Warnings that appeared, and those that hold no longer.
     pub warnings: Vec<Warning>,
     pub resolved: Vec<Warning>,
@@ -89,6 +95,8 @@ pub struct Counts {
     pub names: usize,
     pub addresses: usize,
     pub source_ranges: usize,
+    /// Services that have not got all they ask for.
+    pub degraded: usize,
 }
 
 impl Core {
@@ -103,6 +111,11 @@ impl Core {
             synced: false,
             has_found: false,
         }
+    }
+
+    /// Changes of Services with this many endpoints are laid out one by one. For tests, which have fewer.
+    pub fn set_large_from(&mut self, endpoints: usize) {
+        self.world.set_large_from(endpoints);
     }
 
     /// Changes of endpoints that were triggered before `time` are not reported in [`SyncReport::triggers`].
@@ -159,10 +172,13 @@ impl Core {
             self.write(io, now, &mut report);
             self.has_found = false;
             report.full = self.world.take_zone_changed() | !std::mem::replace(&mut self.synced, true);
-            if !self.pending() {
+            let is_short = report.rows_without_room > 0 && report.rows_without_room == report.failures.len();
+            report.waits = self.pending() && !is_short;
+            if !report.waits {
                 report.triggers = self.world.arrivals_mut().settle();
             }
         }
+        self.layout.tell_contests(&mut self.book);
         (report.warnings, report.resolved) = self.book.take();
         report.duration = started.elapsed();
         report
@@ -183,6 +199,7 @@ impl Core {
             // After a failure each further part would only try in vain again what failed: the last one does.
             let size = if in_parts && report.failures.is_empty() { SERVICES_OF_A_PASS } else { usize::MAX };
             report.failures.clear();
+            report.rows_without_room = 0;
             let (part, rest) = waiting.split_at(size.min(waiting.len()));
             part.iter().for_each(|name| self.place(name, report));
             Applier::new(io, &mut self.layout, &mut self.book, report).run(now);
@@ -194,8 +211,17 @@ impl Core {
     }
 
     fn place(&mut self, name: &ObjectName, report: &mut SyncReport) {
+        let changes = self.world.take_changes(name);
+        if changes.is_some_and(|changes| self.layout.adjust(name, &changes)) {
+            report.services += 1;
+            report.health_checks_changed |= self.note_health_check(name);
+            return;
+        }
         let compiled = self.world.compile(name);
         self.layout.place(name, compiled.as_ref(), &mut self.book);
+        if let Some(compiled) = &compiled {
+            self.world.laid_out(name, compiled);
+        }
         report.services += usize::from(compiled.is_some());
         self.note_no_local(name, compiled.as_ref());
         report.health_checks_changed |= self.note_health_check(name);
@@ -270,11 +296,33 @@ impl Core {
         let tables = &self.layout.space.tables;
         let (names, addresses) = (tables.services.rows().len(), tables.addresses.rows().len());
         let source_ranges = tables.source_ranges.rows().len();
-        Counts { services, slices, endpoints, frontends, backends, slots, names, addresses, source_ranges }
+        Counts {
+            services,
+            slices,
+            endpoints,
+            frontends,
+            backends,
+            slots,
+            names,
+            addresses,
+            source_ranges,
+            degraded: self.layout.degraded(),
+        }
     }
 
     fn set_capacity(&mut self, io: &dyn MapIo) {
         let of = |map| io.capacity(map);
         self.layout.set_capacity(of(MapName::Services), of(MapName::Backends), of(MapName::Slots));
+        let mut capacity = Amounts::default();
+        for (resource, map) in [
+            (Resource::Ports, MapName::Services),
+            (Resource::Frontends, MapName::Frontends),
+            (Resource::Addresses, MapName::Addresses),
+            (Resource::Endpoints, MapName::Backends),
+            (Resource::SourceRanges, MapName::SourceRanges),
+        ] {
+            capacity[resource as usize] = of(map);
+        }
+        self.world.share_out(capacity);
     }
 }

@@ -51,6 +51,13 @@ pub struct Failure {
     pub error: io::Error,
 }
 
+impl Failure {
+    /// The map has no room for the row: hash maps say E2BIG, tries ENOSPC.
+    pub fn is_full(&self) -> bool {
+        matches!(self.error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC))
+    }
+}
+
 /// Reads and writes the kernel's maps. Rows of one call are independent: each succeeds or fails alone, and rows that
 /// are not in the returned list were written.
 pub trait MapIo {

@@ -176,6 +176,7 @@ impl Node {
             cgroup,
             max_endpoints: 256,
             max_services: 64,
+            max_source_ranges: 65_536,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
         };

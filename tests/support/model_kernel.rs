@@ -34,6 +34,8 @@ pub struct ModelKernel {
     pub judging: bool,
     /// When each id became gone, and each slot was last seen by a pool.
     gone_since: HashMap<u32, Instant>,
+    /// Service ids of source ranges that were not taken: they may be closed to all.
+    refused_ranges: BTreeSet<u32>,
     slot_left: HashMap<u32, (PoolName, Instant)>,
     generations: HashMap<u32, u32>,
 }
@@ -67,6 +69,7 @@ impl ModelKernel {
             calls: Vec::new(),
             judging: true,
             gone_since: HashMap::new(),
+            refused_ranges: BTreeSet::new(),
             slot_left: HashMap::new(),
             generations: HashMap::new(),
         }
@@ -117,6 +120,10 @@ impl ModelKernel {
                 let key: SourceRangeKey = bytemuck::pod_read_unaligned(key);
                 assert_eq!(number(value), 1);
                 assert!(self.services.contains_key(&key.service_id), "{key:?} is of a Service without a name");
+                if full(self.source_ranges.len(), self.source_ranges.contains_key(&key)) {
+                    // A trie says it in other words.
+                    return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+                }
                 self.source_ranges.insert(key, 1);
             }
         }
@@ -205,7 +212,8 @@ impl ModelKernel {
     fn check_frontend(&self, key: &FrontendKey, row: &Frontend) {
         assert!(self.services.contains_key(&row.service_id), "{key:?} has a Service without a name");
         if row.flags & frontend_flag::FRONTEND_SOURCE_RANGES != 0 {
-            let asked = self.source_ranges.keys().any(|range| range.service_id == row.service_id);
+            let asked = self.refused_ranges.contains(&row.service_id)
+                || self.source_ranges.keys().any(|range| range.service_id == row.service_id);
             assert!(asked, "{key:?} asks for source ranges, and there are none");
         }
         for pool in [row.inside, row.outside] {
@@ -260,6 +268,12 @@ impl ModelKernel {
         self.addresses.get(&ip.0).is_some_and(|flags| flags & address_flag::ADDRESS_CLUSTER_IP != 0)
     }
 
+    fn note_refused_range(&mut self, map: MapName, key: &[u8]) {
+        if map == MapName::SourceRanges {
+            self.refused_ranges.insert(bytemuck::pod_read_unaligned::<SourceRangeKey>(key).service_id);
+        }
+    }
+
     fn fails_now(&mut self, map: MapName) -> bool {
         (self.fails)(map)
     }
@@ -290,10 +304,12 @@ impl MapIo for ModelKernel {
         for row in 0..rows {
             if self.fails_now(map) {
                 failures.push(Failure { row, error: io::Error::from_raw_os_error(libc::ENOMEM) });
+                self.note_refused_range(map, &keys[row * key_size..][..key_size]);
                 continue;
             }
             let key = &keys[row * key_size..][..key_size];
             if let Err(error) = self.put(map, key, &values[row * value_size..][..value_size]) {
+                self.note_refused_range(map, key);
                 failures.push(Failure { row, error });
             }
             if self.judging {

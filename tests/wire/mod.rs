@@ -75,6 +75,7 @@ impl Place {
             cgroup: self.cgroup.clone(),
             max_endpoints: 1024,
             max_services: 64,
+            max_source_ranges: 65_536,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
         }

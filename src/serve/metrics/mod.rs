@@ -42,6 +42,8 @@ pub struct Totals {
     pub services: u64,
     pub endpoints: u64,
     pub frontends: u64,
+    /// Services that have not got all the rows that they ask for.
+    pub degraded: u64,
 }
 
 /// Every metric of the daemon, in a registry of its own.
@@ -54,6 +56,7 @@ pub struct Metrics {
     services: IntGauge,
     endpoints: IntGauge,
     frontends: IntGauge,
+    degraded: IntGauge,
     warnings: IntGauge,
     map_entries: IntGaugeVec,
     map_capacity: IntGaugeVec,
@@ -84,6 +87,11 @@ impl Metrics {
             services: int_gauge(&registry, "kubelane_services", "Services known")?,
             endpoints: int_gauge(&registry, "kubelane_endpoints", "Endpoints in EndpointSlices, usable or not")?,
             frontends: int_gauge(&registry, "kubelane_frontends", "Frontends programmed")?,
+            degraded: int_gauge(
+                &registry,
+                "kubelane_degraded_services",
+                "Services that ask for more than their share of the maps, or found no room",
+            )?,
             warnings: int_gauge(&registry, "kubelane_warnings", "Warnings about objects that hold now")?,
             map_entries: int_gauges(&registry, "kubelane_map_entries", "Rows in use, by map", &["map"])?,
             map_capacity: int_gauges(&registry, "kubelane_map_capacity", "Rows that fit, by map", &["map"])?,
@@ -151,6 +159,7 @@ impl Metrics {
         self.services.set(signed(totals.services));
         self.endpoints.set(signed(totals.endpoints));
         self.frontends.set(signed(totals.frontends));
+        self.degraded.set(signed(totals.degraded));
     }
 
     /// How many warnings hold now.

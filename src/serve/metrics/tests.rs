@@ -30,7 +30,7 @@ fn what_was_observed_is_in_the_exposition() {
     metrics.synced(SyncSample { duration, full: true, rows_written: 7, rows_deleted: 2, calls: 4, failures: 1 });
     metrics.queued(SystemTime::UNIX_EPOCH + Duration::from_millis(1_500));
     metrics.up_to_date(SystemTime::UNIX_EPOCH + Duration::from_secs(2));
-    metrics.set_totals(Totals { services: 3, endpoints: 9, frontends: 5 });
+    metrics.set_totals(Totals { services: 3, endpoints: 9, frontends: 5, degraded: 2 });
     metrics.set_map("frontends", 5, 1000);
     metrics.programmed(Family::Ipv6, Duration::from_secs(271));
     let changes = |total, pending| Changes { total, pending };
