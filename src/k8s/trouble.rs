@@ -1,5 +1,6 @@
 //! What an error of the API server means to the person who has to mend it.
 
+use kube::core::Status;
 use kube::runtime::watcher::Error;
 
 use crate::chain::chain;
@@ -11,13 +12,28 @@ pub struct Trouble {
     /// What the server said, or the error in full.
     pub detail: String,
     pub remedy: &'static str,
-    /// The version is too old (410): not a failure, the list is made again.
-    pub expired: bool,
 }
 
 /// The server understood the request for a streaming list and will not have it (feature gate off, or too old).
-pub fn refuses_streaming(error: &Error) -> bool {
-    matches!(error, Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
+pub fn refuses_streaming(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if matches!(status.code, 400 | 422))
+}
+
+/// What came after the version is no longer known.
+pub fn is_expired(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 410)
+}
+
+/// The server's cache has not come to the version: it is behind, or versions began anew.
+pub fn is_too_new(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if says_too_new(status))
+}
+
+/// As [`is_too_new`]: servers before 1.19 say so in their message only.
+pub fn says_too_new(status: &Status) -> bool {
+    let causes = status.details.as_ref().map_or(&[][..], |details| &details.causes);
+    causes.iter().any(|cause| cause.reason == "ResourceVersionTooLarge")
+        || status.message.contains("Too large resource version")
 }
 
 pub fn explain(error: &Error) -> Trouble {
@@ -39,12 +55,11 @@ pub fn explain(error: &Error) -> Trouble {
             "the API server refuses the request (400 Bad Request)",
             "the server is too old or is not a Kubernetes API server",
         ),
-        Some(410) => ("the watch is too old", "the list is made again"),
         Some(429) => ("the API server is overloaded (429 Too Many Requests)", "it will be asked less often"),
         Some(500..) => ("the API server fails (5xx)", "look at its logs, and at etcd"),
         _ => transport(error),
     };
-    Trouble { what: what.to_owned(), detail: detail(error), remedy, expired: code == Some(410) }
+    Trouble { what: what.to_owned(), detail: detail(error), remedy }
 }
 
 fn code(error: &Error) -> Option<u16> {

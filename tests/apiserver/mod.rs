@@ -17,6 +17,8 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use axum::body::Body;
+use http::Response;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -121,6 +123,8 @@ struct State {
     /// Statuses for the next writes of any sort, one each.
     write_failures: VecDeque<u16>,
     down: bool,
+    /// What the cache of a replica that has fallen behind holds, and its version.
+    behind: Option<(u64, BTreeMap<(Resource, String), Arc<Value>>)>,
     /// The only one that is let in, once it is set.
     token: Option<String>,
     refuses_streaming: bool,
@@ -220,6 +224,26 @@ impl ApiServer {
         state.history.clear();
     }
 
+    /// The cache stays as it is now: lists that may be cached are answered from it, and what is newer is not waited for.
+    pub fn fall_behind(&self) {
+        let mut state = self.lock();
+        state.behind = Some((state.version, state.objects.clone()));
+    }
+
+    /// The cache holds what is stored again.
+    pub fn catch_up(&self) {
+        self.lock().behind = None;
+    }
+
+    /// All versions begin anew, as after a restored backup; open watches break.
+    pub fn restore(&self) {
+        let mut state = self.lock();
+        (state.version, state.compacted) = (1, 1);
+        state.history.clear();
+        drop(state);
+        self.break_watches();
+    }
+
     /// The next requests of this sort get these answers, one each.
     pub fn script(&self, resource: Resource, verb: Verb, answers: impl IntoIterator<Item = Answer>) {
         self.lock().scripts.push((resource, verb, answers.into_iter().collect()));
@@ -298,9 +322,22 @@ impl State {
         self.version
     }
 
+    /// The version that answers a request, and whether that is the cache's. Without a version what is stored is wanted, 0
+    /// is anything, and another is the least that will do: `Err` when the cache does not have it.
+    fn freshness(&self, request: &Request) -> Result<(u64, bool), Response<Body>> {
+        let asked = request.query.get("resourceVersion").map_or("", String::as_str);
+        let Ok(asked) = asked.parse::<u64>() else { return Ok((self.version, false)) };
+        let (cached, is_behind) = self.behind.as_ref().map_or((self.version, false), |(version, _)| (*version, true));
+        match asked <= cached {
+            true => Ok((cached, is_behind)),
+            false => Err(wire::too_large(asked, cached)),
+        }
+    }
+
     /// The selected objects, in the order of a list.
-    fn selected(&self, resource: Resource, selection: &Selection) -> Vec<Arc<Value>> {
-        let objects = self.objects.iter().filter(|((r, _), _)| *r == resource).map(|(_, object)| object);
+    fn selected(&self, resource: Resource, selection: &Selection, cached: bool) -> Vec<Arc<Value>> {
+        let all = self.behind.as_ref().filter(|_| cached).map_or(&self.objects, |(_, objects)| objects);
+        let objects = all.iter().filter(|((r, _), _)| *r == resource).map(|(_, object)| object);
         objects.filter(|object| selection.matches(object)).cloned().collect()
     }
 

@@ -126,24 +126,38 @@ impl ApiServer {
         };
         let mut state = self.lock();
         match request.verb {
-            Verb::List => list(&state, request, &selection),
+            Verb::List => list(&state, request, &selection).unwrap_or_else(|refusal| refusal),
             Verb::StreamingList if state.refuses_streaming => {
                 response(422, recorded("error-422-initial-events-without-match.json"))
             }
-            _ => self.watch(&mut state, request, selection),
+            Verb::StreamingList => match state.freshness(request) {
+                Ok((version, cached)) => self.watch(&mut state, request, selection, version, cached),
+                Err(refusal) => refusal,
+            },
+            Verb::Watch => {
+                let version = state.version;
+                self.watch(&mut state, request, selection, version, false)
+            }
         }
     }
 
     /// Opens a watch: what it starts with, and then what happens.
-    fn watch(&self, state: &mut State, request: &Request, selection: Selection) -> Response<Body> {
+    fn watch(
+        &self,
+        state: &mut State,
+        request: &Request,
+        selection: Selection,
+        version: u64,
+        cached: bool,
+    ) -> Response<Body> {
         let resource = request.resource;
         let from: u64 = request.query.get("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(0);
         let streaming = request.verb == Verb::StreamingList;
         let (mut initial, mut start) = (Vec::new(), String::new());
         if streaming || from == 0 {
-            initial = state.selected(resource, &selection);
+            initial = state.selected(resource, &selection, cached);
             if streaming && !state.ignores_streaming {
-                start += &bookmark(resource, state.version, true);
+                start += &bookmark(resource, version, true);
             }
         } else if from < state.compacted {
             return body(Body::from(recorded("watch-gone-410.jsonl")));
@@ -209,16 +223,17 @@ fn bookmark(resource: Resource, version: u64, initial_end: bool) -> String {
 }
 
 /// A list, or a page of one. A continue token is the version of the first page and the place where to go on.
-fn list(state: &State, request: &Request, selection: &Selection) -> Response<Body> {
-    let objects = state.selected(request.resource, selection);
+fn list(state: &State, request: &Request, selection: &Selection) -> Result<Response<Body>, Response<Body>> {
+    let (current, cached) = state.freshness(request)?;
+    let objects = state.selected(request.resource, selection, cached);
     let limit: usize = request.query.get("limit").and_then(|v| v.parse().ok()).unwrap_or(usize::MAX);
     let token = request.query.get("continue").map_or("", String::as_str);
     let (version, from) = match token.split_once('-') {
         Some((version, from)) => (version.parse().unwrap_or(0), from.parse().unwrap_or(0)),
-        None => (state.version, 0),
+        None => (current, 0),
     };
-    if version < state.compacted {
-        return response(410, recorded("error-410-expired-continue.json"));
+    if !token.is_empty() && version < state.compacted {
+        return Ok(response(410, recorded("error-410-expired-continue.json")));
     }
     let to = objects.len().min(from + limit.min(objects.len()));
     let mut metadata = json!({"resourceVersion": version.to_string()});
@@ -231,7 +246,18 @@ fn list(state: &State, request: &Request, selection: &Selection) -> Response<Bod
         "metadata": metadata,
         "items": objects[from.min(to)..to],
     });
-    response(200, list.to_string())
+    Ok(response(200, list.to_string()))
+}
+
+/// A version that the cache has not seen, after three seconds of waiting for it (`NewTooLargeResourceVersionError`).
+pub(super) fn too_large(asked: u64, cached: u64) -> Response<Body> {
+    let message = format!("Timeout: Too large resource version: {asked}, current: {cached}");
+    let cause = json!({"reason": "ResourceVersionTooLarge", "message": "Too large resource version"});
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Timeout", "code": 504, "message": message,
+        "details": {"causes": [cause], "retryAfterSeconds": 1},
+    });
+    response(504, status.to_string())
 }
 
 async fn scripted_answer(answer: Answer) -> std::io::Result<Response<Body>> {
