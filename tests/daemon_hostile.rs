@@ -7,9 +7,13 @@ mod hostile;
 mod site;
 mod support;
 
-use std::time::Instant;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
+use socket2::{Domain, Socket, Type};
 
 use apiserver::{Answer, Resource, Verb};
 use site::Site;
@@ -95,4 +99,64 @@ fn a_list_of_a_hundred_megabytes_needs_little_memory() {
         daemon.terminate().unwrap();
         site.cluster.lab.node("node1").cleanup().unwrap();
     }
+}
+
+/// A connection from one of the addresses outside to node1's health port.
+fn connect(from: Ipv4Addr) -> anyhow::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from((from, 0)).into())?;
+    socket.connect(&SocketAddr::from((Ipv4Addr::new(172, 31, 0, 11), 10256)).into())?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    socket.set_write_timeout(Some(Duration::from_millis(50)))?;
+    Ok(socket.into())
+}
+
+fn is_alive(from: Ipv4Addr) -> anyhow::Result<bool> {
+    let mut stream = connect(from)?;
+    write!(stream, "GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    Ok(answer.starts_with("HTTP/1.1 200"))
+}
+
+#[test]
+fn six_strangers_with_endless_requests_block_no_probe_and_cost_little_memory() {
+    let Some(site) = Site::or_skip() else { return };
+    let options = ["--healthz-bind-address", "0.0.0.0:10256"];
+    let daemon = site.start_with(&options);
+    let lab = &site.cluster.lab;
+    let before = peak(&daemon);
+    let strangers: Vec<Ipv4Addr> = (201..207).map(|last| Ipv4Addr::new(172, 31, 0, last)).collect();
+    let add = || {
+        let listed = Command::new("ip").args(["-o", "-4", "addr"]).output()?;
+        let listed = String::from_utf8(listed.stdout)?;
+        let line = listed.lines().find(|line| line.contains(" 172.31.0.1/")).expect("the address outside");
+        let device = line.split_whitespace().nth(1).expect("a device");
+        for stranger in &strangers {
+            let added = Command::new("ip").args(["addr", "add", &format!("{stranger}/32"), "dev", device]).status()?;
+            assert!(added.success());
+        }
+        Ok(())
+    };
+    lab.outside(add).unwrap();
+    let head = format!("GET /livez HTTP/1.1\r\nHost: x\r\nX: {}", "y".repeat(390 << 10));
+    let hold = || -> anyhow::Result<Vec<TcpStream>> {
+        let half = |n: usize| -> anyhow::Result<TcpStream> {
+            let mut stream = connect(strangers[n % 6])?;
+            // One half sends what is kept; the other what may not be.
+            let text = if n.is_multiple_of(2) { &head[..4000] } else { &head };
+            let _ = stream.write_all(text.as_bytes());
+            Ok(stream)
+        };
+        (0..900).map(half).collect()
+    };
+    let held = lab.outside(hold).unwrap();
+    for _ in 0..16 {
+        assert!(lab.outside(|| is_alive(Ipv4Addr::new(172, 31, 0, 1))).unwrap(), "a seventh client");
+        is_well(&daemon);
+    }
+    let grown = peak(&daemon) - before;
+    println!("900 connections of six strangers: {grown} MiB more");
+    assert!(grown < 24, "{grown} MiB");
+    drop(held);
 }

@@ -3,6 +3,7 @@
 mod health;
 mod http;
 mod metrics;
+mod places;
 mod service_health;
 
 use std::io;
@@ -20,8 +21,9 @@ use tokio::net::TcpListener;
 
 pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
-pub use http::{Limits, listen};
+pub use http::listen;
 pub use metrics::{Changes, Metrics, Sample, SyncSample, Totals};
+pub use places::Limits;
 pub use service_health::{HealthChecks, run as run_service_health};
 
 use health::Answer;
