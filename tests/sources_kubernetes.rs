@@ -429,6 +429,25 @@ async fn errors_of_the_server_are_retried_until_they_end() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_server_that_forbids_everything_just_after_its_start_is_no_reason_for_advice() {
+    let server = ApiServer::with_recorded_lists();
+    let mut source = Source::start(server.clone());
+    source.listed().await;
+    let forbidden = Answer::Body(403, recorded("error-403-forbidden.json"));
+    server.script(Resource::Services, Verb::Watch, vec![forbidden; 12]);
+    source.settle(10).await;
+    server.break_watches();
+    source.settle(5).await;
+    assert_eq!(source_error(&source.status), "the API server forbids the watch for now (403 Forbidden)");
+    source.settle(60).await;
+    assert_eq!(source_error(&source.status), "the API server forbids the watch (403 Forbidden)", "it lasts");
+}
+
+fn source_error(status: &SourceStatus) -> String {
+    status.services.last_error().unwrap_or_default()
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stream_that_breaks_in_the_middle_of_an_object_is_made_again() {
     let text = recorded("watch-services-initial-events.jsonl");
     let server = ApiServer::with_recorded_lists();
@@ -640,7 +659,7 @@ async fn over_a_socket_it_introduces_itself_and_follows() {
     let (sender, changes) = mpsc::channel(16);
     let settings = Settings { node_name: "n1".into(), service_proxy_name: None };
     let status = Arc::new(SourceStatus::default());
-    tokio::spawn(k8s::run(k8s::client(config).unwrap(), settings, sender, status.clone()));
+    tokio::spawn(k8s::run(k8s::client(&config).unwrap(), settings, sender, status.clone()));
     let mut source = Source { server, changes, status, seen: Seen::default() };
     source.listed().await;
     let agent = format!("kubelane/{}", env!("CARGO_PKG_VERSION"));

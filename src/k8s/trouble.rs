@@ -3,6 +3,7 @@
 use kube::core::Status;
 use kube::runtime::watcher::Error;
 
+use super::renewal::NoCredentials;
 use crate::chain::chain;
 
 /// An error, explained.
@@ -36,7 +37,15 @@ pub fn says_too_new(status: &Status) -> bool {
         || status.message.contains("Too large resource version")
 }
 
+/// What a server says in the seconds after its start, before it knows its roles: no trouble unless it lasts.
+pub fn is_forbidden(error: &Error) -> bool {
+    code(error) == Some(403)
+}
+
 pub fn explain(error: &Error) -> Trouble {
+    if let Some(trouble) = of_tls(error).or_else(|| of_credentials(error)) {
+        return trouble;
+    }
     let code = code(error);
     let (what, remedy) = match code {
         Some(401) => (
@@ -45,7 +54,7 @@ pub fn explain(error: &Error) -> Trouble {
         ),
         Some(403) => (
             "the API server forbids the watch (403 Forbidden)",
-            "apply manifests/base/rbac.yaml: kubelane may have to list and watch services, endpointslices.discovery.k8s.io and nodes",
+            "apply manifests/base/rbac.yaml: kubelane has to list and watch services, endpointslices.discovery.k8s.io and nodes",
         ),
         Some(404) => (
             "the API server does not have this resource (404 Not Found)",
@@ -60,6 +69,56 @@ pub fn explain(error: &Error) -> Trouble {
         _ => transport(error),
     };
     Trouble { what: what.to_owned(), detail: detail(error), remedy }
+}
+
+/// What TLS found wrong: a certificate, ours or the server's, and not the network.
+fn of_tls(error: &Error) -> Option<Trouble> {
+    let trouble = |what: &str, why: String, remedy| {
+        Some(Trouble { what: format!("{what}: {why}"), detail: chain(error), remedy })
+    };
+    match cause::<rustls::Error>(error)? {
+        rustls::Error::InvalidCertificate(reason) => trouble(
+            "the API server's certificate is not trusted",
+            match reason {
+                rustls::CertificateError::Other(rustls::OtherError(why)) => why.to_string(),
+                other => other.to_string(),
+            },
+            "compare it with the kubeconfig's certificate-authority and server, and look at this machine's clock",
+        ),
+        error @ rustls::Error::AlertReceived(_) => trouble(
+            "the API server refuses our TLS",
+            error.to_string(),
+            "check the kubeconfig's client-certificate: is it signed by an authority that the server knows, and still valid?",
+        ),
+        error => trouble(
+            "no TLS with the API server",
+            error.to_string(),
+            "is its address that of an API server, with https?",
+        ),
+    }
+}
+
+/// A plugin that failed, or a file that cannot be used.
+fn of_credentials(error: &Error) -> Option<Trouble> {
+    let why = cause::<NoCredentials>(error)?;
+    let remedy = "check the kubeconfig's user, and the plugin or the files that it names";
+    Some(Trouble { what: format!("no credentials for the API server: {why}"), detail: chain(error), remedy })
+}
+
+/// The first error of this type among the causes of `error`. Those of I/O hide their cause from `source`.
+fn cause<'e, E: std::error::Error + 'static>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e E> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<E>() {
+            return Some(found);
+        }
+        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = match inner {
+            Some(inner) => Some(inner as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    None
 }
 
 fn code(error: &Error) -> Option<u16> {

@@ -35,6 +35,7 @@ pub async fn run<W: Convert>(
         state: state.clone(),
         backoff: Backoff::default(),
         last_failure: None,
+        forbidden_since: None,
         listing: false,
     };
     let follower = Follower::<W>::new(client, selection(W::LISTED, settings));
@@ -57,6 +58,9 @@ fn selection(kind: Kind, settings: &Settings) -> Selection {
     }
 }
 
+/// A server that was of another mind before may forbid everything for so long: after its start it has to read its roles.
+const ROLES: Duration = Duration::from_secs(30);
+
 /// The state of one watch across reconnects.
 struct Watch {
     converter: Converter,
@@ -64,6 +68,7 @@ struct Watch {
     state: Arc<WatchState>,
     backoff: Backoff,
     last_failure: Option<Instant>,
+    forbidden_since: Option<Instant>,
     /// `ListBegin` has been sent and `ListEnd` has not.
     listing: bool,
 }
@@ -146,6 +151,7 @@ impl Watch {
     }
 
     fn heard(&mut self, kind: &str) {
+        self.forbidden_since = None;
         if let Some(error) = self.state.heard() {
             info!(kind, after = error, "the API server is back");
         }
@@ -157,10 +163,25 @@ impl Watch {
             self.backoff.reset();
         }
         let trouble = trouble::explain(error);
-        if self.state.failed(&trouble.what) {
+        if self.is_of_a_start(error) {
+            if self.state.failed("the API server forbids the watch for now (403 Forbidden)") {
+                info!(
+                    kind = W::PLURAL,
+                    "the API server forbids the watch, as one does that has just started; retrying"
+                );
+            }
+        } else if self.state.failed(&trouble.what) {
             warn!(kind = W::PLURAL, error = trouble.detail, "{}; retrying: {}", trouble.what, trouble.remedy);
         }
         tokio::time::sleep(self.backoff.next()).await;
         self.last_failure = Some(Instant::now());
+    }
+
+    /// Whether the server forbids what it allowed before, and has not done so for long.
+    fn is_of_a_start(&mut self, error: &watcher::Error) -> bool {
+        if !trouble::is_forbidden(error) || !self.state.listed() {
+            return false;
+        }
+        self.forbidden_since.get_or_insert_with(Instant::now).elapsed() < ROLES
     }
 }

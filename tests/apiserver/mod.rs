@@ -98,6 +98,8 @@ pub struct Request {
     /// Decoded query parameters.
     pub query: BTreeMap<String, String>,
     pub user_agent: String,
+    /// The client takes compressed answers.
+    pub gzip: bool,
     pub at: Instant,
 }
 
@@ -119,6 +121,10 @@ struct State {
     watchers: Vec<Watcher>,
     scripts: Vec<(Resource, Verb, VecDeque<Answer>)>,
     requests: Vec<Request>,
+    /// That came in by sockets.
+    connections: usize,
+    /// Lists that were sent compressed.
+    compressed: usize,
     events: Vec<Value>,
     /// Statuses for the next writes of any sort, one each.
     write_failures: VecDeque<u16>,
@@ -299,6 +305,12 @@ impl ApiServer {
     /// Every request so far.
     pub fn requests(&self) -> Vec<Request> {
         self.lock().requests.clone()
+    }
+
+    /// Connections so far, and lists that were sent compressed.
+    pub fn traffic(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.connections, state.compressed)
     }
 
     /// Open watches of a resource.

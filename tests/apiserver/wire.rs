@@ -23,6 +23,9 @@ use super::{Answer, ApiServer, Line, Request, Resource, State, Verb, Watcher, ev
 /// How often a watch gets a bookmark, as from a real server.
 const BOOKMARKS: Duration = Duration::from_secs(60);
 
+/// Lists of this size are sent compressed, as the real server does it.
+const COMPRESSED: usize = 128 << 10;
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 impl ApiServer {
@@ -44,15 +47,7 @@ impl ApiServer {
             while let Ok((socket, _)) = listener.accept().await {
                 // As Go's servers do: an event is not to wait for the acknowledgement of the one before.
                 let _ = socket.set_nodelay(true);
-                let server = server.clone();
-                let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                    let server = server.clone();
-                    async move { server.answer(request).await }
-                });
-                connections.spawn(async move {
-                    let builder = hyper::server::conn::http1::Builder::new();
-                    let _ = builder.serve_connection(TokioIo::new(socket), service).await;
-                });
+                connections.spawn(server.clone().connection(socket));
             }
         }
     }
@@ -63,20 +58,29 @@ impl ApiServer {
         async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
-                // As Go's servers do: an event is not to wait for the acknowledgement of the one before.
                 let _ = socket.set_nodelay(true);
                 let (server, tls) = (server.clone(), tls.clone());
                 connections.spawn(async move {
-                    let Ok(socket) = tls.accept(socket).await else { return };
-                    let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                        let server = server.clone();
-                        async move { server.answer(request).await }
-                    });
-                    let builder = hyper::server::conn::http1::Builder::new();
-                    let _ = builder.serve_connection(TokioIo::new(socket), service).await;
+                    if let Ok(socket) = tls.accept(socket).await {
+                        server.connection(socket).await;
+                    }
                 });
             }
         }
+    }
+
+    /// HTTP/1 or 2, as the client begins.
+    async fn connection<S>(self, socket: S)
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        self.lock().connections += 1;
+        let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+            let server = self.clone();
+            async move { server.answer(request).await }
+        });
+        let builder = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+        let _ = builder.serve_connection(TokioIo::new(socket), service).await;
     }
 
     async fn answer<B>(&self, request: http::Request<B>) -> std::io::Result<Response<Body>>
@@ -106,7 +110,10 @@ impl ApiServer {
             (true, true) => Verb::StreamingList,
         };
         let agent = head.headers.get(http::header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let request = Request { resource, verb, query, user_agent: agent.to_owned(), at: Instant::now() };
+        let encodings =
+            head.headers.get(http::header::ACCEPT_ENCODING).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let gzip = encodings.contains("gzip");
+        let request = Request { resource, verb, query, user_agent: agent.to_owned(), gzip, at: Instant::now() };
         let scripted = {
             let mut state = self.lock();
             state.requests.push(request.clone());
@@ -126,7 +133,7 @@ impl ApiServer {
         };
         let mut state = self.lock();
         match request.verb {
-            Verb::List => list(&state, request, &selection).unwrap_or_else(|refusal| refusal),
+            Verb::List => list(&mut state, request, &selection).unwrap_or_else(|refusal| refusal),
             Verb::StreamingList if state.refuses_streaming => {
                 response(422, recorded("error-422-initial-events-without-match.json"))
             }
@@ -223,7 +230,7 @@ fn bookmark(resource: Resource, version: u64, initial_end: bool) -> String {
 }
 
 /// A list, or a page of one. A continue token is the version of the first page and the place where to go on.
-fn list(state: &State, request: &Request, selection: &Selection) -> Result<Response<Body>, Response<Body>> {
+fn list(state: &mut State, request: &Request, selection: &Selection) -> Result<Response<Body>, Response<Body>> {
     let (current, cached) = state.freshness(request)?;
     let objects = state.selected(request.resource, selection, cached);
     let limit: usize = request.query.get("limit").and_then(|v| v.parse().ok()).unwrap_or(usize::MAX);
@@ -246,7 +253,16 @@ fn list(state: &State, request: &Request, selection: &Selection) -> Result<Respo
         "metadata": metadata,
         "items": objects[from.min(to)..to],
     });
-    Ok(response(200, list.to_string()))
+    let text = list.to_string();
+    if !request.gzip || text.len() < COMPRESSED {
+        return Ok(response(200, text));
+    }
+    state.compressed += 1;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, text.as_bytes()).expect("memory");
+    let mut response = body(Body::from(encoder.finish().expect("memory")));
+    response.headers_mut().insert(http::header::CONTENT_ENCODING, http::HeaderValue::from_static("gzip"));
+    Ok(response)
 }
 
 /// A version that the cache has not seen, after three seconds of waiting for it (`NewTooLargeResourceVersionError`).
