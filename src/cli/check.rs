@@ -198,10 +198,16 @@ fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding 
             format!("{address} is held by {process}: a daemon is running already"),
             "stop it before you start another",
         ),
-        Some(process) => {
-            Finding::fail(what, format!("{address} is held by {process}"), format!("choose another {flag}, or stop it"))
-        }
-        None => Finding::fail(what, format!("cannot listen on {address}: {error}"), format!("choose another {flag}")),
+        Some(process) => Finding::warn(
+            what,
+            format!("{address} is held by {process}: Services are served without it, and it is taken when it is free"),
+            format!("choose another {flag}, or stop it"),
+        ),
+        None => Finding::warn(
+            what,
+            format!("cannot listen on {address}: {error}: Services are served without it"),
+            format!("choose another {flag}"),
+        ),
     }
 }
 
@@ -281,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_is_taken_fails_and_names_the_process_and_the_flag() {
+    fn a_port_that_is_taken_is_told_with_the_process_and_the_flag() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let taken = port("health port", HEALTHZ_FLAG, Some(address));
