@@ -9,6 +9,7 @@ use super::config_file::ConfigFile;
 use super::flags::CheckFlags;
 use super::host::find_cgroup;
 use super::leftovers::{kube_proxy_chains, listener_on};
+use super::source_check as source;
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
 use crate::bpf::{Privileges, probe};
 use crate::netdev::IPVS_DEVICE;
@@ -20,33 +21,33 @@ const KUBE_PROXY_REMEDY: &str =
 
 /// How a condition stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Level {
+pub(super) enum Level {
     Ok,
     /// Something is missing or in the way; the daemon runs nevertheless.
     Warn,
-    /// The daemon would not run.
+    /// The daemon would not run, or had nothing to serve.
     Fail,
 }
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Finding {
-    level: Level,
+pub(super) struct Finding {
+    pub level: Level,
     what: &'static str,
-    detail: String,
+    pub detail: String,
     remedy: String,
 }
 
 impl Finding {
-    fn ok(what: &'static str, detail: impl Into<String>) -> Self {
+    pub(super) fn ok(what: &'static str, detail: impl Into<String>) -> Self {
         Finding { level: Level::Ok, what, detail: detail.into(), remedy: String::new() }
     }
 
-    fn warn(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn warn(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Finding { level: Level::Warn, what, detail: detail.into(), remedy: remedy.into() }
     }
 
-    fn fail(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn fail(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Finding { level: Level::Fail, what, detail: detail.into(), remedy: remedy.into() }
     }
 }
@@ -85,7 +86,9 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     findings.push(chains());
     findings.push(ipvs_device());
     findings.push(own_pins(pin_path));
+    flags.source.complete(file.kubeconfig.clone());
     findings.extend(configuration(&file));
+    findings.extend(source::findings(&flags.source));
     let mut text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
     let failed = findings.iter().filter(|f| f.level == Level::Fail).count();
     text += &match failed {

@@ -222,6 +222,9 @@ pub struct LogFlags {
 pub struct CheckFlags {
     #[command(flatten)]
     pub node: NodeFlags,
+
+    #[command(flatten)]
+    pub source: SourceFlags,
 }
 
 #[derive(Args, Clone, Debug)]

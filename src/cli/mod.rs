@@ -14,6 +14,7 @@ mod log;
 mod merge;
 mod run;
 mod snapshot;
+mod source_check;
 mod status;
 mod table;
 mod traffic;

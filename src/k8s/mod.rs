@@ -10,6 +10,7 @@ mod envelope;
 pub mod events;
 mod exec;
 mod follow;
+pub mod inquiry;
 mod insecure;
 mod intern;
 mod list;

@@ -131,6 +131,10 @@ struct State {
     down: bool,
     /// What the cache of a replica that has fallen behind holds, and its version.
     behind: Option<(u64, BTreeMap<(Resource, String), Arc<Value>>)>,
+    /// What reviews of access deny, as "verb resource".
+    denied: Vec<String>,
+    /// How far the clock is ahead, in seconds.
+    ahead: i64,
     /// The only one that is let in, once it is set.
     token: Option<String>,
     refuses_streaming: bool,
@@ -261,6 +265,16 @@ impl ApiServer {
         if down {
             self.break_watches();
         }
+    }
+
+    /// Denies these rights ("watch services") in reviews of access, from now on.
+    pub fn deny(&self, rights: &[&str]) {
+        self.lock().denied = rights.iter().map(|right| (*right).to_owned()).collect();
+    }
+
+    /// Sets the clock this many seconds ahead.
+    pub fn set_clock(&self, ahead: i64) {
+        self.lock().ahead = ahead;
     }
 
     /// Answers 401 to whoever has not this token, from now on.
