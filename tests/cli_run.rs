@@ -215,20 +215,26 @@ fn a_daemon_is_started_asked_stopped_started_again_and_cleaned_up() {
 }
 
 #[test]
-fn a_port_that_is_taken_ends_the_daemon_before_anything_is_attached() {
+fn a_port_that_is_taken_keeps_no_service_waiting_and_is_had_when_it_is_free() {
     let Some(world) = World::or_skip() else { return };
-    let _taken = TcpListener::bind(world.metrics).unwrap();
-    let mut daemon = world.start(&[]);
-    assert_eq!(daemon.ended().code(), Some(1));
-    let (log, address) = (world.log(), world.metrics.to_string());
-    assert!(log.contains(&format!("--metrics-bind-address: cannot listen on {address}")), "{log}");
-    assert!(!PathBuf::from(world.pins()).exists(), "something was pinned");
+    let taken = TcpListener::bind(world.metrics).unwrap();
+    let daemon = world.start(&[]);
+    daemon.wait_ready();
+    let services = text(&world.ask(&["get", "services"]).stdout);
+    assert!(services.contains("10.96.0.10:80"), "{services}");
+    let address = world.metrics.to_string();
+    let expected = format!("--metrics-bind-address: cannot listen on {address}");
+    let lines = || world.log().lines().filter(|line| line.contains(&expected)).count();
+    assert_eq!(lines(), 1, "{}", world.log());
 
     let check = world.ask(&["check", "--metrics-bind-address", &address, "--healthz-bind-address", ""]);
     let said = text(&check.stdout);
-    assert_eq!(check.status.code(), Some(1), "{said}");
     let line = said.lines().find(|line| line.contains("metrics port")).unwrap();
-    assert!(line.starts_with("FAIL") && line.contains(&format!("(pid {})", std::process::id())), "{line}");
+    assert!(line.starts_with("warn") && line.contains(&format!("(pid {})", std::process::id())), "{line}");
+
+    drop(taken);
+    assert!(eventually(PATIENCE, || world.http(world.metrics, "/proxyMode").is_some()), "{}", world.log());
+    assert_eq!(lines(), 1, "told once");
 }
 
 #[test]

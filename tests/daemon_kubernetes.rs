@@ -157,3 +157,68 @@ fn a_restart_with_an_unchanged_world_writes_nothing() {
     assert_eq!(maps(), before);
     assert_eq!(names(&site.ask(10)), ["a", "b"]);
 }
+
+/// The lines of `kubelane check` on node1 about the API server, and whether all is well.
+fn checked(site: &Site, options: &[&str]) -> (Vec<String>, bool) {
+    let node = site.cluster.lab.node("node1");
+    let pins = node.pin_path.display().to_string();
+    let run = || {
+        let check = ["check", "--pin-path", &pins, "--healthz-bind-address", "", "--metrics-bind-address", ""];
+        Ok(std::process::Command::new(support::kubelane_binary()?).args(check).args(options).output()?)
+    };
+    let output = node.host.inside(run).unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.is_empty(), "{error}");
+    let of_server = |line: &&str| ["API server", "rights on", "clock "].iter().any(|what| line[6..].starts_with(what));
+    let lines = said.lines().filter(|line| line.len() > 6).filter(of_server).map(str::to_owned).collect();
+    (lines, output.status.success())
+}
+
+#[test]
+fn check_asks_the_api_server_for_an_answer_rights_and_the_time() {
+    let Some(site) = Site::or_skip() else { return };
+    let kubeconfig = ["--kubeconfig", site.kubeconfig.to_str().unwrap()];
+    let (lines, well) = checked(&site, &kubeconfig);
+    assert!(well && lines.len() == 3 && lines.iter().all(|line| line.starts_with("ok")), "{lines:#?}");
+    assert!(lines[0].contains("(v1.36.2)"), "{lines:#?}");
+
+    site.server.deny(&["watch endpointslices", "create events"]);
+    site.server.set_clock(-600);
+    let (lines, well) = checked(&site, &kubeconfig);
+    assert!(
+        !well && lines[1].starts_with("FAIL") && lines[1].contains("may not watch endpointslices ->"),
+        "{lines:#?}"
+    );
+    assert!(lines[2].starts_with("warn") && lines[2].contains(" s ahead of the API server's"), "{lines:#?}");
+    site.server.deny(&["create events"]);
+    let (lines, well) = checked(&site, &kubeconfig);
+    assert!(well && lines[1].starts_with("warn") && lines[1].contains("may not create events"), "{lines:#?}");
+
+    site.server.set_token("another");
+    let (lines, well) = checked(&site, &kubeconfig);
+    assert!(!well && lines.len() == 1 && lines[0].contains("does not know us (401 Unauthorized)"), "{lines:#?}");
+    let (lines, well) = checked(&site, &["--kubeconfig", "/nowhere/kubeconfig"]);
+    assert!(!well && lines[0].starts_with("FAIL") && lines[0].contains("/nowhere/kubeconfig"), "{lines:#?}");
+    let (lines, well) = checked(&site, &["--master", "http://127.0.0.1:9"]);
+    assert!(!well && lines[0].contains("cannot be reached"), "{lines:#?}");
+    let (lines, _) = checked(&site, &[]);
+    assert!(lines[0].starts_with("warn") && lines[0].contains("nothing says where it is"), "{lines:#?}");
+}
+
+/// The plugin is asked for credentials with the first request, and has not answered when the signal comes.
+#[test]
+fn a_plugin_that_hangs_does_not_keep_the_daemon_from_ending() {
+    let Some(site) = Site::or_skip() else { return };
+    let text = fs::read_to_string(&site.kubeconfig).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let api = "client.authentication.k8s.io/v1";
+    config["users"][0]["user"] = json!({"exec": {"apiVersion": api, "command": "sleep", "args": ["1000"]}});
+    fs::write(&site.kubeconfig, config.to_string()).unwrap();
+    let kubeconfig = site.kubeconfig.to_str().unwrap();
+    let daemon = Daemon::spawn_on(&site.cluster.lab, "node1", &["--kubeconfig", kubeconfig], &[]).unwrap();
+    assert!(eventually(PATIENCE, || daemon.health("/livez").is_ok()), "{}", daemon.log());
+    let began = std::time::Instant::now();
+    assert!(daemon.terminate().unwrap().success());
+    assert!(began.elapsed() < std::time::Duration::from_secs(3), "{:?}", began.elapsed());
+}

@@ -51,7 +51,9 @@ fn exposed(text: &str) -> Families {
 /// The table of README.md: `name` | type | `label`, `label` | meaning.
 fn documented() -> Families {
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let rows = readme.lines().filter(|line| line.starts_with("| `kubeproxy_") || line.starts_with("| `kubelane_"));
+    let rows = readme
+        .lines()
+        .filter(|line| ["| `kubeproxy_", "| `kubelane_", "| `process_"].iter().any(|start| line.starts_with(start)));
     let row = |line: &str| {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
         let bare = |text: &str| text.trim().trim_matches('`').to_owned();

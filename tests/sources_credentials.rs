@@ -1,4 +1,5 @@
-//! Credentials on disk that change while the source runs: tokens, certificates, and the authorities behind them.
+//! Ways to an API server: credentials on disk that change while the source runs, keys and certificates as clusters have
+//! them, plugins that hang, proxies.
 #![cfg(feature = "lab")]
 
 mod apiserver;
@@ -19,8 +20,9 @@ use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::server::WantsServerCert;
 use tokio_rustls::rustls::server::WebPkiClientVerifier;
-use tokio_rustls::rustls::{RootCertStore, ServerConfig};
+use tokio_rustls::rustls::{ConfigBuilder, RootCertStore, ServerConfig};
 
 use apiserver::ApiServer;
 use apiserver::seen::Seen;
@@ -99,18 +101,34 @@ async fn a_token_that_was_renewed_on_disk_is_used_with_the_next_request() {
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
+fn openssl(directory: &Path, arguments: &str) {
+    let output = Command::new("openssl").args(arguments.split(' ')).current_dir(directory).output().unwrap();
+    assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn has_openssl() -> bool {
+    let has = support::process::in_path("openssl");
+    if !has {
+        support::skip("needs the `openssl` command (Debian: apt-get install openssl; `make setup` does it)");
+    }
+    has
+}
+
+const P256: &str = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+
 /// A new authority with certificates of the server at 127.0.0.1 and of a client, as `ca`, `server` and `client`.
 fn make_certificates(directory: &Path) {
-    let run = |arguments: String| {
-        let output = Command::new("openssl").args(arguments.split(' ')).current_dir(directory).output().unwrap();
-        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-    };
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    make_with(directory, P256, 2);
+}
+
+/// As [`make_certificates`], with keys of this sort, and a server's certificate that is valid for so many days.
+fn make_with(directory: &Path, key: &str, days: i32) {
+    let run = |arguments: String| openssl(directory, &arguments);
     run(format!("req -x509 {key} -keyout ca.key -out ca.crt -days 2 -subj /CN=authority"));
     fs::write(directory.join("names"), "subjectAltName=IP:127.0.0.1\n").unwrap();
     for name in ["server", "client"] {
         run(format!("req {key} -keyout {name}.key -out {name}.csr -subj /CN={name}"));
-        let signed = format!("-CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.crt");
+        let signed = format!("-CA ca.crt -CAkey ca.key -CAcreateserial -days {days} -extfile names -out {name}.crt");
         run(format!("x509 -req -in {name}.csr {signed}"));
     }
 }
@@ -119,18 +137,39 @@ fn acceptor(directory: &Path) -> TlsAcceptor {
     let read = |name: &str| CertificateDer::from_pem_file(directory.join(name)).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(read("ca.crt")).unwrap();
-    let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+    let provider = Arc::new(tokio_rustls::rustls::crypto::aws_lc_rs::default_provider());
     let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
-    let key = PrivateKeyDer::from_pem_file(directory.join("server.key")).unwrap();
     let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let config = config.with_client_cert_verifier(clients).with_single_cert(vec![read("server.crt")], key).unwrap();
+    serving(config.with_client_cert_verifier(clients), directory)
+}
+
+/// As [`acceptor`], for clients without a certificate.
+fn open_acceptor(directory: &Path) -> TlsAcceptor {
+    let provider = Arc::new(tokio_rustls::rustls::crypto::aws_lc_rs::default_provider());
+    let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    serving(config.with_no_client_auth(), directory)
+}
+
+fn serving(config: ConfigBuilder<ServerConfig, WantsServerCert>, directory: &Path) -> TlsAcceptor {
+    let certificate = CertificateDer::from_pem_file(directory.join("server.crt")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(directory.join("server.key")).unwrap();
+    let mut config = config.with_single_cert(vec![certificate], key).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     TlsAcceptor::from(Arc::new(config))
+}
+
+/// A server with these certificates, and the address where it listens.
+async fn serve_tls(server: &ApiServer, directory: &Path) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(server.serve_tls(listener, open_acceptor(directory)));
+    at
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_and_their_authority_may_be_replaced_while_the_source_runs() {
-    if !support::process::in_path("openssl") {
-        return support::skip("needs the `openssl` command (Debian: apt-get install openssl; `make setup` does it)");
+    if !has_openssl() {
+        return;
     }
     let server = ApiServer::with_recorded_lists();
     let directory = tempfile::tempdir().unwrap();
@@ -150,4 +189,216 @@ async fn certificates_and_their_authority_may_be_replaced_while_the_source_runs(
     let listener = TcpListener::bind(at).await.unwrap();
     tokio::spawn(server.serve_tls(listener, acceptor(source.directory.path())));
     source.follows("after").await;
+}
+
+/// What kubeadm, k3s, RKE2, kops and Talos make are keys on P-256 and RSA keys; hardened clusters have P-384 and P-521.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_every_sort_that_clusters_have_are_taken() {
+    if !has_openssl() {
+        return;
+    }
+    let curve = |name: &str| format!("-newkey ec -pkeyopt ec_paramgen_curve:{name} -nodes");
+    for key in [
+        curve("P-256"),
+        curve("P-384"),
+        curve("P-521"),
+        "-newkey rsa:2048 -nodes".into(),
+        "-newkey ed25519 -nodes".into(),
+    ] {
+        let server = ApiServer::with_recorded_lists();
+        let directory = tempfile::tempdir().unwrap();
+        make_with(directory.path(), &key, 2);
+        let at = serve_tls(&server, directory.path()).await;
+        let authority = json!({"certificate-authority": directory.path().join("ca.crt")});
+        kubeconfig(directory.path(), at, authority, json!({}));
+        Source::start(&server, directory).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_is_its_own_authority_is_trusted_where_it_is_named() {
+    if !has_openssl() {
+        return;
+    }
+    for is_authority in ["TRUE", "FALSE"] {
+        let server = ApiServer::with_recorded_lists();
+        let directory = tempfile::tempdir().unwrap();
+        let extensions =
+            format!("-addext subjectAltName=IP:127.0.0.1 -addext basicConstraints=critical,CA:{is_authority}");
+        let made = format!("req -x509 {P256} -keyout server.key -out server.crt -days 2 -subj /CN=self {extensions}");
+        openssl(directory.path(), &made);
+        let at = serve_tls(&server, directory.path()).await;
+        let authority = json!({"certificate-authority": directory.path().join("server.crt")});
+        kubeconfig(directory.path(), at, authority, json!({}));
+        Source::start(&server, directory).await;
+    }
+}
+
+/// The error that the source tells of first.
+async fn trouble(directory: &Path) -> String {
+    let client = k8s::renewing(Some(directory.join("kubeconfig")), None).await.unwrap();
+    let (sender, _changes) = mpsc::channel(16);
+    let settings = Settings { node_name: "n1".into(), service_proxy_name: None };
+    let status = Arc::new(SourceStatus::default());
+    tokio::spawn(k8s::run(client, settings, sender, status.clone()));
+    let told = async {
+        loop {
+            if let Some(error) = status.services.last_error() {
+                return error;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("an error")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_certificate_that_is_not_trusted_is_named_with_the_reason() {
+    if !has_openssl() {
+        return;
+    }
+    let server = ApiServer::with_recorded_lists();
+    let directory = tempfile::tempdir().unwrap();
+    let own = |name: &str, subject: &str| {
+        format!("req -x509 {P256} -keyout {name}.key -out {name}.crt -days 2 -subj /CN={subject}")
+    };
+    openssl(directory.path(), &own("stranger", "stranger"));
+    make_certificates(directory.path());
+    let stranger = json!({"certificate-authority": directory.path().join("stranger.crt")});
+    let authority = json!({"certificate-authority": directory.path().join("ca.crt")});
+    let at = serve_tls(&server, directory.path()).await;
+    kubeconfig(directory.path(), at, stranger, json!({}));
+    let told = trouble(directory.path()).await;
+    let expected = "the API server's certificate is not trusted: the certificate of \"CN=server\", issued by \"CN=authority\", is signed by no authority that is trusted here";
+    assert_eq!(told, expected);
+    let mut other_name = authority.clone();
+    other_name["tls-server-name"] = json!("api.example");
+    kubeconfig(directory.path(), at, other_name, json!({}));
+    let told = trouble(directory.path()).await;
+    assert!(told.contains("is not for api.example, but for 127.0.0.1"), "{told}");
+
+    make_with(directory.path(), P256, -1);
+    let at = serve_tls(&server, directory.path()).await;
+    kubeconfig(directory.path(), at, authority, json!({}));
+    let told = trouble(directory.path()).await;
+    assert!(told.contains("was valid until"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_file_may_end_in_a_newline() {
+    let server = ApiServer::with_recorded_lists();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(server.serve(listener));
+    let directory = tempfile::tempdir().unwrap();
+    let token = directory.path().join("token");
+    fs::write(&token, "one\n").unwrap();
+    server.set_token("one");
+    kubeconfig(directory.path(), at, json!({}), json!({"tokenFile": token}));
+    Source::start(&server, directory).await;
+}
+
+/// Three watches, and lists that are longer than the server sends uncompressed.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_connection_carries_everything_and_long_lists_are_compressed() {
+    if !has_openssl() {
+        return;
+    }
+    let server = ApiServer::with_recorded_lists();
+    server.refuse_streaming();
+    for n in 0..1000 {
+        let spec = json!({"clusterIP": "10.96.7.7", "clusterIPs": ["10.96.7.7"], "ports": [{"port": 80}]});
+        server.upsert(json!({"kind": "Service", "apiVersion": "v1", "metadata": {"namespace": "test", "name": format!("s{n}")}, "spec": spec}));
+    }
+    let directory = tempfile::tempdir().unwrap();
+    make_certificates(directory.path());
+    let at = serve_tls(&server, directory.path()).await;
+    let authority = json!({"certificate-authority": directory.path().join("ca.crt")});
+    let token = directory.path().join("token");
+    fs::write(&token, "one").unwrap();
+    kubeconfig(directory.path(), at, authority, json!({"tokenFile": token}));
+    let mut source = Source::start(&server, directory).await;
+    source.follows("before").await;
+    // Those that the first requests opened at once have found each other by now.
+    let (before, compressed) = server.traffic();
+    assert!(before <= 3 && compressed == 1, "{before} connections, {compressed} lists");
+    // A token that is renewed makes no new connection.
+    fs::write(&token, "two").unwrap();
+    server.set_token("two");
+    server.break_watches();
+    source.follows("after").await;
+    assert_eq!(server.traffic().0, before);
+}
+
+/// A proxy for CONNECT, and the targets that it was asked for.
+async fn connect_proxy() -> (SocketAddr, Arc<std::sync::Mutex<Vec<String>>>) {
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (at, asked) = (listener.local_addr().unwrap(), Arc::<std::sync::Mutex<Vec<String>>>::default());
+    let seen = Arc::clone(&asked);
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let seen = Arc::clone(&seen);
+            tokio::spawn(async move {
+                let mut socket = BufReader::new(socket);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") {
+                    socket.read_line(&mut head).await.unwrap();
+                }
+                let target = head.split(' ').nth(1).unwrap().to_owned();
+                seen.lock().unwrap().push(head.lines().next().unwrap().to_owned());
+                let mut server = tokio::net::TcpStream::connect(target).await.unwrap();
+                socket.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut socket, &mut server).await;
+            });
+        }
+    });
+    (at, asked)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_the_kubeconfig_names_leads_to_the_server() {
+    if !has_openssl() {
+        return;
+    }
+    let server = ApiServer::with_recorded_lists();
+    let directory = tempfile::tempdir().unwrap();
+    make_certificates(directory.path());
+    let at = serve_tls(&server, directory.path()).await;
+    let (proxy, asked) = connect_proxy().await;
+    let cluster =
+        json!({"certificate-authority": directory.path().join("ca.crt"), "proxy-url": format!("http://{proxy}")});
+    kubeconfig(directory.path(), at, cluster, json!({}));
+    Source::start(&server, directory).await;
+    let asked = asked.lock().unwrap();
+    assert!(!asked.is_empty() && asked.iter().all(|line| *line == format!("CONNECT {at} HTTP/1.1")), "{asked:?}");
+}
+
+#[tokio::test]
+async fn a_plugin_that_hangs_keeps_nothing_else_waiting_and_one_that_fails_is_told_of() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = ApiServer::with_recorded_lists();
+    server.set_token("from-a-plugin");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(server.serve(listener));
+    let plugin = |script: &str| {
+        let args = ["-c", script];
+        json!({"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "/bin/sh", "args": args, "interactiveMode": "Never"}})
+    };
+    kubeconfig(directory.path(), at, json!({}), plugin("exec sleep 1000"));
+    let began = std::time::Instant::now();
+    let client = k8s::renewing(Some(directory.path().join("kubeconfig")), None).await.unwrap();
+    let asked = tokio::spawn(async move { client.apiserver_version().await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(began.elapsed() < Duration::from_secs(5) && !asked.is_finished(), "this thread is not the plugin's");
+    asked.abort();
+
+    kubeconfig(directory.path(), at, json!({}), plugin("echo no ticket >&2; exit 3"));
+    let told = trouble(directory.path()).await;
+    assert!(told.contains("failed (exit status: 3): no ticket"), "{told}");
+
+    let credential = r#"{"apiVersion":"client.authentication.k8s.io/v1","kind":"ExecCredential","status":{"token":"from-a-plugin"}}"#;
+    kubeconfig(directory.path(), at, json!({}), plugin(&format!("printf '%s' '{credential}'")));
+    Source::start(&server, directory).await;
 }

@@ -215,18 +215,143 @@ async fn a_server_that_ignores_streaming_lists_is_listed_and_watched() {
     assert!(server.requests()[before..].iter().all(|r| r.verb == Verb::Watch), "it is not asked again");
 }
 
+/// Version, match and limit of the requests of this sort for Services.
+fn freshness(server: &ApiServer, verb: Verb) -> Vec<[String; 3]> {
+    let asked = |request: &apiserver::Request| {
+        ["resourceVersion", "resourceVersionMatch", "limit"]
+            .map(|name| request.query.get(name).cloned().unwrap_or_default())
+    };
+    let requests = server.requests();
+    requests.iter().filter(|r| r.resource == Resource::Services && r.verb == verb).map(asked).collect()
+}
+
+fn not_older_than(version: &str) -> [String; 3] {
+    [version, "NotOlderThan", ""].map(str::to_owned)
+}
+
 #[tokio::test(start_paused = true)]
-async fn long_lists_come_in_pages() {
-    let server = ApiServer::new();
-    server.refuse_streaming();
-    for i in 0..1200 {
-        server.upsert(service(&format!("s{i}"), &format!("10.96.{}.{}", i / 250, i % 250 + 1)));
+async fn lists_ask_the_servers_cache_for_what_is_not_older_than_what_was_seen() {
+    for streaming in [true, false] {
+        let server = ApiServer::with_recorded_lists();
+        if !streaming {
+            server.refuse_streaming();
+        }
+        let mut source = Source::start(server.clone());
+        source.listed().await;
+        let version = server.upsert(service("late", "10.96.7.7"));
+        source.until("a live change", |s| s.services.contains_key("test/late")).await;
+        server.set_down(true);
+        server.compact();
+        server.upsert(service("later", "10.96.7.8"));
+        server.compact();
+        server.set_down(false);
+        source.until("the relist", |s| s.lists(Kind::Services) == 2).await;
+        let verb = if streaming { Verb::StreamingList } else { Verb::List };
+        let expected = [not_older_than("0"), not_older_than(&version.to_string())];
+        assert_eq!(freshness(&server, verb), expected, "streaming: {streaming}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_older_list_never_brings_back_what_is_gone() {
+    for streaming in [true, false] {
+        let server = ApiServer::with_recorded_lists();
+        if !streaming {
+            server.refuse_streaming();
+        }
+        let mut source = Source::start(server.clone());
+        source.listed().await;
+        // Another replica, which has not heard of the deletion, is asked after the watch broke.
+        server.fall_behind();
+        server.delete(Resource::Services, "shop", "web");
+        source.until("the deletion", |s| !s.services.contains_key("shop/web")).await;
+        server.upsert(service("other", "10.96.7.7"));
+        server.compact();
+        server.inject(Resource::Services, &recorded("watch-gone-410.jsonl"));
+        source.until("the relist", |s| s.lists(Kind::Services) == 2).await;
+        assert!(!source.seen.services.contains_key("shop/web"), "streaming: {streaming}");
+        assert!(source.seen.services.contains_key("test/other"), "streaming: {streaming}");
+        assert_eq!(source.status.services.errors(), 0, "a cache that is behind is no failure");
+        server.catch_up();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn versions_that_begin_anew_are_followed() {
+    let server = ApiServer::with_recorded_lists();
     let mut source = Source::start(server.clone());
     source.listed().await;
-    assert_eq!(source.seen.services.len(), 1200);
-    let pages = server.requests().iter().filter(|r| r.verb == Verb::List && r.resource == Resource::Services).count();
-    assert_eq!(pages, 3);
+    server.restore();
+    server.delete(Resource::Services, "shop", "web");
+    server.inject(Resource::Services, &recorded("watch-gone-410.jsonl"));
+    server.script(Resource::Services, Verb::Watch, [Answer::Ended(recorded("watch-gone-410.jsonl"))]);
+    source.until("the relist", |s| s.lists(Kind::Services) == 2).await;
+    assert!(!source.seen.services.contains_key("shop/web"));
+    server.upsert(service("late", "10.96.7.7"));
+    source.until("a live change", |s| s.services.contains_key("test/late")).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_streaming_list_that_was_slow_once_is_tried_again() {
+    let server = ApiServer::with_recorded_lists();
+    server.script(Resource::Services, Verb::StreamingList, [Answer::Stream(String::new())]);
+    let mut source = Source::start(server.clone());
+    source.listed().await;
+    let at = |verb: Verb| {
+        let requests = server.requests();
+        requests.iter().filter(|r| r.resource == Resource::Services && r.verb == verb).map(|r| r.at).collect::<Vec<_>>()
+    };
+    let (streamed, listed) = (at(Verb::StreamingList)[0], at(Verb::List)[0]);
+    let waited = listed - streamed;
+    assert!(waited > Duration::from_millis(10_300), "a server with too much to do is not asked for more: {waited:?}");
+    source.settle(600).await;
+    server.inject(Resource::Services, &recorded("watch-gone-410.jsonl"));
+    source.until("the relist", |s| s.lists(Kind::Services) == 2).await;
+    assert_eq!((at(Verb::StreamingList).len(), at(Verb::List).len()), (2, 1));
+}
+
+/// client-go's five to ten minutes.
+#[tokio::test(start_paused = true)]
+async fn each_watch_lasts_another_time() {
+    let server = ApiServer::with_recorded_lists();
+    let mut source = Source::start(server.clone());
+    source.listed().await;
+    source.settle(4 * 3600).await;
+    let requests = server.requests();
+    let lengths: Vec<u64> = requests.iter().map(|r| r.query["timeoutSeconds"].parse().unwrap()).collect();
+    assert!(lengths.iter().all(|length| (300..=600).contains(length)), "{lengths:?}");
+    let different: std::collections::BTreeSet<_> = lengths.iter().collect();
+    assert!((70..150).contains(&lengths.len()) && different.len() > lengths.len() / 2, "{lengths:?}");
+    assert!(source.status.all().iter().all(|(_, state)| state.errors() == 0), "the end of a watch is no failure");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_nodes_of_a_cluster_do_not_return_in_step() {
+    let server = ApiServer::with_recorded_lists();
+    let mut nodes = Vec::new();
+    for _ in 0..40 {
+        let mut source = Source::start(server.clone());
+        source.listed().await;
+        nodes.push(source);
+    }
+    let spread = |verb: Verb, after: tokio::time::Instant| {
+        let requests = server.requests();
+        let later = requests.iter().filter(|r| r.verb == verb && r.resource == Resource::Services && r.at >= after);
+        let times: Vec<_> = later.map(|r| r.at).collect();
+        assert_eq!(times.len(), 40, "{verb:?}");
+        *times.iter().max().unwrap() - *times.iter().min().unwrap()
+    };
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let now = tokio::time::Instant::now();
+    server.break_watches();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(spread(Verb::Watch, now) > Duration::from_millis(500), "watches that broke at once");
+    let now = tokio::time::Instant::now();
+    server.inject(Resource::Services, &recorded("watch-gone-410.jsonl"));
+    for source in &mut nodes {
+        source.until("the relist", |s| s.lists(Kind::Services) == 2).await;
+    }
+    assert!(spread(Verb::StreamingList, now) > Duration::from_secs(2), "lists that are due at once");
 }
 
 #[tokio::test(start_paused = true)]
@@ -299,8 +424,27 @@ async fn errors_of_the_server_are_retried_until_they_end() {
         assert!(source.status.services.connected() && source.status.services.last_error().is_none(), "{code}");
         let at: Vec<_> = server.requests().iter().filter(|r| r.resource == Resource::Services).map(|r| r.at).collect();
         let gaps: Vec<Duration> = at.windows(2).map(|w| w[1] - w[0]).collect();
-        assert!(gaps[0] >= Duration::from_millis(600) && gaps[3] > 2 * gaps[0], "{code}: no backoff: {gaps:?}");
+        assert!(gaps[0] >= Duration::from_millis(400) && gaps[3] > 2 * gaps[0], "{code}: no backoff: {gaps:?}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_forbids_everything_just_after_its_start_is_no_reason_for_advice() {
+    let server = ApiServer::with_recorded_lists();
+    let mut source = Source::start(server.clone());
+    source.listed().await;
+    let forbidden = Answer::Body(403, recorded("error-403-forbidden.json"));
+    server.script(Resource::Services, Verb::Watch, vec![forbidden; 12]);
+    source.settle(10).await;
+    server.break_watches();
+    source.settle(5).await;
+    assert_eq!(source_error(&source.status), "the API server forbids the watch for now (403 Forbidden)");
+    source.settle(60).await;
+    assert_eq!(source_error(&source.status), "the API server forbids the watch (403 Forbidden)", "it lasts");
+}
+
+fn source_error(status: &SourceStatus) -> String {
+    status.services.last_error().unwrap_or_default()
 }
 
 #[tokio::test(start_paused = true)]
@@ -380,7 +524,7 @@ async fn a_warning_that_lasts_is_told_once_though_its_object_changes_and_an_obje
     let said = source.seen.warnings["Service test/bad"].clone();
     bad["metadata"]["annotations"] = json!({"padding": "moves the place of the mistake"});
     server.upsert(bad);
-    // With a version: kube's watcher takes an object without one for the end of the watch, and lists again.
+    // With a version: an object without one is the end of the watch, and the list is made again.
     let nameless = json!({"metadata": {"resourceVersion": "2000000"}, "spec": {"clusterIP": "10.96.7.9"}});
     server.inject(Resource::Services, &format!("{{\"type\":\"ADDED\",\"object\":{nameless}}}\n"));
     server.upsert(service("next", "10.96.7.8"));
@@ -515,7 +659,7 @@ async fn over_a_socket_it_introduces_itself_and_follows() {
     let (sender, changes) = mpsc::channel(16);
     let settings = Settings { node_name: "n1".into(), service_proxy_name: None };
     let status = Arc::new(SourceStatus::default());
-    tokio::spawn(k8s::run(k8s::client(config).unwrap(), settings, sender, status.clone()));
+    tokio::spawn(k8s::run(k8s::client(&config).unwrap(), settings, sender, status.clone()));
     let mut source = Source { server, changes, status, seen: Seen::default() };
     source.listed().await;
     let agent = format!("kubelane/{}", env!("CARGO_PKG_VERSION"));

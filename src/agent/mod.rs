@@ -26,7 +26,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -86,8 +85,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let mut parts = JoinSet::new();
     let limits = Arc::new(Limits::default());
     let servers = [
-        (HEALTHZ_FLAG, listen(HEALTHZ_FLAG, settings.healthz)?, serve::health_router(app.clone())),
-        (METRICS_FLAG, listen(METRICS_FLAG, settings.metrics)?, serve::metrics_router(app.clone())),
+        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
+        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone())),
     ];
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
@@ -101,10 +100,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     register_watches(&app.metrics, &status)?;
     let stale = StaleSocketPasses::new(stale_pass(&datapath, settings.destroy_tcp_sockets));
 
-    for (name, listener, router) in servers {
-        if let Some(listener) = listener {
-            let server = serve::run(listener, router, Arc::clone(&limits));
-            parts.spawn(part(name, server));
+    for (flag, address, router) in servers {
+        if let Some(address) = address {
+            let server = serve::run(flag, address, router, Arc::clone(&limits));
+            parts.spawn(part(flag, server));
         }
     }
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
@@ -225,13 +224,6 @@ fn attend(
         (key, tainted)
     });
     Ok(Outlets { health_checks, notices, startup_taint })
-}
-
-fn listen(flag: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
-    let Some(address) = address else { return Ok(None) };
-    let listener = serve::bind(flag, address)?;
-    info!("{flag}: listening on {address}");
-    Ok(Some(listener))
 }
 
 /// The reason for the daemon's end, from the part that ended first. None of them ever should.

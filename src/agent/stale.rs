@@ -2,11 +2,17 @@
 //! not keep the next change waiting.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 
 use crate::bpf::StalePass;
+
+/// Before a pass that failed is made again; doubled each time.
+const RETRY: Duration = Duration::from_secs(1);
+const RETRY_LONGEST: Duration = Duration::from_secs(300);
 
 /// One pass; blocks.
 pub type Pass = Arc<dyn Fn() -> anyhow::Result<StalePass> + Send + Sync>;
@@ -17,18 +23,23 @@ pub struct StaleSocketPasses {
     pass: Option<Pass>,
     running: Option<JoinHandle<anyhow::Result<StalePass>>>,
     again: bool,
+    /// Passes that failed in a row, and when the next one begins.
+    failures: u32,
+    retry: Option<Instant>,
     /// Namespaces that are not searched are told of once.
     told: bool,
 }
 
 impl StaleSocketPasses {
     pub fn new(pass: Option<Pass>) -> Self {
-        StaleSocketPasses { pass, running: None, again: false, told: false }
+        StaleSocketPasses { pass, running: None, again: false, failures: 0, retry: None, told: false }
     }
 
     /// Backends went: have a pass begin after now.
     pub fn request(&mut self) {
         let Some(pass) = &self.pass else { return };
+        // It does what a pass that failed would do again.
+        self.retry = None;
         if self.running.is_some() {
             self.again = true;
             return;
@@ -37,23 +48,44 @@ impl StaleSocketPasses {
         self.running = Some(tokio::task::spawn_blocking(move || pass()));
     }
 
-    /// Waits for the running pass, says what it did, and begins the one that waits. Never returns while none runs.
+    /// Waits for the running pass, says what it did, and begins the one that waits; a pass that failed is made again. Never
+    /// returns while none runs.
     pub async fn finished(&mut self) {
+        if let (None, Some(at)) = (&self.running, self.retry) {
+            sleep_until(at).await;
+            self.retry = None;
+            self.request();
+        }
         let Some(running) = &mut self.running else { return std::future::pending().await };
         let result = running.await.context("the search for sockets of removed backends broke off").flatten();
         self.running = None;
-        match result {
-            Ok(pass) => self.report(pass),
-            Err(error) => tracing::warn!("sockets of removed backends were not ended: {error:#}"),
-        }
+        let is_whole = match result {
+            Ok(pass) => {
+                self.report(pass);
+                pass.failed == 0
+            }
+            Err(error) => {
+                tracing::warn!("sockets of removed backends were not ended: {error:#}; trying again");
+                false
+            }
+        };
+        self.failures = if is_whole { 0 } else { self.failures + 1 };
+        self.retry = (!is_whole).then(|| {
+            let pause = RETRY.saturating_mul(1 << (self.failures - 1).min(16)).min(RETRY_LONGEST);
+            Instant::now() + pause
+        });
         if std::mem::take(&mut self.again) {
             self.request();
         }
     }
+
     fn report(&mut self, pass: StalePass) {
         const REMEDY: &str =
             "share the host's PID namespace and have CAP_SYS_ADMIN and CAP_SYS_PTRACE, or its /run/netns";
-        let StalePass { found, destroyed, unreachable, hidden } = pass;
+        let StalePass { found, destroyed, failed, unreachable, hidden } = pass;
+        if failed > 0 {
+            tracing::warn!(found, destroyed, failed, "some sockets of removed backends were not ended; trying again");
+        }
         if unreachable > 0 {
             tracing::warn!(
                 found,
@@ -104,6 +136,24 @@ mod tests {
         passes.finished().await;
         assert_eq!(ran.load(SeqCst), 2);
         assert!(timeout(Duration::from_millis(50), passes.finished()).await.is_err(), "a third pass ran");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pass_that_failed_is_made_again_until_it_does_not() {
+        let ran = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&ran);
+        let mut passes = StaleSocketPasses::new(Some(Arc::new(move || match count.fetch_add(1, SeqCst) {
+            0 => anyhow::bail!("no iterator"),
+            1 | 2 => Ok(StalePass { found: 2, destroyed: 1, failed: 1, ..StalePass::default() }),
+            _ => Ok(StalePass { found: 1, destroyed: 1, ..StalePass::default() }),
+        })));
+        passes.request();
+        let began = Instant::now();
+        for _ in 0..4 {
+            passes.finished().await;
+        }
+        assert_eq!((ran.load(SeqCst), began.elapsed().as_secs()), (4, 1 + 2 + 4));
+        assert!(timeout(Duration::from_secs(3600), passes.finished()).await.is_err(), "a fifth pass ran");
     }
 
     #[tokio::test]

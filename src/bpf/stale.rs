@@ -57,6 +57,8 @@ pub struct StalePass {
     pub found: usize,
     /// Of these, the ones that were ended.
     pub destroyed: usize,
+    /// Of these, the ones that the kernel would not end.
+    pub failed: usize,
     /// Of these, the ones in a network namespace that no handle leads to, or that cannot be entered.
     pub unreachable: usize,
     /// Namespaces that cannot be entered, and processes whose namespace may not be looked at.
@@ -110,9 +112,12 @@ fn destroy_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
     for (inum, sockets) in by_namespace {
         let inside = handles.get(&inum).map(|handle| namespaces::run_inside(handle, || destroy_all(&sockets)));
         match inside {
-            Some(Ok(Ok(destroyed))) => pass.destroyed += destroyed,
+            Some(Ok(Ok(ended))) => pass.add(ended),
             // Others may do better.
-            Some(Ok(Err(error))) => tell(&error),
+            Some(Ok(Err(error))) => {
+                tell(&error);
+                pass.failed += sockets.len();
+            }
             Some(Err(_)) | None => pass.unreachable += sockets.len(),
         }
     }
@@ -122,19 +127,22 @@ fn destroy_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
 fn destroy_in_each(links: &[&Link]) -> Result<StalePass> {
     let found = namespaces::all();
     let mut pass = StalePass { hidden: found.hidden, ..StalePass::default() };
-    let search = || -> Result<(usize, usize)> {
+    let search = || -> Result<(usize, Ended)> {
         let read: Vec<Vec<StaleSocket>> = links.iter().map(|link| read_stale(link)).collect::<Result<_>>()?;
         let sockets = read.concat();
-        Ok((sockets.len(), if sockets.is_empty() { 0 } else { destroy_all(&sockets)? }))
+        Ok((sockets.len(), if sockets.is_empty() { Ended::default() } else { destroy_all(&sockets)? }))
     };
     for handle in found.handles.values() {
         match namespaces::run_inside(handle, search) {
-            Ok(Ok((found, destroyed))) => {
+            Ok(Ok((found, ended))) => {
                 pass.found += found;
-                pass.destroyed += destroyed;
+                pass.add(ended);
             }
             // Others may do better.
-            Ok(Err(error)) => tell(&error),
+            Ok(Err(error)) => {
+                tell(&error);
+                pass.failed += 1;
+            }
             // It may have gone with its last process.
             Err(_) if !handle.exists() => {}
             Err(_) => pass.hidden += 1,
@@ -154,19 +162,43 @@ fn read_stale(iterator: &Link) -> Result<Vec<StaleSocket>> {
     Ok(bytes.chunks_exact(size_of::<StaleSocket>()).map(bytemuck::pod_read_unaligned).collect())
 }
 
-fn destroy_all(sockets: &[StaleSocket]) -> Result<usize> {
+/// What became of the sockets of one network namespace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Ended {
+    destroyed: usize,
+    failed: usize,
+}
+
+impl StalePass {
+    fn add(&mut self, ended: Ended) {
+        self.destroyed += ended.destroyed;
+        self.failed += ended.failed;
+    }
+}
+
+fn destroy_all(sockets: &[StaleSocket]) -> Result<Ended> {
     let netlink = open().context("cannot open a sock_diag socket")?;
-    let mut destroyed = 0;
+    Ok(destroy_each(sockets, |socket| request(&netlink, &destroy_request(socket))))
+}
+
+/// Asks for the end of each socket, whatever became of the others; the first failure is told.
+fn destroy_each(sockets: &[StaleSocket], mut destroy: impl FnMut(&StaleSocket) -> io::Result<()>) -> Ended {
+    let mut ended = Ended::default();
     for socket in sockets {
-        match request(&netlink, &destroy_request(socket)) {
-            Ok(()) => destroyed += 1,
+        match destroy(socket) {
+            Ok(()) => ended.destroyed += 1,
             // Closed by its owner in the meantime, or in TIME_WAIT, which kernels before 6.5 do not end.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             Err(error) if is_tcp(socket) && error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
-            Err(error) => return Err(error).context("SOCK_DESTROY failed (CAP_NET_ADMIN is needed)"),
+            Err(error) => {
+                if ended.failed == 0 {
+                    tell(&anyhow::Error::new(error).context("SOCK_DESTROY failed (CAP_NET_ADMIN is needed)"));
+                }
+                ended.failed += 1;
+            }
         }
     }
-    Ok(destroyed)
+    ended
 }
 
 fn is_tcp(socket: &StaleSocket) -> bool {
@@ -239,4 +271,21 @@ pub fn can_destroy() -> bool {
     };
     let result = open().and_then(|netlink| request(&netlink, &destroy_request(&nobody)));
     result.is_err_and(|e| e.raw_os_error() == Some(libc::ENOENT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_cannot_be_ended_saves_no_other() {
+        let of = |protocol: i32| StaleSocket { protocol: protocol as u16, ..Zeroable::zeroed() };
+        let sockets = [of(libc::IPPROTO_UDP), of(libc::IPPROTO_UDP), of(libc::IPPROTO_TCP), of(libc::IPPROTO_UDP)];
+        let mut answers = [Some(libc::EPERM), Some(libc::ENOENT), Some(libc::EOPNOTSUPP), None].into_iter();
+        let ended = destroy_each(&sockets, |_| match answers.next().flatten() {
+            Some(error) => Err(io::Error::from_raw_os_error(error)),
+            None => Ok(()),
+        });
+        assert_eq!(ended, Ended { destroyed: 1, failed: 1 });
+    }
 }

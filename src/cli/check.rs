@@ -10,6 +10,7 @@ use super::flags::CheckFlags;
 use super::host::find_cgroup;
 use super::leftovers::{LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY, kube_proxy_chains, listener_on, routes_loopback};
 use super::outward::{Outward, outward};
+use super::source_check as source;
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
 use crate::bpf::{Privileges, probe};
 use crate::netdev::{DeviceSelection, IPVS_DEVICE};
@@ -21,33 +22,33 @@ const KUBE_PROXY_REMEDY: &str =
 
 /// How a condition stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Level {
+pub(super) enum Level {
     Ok,
     /// Something is missing or in the way; the daemon runs nevertheless.
     Warn,
-    /// The daemon would not run.
+    /// The daemon would not run, or had nothing to serve.
     Fail,
 }
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Finding {
-    level: Level,
+pub(super) struct Finding {
+    pub level: Level,
     what: &'static str,
-    detail: String,
+    pub detail: String,
     remedy: String,
 }
 
 impl Finding {
-    fn ok(what: &'static str, detail: impl Into<String>) -> Self {
+    pub(super) fn ok(what: &'static str, detail: impl Into<String>) -> Self {
         Finding { level: Level::Ok, what, detail: detail.into(), remedy: String::new() }
     }
 
-    fn warn(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn warn(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Finding { level: Level::Warn, what, detail: detail.into(), remedy: remedy.into() }
     }
 
-    fn fail(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(super) fn fail(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Finding { level: Level::Fail, what, detail: detail.into(), remedy: remedy.into() }
     }
 }
@@ -88,7 +89,9 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     findings.push(ipvs_device());
     findings.push(loopback());
     findings.push(own_pins(pin_path));
+    flags.source.complete(file.kubeconfig.clone());
     findings.extend(configuration(&file));
+    findings.extend(source::findings(&flags.source));
     let mut text: String = findings.iter().map(|finding| format!("{finding}\n")).collect();
     let failed = findings.iter().filter(|f| f.level == Level::Fail).count();
     text += &match failed {
@@ -210,10 +213,16 @@ fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding 
             format!("{address} is held by {process}: a daemon is running already"),
             "stop it before you start another",
         ),
-        Some(process) => {
-            Finding::fail(what, format!("{address} is held by {process}"), format!("choose another {flag}, or stop it"))
-        }
-        None => Finding::fail(what, format!("cannot listen on {address}: {error}"), format!("choose another {flag}")),
+        Some(process) => Finding::warn(
+            what,
+            format!("{address} is held by {process}: Services are served without it, and it is taken when it is free"),
+            format!("choose another {flag}, or stop it"),
+        ),
+        None => Finding::warn(
+            what,
+            format!("cannot listen on {address}: {error}: Services are served without it"),
+            format!("choose another {flag}"),
+        ),
     }
 }
 
@@ -301,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_is_taken_fails_and_names_the_process_and_the_flag() {
+    fn a_port_that_is_taken_is_told_with_the_process_and_the_flag() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let taken = port("health port", HEALTHZ_FLAG, Some(address));

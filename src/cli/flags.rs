@@ -232,6 +232,8 @@ pub struct CheckFlags {
     /// As with `kubelane run`: devices whose packets are looked at
     #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true)]
     pub devices: DeviceSelection,
+    #[command(flatten)]
+    pub source: SourceFlags,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -1,12 +1,12 @@
 //! Flags, environment, configuration file, defaults: in this order the first that says something wins.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::UsageError;
 use super::address::{default_healthz, default_metrics};
 use super::config_file::ConfigFile;
-use super::flags::{NodeFlags, RunFlags, Source};
+use super::flags::{NodeFlags, RunFlags, Source, SourceFlags};
 use crate::netdev::NodePortAddresses;
 
 /// What is to be said of the settings at the start.
@@ -47,6 +47,17 @@ impl NodeFlags {
     }
 }
 
+impl SourceFlags {
+    /// Fills in the kubeconfig that the file names. True when it has no meaning: the source is a directory.
+    pub fn complete(&mut self, kubeconfig: Option<PathBuf>) -> bool {
+        if matches!(self.source, Some(Source::Directory(_))) {
+            return kubeconfig.is_some();
+        }
+        self.kubeconfig = self.kubeconfig.take().or(kubeconfig);
+        false
+    }
+}
+
 impl RunFlags {
     /// Fills in from `--config` what was not given. Returns what is to be said of the settings.
     ///
@@ -58,11 +69,8 @@ impl RunFlags {
         self.traffic.complete(&file);
         let mut ignored = self.kube_proxy.given.clone();
         ignored.extend(file.ignored);
-        match self.source.source {
-            Some(Source::Directory(_)) if file.kubeconfig.is_some() => {
-                ignored.push("clientConnection.kubeconfig".to_owned());
-            }
-            _ => self.source.kubeconfig = self.source.kubeconfig.take().or(file.kubeconfig),
+        if self.source.complete(file.kubeconfig) {
+            ignored.push("clientConnection.kubeconfig".to_owned());
         }
         let given = self.source.hostname_override.take().filter(|name| !name.trim().is_empty());
         self.source.hostname_override = given.or(file.hostname_override);

@@ -15,6 +15,7 @@ mod merge;
 mod outward;
 mod run;
 mod snapshot;
+mod source_check;
 mod status;
 mod table;
 mod traffic;

@@ -111,12 +111,12 @@ fn allow_many_files() {
 }
 
 /// Where Kubernetes mounts a pod's credentials.
-fn in_cluster() -> bool {
+pub(super) fn in_cluster() -> bool {
     std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
         && Path::new("/var/run/secrets/kubernetes.io/serviceaccount/token").exists()
 }
 
-fn choose_source(flags: &SourceFlags, in_cluster: bool) -> Result<SourceSettings, UsageError> {
+pub(super) fn choose_source(flags: &SourceFlags, in_cluster: bool) -> Result<SourceSettings, UsageError> {
     let kubernetes =
         || SourceSettings::Kubernetes { kubeconfig: flags.kubeconfig.clone(), master: flags.master.clone() };
     let to_api_server = flags.kubeconfig.is_some() || flags.master.is_some();

@@ -1,14 +1,12 @@
 //! How to reach the API server: in a cluster, through a kubeconfig, or at a plain address.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::Context;
 use http::header::USER_AGENT;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
-/// A connection that is not up in this time is given up and tried again.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+use super::proxy::proxy;
 
 /// The configuration of the API client. `kubeconfig` names a file; `master` replaces the server's address, and alone
 /// means a plain connection without credentials, as with kube-proxy. Without either, the Pod's service account is used.
@@ -17,37 +15,47 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// When the file, the address or the service account cannot be read; the message names it.
 pub async fn config(kubeconfig: Option<&Path>, master: Option<&str>) -> anyhow::Result<kube::Config> {
     let master = master.filter(|m| !m.is_empty()).map(parse_master).transpose()?;
-    let mut config = match (kubeconfig, &master) {
+    let (mut config, proxy_url) = match (kubeconfig, &master) {
         (Some(path), _) => from_file(path).await?,
-        (None, Some(url)) => kube::Config::new(url.clone()),
-        (None, None) => kube::Config::incluster().context(
-            "not running in a Pod with a service account: give --kubeconfig FILE, --master URL or --source dir:PATH",
-        )?,
+        (None, Some(url)) => (kube::Config::new(url.clone()), None),
+        (None, None) => {
+            let config = kube::Config::incluster().context(
+                "not running in a Pod with a service account: give --kubeconfig FILE, --master URL or --source dir:PATH",
+            )?;
+            (config, None)
+        }
     };
     if let Some(url) = master {
         config.cluster_url = url;
     }
     let agent = concat!("kubelane/", env!("CARGO_PKG_VERSION"));
     config.headers.push((USER_AGENT, http::HeaderValue::from_static(agent)));
-    config.connect_timeout = Some(CONNECT_TIMEOUT);
-    // The watch loop has its own backoff; a second one below it would only hide the server's answers.
-    config.default_retry = false;
+    config.proxy_url = proxy(&config.cluster_url, proxy_url.as_deref(), |name| std::env::var(name).ok())?;
+    read_token(&mut config)?;
     Ok(config)
 }
 
-/// The client of `config`.
-///
-/// # Errors
-/// When certificates or credentials of the configuration cannot be used.
-pub fn client(config: kube::Config) -> anyhow::Result<kube::Client> {
-    let server = config.cluster_url.clone();
-    kube::Client::try_from(config).with_context(|| format!("API client for {server}"))
+/// Reads the token's file, which counts for more than a token beside it, as client-go does: without the newline at its
+/// end, which kube keeps.
+fn read_token(config: &mut kube::Config) -> anyhow::Result<()> {
+    let Some(path) = config.auth_info.token_file.take().filter(|path| !path.is_empty()) else { return Ok(()) };
+    let token = std::fs::read_to_string(&path).with_context(|| format!("tokenFile {path}"))?;
+    anyhow::ensure!(!token.trim().is_empty(), "tokenFile {path}: it is empty");
+    config.auth_info.token = Some(token.trim().to_owned().into());
+    Ok(())
 }
 
-async fn from_file(path: &Path) -> anyhow::Result<kube::Config> {
+/// With the proxy that the current context's cluster has: kube would hold it against NO_PROXY.
+async fn from_file(path: &Path) -> anyhow::Result<(kube::Config, Option<String>)> {
     let context = || format!("the kubeconfig {} cannot be used", path.display());
-    let file = Kubeconfig::read_from(path).with_context(context)?;
-    kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.with_context(context)
+    let mut file = Kubeconfig::read_from(path).with_context(context)?;
+    let current = file.current_context.as_deref();
+    let named = file.contexts.iter().find(|named| Some(named.name.as_str()) == current);
+    let name = named.and_then(|named| named.context.as_ref()).map(|context| context.cluster.clone());
+    let cluster = file.clusters.iter_mut().find(|named| Some(&named.name) == name.as_ref());
+    let proxy_url = cluster.and_then(|named| named.cluster.as_mut()).and_then(|cluster| cluster.proxy_url.take());
+    let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+    Ok((config.with_context(context)?, proxy_url))
 }
 
 fn parse_master(master: &str) -> anyhow::Result<http::Uri> {
@@ -80,7 +88,7 @@ users: [{name: u, user: {token: secret}}]
         );
         let other = config(Some(file.path()), Some("https://198.51.100.1:443")).await.unwrap();
         assert_eq!(other.cluster_url.host(), Some("198.51.100.1"));
-        client(other).expect("a TLS client with ring");
+        crate::k8s::client(&other).expect("a TLS client");
     }
 
     #[tokio::test]

@@ -2,12 +2,20 @@
 //! changes. Kubernetes types stop in this module; the directory source shares its wire types and conversion.
 
 mod backoff;
+mod certificate;
 mod client;
+mod connect;
 pub mod convert;
 mod envelope;
 pub mod events;
+mod exec;
+mod follow;
+pub mod inquiry;
+mod insecure;
 mod intern;
+mod list;
 pub mod outlet;
+mod proxy;
 mod renewal;
 pub mod startup_taint;
 pub mod status;
@@ -20,7 +28,8 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-pub use client::{client, config};
+pub use client::config;
+pub use connect::client;
 pub use renewal::renewing;
 pub use status::{SourceStatus, WatchState};
 

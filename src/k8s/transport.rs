@@ -1,6 +1,7 @@
-//! What kube's watcher leaves open, closed one layer below it: a deadline for the answer to begin, one for silence in
-//! the middle of an answer, a least speed (an answer of a byte a second is none), and a pace for watches that end as soon as they were opened (the watcher would open them
-//! again at once, for ever). Bookmarks pass here too, so this is where a quiet watch shows that it lives.
+//! What lists and watches leave to the layer below them: a deadline for the answer to begin, one for silence in the middle
+//! of an answer, a least speed (an answer of a byte a second is none), and when a watch that ended may be opened again: by
+//! chance within a second if it broke off, because all nodes' do when a server goes, and later each time if it ended as
+//! soon as it was opened. Bookmarks pass here too, so this is where a quiet watch shows that it lives.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use kube::client::Body as KubeBody;
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::backoff::Backoff;
+use super::backoff::{Backoff, fraction};
 use super::status::WatchState;
 
 /// The API server starts to answer a list or a watch in this time, or the request counts as failed.
@@ -28,6 +29,11 @@ const LINE: Duration = Duration::from_secs(30);
 const WATCH_SILENCE: Duration = Duration::from_secs(120);
 /// A watch that ends sooner than this after it was opened counts as a failure.
 const TOO_SHORT: Duration = Duration::from_secs(5);
+
+/// A watch that ends this much before its time has broken off.
+const EARLY: Duration = Duration::from_secs(5);
+/// Watches that broke off are opened again within this time.
+const RESUME_SPREAD: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -47,7 +53,9 @@ async fn send(
     state: Arc<WatchState>,
     pace: Arc<Mutex<Pace>>,
 ) -> Result<Response<Body>, BoxError> {
-    let watch = request.uri().query().is_some_and(|q| q.split('&').any(|p| p == "watch=true"));
+    let watch = parameter(&request, "watch=") == Some("true");
+    let seconds = parameter(&request, "timeoutSeconds=").and_then(|seconds| seconds.parse().ok());
+    let lasts = seconds.map_or(Duration::MAX, Duration::from_secs);
     if watch {
         let not_before = pace.lock().unwrap_or_else(PoisonError::into_inner).not_before;
         if let Some(instant) = not_before {
@@ -62,10 +70,17 @@ async fn send(
     let (parts, body) = response.into_parts();
     let body = Body::new(body).into_data_stream().map(|chunk| chunk.map_err(BoxError::from));
     let body = match watch && success {
-        true => Body::from_stream(watched(body, Watch { opened: Instant::now(), state, pace, line_since: None })),
+        true => {
+            Body::from_stream(watched(body, Watch { opened: Instant::now(), lasts, state, pace, line_since: None }))
+        }
         false => Body::from_stream(impatient(body)),
     };
     Ok(Response::from_parts(parts, body))
+}
+
+/// The value of a parameter of the query, as it is written; `name` has the equals sign.
+fn parameter<'r>(request: &'r Request<KubeBody>, name: &str) -> Option<&'r str> {
+    request.uri().query()?.split('&').find_map(|pair| pair.strip_prefix(name))
 }
 
 /// The body of a list or of an error: silence in the middle is an error, and so is a trickle.
@@ -98,13 +113,15 @@ fn impatient(
 /// One open watch.
 struct Watch {
     opened: Instant,
+    /// How long the server was asked to keep it open.
+    lasts: Duration,
     state: Arc<WatchState>,
     pace: Arc<Mutex<Pace>>,
     /// When the line began that has not come to its end.
     line_since: Option<Instant>,
 }
 
-/// The body of a watch: silence and breaks are its end, and the watcher resumes from the last version that it saw.
+/// The body of a watch: silence and breaks are its end, and the follower resumes from the last version that it saw.
 fn watched(
     body: impl Stream<Item = Result<Bytes, BoxError>> + Send + Unpin,
     watch: Watch,
@@ -126,7 +143,8 @@ fn watched(
             }
             Err(()) => {
                 tracing::debug!("watch silent for {} s: opening it again", WATCH_SILENCE.as_secs());
-                None
+                watch.ended(None);
+                return None;
             }
         };
         match chunk {
@@ -168,8 +186,12 @@ impl Watch {
     /// Notes how the watch ended. One that ended early delays the next, and twice in a row is worth telling.
     fn ended(&self, error: Option<BoxError>) {
         let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.opened.elapsed() >= TOO_SHORT {
+        let lasted = self.opened.elapsed();
+        if lasted >= TOO_SHORT {
             *pace = Pace::default();
+            if lasted + EARLY < self.lasts {
+                pace.not_before = Some(Instant::now() + RESUME_SPREAD.mul_f64(fraction()));
+            }
             return;
         }
         pace.short += 1;

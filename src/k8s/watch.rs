@@ -1,28 +1,23 @@
-//! One kind, watched for ever: kube's watcher below, domain changes above. This file decides what the watcher leaves
-//! to its user: how to list (by streaming, or by list and watch where the server cannot stream), how long to wait
-//! after an error, what to tell the operator, and what an object that cannot be read means.
+//! One kind, watched for ever: lists and watches below (`follow.rs`), domain changes above. This file decides how long to
+//! wait after an error, what to tell the operator, and what an object that cannot be read means.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt};
-use kube::Api;
-use kube::runtime::watcher::{self, Config, Event, InitialListStrategy, watcher};
+use kube::runtime::watcher::{self, Event};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::backoff::Backoff;
 use super::convert::{Convert, Converter};
 use super::envelope::{Envelope, Unreadable};
+use super::follow::{Follower, Selection};
 use super::outlet::{Closed, Outlet};
 use super::status::WatchState;
 use super::{Settings, transport, trouble};
 use crate::model::{Change, Kind, Warning};
 
-/// A streaming list that says nothing for this long is not one: the server ignores `sendInitialEvents`.
-const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
 /// This long without an error, and the next one is answered with a short delay again.
 const CALM: Duration = Duration::from_secs(60);
 
@@ -40,40 +35,31 @@ pub async fn run<W: Convert>(
         state: state.clone(),
         backoff: Backoff::default(),
         last_failure: None,
+        forbidden_since: None,
         listing: false,
     };
-    let forever = async {
-        let mut streaming = true;
-        loop {
-            let events = watcher(Api::<Envelope<W>>::all(client.clone()), selection(W::LISTED, settings, streaming));
-            match watch.follow(pin!(events), streaming).await {
-                Ok(()) => streaming = false,
-                Err(Closed) => return,
-            }
-        }
-    };
+    let follower = Follower::<W>::new(client, selection(W::LISTED, settings));
     tokio::select! {
         () = changes.closed() => {}
-        () = forever => {}
+        _ = watch.follow(follower) => {}
     }
 }
 
 /// kube-proxy's selectors, so that the server sends what a proxy serves and nothing else.
-fn selection(kind: Kind, settings: &Settings, streaming: bool) -> Config {
-    let config = match kind {
+fn selection(kind: Kind, settings: &Settings) -> Selection {
+    match kind {
         Kind::Services => {
             let label = "service.kubernetes.io/service-proxy-name";
             let labels = settings.service_proxy_name.as_ref().map_or(format!("!{label}"), |n| format!("{label}={n}"));
-            Config::default().labels(&labels).fields("spec.clusterIP!=None")
+            Selection { labels: Some(labels), fields: Some("spec.clusterIP!=None".to_owned()) }
         }
-        Kind::EndpointSlices => Config::default().labels("!service.kubernetes.io/headless"),
-        Kind::Node => Config::default().fields(&format!("metadata.name={}", settings.node_name)),
-    };
-    match streaming {
-        true => Config { initial_list_strategy: InitialListStrategy::StreamingList, ..config },
-        false => config,
+        Kind::EndpointSlices => Selection { labels: Some("!service.kubernetes.io/headless".to_owned()), fields: None },
+        Kind::Node => Selection { labels: None, fields: Some(format!("metadata.name={}", settings.node_name)) },
     }
 }
+
+/// A server that was of another mind before may forbid everything for so long: after its start it has to read its roles.
+const ROLES: Duration = Duration::from_secs(30);
 
 /// The state of one watch across reconnects.
 struct Watch {
@@ -82,41 +68,18 @@ struct Watch {
     state: Arc<WatchState>,
     backoff: Backoff,
     last_failure: Option<Instant>,
+    forbidden_since: Option<Instant>,
     /// `ListBegin` has been sent and `ListEnd` has not.
     listing: bool,
 }
 
 impl Watch {
-    /// Follows the events of one watcher. Returns when the server turns out not to stream lists.
-    async fn follow<W: Convert>(
-        &mut self,
-        mut events: impl Stream<Item = watcher::Result<Event<Envelope<W>>>> + Unpin,
-        streaming: bool,
-    ) -> Result<(), Closed> {
-        let mut initial = true;
+    /// Returns when nobody listens any more.
+    async fn follow<W: Convert>(&mut self, mut follower: Follower<W>) -> Result<std::convert::Infallible, Closed> {
         loop {
-            let next = match streaming && initial {
-                true => tokio::time::timeout(STREAMING_PATIENCE, events.next()).await.ok(),
-                false => Some(events.next().await),
-            };
-            match next {
-                Some(Some(Ok(event))) => {
-                    initial = match event {
-                        Event::Init => true,
-                        Event::InitDone => false,
-                        _ => initial,
-                    };
-                    self.event::<W>(event).await?;
-                }
-                Some(Some(Err(error))) if streaming && trouble::refuses_streaming(&error) => {
-                    info!(kind = W::PLURAL, "the API server refuses streaming lists: using list and watch");
-                    return Ok(());
-                }
-                Some(Some(Err(error))) => self.failed::<W>(&error).await,
-                None | Some(None) => {
-                    info!(kind = W::PLURAL, "no streaming list from the API server: using list and watch");
-                    return Ok(());
-                }
+            match follower.next().await {
+                Ok(event) => self.event::<W>(event).await?,
+                Err(error) => self.failed::<W>(&error).await,
             }
         }
     }
@@ -188,23 +151,37 @@ impl Watch {
     }
 
     fn heard(&mut self, kind: &str) {
+        self.forbidden_since = None;
         if let Some(error) = self.state.heard() {
             info!(kind, after = error, "the API server is back");
         }
     }
 
-    /// Tells of an error that is new, and waits before the watcher may try again.
+    /// Tells of an error that is new, and waits before the server is asked again.
     async fn failed<W: Convert>(&mut self, error: &watcher::Error) {
         if self.last_failure.is_some_and(|at| at.elapsed() > CALM) {
             self.backoff.reset();
         }
         let trouble = trouble::explain(error);
-        if trouble.expired {
-            debug!(kind = W::PLURAL, "the watch is too old to be resumed: listing again");
+        if self.is_of_a_start(error) {
+            if self.state.failed("the API server forbids the watch for now (403 Forbidden)") {
+                info!(
+                    kind = W::PLURAL,
+                    "the API server forbids the watch, as one does that has just started; retrying"
+                );
+            }
         } else if self.state.failed(&trouble.what) {
             warn!(kind = W::PLURAL, error = trouble.detail, "{}; retrying: {}", trouble.what, trouble.remedy);
         }
         tokio::time::sleep(self.backoff.next()).await;
         self.last_failure = Some(Instant::now());
+    }
+
+    /// Whether the server forbids what it allowed before, and has not done so for long.
+    fn is_of_a_start(&mut self, error: &watcher::Error) -> bool {
+        if !trouble::is_forbidden(error) || !self.state.listed() {
+            return false;
+        }
+        self.forbidden_since.get_or_insert_with(Instant::now).elapsed() < ROLES
     }
 }

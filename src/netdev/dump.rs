@@ -1,4 +1,4 @@
-//! One reading of the namespace: devices, addresses and default routes, put together.
+//! One reading of the namespace: devices and their addresses, and default routes.
 
 use anyhow::Context as _;
 use futures::TryStreamExt as _;
@@ -10,6 +10,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use super::{IPVS_DEVICE, NetDevice, Network};
 use crate::model::Ipx;
 
+/// Devices and addresses; default routes are not looked at.
 pub(super) async fn network(handle: &Handle) -> anyhow::Result<Network> {
     let links: Vec<LinkMessage> =
         handle.link().get().execute().try_collect().await.context("listing devices (netlink)")?;
@@ -19,11 +20,6 @@ pub(super) async fn network(handle: &Handle) -> anyhow::Result<Network> {
         device.is_member = !is_vrf_member(device.index, &links);
     }
     read_addresses(handle, &mut network).await?;
-    for index in default_routes(handle).await? {
-        if let Ok(at) = network.devices.binary_search_by_key(&index, |d| d.index) {
-            network.devices[at].has_default_route = true;
-        }
-    }
     Ok(network)
 }
 
@@ -98,7 +94,7 @@ async fn read_addresses(handle: &Handle, network: &mut Network) -> anyhow::Resul
 }
 
 /// Indices of the devices that a default route of any table leads to.
-async fn default_routes(handle: &Handle) -> anyhow::Result<Vec<u32>> {
+pub(super) async fn default_routes(handle: &Handle) -> anyhow::Result<Vec<u32>> {
     let mut indices = Vec::new();
     let requests = [
         RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),

@@ -1,9 +1,11 @@
 //! The addresses and devices of the daemon's own network namespace, live, over rtnetlink.
 //!
-//! There is no incremental state to get wrong: a notice of any kind, a lost one (ENOBUFS) included, leads to a new dump.
+//! There is hardly any incremental state to get wrong: a notice of any kind, a lost one (ENOBUFS) included, leads to a new
+//! dump; only default routes are remembered while none of them changes.
 //! Notices come on a socket of their own, subscribed before the first dump, so that no change falls between the two.
 
 mod dump;
+mod notices;
 mod outward;
 mod policies;
 mod routes;
@@ -14,12 +16,7 @@ mod tests;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::StreamExt as _;
-use futures::channel::mpsc::UnboundedReceiver;
-use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
-use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::sys::SocketAddr;
-use rtnetlink::{Handle, MulticastGroup};
+use rtnetlink::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -31,6 +28,7 @@ pub use routes::{RouteChange, follow_routes};
 pub use selection::NodePortAddresses;
 
 use crate::model::Ipx;
+use notices::{Changes, Notices};
 
 /// What kube-proxy's IPVS mode leaves behind: a device that holds every cluster IP. Those are not the node's.
 pub const IPVS_DEVICE: &str = "kube-ipvs0";
@@ -51,14 +49,21 @@ pub struct Network {
     pub devices: Vec<NetDevice>,
 }
 
+impl Network {
+    fn device(&self, index: u32) -> Option<&NetDevice> {
+        let at = self.devices.binary_search_by_key(&index, |device| device.index).ok()?;
+        self.devices.get(at)
+    }
+}
+
 /// Reads all once and follows it from then on, in a task that ends with the last receiver. A value is sent only when it
 /// differs.
 ///
 /// # Errors
 /// When the kernel refuses the first subscription or dump.
 pub async fn watch() -> anyhow::Result<watch::Receiver<Network>> {
-    let session = Session::open()?;
-    let (sender, receiver) = watch::channel(dump::network(&session.handle).await?);
+    let mut session = Session::open()?;
+    let (sender, receiver) = watch::channel(session.read(Changes::ALL).await?);
     tokio::spawn(async move {
         tokio::select! {
             () = follow(session, &sender) => {}
@@ -82,33 +87,45 @@ async fn follow(mut session: Session, sender: &watch::Sender<Network>) {
     }
 }
 
-type Notices = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, SocketAddr)>;
-
 /// Two netlink sockets: one that only listens, one that only asks.
 struct Session {
     notices: Notices,
     handle: Handle,
-    /// Drives both sockets; dropping it closes them.
-    _connections: JoinSet<()>,
+    /// Devices that a default route leads to.
+    defaults: Vec<u32>,
+    /// Drives the socket that asks; dropping it closes it.
+    _connection: JoinSet<()>,
 }
 
 impl Session {
     fn open() -> anyhow::Result<Self> {
-        use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv6Ifaddr, Ipv6Route, Link};
-        let groups = [Link, Ipv4Ifaddr, Ipv6Ifaddr, Ipv4Route, Ipv6Route];
-        let (listener, _, notices) = rtnetlink::new_multicast_connection(&groups)
-            .context("subscribing to changes of addresses, devices and routes (netlink)")?;
+        let notices = Notices::open().context("subscribing to changes of addresses, devices and routes (netlink)")?;
         let (asker, handle, _) = rtnetlink::new_connection().context("opening a netlink socket")?;
-        let mut connections = JoinSet::new();
-        connections.spawn(listener);
-        connections.spawn(asker);
-        Ok(Session { notices, handle, _connections: connections })
+        let mut connection = JoinSet::new();
+        connection.spawn(asker);
+        Ok(Session { notices, handle, defaults: Vec::new(), _connection: connection })
+    }
+
+    /// Reads what may have changed. A node may have tens of thousands of routes, and a pod that starts changes none of
+    /// the default ones: they are read again only when one of them has changed, or has gone with its device, of which
+    /// there is no notice.
+    async fn read(&mut self, changes: Changes) -> anyhow::Result<Network> {
+        let mut network = dump::network(&self.handle).await?;
+        let is_up = |index: &u32| network.device(*index).is_some_and(|device| device.is_up);
+        if changes.default_routes || !self.defaults.iter().all(is_up) {
+            self.defaults = dump::default_routes(&self.handle).await?;
+        }
+        for device in &mut network.devices {
+            device.has_default_route = self.defaults.contains(&device.index);
+        }
+        Ok(network)
     }
 
     /// Sends each change; returns only when a socket broke.
     async fn follow(&mut self, sender: &watch::Sender<Network>) -> anyhow::Result<std::convert::Infallible> {
+        let mut changes = Changes::ALL;
         loop {
-            let network = dump::network(&self.handle).await?;
+            let network = self.read(changes).await?;
             sender.send_if_modified(|known| {
                 let changed = *known != network;
                 if changed {
@@ -118,18 +135,13 @@ impl Session {
                 changed
             });
             sleep(DUMP_GAP).await;
-            while !matters(&self.notices.next().await.context("the netlink socket for changes broke")?.0) {}
-            while self.notices.try_recv().is_ok() {}
+            // Of routes only default ones matter; a router may change thousands of others in a second.
+            changes = loop {
+                let changes = self.notices.next().await.context("the netlink socket for changes broke")?;
+                if changes.devices || changes.default_routes {
+                    break changes;
+                }
+            };
         }
-    }
-}
-
-/// Of routes only default ones matter; a router may change thousands of others in a second.
-fn matters(notice: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
-    match &notice.payload {
-        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route)) => {
-            route.header.destination_prefix_length == 0
-        }
-        _ => true,
     }
 }

@@ -3,12 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use futures::{StreamExt as _, TryStreamExt as _};
-use rtnetlink::MulticastGroup::{
-    Ipv4Ifaddr, Ipv4Netconf, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Netconf, Ipv6Route, Ipv6Rule, Link,
-};
-use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
-use rtnetlink::packet_route::RouteNetlinkMessage;
+use futures::TryStreamExt as _;
 use rtnetlink::packet_route::rule::RuleAttribute;
 use rtnetlink::{Handle, IpVersion};
 use tokio::task::JoinSet;
@@ -16,6 +11,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::warn;
 
 use super::REOPEN_PAUSE;
+use super::notices::Notices;
 
 /// Two calls are at least this far apart: a router may change thousands of routes in a second.
 const GAP: Duration = Duration::from_millis(5);
@@ -46,27 +42,19 @@ pub async fn follow_routes(mut changed: impl FnMut(RouteChange)) {
 
 /// Returns when the socket broke.
 async fn follow(changed: &mut impl FnMut(RouteChange)) -> anyhow::Result<()> {
-    // Netconf: the sysctl `forwarding`.
-    let groups = [Link, Ipv4Ifaddr, Ipv6Ifaddr, Ipv4Route, Ipv6Route, Ipv4Rule, Ipv6Rule, Ipv4Netconf, Ipv6Netconf];
-    let (listener, _, mut notices) =
-        rtnetlink::new_multicast_connection(&groups).context("subscribing to changes of routes (netlink)")?;
+    let mut notices = Notices::open().context("subscribing to changes of routes (netlink)")?;
     let (asker, handle, _) = rtnetlink::new_connection().context("opening a netlink socket")?;
-    let mut connections = JoinSet::new();
-    connections.spawn(listener);
-    connections.spawn(asker);
+    let mut connection = JoinSet::new();
+    connection.spawn(asker);
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // What changed before the subscription.
     changed(RouteChange::Routes);
     loop {
         tokio::select! {
-            notice = notices.next() => {
-                let mut is_rule = is_of_rule(&notice.context("the netlink socket broke")?.0);
-                while let Ok((notice, _)) = notices.try_recv() {
-                    is_rule |= is_of_rule(&notice);
-                }
+            changes = notices.next() => {
                 // A new rule may name ports: until that is known, they count.
-                if is_rule {
+                if changes.context("the netlink socket broke")?.rules {
                     changed(RouteChange::ByAddress(false));
                     looks.reset_immediately();
                 }
@@ -76,13 +64,6 @@ async fn follow(changed: &mut impl FnMut(RouteChange)) -> anyhow::Result<()> {
             _ = looks.tick() => changed(RouteChange::ByAddress(routes_are_chosen_by_address(&handle).await?)),
         }
     }
-}
-
-fn is_of_rule(notice: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
-    matches!(
-        notice.payload,
-        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRule(_) | RouteNetlinkMessage::DelRule(_))
-    )
 }
 
 async fn routes_are_chosen_by_address(handle: &Handle) -> anyhow::Result<bool> {

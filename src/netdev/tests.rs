@@ -176,3 +176,73 @@ fn a_bridge_with_an_address_faces_outwards_while_it_has_a_member_that_leads_out_
         expect_outward(&mut receiver, &[]).await;
     });
 }
+
+#[test]
+fn a_switch_of_forwarding_is_a_change_of_routes() {
+    in_new_namespace(|_| async move {
+        let (sender, mut changes) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(follow_routes(move |change| drop(sender.send(change))));
+        for sysctl in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding", "ipv4/conf/lo/forwarding"] {
+            // Until nothing of the start, or of the switch before, is heard any more.
+            while timeout(Duration::from_millis(200), changes.recv()).await.is_ok() {}
+            let path = format!("/proc/sys/net/{sysctl}");
+            let old = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, if old.trim() == "0" { "1" } else { "0" }).unwrap();
+            let told = timeout(Duration::from_secs(5), changes.recv()).await;
+            assert_eq!(told.unwrap_or_else(|_| panic!("{sysctl}: no notice")), Some(RouteChange::Routes));
+        }
+    });
+}
+
+/// Processor time of this thread, on which the test's runtime is.
+fn used() -> Duration {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_THREAD).unwrap();
+    let of = |time: nix::sys::time::TimeVal| Duration::new(time.tv_sec() as u64, time.tv_usec() as u32 * 1000);
+    of(usage.user_time()) + of(usage.system_time())
+}
+
+#[test]
+fn a_device_that_comes_costs_the_same_beside_twenty_thousand_routes() {
+    in_new_namespace(|handle| async move {
+        let lan = add_bridge(&handle, "lan0").await;
+        add(&handle, lan, "192.0.2.5").await;
+        for n in 0..20_000u32 {
+            let to = Ipv4Addr::from_bits(0x0a00_0000 + (n << 8));
+            let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, 24).output_interface(lan);
+            handle.route().add(route.build()).execute().await.unwrap();
+        }
+        let mut receiver = watch().await.unwrap();
+        expect(&mut receiver, "192.0.2.5").await;
+        // What the routes' own notices lead to.
+        sleep(DUMP_GAP * 5).await;
+        let before = used();
+        for n in 0..10 {
+            add_bridge(&handle, &format!("pod{n}")).await;
+            sleep(DUMP_GAP * 2).await;
+        }
+        let arrived = |known: &Network| known.devices.len() == 12;
+        timeout(Duration::from_secs(5), receiver.wait_for(arrived)).await.unwrap().unwrap();
+        let each = (used() - before) / 10;
+        eprintln!("{each:?} of processor time for each device");
+        assert!(each < Duration::from_millis(25), "{each:?} of processor time for each device");
+    });
+}
+
+#[test]
+fn a_default_route_that_went_with_its_device_is_gone_when_the_device_is_back() {
+    in_new_namespace(|handle| async move {
+        let up = add_bridge(&handle, "up0").await;
+        add(&handle, up, "192.0.2.5").await;
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(up).build();
+        handle.route().add(route).execute().await.unwrap();
+        let mut receiver = watch().await.unwrap();
+        let has = |known: &Network| known.device(up).is_some_and(|device| device.has_default_route);
+        assert!(has(&receiver.borrow()));
+        handle.link().set(LinkUnspec::new_with_index(up).down().build()).execute().await.unwrap();
+        timeout(Duration::from_secs(5), receiver.wait_for(|known| !has(known))).await.unwrap().unwrap();
+        handle.link().set(LinkUnspec::new_with_index(up).up().build()).execute().await.unwrap();
+        let is_up = |known: &Network| known.device(up).is_some_and(|device| device.is_up);
+        timeout(Duration::from_secs(5), receiver.wait_for(is_up)).await.unwrap().unwrap();
+        assert!(!has(&receiver.borrow()));
+    });
+}

@@ -1,11 +1,10 @@
 //! HTTP servers that strangers may talk to: health ports stand open on every address of the node. Nobody may keep a
-//! connection for nothing, and no single client may take all of them.
+//! connection for nothing, and nobody may take all of them (`places.rs`).
 
-use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -20,66 +19,21 @@ use nix::sys::socket::{
 use tokio::net::{TcpListener, TcpStream};
 use tower::ServiceExt as _;
 
-/// A request's head has to be complete this long after its connection began, or after the answer before it.
-const HEAD: Duration = Duration::from_secs(10);
+use super::places::{Limits, Place, Server};
+
+/// A request's head has to be complete this long after its connection began, or after the answer before it: load balancers
+/// keep a connection between two checks.
+const HEAD: Duration = Duration::from_secs(60);
+/// The longest head of a request, which is what a connection may cost in memory (the least that hyper allows).
+const HEAD_BYTES: usize = 8 << 10;
+const HEADERS: usize = 64;
 /// A connection ends after this long: it may answer the request at hand, and then it is closed.
-const LIFE: Duration = Duration::from_secs(120);
+const LIFE: Duration = Duration::from_secs(600);
 /// How long that last answer may take to be read.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// After an error of accept() that is not about one connection (no file descriptors are left).
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 const BACKLOG: i32 = 1024;
-
-/// Connections of all servers together, and of one client; more are closed at once.
-const CONNECTIONS: u32 = 384;
-const CONNECTIONS_PER_CLIENT: u32 = 64;
-
-/// Counts connections. Shared by all servers of the daemon.
-#[derive(Debug, Default)]
-pub struct Limits {
-    open: Mutex<HashMap<IpAddr, u32>>,
-}
-
-/// One connection's place. Dropping it frees the place.
-#[derive(Debug)]
-struct Place {
-    limits: Arc<Limits>,
-    client: IpAddr,
-}
-
-impl Limits {
-    /// A place for a connection from `peer`; `None` when there is none.
-    fn admit(self: &Arc<Self>, peer: IpAddr) -> Option<Place> {
-        let client = client_of(peer);
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if open.values().sum::<u32>() >= CONNECTIONS || open.get(&client).is_some_and(|n| *n >= CONNECTIONS_PER_CLIENT)
-        {
-            return None;
-        }
-        *open.entry(client).or_default() += 1;
-        Some(Place { limits: Arc::clone(self), client })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut open = self.limits.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = open.get_mut(&self.client) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.client);
-            }
-        }
-    }
-}
-
-/// Who counts as one client: an IPv4 address, or the /64 that an IPv6 host chooses its addresses from.
-fn client_of(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64).into(),
-        v4 => v4,
-    }
-}
 
 /// Listens on `address`. The wildcard of either family means both, as in Go; where IPv6 is off, IPv4 alone.
 ///
@@ -114,14 +68,15 @@ fn open(address: SocketAddr, both_families: bool) -> io::Result<std::net::TcpLis
 
 /// Serves until it is dropped; its connections go with it.
 pub async fn serve(listener: TcpListener, router: Router, limits: Arc<Limits>) {
+    let server = Server::default();
     let mut connections = tokio::task::JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
-                    if let Some(place) = limits.admit(peer.ip()) {
-                        connections.spawn(connection(stream, router.clone(), place));
-                    }
+                    let is_own = stream.local_addr().is_ok_and(|local| local.ip() == peer.ip());
+                    let place = limits.admit(&server, peer.ip(), is_own);
+                    connections.spawn(connection(stream, router.clone(), place));
                 }
                 Err(error) => failed_to_accept(&error).await,
             },
@@ -140,18 +95,29 @@ async fn failed_to_accept(error: &io::Error) {
     }
 }
 
-async fn connection(stream: TcpStream, router: Router, _place: Place) {
-    let service = service_fn(move |request: hyper::Request<Incoming>| router.clone().oneshot(request));
+async fn connection(stream: TcpStream, router: Router, place: Place) {
+    let place = Arc::new(place);
+    let asked = Arc::clone(&place);
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        asked.is_used();
+        router.clone().oneshot(request)
+    });
     let mut connection = pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD)
+            .max_buf_size(HEAD_BYTES)
+            .max_headers(HEADERS)
             .serve_connection(TokioIo::new(stream), service)
     );
     // Errors are the client's: it broke off, or did not speak HTTP.
-    if tokio::time::timeout(LIFE, connection.as_mut()).await.is_err() {
-        connection.as_mut().graceful_shutdown();
-        let _ = tokio::time::timeout(FAREWELL, connection).await;
+    tokio::select! {
+        _ = connection.as_mut() => {}
+        () = place.taken() => {}
+        () = tokio::time::sleep(LIFE) => {
+            connection.as_mut().graceful_shutdown();
+            let _ = tokio::time::timeout(FAREWELL, connection).await;
+        }
     }
 }
 
@@ -173,26 +139,61 @@ mod tests {
         (address, limits.clone(), tokio::spawn(serve(listener, router, limits)))
     }
 
+    /// A connection from this address of the loopback device: a stranger's, unless it is the server's own.
+    async fn connect(from: [u8; 4], to: SocketAddr) -> TcpStream {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        socket.connect(to).await.unwrap()
+    }
+
+    /// Whether a request on this connection is answered.
+    async fn is_answered(stream: &mut TcpStream) -> bool {
+        let mut answer = [0; 512];
+        let asked = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        let read = stream.read(&mut answer).await.unwrap_or(0);
+        asked.is_ok() && String::from_utf8_lossy(&answer[..read]).contains("hello")
+    }
+
     #[tokio::test]
-    async fn one_client_cannot_take_all_connections() {
-        let (address, limits, task) = server().await;
+    async fn clients_that_take_all_connections_keep_nobody_from_an_answer() {
+        let (address, _, task) = server().await;
         let mut held = Vec::new();
-        for _ in 0..CONNECTIONS_PER_CLIENT {
-            held.push(TcpStream::connect(address).await.unwrap());
+        for n in 0..600u16 {
+            let mut stream = connect([127, 0, 0, 2 + (n % 6) as u8], address).await;
+            let _ = stream.write_all(b"GET / HTTP/1.1\r\nX-").await;
+            held.push(stream);
         }
-        let mut one_more = TcpStream::connect(address).await.unwrap();
-        assert_eq!(one_more.read(&mut [0; 1]).await.unwrap_or(0), 0, "it is closed at once");
-        let other = limits.admit("192.0.2.7".parse().unwrap());
-        assert!(other.is_some(), "another client finds a place");
-        drop(held);
-        drop(other);
+        for stranger in 20..40 {
+            assert!(is_answered(&mut connect([127, 0, 0, stranger], address).await).await, "127.0.0.{stranger}");
+        }
+        assert!(is_answered(&mut connect([127, 0, 0, 1], address).await).await, "the node itself");
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_load_balancer_keeps_more_than_a_hundred_connections() {
+        let (address, _, task) = server().await;
+        let mut kept = Vec::new();
+        for _ in 0..150 {
+            kept.push(connect([127, 0, 0, 9], address).await);
+        }
+        for _ in 0..3 {
+            for stream in &mut kept {
+                assert!(is_answered(stream).await);
+            }
+        }
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_head_of_more_than_eight_kilobytes_is_refused() {
+        let (address, _, task) = server().await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let head = format!("GET / HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "y".repeat(9000));
+        let _ = stream.write_all(head.as_bytes()).await;
         let mut answer = String::new();
-        // The places are free when the server has seen that the others went.
-        while !answer.contains("hello") {
-            let mut stream = TcpStream::connect(address).await.unwrap();
-            let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
-            let _ = stream.read_to_string(&mut answer).await;
-        }
+        let _ = stream.read_to_string(&mut answer).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 431"), "{answer}");
         task.abort();
     }
 
@@ -209,22 +210,8 @@ mod tests {
         };
         tokio::time::timeout(HEAD * 2, drops).await.expect("the connection is ended");
         assert!(began.elapsed() >= HEAD);
-        assert!(limits.open.lock().unwrap().is_empty());
+        assert_eq!(limits.count(), 0);
         task.abort();
-    }
-
-    #[test]
-    fn limits_count_clients_and_all_connections() {
-        let limits = Arc::new(Limits::default());
-        let of = |n: u32| IpAddr::from(Ipv4Addr::from(0x0a00_0000 + n));
-        let places: Vec<Place> =
-            (0..CONNECTIONS).map(|n| limits.admit(of(n % 10)).expect("ten clients share them")).collect();
-        assert!(limits.admit(of(11)).is_none(), "no place is left for anybody");
-        drop(places);
-        assert!(limits.open.lock().unwrap().is_empty());
-        let client = |text: &str| client_of(text.parse().unwrap()).to_string();
-        assert_eq!(client("::ffff:10.0.0.1"), "10.0.0.1");
-        assert_eq!(client("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
     }
 
     #[test]

@@ -3,12 +3,13 @@
 mod health;
 mod http;
 mod metrics;
+mod places;
 mod service_health;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::anyhow;
 use axum::Router;
@@ -17,11 +18,13 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
+use tracing::{info, warn};
 
 pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
-pub use http::{Limits, listen};
+pub use http::listen;
 pub use metrics::{Changes, Metrics, Sample, SyncSample, Totals};
+pub use places::Limits;
 pub use service_health::{HealthChecks, run as run_service_health};
 
 use health::Answer;
@@ -57,10 +60,7 @@ pub fn metrics_router(app: App) -> Router {
 }
 
 /// Listens on `address`; `flag` is named in the error.
-///
-/// # Errors
-/// When the address cannot be bound.
-pub fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     listen(address).and_then(TcpListener::from_std).map_err(|error| {
         let remedy = match error.kind() {
             io::ErrorKind::AddrInUse => {
@@ -74,8 +74,27 @@ pub fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
-/// Serves until it is dropped.
-pub async fn run(listener: TcpListener, router: Router, limits: Arc<Limits>) {
+/// Before an address that could not be had is tried again, as kube-proxy does.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Serves at `address` until it is dropped. Services do not wait for a port that somebody else has: it is told once, and
+/// had when it is free. `flag` is named in the log.
+pub async fn run(flag: &str, address: SocketAddr, router: Router, limits: Arc<Limits>) {
+    let mut told = None;
+    let listener = loop {
+        match bind(flag, address) {
+            Ok(listener) => break listener,
+            Err(error) => {
+                let error = error.to_string();
+                if told.as_ref() != Some(&error) {
+                    warn!("{error}. Services are served nevertheless, and it is tried again");
+                    told = Some(error);
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    };
+    info!("{flag}: listening on {address}");
     http::serve(listener, router, limits).await;
 }
 

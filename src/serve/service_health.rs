@@ -17,8 +17,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use super::http::{Limits, listen, serve};
-use super::{App, Health};
+use super::http::{listen, serve};
+use super::{App, Health, Limits};
 use crate::model::{About, HealthCheck, Ipx, Notice, ObjectName};
 
 /// Before a port that could not be had is tried again.

@@ -17,6 +17,8 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use axum::body::Body;
+use http::Response;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -96,6 +98,8 @@ pub struct Request {
     /// Decoded query parameters.
     pub query: BTreeMap<String, String>,
     pub user_agent: String,
+    /// The client takes compressed answers.
+    pub gzip: bool,
     pub at: Instant,
 }
 
@@ -117,10 +121,20 @@ struct State {
     watchers: Vec<Watcher>,
     scripts: Vec<(Resource, Verb, VecDeque<Answer>)>,
     requests: Vec<Request>,
+    /// That came in by sockets.
+    connections: usize,
+    /// Lists that were sent compressed.
+    compressed: usize,
     events: Vec<Value>,
     /// Statuses for the next writes of any sort, one each.
     write_failures: VecDeque<u16>,
     down: bool,
+    /// What the cache of a replica that has fallen behind holds, and its version.
+    behind: Option<(u64, BTreeMap<(Resource, String), Arc<Value>>)>,
+    /// What reviews of access deny, as "verb resource".
+    denied: Vec<String>,
+    /// How far the clock is ahead, in seconds.
+    ahead: i64,
     /// The only one that is let in, once it is set.
     token: Option<String>,
     refuses_streaming: bool,
@@ -220,6 +234,26 @@ impl ApiServer {
         state.history.clear();
     }
 
+    /// The cache stays as it is now: lists that may be cached are answered from it, and what is newer is not waited for.
+    pub fn fall_behind(&self) {
+        let mut state = self.lock();
+        state.behind = Some((state.version, state.objects.clone()));
+    }
+
+    /// The cache holds what is stored again.
+    pub fn catch_up(&self) {
+        self.lock().behind = None;
+    }
+
+    /// All versions begin anew, as after a restored backup; open watches break.
+    pub fn restore(&self) {
+        let mut state = self.lock();
+        (state.version, state.compacted) = (1, 1);
+        state.history.clear();
+        drop(state);
+        self.break_watches();
+    }
+
     /// The next requests of this sort get these answers, one each.
     pub fn script(&self, resource: Resource, verb: Verb, answers: impl IntoIterator<Item = Answer>) {
         self.lock().scripts.push((resource, verb, answers.into_iter().collect()));
@@ -231,6 +265,16 @@ impl ApiServer {
         if down {
             self.break_watches();
         }
+    }
+
+    /// Denies these rights ("watch services") in reviews of access, from now on.
+    pub fn deny(&self, rights: &[&str]) {
+        self.lock().denied = rights.iter().map(|right| (*right).to_owned()).collect();
+    }
+
+    /// Sets the clock this many seconds ahead.
+    pub fn set_clock(&self, ahead: i64) {
+        self.lock().ahead = ahead;
     }
 
     /// Answers 401 to whoever has not this token, from now on.
@@ -277,6 +321,12 @@ impl ApiServer {
         self.lock().requests.clone()
     }
 
+    /// Connections so far, and lists that were sent compressed.
+    pub fn traffic(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.connections, state.compressed)
+    }
+
     /// Open watches of a resource.
     pub fn open_watches(&self, resource: Resource) -> usize {
         let mut state = self.lock();
@@ -298,9 +348,22 @@ impl State {
         self.version
     }
 
+    /// The version that answers a request, and whether that is the cache's. Without a version what is stored is wanted, 0
+    /// is anything, and another is the least that will do: `Err` when the cache does not have it.
+    fn freshness(&self, request: &Request) -> Result<(u64, bool), Response<Body>> {
+        let asked = request.query.get("resourceVersion").map_or("", String::as_str);
+        let Ok(asked) = asked.parse::<u64>() else { return Ok((self.version, false)) };
+        let (cached, is_behind) = self.behind.as_ref().map_or((self.version, false), |(version, _)| (*version, true));
+        match asked <= cached {
+            true => Ok((cached, is_behind)),
+            false => Err(wire::too_large(asked, cached)),
+        }
+    }
+
     /// The selected objects, in the order of a list.
-    fn selected(&self, resource: Resource, selection: &Selection) -> Vec<Arc<Value>> {
-        let objects = self.objects.iter().filter(|((r, _), _)| *r == resource).map(|(_, object)| object);
+    fn selected(&self, resource: Resource, selection: &Selection, cached: bool) -> Vec<Arc<Value>> {
+        let all = self.behind.as_ref().filter(|_| cached).map_or(&self.objects, |(_, objects)| objects);
+        let objects = all.iter().filter(|((r, _), _)| *r == resource).map(|(_, object)| object);
         objects.filter(|object| selection.matches(object)).cloned().collect()
     }
 

@@ -23,6 +23,9 @@ use super::{Answer, ApiServer, Line, Request, Resource, State, Verb, Watcher, ev
 /// How often a watch gets a bookmark, as from a real server.
 const BOOKMARKS: Duration = Duration::from_secs(60);
 
+/// Lists of this size are sent compressed, as the real server does it.
+const COMPRESSED: usize = 128 << 10;
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 impl ApiServer {
@@ -44,15 +47,7 @@ impl ApiServer {
             while let Ok((socket, _)) = listener.accept().await {
                 // As Go's servers do: an event is not to wait for the acknowledgement of the one before.
                 let _ = socket.set_nodelay(true);
-                let server = server.clone();
-                let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                    let server = server.clone();
-                    async move { server.answer(request).await }
-                });
-                connections.spawn(async move {
-                    let builder = hyper::server::conn::http1::Builder::new();
-                    let _ = builder.serve_connection(TokioIo::new(socket), service).await;
-                });
+                connections.spawn(server.clone().connection(socket));
             }
         }
     }
@@ -63,20 +58,29 @@ impl ApiServer {
         async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
-                // As Go's servers do: an event is not to wait for the acknowledgement of the one before.
                 let _ = socket.set_nodelay(true);
                 let (server, tls) = (server.clone(), tls.clone());
                 connections.spawn(async move {
-                    let Ok(socket) = tls.accept(socket).await else { return };
-                    let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-                        let server = server.clone();
-                        async move { server.answer(request).await }
-                    });
-                    let builder = hyper::server::conn::http1::Builder::new();
-                    let _ = builder.serve_connection(TokioIo::new(socket), service).await;
+                    if let Ok(socket) = tls.accept(socket).await {
+                        server.connection(socket).await;
+                    }
                 });
             }
         }
+    }
+
+    /// HTTP/1 or 2, as the client begins.
+    async fn connection<S>(self, socket: S)
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        self.lock().connections += 1;
+        let service = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+            let server = self.clone();
+            async move { server.answer(request).await }
+        });
+        let builder = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+        let _ = builder.serve_connection(TokioIo::new(socket), service).await;
     }
 
     async fn answer<B>(&self, request: http::Request<B>) -> std::io::Result<Response<Body>>
@@ -90,6 +94,11 @@ impl ApiServer {
         let is_known = self.lock().token.as_ref().is_none_or(|token| shown == format!("Bearer {token}"));
         if !is_known {
             return Ok(response(401, recorded("error-401-bad-token.json")));
+        }
+        match head.uri.path() {
+            "/version" => return Ok(self.version()),
+            "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews" => return Ok(self.review(&body)),
+            _ => {}
         }
         let is_one = head.uri.path().starts_with("/api/v1/nodes/") || head.uri.path().contains("/namespaces/");
         if head.method != http::Method::GET || is_one {
@@ -106,7 +115,10 @@ impl ApiServer {
             (true, true) => Verb::StreamingList,
         };
         let agent = head.headers.get(http::header::USER_AGENT).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let request = Request { resource, verb, query, user_agent: agent.to_owned(), at: Instant::now() };
+        let encodings =
+            head.headers.get(http::header::ACCEPT_ENCODING).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let gzip = encodings.contains("gzip");
+        let request = Request { resource, verb, query, user_agent: agent.to_owned(), gzip, at: Instant::now() };
         let scripted = {
             let mut state = self.lock();
             state.requests.push(request.clone());
@@ -126,24 +138,38 @@ impl ApiServer {
         };
         let mut state = self.lock();
         match request.verb {
-            Verb::List => list(&state, request, &selection),
+            Verb::List => list(&mut state, request, &selection).unwrap_or_else(|refusal| refusal),
             Verb::StreamingList if state.refuses_streaming => {
                 response(422, recorded("error-422-initial-events-without-match.json"))
             }
-            _ => self.watch(&mut state, request, selection),
+            Verb::StreamingList => match state.freshness(request) {
+                Ok((version, cached)) => self.watch(&mut state, request, selection, version, cached),
+                Err(refusal) => refusal,
+            },
+            Verb::Watch => {
+                let version = state.version;
+                self.watch(&mut state, request, selection, version, false)
+            }
         }
     }
 
     /// Opens a watch: what it starts with, and then what happens.
-    fn watch(&self, state: &mut State, request: &Request, selection: Selection) -> Response<Body> {
+    fn watch(
+        &self,
+        state: &mut State,
+        request: &Request,
+        selection: Selection,
+        version: u64,
+        cached: bool,
+    ) -> Response<Body> {
         let resource = request.resource;
         let from: u64 = request.query.get("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(0);
         let streaming = request.verb == Verb::StreamingList;
         let (mut initial, mut start) = (Vec::new(), String::new());
         if streaming || from == 0 {
-            initial = state.selected(resource, &selection);
+            initial = state.selected(resource, &selection, cached);
             if streaming && !state.ignores_streaming {
-                start += &bookmark(resource, state.version, true);
+                start += &bookmark(resource, version, true);
             }
         } else if from < state.compacted {
             return body(Body::from(recorded("watch-gone-410.jsonl")));
@@ -209,16 +235,17 @@ fn bookmark(resource: Resource, version: u64, initial_end: bool) -> String {
 }
 
 /// A list, or a page of one. A continue token is the version of the first page and the place where to go on.
-fn list(state: &State, request: &Request, selection: &Selection) -> Response<Body> {
-    let objects = state.selected(request.resource, selection);
+fn list(state: &mut State, request: &Request, selection: &Selection) -> Result<Response<Body>, Response<Body>> {
+    let (current, cached) = state.freshness(request)?;
+    let objects = state.selected(request.resource, selection, cached);
     let limit: usize = request.query.get("limit").and_then(|v| v.parse().ok()).unwrap_or(usize::MAX);
     let token = request.query.get("continue").map_or("", String::as_str);
     let (version, from) = match token.split_once('-') {
         Some((version, from)) => (version.parse().unwrap_or(0), from.parse().unwrap_or(0)),
-        None => (state.version, 0),
+        None => (current, 0),
     };
-    if version < state.compacted {
-        return response(410, recorded("error-410-expired-continue.json"));
+    if !token.is_empty() && version < state.compacted {
+        return Ok(response(410, recorded("error-410-expired-continue.json")));
     }
     let to = objects.len().min(from + limit.min(objects.len()));
     let mut metadata = json!({"resourceVersion": version.to_string()});
@@ -231,7 +258,27 @@ fn list(state: &State, request: &Request, selection: &Selection) -> Response<Bod
         "metadata": metadata,
         "items": objects[from.min(to)..to],
     });
-    response(200, list.to_string())
+    let text = list.to_string();
+    if !request.gzip || text.len() < COMPRESSED {
+        return Ok(response(200, text));
+    }
+    state.compressed += 1;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut encoder, text.as_bytes()).expect("memory");
+    let mut response = body(Body::from(encoder.finish().expect("memory")));
+    response.headers_mut().insert(http::header::CONTENT_ENCODING, http::HeaderValue::from_static("gzip"));
+    Ok(response)
+}
+
+/// A version that the cache has not seen, after three seconds of waiting for it (`NewTooLargeResourceVersionError`).
+pub(super) fn too_large(asked: u64, cached: u64) -> Response<Body> {
+    let message = format!("Timeout: Too large resource version: {asked}, current: {cached}");
+    let cause = json!({"reason": "ResourceVersionTooLarge", "message": "Too large resource version"});
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Timeout", "code": 504, "message": message,
+        "details": {"causes": [cause], "retryAfterSeconds": 1},
+    });
+    response(504, status.to_string())
 }
 
 async fn scripted_answer(answer: Answer) -> std::io::Result<Response<Body>> {

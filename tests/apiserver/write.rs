@@ -46,6 +46,26 @@ impl ApiServer {
     }
 }
 
+impl ApiServer {
+    pub(super) fn version(&self) -> Response<Body> {
+        let now = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(self.lock().ahead);
+        let mut answer = response(200, json!({"major": "1", "minor": "36", "gitVersion": "v1.36.2"}).to_string());
+        let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now).expect("a date");
+        answer.headers_mut().insert("date", date.parse().expect("a header's value"));
+        answer
+    }
+
+    /// Whether the account that asks has a right.
+    pub(super) fn review(&self, body: &[u8]) -> Response<Body> {
+        let mut review: Value = serde_json::from_slice(body).expect("a body in JSON");
+        let asked = &review["spec"]["resourceAttributes"];
+        let text = |field: &str| asked[field].as_str().expect("an attribute");
+        let is_denied = self.lock().denied.contains(&format!("{} {}", text("verb"), text("resource")));
+        review["status"] = json!({"allowed": !is_denied});
+        response(201, review.to_string())
+    }
+}
+
 impl State {
     /// With the rules of the API server that a client may break (validation of events.k8s.io/v1).
     fn create_event(&mut self, namespace: &str, mut event: Value) -> Response<Body> {

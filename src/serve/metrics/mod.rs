@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use prometheus::core::Collector as _;
+use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     Encoder as _, Gauge, GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -70,6 +71,7 @@ impl Metrics {
     /// When a metric's name is not valid or not unique: a mistake in this file.
     pub fn new() -> anyhow::Result<Self> {
         let registry = Registry::new();
+        registry.register(Box::new(ProcessCollector::for_self()))?;
         let metrics = Metrics {
             kube_proxy: KubeProxy::new(&registry)?,
             rows: counters(
