@@ -152,18 +152,20 @@ static __noinline int deliver_error(struct __sk_buff *skb, struct scratch *given
 		outer.source = flow->ends.source;
 	if (routed) {
 		verdict = deliver_route(skb, given, error, &outer, &route);
+		/* The stack would send it in pieces. None of a proper size (RFC 1812 4.3.2.3: 576 bytes) needs that. */
+		if (verdict == VERDICT_HAND_OVER)
+			count(COUNTER_ICMP_TOO_BIG);
 		if (verdict != VERDICT_CONTINUE)
 			return VERDICT_DROP;
 	}
 	if (rewrite_error(skb, error, quoted, &outer, &flow->ends) ||
-	    rewrite_addresses(skb, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST)) {
+	    rewrite_addresses(skb, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST) ||
+	    (routed && route_send(skb, error->l3, &route))) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
-	if (!routed)
-		return VERDICT_PASS;
-	return route_send(skb, error->l3, &route) ? VERDICT_DROP : VERDICT_SEND;
+	return routed ? VERDICT_SEND : VERDICT_PASS;
 }
 
 #endif
