@@ -16,7 +16,7 @@ use kubelane::abi::epoch::EPOCH_ROUTES;
 use kubelane::bpf::run::{Outcome, run_from, run_marked};
 use kubelane::bpf::{Direction, FlowCollector};
 use libbpf_rs::{MapCore, MapFlags};
-use wire::{Node, ip_command, interface_index, set_sysctl};
+use wire::{Node, interface_index, ip_command, set_sysctl};
 
 /// The private range of source ports in a new namespace, whose local ports are Linux's own.
 const SNAT_FIRST: u16 = 1024;
@@ -92,6 +92,7 @@ struct Replay {
     epoch: u32,
     /// What `wire_filter` is to hold.
     filter: Vec<u8>,
+    filter_is_new: bool,
     runs: u32,
     collections: u32,
     /// What the programs may have answered with ICMP errors since the last pause.
@@ -110,7 +111,16 @@ impl Replay {
             ip_command(&format!("{family} route add {kind} {place}"));
         }
         let collector = node.datapath.flow_collector().unwrap();
-        Replay { node, collector, epoch: 0, filter: Vec::new(), runs: 0, collections: 0, answers: 0 }
+        Replay {
+            node,
+            collector,
+            epoch: 0,
+            filter: Vec::new(),
+            filter_is_new: true,
+            runs: 0,
+            collections: 0,
+            answers: 0,
+        }
     }
 
     /// An empty world: no row, and no trace of earlier packets.
@@ -156,7 +166,7 @@ impl Replay {
     fn pass(&mut self, kind: &str, index: usize) {
         let at = if kind == "address" { index } else { 65_536 + index };
         self.filter[at] = 1;
-        self.node.pinned("wire_filter").update(&[0; 4], &self.filter, MapFlags::ANY).unwrap();
+        self.filter_is_new = true;
     }
 
     /// One packet: how it fared here.
@@ -164,6 +174,9 @@ impl Replay {
         let (interface, from) = (self.interface(number(words[0])), self.interface(number(words[1])));
         let (mark, frame): (u32, _) = (number(words[2]), bytes(words[3]));
         self.runs += 1;
+        if std::mem::take(&mut self.filter_is_new) {
+            self.node.pinned("wire_filter").update(&[0; 4], &self.filter, MapFlags::ANY).unwrap();
+        }
         let before = self.counters();
         let devices = self.node.datapath.devices();
         let outcome = match direction {

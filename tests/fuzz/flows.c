@@ -30,12 +30,19 @@ struct mapping {
 	struct pair from, to;
 };
 
+/* The first piece of a datagram, with its ports. */
+struct first_piece {
+	struct pair pair;
+	__u32 id;
+};
+
 static struct conversation conversations[CONVERSATIONS];
-static int count;
+static struct first_piece pieces[STEPS];
+static int count, piece_count;
 
 void flows_reset(void)
 {
-	count = 0;
+	count = piece_count = 0;
 }
 
 /* Through the host's stack a packet gets its destination first, and its source when it leaves. */
@@ -62,15 +69,6 @@ static void list_mappings(const struct conversation *known, struct mapping list[
 	*length = 5;
 }
 
-/* Replies that go through the stack become the half of what the client asked for. */
-static int is_half_reply(const struct conversation *known, const struct pair *from, const struct pair *to)
-{
-	struct pair half = half_request(known), reply = pair_reversed(&known->seen);
-	struct pair expected = pair_reversed(&half);
-
-	return known->routed && pair_equal(from, &reply) && pair_equal(to, &expected);
-}
-
 /* `ports`: the packet has them; a later piece of a datagram has none. */
 static int is_pair(const struct pair *known, const struct pair *seen, int ports)
 {
@@ -80,8 +78,18 @@ static int is_pair(const struct pair *known, const struct pair *seen, int ports)
 	       !memcmp(known->to.address, seen->to.address, 16);
 }
 
-static struct conversation *find_mapping(int direction, const struct pair *from, const struct pair *to, int ports,
-					 struct mapping *found)
+/* Replies that go through the stack become the half of what the client asked for. */
+static int is_half_reply(const struct conversation *known, const struct pair *from, const struct pair *to, int to_ports)
+{
+	struct pair half = half_request(known), reply = pair_reversed(&known->seen);
+	struct pair expected = pair_reversed(&half);
+
+	return known->routed && pair_equal(from, &reply) && is_pair(&expected, to, to_ports);
+}
+
+/* `from_ports`, `to_ports`: whether these pairs have them. */
+static struct conversation *find_mapping(int direction, const struct pair *from, const struct pair *to, int from_ports,
+					 int to_ports, struct mapping *found)
 {
 	for (int i = count - 1; i >= 0; i--) {
 		struct mapping list[MAPPINGS];
@@ -89,14 +97,14 @@ static struct conversation *find_mapping(int direction, const struct pair *from,
 
 		list_mappings(&conversations[i], list, &length);
 		for (int m = conversations[i].is_former ? 3 : 0; m < length; m++) {
-			if (list[m].direction != direction || !is_pair(&list[m].from, from, ports) ||
-			    !is_pair(&list[m].to, to, ports))
+			if (list[m].direction != direction || !is_pair(&list[m].from, from, from_ports) ||
+			    !is_pair(&list[m].to, to, to_ports))
 				continue;
 			*found = list[m];
 			return &conversations[i];
 		}
-		if (direction == DIRECTION_IN && ports && !conversations[i].is_former &&
-		    is_half_reply(&conversations[i], from, to)) {
+		if (direction == DIRECTION_IN && !conversations[i].is_former &&
+		    is_half_reply(&conversations[i], from, to, to_ports)) {
 			*found = (struct mapping){direction, *from, *to};
 			return &conversations[i];
 		}
@@ -129,79 +137,6 @@ int flows_know(const struct step *step)
 	return 0;
 }
 
-static int is_backend_of(const struct service *service, const struct end *end)
-{
-	for (int i = 0; i < service->count; i++)
-		if (!service->backends[i].gone && end_equal(&service->backends[i].end, end))
-			return 1;
-	return 0;
-}
-
-static int is_private_port(__be16 port)
-{
-	__u16 first = world.snat_first, number = port >> 8 | port << 8;
-
-	return number >= first && number < first + world.snat_ports;
-}
-
-/* A backend elsewhere sees this node, as its own routes would name it, and a port of the private range. */
-static void check_seen_elsewhere(const struct step *step, const struct pair *after, int through_stack)
-{
-	struct hop hop = route_of(after->to.address);
-
-	if (!through_stack && memcmp(after->from.address, hop.source, 16))
-		fail(step, "a backend elsewhere sees a source that is not the route's");
-	if (after->protocol == PROTO_SCTP) {
-		if (after->from.port != step->before.pair.from.port || after->to.port != step->before.pair.to.port)
-			fail(step, "SCTP with other ports");
-		return;
-	}
-	if (!is_private_port(after->from.port))
-		fail(step, "a source port outside the private range");
-}
-
-/* RFC 1812 5.3.7, RFC 4291: what no single host has, or may send with through a router; and what is the node's own. */
-static int is_odd_source(const struct step *step)
-{
-	const __u8 *source = step->before.pair.from.address, *ip4 = source + 12;
-	static const __u8 none[15];
-
-	if (route_of(source).way == WAY_HERE)
-		return 1;
-	if (!step->before.is_ip6)
-		return !ip4[0] || ip4[0] == 127 || ip4[0] >= 224;
-	return source[0] == 0xff || (source[0] == 0xfe && (source[1] & 0xc0) == 0x80) ||
-	       (!memcmp(source, none, 15) && source[15] <= 1);
-}
-
-/* What the host's stack would not forward. */
-static void check_source(const struct step *step)
-{
-	struct hop back = route_of(step->before.pair.from.address);
-
-	if (is_odd_source(step))
-		fail(step, "a source that cannot be is sent on");
-	if (!world.rp_filter || step->before.is_ip6 || step->in.interface != UPLINK)
-		return;
-	if (back.way != WAY_FOUND || (world.rp_filter == 1 && back.interface != UPLINK))
-		fail(step, "a source that fails rp_filter is sent on");
-}
-
-/* A backend here sees the client, or, where it is the client itself, the Service. */
-static void check_seen_here(const struct step *step, const struct pair *after)
-{
-	const struct pair *before = &step->before.pair;
-	int comes_back = !memcmp(before->from.address, after->to.address, 16);
-	const __u8 *expected = comes_back ? before->to.address : before->from.address;
-
-	if (memcmp(after->from.address, expected, 16))
-		fail(step, "a backend here sees somebody else as its client");
-	if (after->from.port != before->from.port && !is_private_port(after->from.port))
-		fail(step, "a source port outside the private range");
-	if (after->from.port != before->from.port && before->protocol == PROTO_SCTP)
-		fail(step, "SCTP with another source port");
-}
-
 static void note(const struct step *step, const struct pair *seen, int routed)
 {
 	for (int i = 0; i < count; i++)
@@ -220,34 +155,12 @@ static void note(const struct step *step, const struct pair *seen, int routed)
 /* `seen`: what the backend sees, or, through the stack, half of it. */
 static void begin(const struct step *step, struct pair seen)
 {
-	const struct pair *before = &step->before.pair;
-	const struct service *service = world_service(&before->to, before->protocol);
 	struct hop hop = route_of(seen.to.address);
-	int here = world_is_here(seen.to.address), through_stack = 0;
+	int here = world_is_here(seen.to.address);
 
-	if (!service || step->program >= OUT_ETHERNET)
-		fail(step, "rewritten, and no connection of a Service's client");
-	if (!is_backend_of(service, &seen.to))
-		fail(step, "sent to what is no backend of the Service");
-	if (!world_allows(service, before->from.address))
-		fail(step, "served, though it is outside the ranges");
-	if (hop.way == WAY_NONE)
-		fail(step, "sent where no route leads");
-	if (step->before.flags & FLAG_RST && before->protocol == PROTO_TCP)
-		fail(step, "a reset begins a flow");
-	if (!here && step->effects.action == TC_ACT_UNSPEC)
-		through_stack = 1;
-	if (here && step->effects.action == TC_ACT_REDIRECT)
-		fail(step, "to a backend here, past the host's stack");
-	if (here) {
-		check_seen_here(step, &seen);
-	} else {
-		check_source(step);
-		check_seen_elsewhere(step, &seen, through_stack);
+	check_choice(step, &seen);
+	if (!here)
 		memcpy(seen.from.address, hop.source, 16);
-	}
-	if (table_has_open(before))
-		fail(step, "an open connection is given another backend");
 	note(step, &seen, !here);
 }
 
@@ -296,6 +209,32 @@ static void check_options(const struct step *step)
 	}
 }
 
+/* A later piece goes where the ports of its first one lead. */
+static void follow_piece(const struct step *step, int direction)
+{
+	struct pair from = step->before.pair;
+	struct mapping found;
+
+	for (int i = 0; i < piece_count; i++) {
+		if (pieces[i].id != step->before.id || !is_pair(&pieces[i].pair, &step->before.pair, 0))
+			continue;
+		from = pieces[i].pair;
+		if (find_mapping(direction, &from, &step->after.pair, 1, 0, &found))
+			return;
+	}
+	fail(step, "a piece that goes elsewhere than its first one");
+}
+
+void flows_note_piece(const struct step *step)
+{
+	if (step->before.shape != SHAPE_FIRST)
+		return;
+	for (int i = 0; i < piece_count; i++)
+		if (pieces[i].id == step->before.id && pair_equal(&pieces[i].pair, &step->before.pair))
+			return;
+	pieces[piece_count++] = (struct first_piece){step->before.pair, step->before.id};
+}
+
 void flows_follow(const struct step *step)
 {
 	int ports = step->before.shape != SHAPE_PIECE, direction = direction_of(step);
@@ -306,10 +245,12 @@ void flows_follow(const struct step *step)
 		if (step->before.has_options && direction == DIRECTION_IN)
 			check_options(step);
 	}
-	if (find_mapping(direction, &step->before.pair, &step->after.pair, ports, &found))
+	if (!ports) {
+		follow_piece(step, direction);
 		return;
-	if (!ports)
-		fail(step, "a piece of no datagram that is known");
+	}
+	if (find_mapping(direction, &step->before.pair, &step->after.pair, 1, 1, &found))
+		return;
 	begin(step, step->after.pair);
 }
 
@@ -318,11 +259,14 @@ void flows_follow_dropped(const struct step *step)
 {
 	struct pair seen;
 
-	/* It may be the very one that it pushes out, if it began before with the same ends and in the same second. */
-	if ((!counted(COUNTER_FLOW_LOCAL) && !counted(COUNTER_FLOW_REMOTE)) || counted(COUNTER_FLOW_PUSHED_OUT))
+	if (!counted(COUNTER_FLOW_LOCAL) && !counted(COUNTER_FLOW_REMOTE))
 		return;
-	if (!table_find(&step->before.pair, &seen))
-		fail(step, "a flow that is counted and not there");
+	if (!table_find(&step->before.pair, &seen)) {
+		/* It may be the very one that it pushes out, if it began before with the same ends, in the same second. */
+		if (!counted(COUNTER_FLOW_PUSHED_OUT))
+			fail(step, "a flow that is counted and not there");
+		return;
+	}
 	begin(step, seen);
 }
 
@@ -338,7 +282,7 @@ void flows_follow_error(const struct step *step)
 		fail(step, "an error that is translated and not counted");
 	if (step->effects.action == TC_ACT_REDIRECT)
 		check_way(step);
-	if (!find_mapping(direction_of(step), &from, &to, 1, &found))
+	if (!find_mapping(direction_of(step), &from, &to, 1, 1, &found))
 		fail(step, "an error about nobody's packet");
 	if (memcmp(step->before.pair.to.address, before.pair.from.address, 16))
 		fail(step, "an error to somebody who did not send what it quotes");
@@ -418,7 +362,7 @@ void flows_expect(const struct step *step)
 			continue;
 		if (list[1].direction == direction_of(step) && node.forwarding &&
 		    route_of(request.from.address).way == WAY_FOUND && step->before.total <= 1380 &&
-		    table_has_open(&request) && is_same(step))
+		    table_wants_answer(&request, &step->before) && is_same(step))
 			fail(step, "an answer that does not come back");
 		return;
 	}

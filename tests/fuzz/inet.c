@@ -59,6 +59,7 @@ static int skip_extensions(const __u8 *bytes, __u32 length, struct view *view, _
 	while (next == 0 || next == 43 || next == 44 || next == 60) {
 		__u32 before = at;
 
+		view->extensions++;
 		if (at + 8 > length)
 			return 0;
 		if (next == 44) {

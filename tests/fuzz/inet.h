@@ -50,6 +50,7 @@ struct view {
 	__u32 sequence, acknowledgement;
 	int dont_fragment;
 	int has_options; /* IPv4 */
+	int extensions; /* headers of IPv6 */
 };
 
 __u16 inet_fold(__u64 sum);

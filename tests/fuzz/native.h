@@ -97,7 +97,6 @@ struct effects {
 	__u32 vlan_present;
 	__u32 sum;
 	__u8 summed;
-	int draws; /* random numbers that were asked for */
 };
 
 void skb_open(void);

@@ -69,6 +69,7 @@ __u64 counted(__u32 counter)
 void oracle_reset(void)
 {
 	flows_reset();
+	choice_reset();
 	table_reset();
 	step_count = 0;
 }
@@ -177,6 +178,7 @@ static void check_passed(struct step *step)
 		check_sum(step);
 	if (is_same(step)) {
 		check_unchanged(step);
+		choice_note_own(step);
 		return;
 	}
 	if (step->before.shape == SHAPE_ERROR) {
@@ -213,6 +215,7 @@ void oracle_after(struct step *step)
 		return;
 	}
 	step->after = inet_read(step->out.bytes, step->out.length, step->out.l3, step->out.protocol == 0x86dd, 0);
+	flows_note_piece(step);
 	switch (step->effects.action) {
 	case TC_ACT_UNSPEC:
 		if (step->in.length != step->out.length)

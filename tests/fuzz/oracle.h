@@ -29,11 +29,20 @@ void flows_reset(void);
 /* The packet became another one. */
 void flows_follow(const struct step *step);
 void flows_follow_dropped(const struct step *step);
+/* Before anything else is asked of it. */
+void flows_note_piece(const struct step *step);
 void flows_follow_error(const struct step *step);
 /* A packet with nothing wrong with it that was not served. */
 void flows_expect(const struct step *step);
 /* Does the packet belong to somebody's connection, as far as its ends tell? */
 int flows_know(const struct step *step);
+
+/* choice.c: what a Service's client is given. `seen`: what the backend sees, or, through the stack, half of it. */
+void choice_reset(void);
+void check_choice(const struct step *step, const struct pair *seen);
+int is_odd_source(const struct step *step);
+/* A packet that left as it was. */
+void choice_note_own(const struct step *step);
 
 /* table.c: the rows of flows. */
 void table_reset(void);
@@ -41,7 +50,11 @@ void table_before(void);
 void table_after(const struct step *step);
 /* What a packet of these ends becomes. */
 int table_find(const struct pair *pair, struct pair *becomes);
-/* Is there a flow of this packet's ends that both ends keep open? */
+/* Had this request a flow before the packet, which a packet that begins no connection stays with? */
+int table_keeps(const struct pair *pair);
+/* Had it one that both ends keep open? */
 int table_has_open(const struct pair *pair);
+/* Is this answer of the backend's one that the flow of the request waits for? */
+int table_wants_answer(const struct pair *request, const struct view *answer);
 
 #endif

@@ -264,7 +264,6 @@ __u32 bpf_get_prandom_u32(void)
 	node.random ^= node.random >> 12;
 	node.random ^= node.random << 25;
 	node.random ^= node.random >> 27;
-	current_effects->draws++;
 	return (node.random * 0x2545f4914f6cdd1dULL) >> 32;
 }
 

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "../../bpf/abi.h"
 #include "oracle.h"
 #include "run.h"
 
@@ -38,7 +39,7 @@ static void trace_step(const struct step *step)
 	print_frame(&step->in);
 	fprintf(trace, " %d ", step->effects.action);
 	print_frame(&step->out);
-	for (__u32 i = 0; i < COUNTED; i++)
+	for (__u32 i = 0; i < COUNTER_MAX; i++)
 		if (counted(i))
 			fprintf(trace, " %u:%llu", i, counted(i));
 	fputc('\n', trace);

@@ -5,10 +5,6 @@
 #include <stddef.h>
 #include <linux/types.h>
 
-enum {
-	COUNTED = 37, /* enum counter's */
-};
-
 /* Once. The range of source ports is configured. */
 void run_open(__u16 snat_first, __u16 snat_ports);
 /* Runs all packets of an input, and ends the process when something is not as it must be. */

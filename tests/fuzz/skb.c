@@ -2,7 +2,7 @@
 /*
  * The packet, and the helpers that read and change it: bounds and errors are those of net/core/filter.c. The bytes lie at
  * the end of a page, before one that nobody may touch, and below 4 GiB, because a context's pointers have 32 bits. A
- * call that may move the packet in the kernel moves it here: what the programs knew of its place is unmapped.
+ * call that may move the packet in the kernel moves it here, and overwrites the place where it was.
  */
 #include <errno.h>
 #include <stdio.h>

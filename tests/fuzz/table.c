@@ -8,12 +8,20 @@
 #include "oracle.h"
 
 enum {
-	OPEN_MOST = 2 * STEPS,
+	FLOWS_MOST = 2 * STEPS,
+	UDP_LIMIT = 30, /* seconds of silence, of what is not proved */
+	WINDOW = 131072,
 };
 
-static struct pair open_flows[OPEN_MOST];
-static struct pair open_becomes[OPEN_MOST];
-static int open_count;
+/* The requests' rows before the packet. */
+struct known_flow {
+	struct pair request, becomes;
+	int is_open; /* proved by both ends, closed by none */
+	int is_kept; /* its next request must have the same backend, if it begins no connection */
+};
+
+static struct known_flow flows[FLOWS_MOST];
+static int flow_count;
 static __u64 proved[FLOW_CLASS_MAX], proved_before[FLOW_CLASS_MAX];
 
 static void mapped(__u8 to[16], const void *ip4)
@@ -107,13 +115,33 @@ static void each_row(void (*visit)(const struct step *, const struct pair *, con
 	}
 }
 
-static void note_open(const struct step *step, const struct pair *pair, const struct flow *row)
+static int is_kept(const struct pair *pair, const struct flow *request, const struct flow *reply)
 {
+	if (pair->protocol == PROTO_TCP)
+		return 1;
+	return !world.changes && (idle(request) <= UDP_LIMIT || idle(reply) <= UDP_LIMIT);
+}
+
+static const struct flow *partner_of(const struct pair *pair, const struct flow *row)
+{
+	struct pair becomes = pair_of_ends(&row->ends, pair->protocol), back = pair_reversed(&becomes);
+
+	return flow_of(&back);
+}
+
+static void note_flow(const struct step *step, const struct pair *pair, const struct flow *row)
+{
+	const struct flow *reply = partner_of(pair, row);
+
 	(void)step;
-	if (open_count == OPEN_MOST || !is_open(pair, row))
+	if (flow_count == FLOWS_MOST || (row->state & FLOW_REPLY) || !reply)
 		return;
-	open_flows[open_count] = *pair;
-	open_becomes[open_count++] = pair_of_ends(&row->ends, pair->protocol);
+	flows[flow_count++] = (struct known_flow){
+		.request = *pair,
+		.becomes = pair_of_ends(&row->ends, pair->protocol),
+		.is_open = is_open(pair, row),
+		.is_kept = is_kept(pair, row, reply),
+	};
 }
 
 void table_reset(void)
@@ -123,18 +151,37 @@ void table_reset(void)
 
 void table_before(void)
 {
-	open_count = 0;
-	each_row(note_open, NULL);
+	flow_count = 0;
+	each_row(note_flow, NULL);
+}
+
+int table_keeps(const struct pair *pair)
+{
+	for (int i = 0; i < flow_count; i++)
+		if (flows[i].is_kept && pair_equal(&flows[i].request, pair))
+			return 1;
+	return 0;
 }
 
 int table_has_open(const struct pair *pair)
 {
-	const struct flow *row = flow_of(pair);
-
-	for (int i = 0; i < open_count; i++)
-		if (row && pair_equal(&open_flows[i], pair))
+	for (int i = 0; i < flow_count; i++)
+		if (flows[i].is_open && pair_equal(&flows[i].request, pair))
 			return 1;
 	return 0;
+}
+
+int table_wants_answer(const struct pair *request, const struct view *answer)
+{
+	const struct flow *row = flow_of(request), *reply = row ? partner_of(request, row) : NULL;
+	__u32 beyond;
+
+	if (!reply || ((row->state | reply->state) & (FLOW_FIN | FLOW_RESET)))
+		return 0;
+	if (answer->pair.protocol != PROTO_TCP || (reply->state & FLOW_PROVED))
+		return 1;
+	beyond = answer->acknowledgement - row->sequence;
+	return answer->flags == (FLAG_SYN | FLAG_ACK) && beyond - 1 < WINDOW;
 }
 
 int table_find(const struct pair *pair, struct pair *becomes)
@@ -172,7 +219,7 @@ static void check_proof(const struct step *step)
 		fail(step, "a flow is proved that the backend has not answered");
 	if (step->before.pair.protocol == PROTO_TCP &&
 	    ((step->before.flags & (FLAG_ACK | FLAG_RST)) != FLAG_ACK ||
-	     step->before.acknowledgement - reply->backend_or_first >= 131072))
+	     step->before.acknowledgement - reply->backend_or_first >= WINDOW))
 		fail(step, "a flow is proved by a guess");
 }
 
@@ -220,14 +267,16 @@ void table_after(const struct step *step)
 	each_row(check_row, step);
 	check_counts(step);
 	check_proof(step);
-	for (int i = 0; i < open_count; i++) {
-		const struct flow *row = flow_of(&open_flows[i]);
+	for (int i = 0; i < flow_count; i++) {
+		const struct flow *row = flow_of(&flows[i].request);
 		struct pair becomes;
 
+		if (!flows[i].is_open)
+			continue;
 		if (!row)
 			fail(step, "an open connection's flow is gone");
-		becomes = pair_of_ends(&row->ends, open_flows[i].protocol);
-		if (!pair_equal(&becomes, &open_becomes[i]))
+		becomes = pair_of_ends(&row->ends, flows[i].request.protocol);
+		if (!pair_equal(&becomes, &flows[i].becomes))
 			fail(step, "an open connection's flow leads elsewhere");
 	}
 }
