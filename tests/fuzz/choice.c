@@ -44,11 +44,11 @@ static int is_private_port(__be16 port)
 }
 
 /* A backend elsewhere sees this node, as its own routes would name it, and a port of the private range. */
-static void check_seen_elsewhere(const struct step *step, const struct pair *after, int through_stack)
+static void check_seen_elsewhere(const struct step *step, const struct pair *after)
 {
 	struct hop hop = route_of(after->to.address);
 
-	if (!through_stack && memcmp(after->from.address, hop.source, 16))
+	if (memcmp(after->from.address, hop.source, 16))
 		fail(step, "a backend elsewhere sees a source that is not the route's");
 	if (after->protocol == PROTO_SCTP) {
 		if (after->from.port != step->before.pair.from.port || after->to.port != step->before.pair.to.port)
@@ -175,7 +175,7 @@ static void check_way_of_backend(const struct step *step, const struct pair *see
 		return;
 	}
 	check_source(step);
-	check_seen_elsewhere(step, seen, step->effects.action == TC_ACT_UNSPEC);
+	check_seen_elsewhere(step, seen);
 }
 
 void check_choice(const struct step *step, const struct pair *seen)

@@ -152,16 +152,24 @@ static void note(const struct step *step, const struct pair *seen, int routed)
 	};
 }
 
-/* `seen`: what the backend sees, or, through the stack, half of it. */
-static void begin(const struct step *step, struct pair seen)
+static int has_begun(void)
 {
-	struct hop hop = route_of(seen.to.address);
-	int here = world_is_here(seen.to.address);
+	return counted(COUNTER_FLOW_LOCAL) || counted(COUNTER_FLOW_REMOTE);
+}
 
+/* What the packet became may be half of what the backend will see: the row has all of it. */
+static void begin(const struct step *step)
+{
+	struct pair seen = step->after.pair;
+
+	/* It may be the very one that it pushes out, if it began before with the same ends, in the same second. */
+	if (!table_find(&step->before.pair, &seen)) {
+		if (!counted(COUNTER_FLOW_PUSHED_OUT))
+			fail(step, "a flow that is counted and not there");
+		return;
+	}
 	check_choice(step, &seen);
-	if (!here)
-		memcpy(seen.from.address, hop.source, 16);
-	note(step, &seen, !here);
+	note(step, &seen, !world_is_here(seen.to.address));
 }
 
 /* Sent on: by the way that its new destination has. */
@@ -249,25 +257,18 @@ void flows_follow(const struct step *step)
 		follow_piece(step, direction);
 		return;
 	}
-	if (find_mapping(direction, &step->before.pair, &step->after.pair, 1, 1, &found))
-		return;
-	begin(step, step->after.pair);
+	if (has_begun())
+		begin(step);
+	if (!find_mapping(direction, &step->before.pair, &step->after.pair, 1, 1, &found) &&
+	    !counted(COUNTER_FLOW_PUSHED_OUT))
+		fail(step, "rewritten, and of no connection with a Service");
 }
 
 /* A flow may begin with a packet that cannot go on: it is at the end of its hops, or too big. */
 void flows_follow_dropped(const struct step *step)
 {
-	struct pair seen;
-
-	if (!counted(COUNTER_FLOW_LOCAL) && !counted(COUNTER_FLOW_REMOTE))
-		return;
-	if (!table_find(&step->before.pair, &seen)) {
-		/* It may be the very one that it pushes out, if it began before with the same ends, in the same second. */
-		if (!counted(COUNTER_FLOW_PUSHED_OUT))
-			fail(step, "a flow that is counted and not there");
-		return;
-	}
-	begin(step, seen);
+	if (has_begun())
+		begin(step);
 }
 
 void flows_follow_error(const struct step *step)

@@ -112,6 +112,7 @@ struct node_state {
 	__u64 now_ns;
 	__u64 random;
 	int forwarding; /* of all devices */
+	int is_rerouted; /* the tunnel's networks are behind the uplink's gateway */
 	int is_old; /* a kernel that names no source and takes no mark when it is asked for a route (before 6.7) */
 };
 

@@ -37,7 +37,7 @@ void flows_expect(const struct step *step);
 /* Does the packet belong to somebody's connection, as far as its ends tell? */
 int flows_know(const struct step *step);
 
-/* choice.c: what a Service's client is given. `seen`: what the backend sees, or, through the stack, half of it. */
+/* choice.c: what a Service's client is given. `seen`: what the backend sees. */
 void choice_reset(void);
 void check_choice(const struct step *step, const struct pair *seen);
 int is_odd_source(const struct step *step);

@@ -65,6 +65,11 @@ static const struct route_row rows[] = {
 	 "\xfd\x00\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 0},
 };
 
+enum {
+	DEFAULT4 = 11,
+	DEFAULT6 = sizeof(rows) / sizeof(rows[0]) - 1,
+};
+
 static const char *const neighbours[] = {
 	MAPPED "\x0a\x00\x00\xfe",
 	MAPPED "\x0a\xf4\x01\x05",
@@ -90,6 +95,8 @@ struct hop route_of(const __u8 destination[16])
 			best = &rows[i];
 	if (!best)
 		return hop;
+	if (node.is_rerouted && best->interface == TUNNEL)
+		best = &rows[address_is_v4(destination) ? DEFAULT4 : DEFAULT6];
 	hop.way = best->way;
 	hop.refusal = best->refusal;
 	hop.interface = best->interface;

@@ -55,7 +55,7 @@ static void run_recipe(const struct recipe *recipe)
 	node.now_ns += 1000000;
 	if (recipe->time >= 224)
 		world_age(recipe->time == 255 ? 90000 : pauses[recipe->time & 3]);
-	if (recipe->change >= 240)
+	if (recipe->change >= TURN_FIRST)
 		world_change(recipe->change, recipe->flags ^ recipe->port);
 	if (!packet_make(recipe, step))
 		return;

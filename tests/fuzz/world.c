@@ -291,6 +291,7 @@ void world_make(const __u8 bytes[WORLD_BYTES])
 	world.through_stack = !!(bytes[0] & 4);
 	world.by_ports = !!(bytes[0] & 8);
 	world.changes = 0;
+	node.is_rerouted = 0;
 	node.is_old = !trace && (bytes[4] & 8);
 	node.forwarding = (bytes[0] & 0x30) != 0x30;
 	node.now_ns = 1000000000000ULL;
@@ -331,10 +332,11 @@ static void turn_ring(void)
 void world_change(__u8 what, __u8 which)
 {
 	struct service *service = &world.services[which % SERVICES], *other;
-	__u32 index = EPOCH_HANDS, *hands = map_lookup(epochs, &index);
+	__u32 index = EPOCH_HANDS, *hands = map_lookup(epochs, &index), *epoch;
 
-	if ((what & 15) == 14 && !trace) {
-		turn_ring();
+	if (what < CHANGE_FIRST) {
+		if (!trace)
+			turn_ring();
 		return;
 	}
 	world.changes++;
@@ -364,7 +366,10 @@ void world_change(__u8 what, __u8 which)
 		write_number(epochs, EPOCH_THROUGH_STACK, world.through_stack);
 		return;
 	default:
-		write_number(epochs, EPOCH_ROUTES, 2 + which);
+		node.is_rerouted = !trace && !node.is_rerouted;
+		index = EPOCH_ROUTES;
+		epoch = map_lookup(epochs, &index);
+		write_number(epochs, EPOCH_ROUTES, *epoch + 1);
 	}
 }
 

@@ -16,6 +16,9 @@ enum {
 	SERVICES = FAMILIES * PROTOCOLS * KINDS,
 	BACKENDS_EACH = 3,
 	WORLD_BYTES = 8,
+	/* Of a recipe's byte: less than the first changes nothing, less than the second only turns the ring of openings. */
+	TURN_FIRST = 232,
+	CHANGE_FIRST = 240,
 };
 
 /* What a Service is for: by its index, / (FAMILIES * PROTOCOLS). */
