@@ -6,11 +6,12 @@ SHELL := /bin/bash
 # ip, bpftool and iptables are administrators' tools: su(1) without a dash leaves their directories out.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-# A command or file that must be there, and the Debian package that brings it.
+# A command or file that must be there, or a library of clang's, and the Debian package that brings it.
 NEEDED := \
 	command:cc:gcc \
 	command:clang:clang \
 	command:clang-format:clang-format \
+	runtime:fuzzer:libclang-rt-dev \
 	command:llvm-strip:llvm \
 	command:pkg-config:pkg-config \
 	command:ip:iproute2 \
@@ -38,6 +39,8 @@ setup: ## Install what is missing (apt-get, as root)
 		case $$kind in \
 			command) command -v "$$name" > /dev/null || missing+=("$$package") ;; \
 			file) [[ -e $$name ]] || missing+=("$$package") ;; \
+			runtime) compgen -G "$$(clang -print-runtime-dir 2> /dev/null)/libclang_rt.$$name*.a" > /dev/null || \
+				missing+=("$$package") ;; \
 		esac; \
 	done; \
 	command -v cargo > /dev/null || { echo "cargo is missing: install Rust (https://rustup.rs)" >&2; exit 1; }; \
@@ -105,17 +108,20 @@ test-cluster: setup ## Kubernetes' own questions to a proxy, with a real API ser
 	KUBELANE_TEST_KUBECONFIG="$(abspath $(KUBECONFIG))" \
 		cargo test --features lab --test conformance -- --test-threads=1 --nocapture < /dev/null
 
+C_SOURCES := $(wildcard bpf/*.[ch] tests/fuzz/*.[ch] tests/fuzz/include/bpf/*.h)
+
 lint: setup ## Check formatting and lints
 	cargo fmt --check
 	cargo clippy --all-targets --features lab -- -D warnings
-	clang-format --dry-run -Werror bpf/*.c bpf/*.h
+	clang-format --dry-run -Werror $(C_SOURCES)
 
 format: setup ## Format Rust and C
 	cargo fmt
-	clang-format -i bpf/*.c bpf/*.h
+	clang-format -i $(C_SOURCES)
 
 clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
 	cargo run --quiet --features lab --bin kubelane-lab -- sweep
 
 include tests/vm/vm.mk
 include benches/bench.mk
+include tests/fuzz/fuzz.mk

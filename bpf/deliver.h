@@ -159,18 +159,20 @@ static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 		outer.source = flow->ends.source;
 	if (routed) {
 		verdict = deliver_route(ctx, given, error, &outer);
+		/* The stack would send it in pieces. None of a proper size (RFC 1812 4.3.2.3: 576 bytes) needs that. */
+		if (verdict == VERDICT_HAND_OVER)
+			count(COUNTER_ICMP_TOO_BIG);
 		if (verdict != VERDICT_CONTINUE)
 			return VERDICT_DROP;
 	}
 	if (rewrite_error(ctx, error, quoted, &outer, &flow->ends) ||
-	    rewrite_addresses(ctx, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST)) {
+	    rewrite_addresses(ctx, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST) ||
+	    (routed && route_send(ctx, error->l3, &given->route))) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
-	if (!routed)
-		return VERDICT_PASS;
-	return route_send(ctx, error->l3, &given->route) ? VERDICT_DROP : VERDICT_SEND;
+	return routed ? VERDICT_SEND : VERDICT_PASS;
 }
 
 #endif

@@ -111,6 +111,10 @@ __noinline int place_try(hook_context *ctx)
 
 	if (!given || !ctx)
 		return PLACE_FULL;
+	/* A pod that comes back to itself from the Service's own port: its packets and the answers to them would have
+	 * the same ends, and one row cannot be both. */
+	if (ends_equal(&given->reply.ends, &given->packet.tuple.ends))
+		return PLACE_TAKEN;
 	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
 	result = flow_create(&given->reply, &given->reply_row);
 	if (!result)

@@ -5,7 +5,7 @@ mod wire;
 
 use kubelane::abi::address_flag::ADDRESS_SERVICE_VIP;
 use kubelane::model::Protocol;
-use wire::frame::{ACK, FIN, Inside, RST, SYN, tcp, udp};
+use wire::frame::{ACK, FIN, Inside, RST, SYN, sctp, tcp, udp};
 use wire::{CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, VIP4, VIP6};
 
 /// Client, service address, frontend's address, backend.
@@ -101,6 +101,39 @@ fn a_pod_that_comes_back_to_itself_by_a_load_balancer_sees_the_service_and_is_an
         assert_eq!(node.uplink_in(&syn), (PASS, syn.with_ends((service, 50_000), (backend, 8080))));
         let answer = tcp((backend, 8080), (service, 50_000), SYN | ACK).numbered(7000, 1001);
         assert_eq!(node.uplink_out(&answer), (REDIRECT, answer.with_ends(to, from)), "sent to the pod, not out");
+    }
+}
+
+/// The reply would have the ends of the request: one row cannot be both.
+#[test]
+fn a_pod_that_comes_back_to_itself_from_the_services_own_port_gets_another_or_leaves_no_row_behind() {
+    for (service, backend) in [(VIP4, LOCAL4), (VIP6, LOCAL6)] {
+        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+            let mut node = Node::new();
+            node.backend(1, backend, 8080, protocol, true);
+            node.frontend(service, 8080, protocol, &[1]);
+            let (from, to) = ((backend, 8080), (service, 8080));
+            let request = match protocol {
+                Protocol::Tcp => tcp(from, to, SYN),
+                Protocol::Udp => udp(from, to, b"who?"),
+                Protocol::Sctp => sctp(from, to, b"who?"),
+            };
+            let ((action, seen), counted) = node.counted(|n| n.uplink_in(&request));
+            if protocol == Protocol::Sctp {
+                assert_eq!((action, counted), (DROP, [("dropped_snat_exhausted", 1)].into()));
+                assert_eq!(node.flow_rows(), (0, 0));
+                continue;
+            }
+            let port = seen.ports().0;
+            assert!(port != 8080, "{protocol:?}");
+            assert_eq!((action, &seen), (PASS, &request.with_ends((service, port), (backend, 8080))));
+            let reply = match protocol {
+                Protocol::Tcp => tcp((backend, 8080), (service, port), SYN | ACK).numbered(7000, 1001),
+                _ => udp((backend, 8080), (service, port), b"me."),
+            };
+            assert_eq!(node.uplink_out(&reply), (REDIRECT, reply.with_ends(to, from)), "{protocol:?}");
+            assert_eq!(node.flow_rows(), (0, 2));
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use kubelane::abi::{address_flag, frontend_flag};
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
 use wire::errors::{assert_error, error};
-use wire::frame::{ACK, Inside, SYN, ip, tcp, udp};
+use wire::frame::{ACK, Inside, SYN, ip, may_fragment, tcp, udp};
 use wire::{
     CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, TUNNEL4, TUNNEL6,
     VIP4, VIP6,
@@ -200,6 +200,19 @@ fn errors_about_remote_flows_are_translated_and_forwarded_both_ways() {
         let (action, seen) = node.uplink_in(&error(router, &tcp(to, from, ACK).carrying(300), 100, 1250));
         assert_eq!((action, seen.ttl), (REDIRECT, 59));
         assert_error(&seen, (source, remote), pod, near, 1250);
+    }
+}
+
+#[test]
+fn an_error_that_does_not_fit_its_way_is_dropped_and_counted_whether_it_may_be_fragmented_or_not() {
+    let mut node = Node::new();
+    node.backend(1, REMOTE4, 8080, Protocol::Tcp, false);
+    node.frontend(VIP4, 80, Protocol::Tcp, &[1]);
+    node.uplink_in(&tcp((CLIENT4, 5000), (VIP4, 80), SYN));
+    let large = error("203.0.113.9", &tcp((VIP4, 80), (CLIENT4, 5000), ACK).carrying(1440), 1440, 1300).bytes();
+    for bytes in [large.clone(), may_fragment(large)] {
+        let (outcome, counted) = node.counted(|n| n.raw(Direction::In, n.uplink, &bytes));
+        assert_eq!((outcome.action, counted), (DROP, [("icmp_too_big", 1)].into()));
     }
 }
 
