@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use socket2::{Domain, Socket, Type};
 
 use apiserver::{Answer, Resource, Verb};
@@ -101,39 +101,14 @@ fn a_list_of_a_hundred_megabytes_needs_little_memory() {
     }
 }
 
-/// 1,000 ports at 300 external IPs each, in 56 KB.
-fn many_frontends() -> Value {
-    let ports: Vec<Value> = (1..=1000).map(|n| port(&format!("p{n}"), "TCP", n)).collect();
-    let external: Vec<String> = (0..300).map(|n| format!("203.0.{}.{}", n / 250, n % 250)).collect();
-    service(
-        "frontends",
-        json!({"clusterIP": "10.99.0.1", "clusterIPs": ["10.99.0.1"], "ports": ports, "externalIPs": external}),
-    )
-}
-
-/// 12 ports for clients of 6,000 ranges each, in 104 KB.
-fn many_source_ranges() -> Value {
-    let ports: Vec<Value> = (1..=12).map(|n| port(&format!("p{n}"), "TCP", n)).collect();
-    let ranges: Vec<String> = (0..6000).map(|n| format!("172.{}.{}.0/24", 16 + n / 250, n % 250)).collect();
-    let mut object = service(
-        "ranges",
-        json!({
-            "type": "LoadBalancer", "clusterIP": "10.99.0.2", "clusterIPs": ["10.99.0.2"], "ports": ports,
-            "loadBalancerSourceRanges": ranges,
-        }),
-    );
-    object["status"] = json!({"loadBalancer": {"ingress": [{"ip": "198.51.100.77"}]}});
-    object
-}
-
 #[test]
 fn services_that_ask_for_more_than_the_maps_hold_are_degraded_alone() {
     let Some(site) = Site::or_skip() else { return };
     let daemon = site.start();
     assert_eq!(names(&site.ask(10)), ["a", "b"]);
     let limited = |count: f64| daemon.metric("kubelane_degraded_services").is_ok_and(|services| services == count);
-    site.server.upsert(many_frontends());
-    site.server.upsert(many_source_ranges());
+    site.server.upsert(hostile::many_frontends());
+    site.server.upsert(hostile::many_source_ranges());
     assert!(eventually(PATIENCE, || limited(2.0)), "{}", daemon.log());
 
     // Beside them, what is new works within a second, whatever becomes of them meanwhile.

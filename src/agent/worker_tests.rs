@@ -24,6 +24,8 @@ struct State {
     writes: usize,
     /// This many of the next calls fail for every row.
     failing: usize,
+    /// There is no room in `frontends`.
+    full: bool,
 }
 
 #[derive(Clone, Default)]
@@ -46,17 +48,20 @@ impl Model {
 }
 
 impl State {
-    fn refuses(&mut self, rows: usize) -> Option<Vec<Failure>> {
+    fn refuses(&mut self, map: MapName, rows: usize) -> Option<Vec<Failure>> {
         self.writes += 1;
-        self.failing = self.failing.checked_sub(1)?;
-        Some((0..rows).map(|row| Failure { row, error: io::Error::from_raw_os_error(libc::ENOMEM) }).collect())
+        let errno = if self.full && map == MapName::Frontends { libc::E2BIG } else { libc::ENOMEM };
+        if errno == libc::ENOMEM {
+            self.failing = self.failing.checked_sub(1)?;
+        }
+        Some((0..rows).map(|row| Failure { row, error: io::Error::from_raw_os_error(errno) }).collect())
     }
 }
 
 impl MapIo for Model {
     fn write(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> Vec<Failure> {
         let mut state = self.state();
-        if let Some(failures) = state.refuses(rows) {
+        if let Some(failures) = state.refuses(map, rows) {
             return failures;
         }
         let table = state.rows.entry(map).or_default();
@@ -68,7 +73,7 @@ impl MapIo for Model {
 
     fn delete(&mut self, map: MapName, keys: &[u8], rows: usize) -> Vec<Failure> {
         let mut state = self.state();
-        if let Some(failures) = state.refuses(rows) {
+        if let Some(failures) = state.refuses(map, rows) {
             return failures;
         }
         let table = state.rows.entry(map).or_default();
@@ -306,6 +311,22 @@ async fn failed_writes_are_tried_again_until_they_are_in() {
     let settled = stage.syncs();
     run_for(&mut worker, Duration::from_secs(300)).await;
     assert_eq!(stage.syncs(), settled, "it goes on though all is in");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_map_without_room_keeps_nobody_from_getting_ready_and_is_tried_again() {
+    let mut maps = Model::default();
+    let mut stage = Stage::new(&maps);
+    stage.maps.state().full = true;
+    let mut worker = stage.worker(&mut maps);
+    stage.send(world());
+    run_for(&mut worker, MOMENT).await;
+    assert_eq!((stage.maps.rows(MapName::Frontends), stage.readyz().await), (0, 200));
+    let text = stage.app.metrics.text().unwrap();
+    assert!(text.contains("kubeproxy_sync_proxy_rules_service_changes_pending 0"), "{text}");
+    stage.maps.state().full = false;
+    run_for(&mut worker, Duration::from_secs(300)).await;
+    assert_eq!(stage.maps.rows(MapName::Frontends), 3);
 }
 
 #[tokio::test(start_paused = true)]

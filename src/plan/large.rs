@@ -67,7 +67,8 @@ impl Large {
         for slice in slices.iter().filter(|slice| !slice.endpoints.is_empty()) {
             (is_simple && all.change(None, Some(slice), place)).then_some(())?;
         }
-        all.changed.clear();
+        // Not cleared: a map as large as all endpoints would be walked with the first change.
+        all.changed = HashMap::default();
         all.ports.iter_mut().for_each(|port| port.choices = port.tallies.map(|tally| tally.decide()));
         Some(all)
     }

@@ -218,6 +218,7 @@ impl World {
     /// The Service of this name is laid out as `compiled` says: from now on its changes may be told one by one.
     pub fn laid_out(&mut self, name: &ObjectName, compiled: &Compiled) {
         let Some(entry) = self.entries.get_mut(name) else { return };
+        entry.large = None;
         let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
         if slices.iter().map(|slice| slice.endpoints.len()).sum::<usize>() >= self.large_from {
             let service = entry.service.as_deref();

@@ -1,4 +1,7 @@
-//! Objects with every field wrong in turn: all paths of an object that has everything, times all that can stand there.
+//! Objects with every field wrong in turn: all paths of an object that has everything, times all that can stand there. And
+//! Services that are right in every field, and ask for more than a node has.
+
+#![allow(dead_code, reason = "each test crate that includes this module uses a part of it")]
 
 use serde_json::{Value, json};
 
@@ -122,4 +125,33 @@ pub fn mutants(object: &Value) -> Vec<String> {
         mutants.extend(wrongs().into_iter().map(|wrong| text.replace(&mark, &wrong)));
     }
     mutants
+}
+
+/// So many numbered TCP ports.
+fn ports(count: u16) -> Vec<Value> {
+    (1..=count).map(|n| json!({"name": format!("p{n}"), "port": n})).collect()
+}
+
+/// 1,000 ports at 300 external IPs each, in 56 KB.
+pub fn many_frontends() -> Value {
+    let external: Vec<String> = (0..300).map(|n| format!("203.0.{}.{}", n / 250, n % 250)).collect();
+    json!({
+        "kind": "Service", "apiVersion": "v1", "metadata": {"name": "frontends", "namespace": "default"},
+        "spec": {
+            "clusterIP": "10.99.0.1", "clusterIPs": ["10.99.0.1"], "ports": ports(1000), "externalIPs": external,
+        },
+    })
+}
+
+/// 12 ports for clients of 6,000 ranges each, in 104 KB.
+pub fn many_source_ranges() -> Value {
+    let ranges: Vec<String> = (0..6000).map(|n| format!("172.{}.{}.0/24", 16 + n / 250, n % 250)).collect();
+    json!({
+        "kind": "Service", "apiVersion": "v1", "metadata": {"name": "ranges", "namespace": "default"},
+        "spec": {
+            "type": "LoadBalancer", "clusterIP": "10.99.0.2", "clusterIPs": ["10.99.0.2"], "ports": ports(12),
+            "loadBalancerSourceRanges": ranges,
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.77"}]}},
+    })
 }
