@@ -123,7 +123,7 @@ fn packets_that_something_keeps_from_the_programs_are_told_of_once_with_a_remedy
     assert!(eventually(PATIENCE, || daemon.log().contains(told)), "{}", daemon.log());
     let ready = daemon.health("/readyz").unwrap();
     assert!(ready.starts_with("HTTP/1.1 200") && ready.contains(told), "{ready}");
-    let unserved = r#"kubelane_unserved{reason="packets_kept_away",subject="device eth0"}"#;
+    let unserved = r#"kubelane_unserved{reason="packets_kept_away"}"#;
     assert_eq!(daemon.metric(unserved).unwrap(), 1.0);
     assert_eq!(daemon.log().matches(told).count(), 1, "{}", daemon.log());
     let cut_off = "eth0: packets that come in do not get to kubelane's program -> look at";

@@ -1,5 +1,5 @@
 //! What keeps traffic from being served on this node, for as long as it does. Each such condition is a line in the log
-//! when it comes up and one when it is over, a sample of `kubelane_unserved`, and words in the answer of `/readyz`.
+//! when it comes up and one when it is over, one more in `kubelane_unserved`, and words in the answer of `/readyz`.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +23,17 @@ pub enum Reason {
     PacketsKeptAway,
 }
 
+/// Where a program was put back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Cgroup,
+    Device,
+}
+
 impl Reason {
+    const ALL: [Reason; 5] =
+        [Reason::NotAttached, Reason::Contested, Reason::LinkLayer, Reason::NoDevice, Reason::PacketsKeptAway];
+
     fn as_str(self) -> &'static str {
         match self {
             Reason::NotAttached => "not_attached",
@@ -39,8 +49,8 @@ impl Reason {
 struct Known {
     /// By what it is about (`device eth1`), with what to say of it.
     holding: BTreeMap<(String, Reason), String>,
-    /// Programs that were put back, by where they belong.
-    restored: BTreeMap<String, u64>,
+    /// Programs that were put back, by [`Place`].
+    restored: [u64; 2],
     health: Option<Arc<Health>>,
 }
 
@@ -58,18 +68,19 @@ impl Conditions {
         let read = conditions.clone();
         let gauges = move || -> Vec<Sample> {
             let known = read.lock();
-            let labels = |(subject, reason): &(String, Reason)| vec![reason.as_str().to_owned(), subject.clone()];
-            known.holding.keys().map(|key| (labels(key), 1.0)).collect()
+            let count = |reason| known.holding.keys().filter(|(_, held)| *held == reason).count();
+            Reason::ALL.map(|reason| (vec![reason.as_str().to_owned()], count(reason) as f64)).into()
         };
-        const UNSERVED: &str = "1 for each condition that keeps traffic from being served now; the log says what to do";
-        metrics.read_gauges("kubelane_unserved", UNSERVED, &["reason", "subject"], gauges)?;
+        const UNSERVED: &str = "Conditions that keep traffic from being served now, by reason; the log says what to do";
+        metrics.read_gauges("kubelane_unserved", UNSERVED, &["reason"], gauges)?;
         let read = conditions.clone();
         let counters = move || -> Vec<Sample> {
-            let known = read.lock();
-            known.restored.iter().map(|(name, count)| (vec![name.clone()], *count as f64)).collect()
+            let [cgroup, device] = read.lock().restored;
+            [("cgroup", cgroup), ("device", device)].map(|(place, n)| (vec![place.to_owned()], n as f64)).into()
         };
-        const RESTORED: &str = "Programs that somebody had taken off their hook and that were put back";
-        metrics.read_counters("kubelane_attachments_restored_total", RESTORED, &["attachment"], counters)?;
+        const RESTORED: &str =
+            "Times that programs were put back which somebody had taken off their hook, by its place";
+        metrics.read_counters("kubelane_attachments_restored_total", RESTORED, &["place"], counters)?;
         Ok(conditions)
     }
 
@@ -93,8 +104,8 @@ impl Conditions {
     }
 
     /// A program was put back.
-    pub fn restored(&self, attachment: &str) {
-        *self.lock().restored.entry(attachment.to_owned()).or_default() += 1;
+    pub fn restored(&self, place: Place) {
+        self.lock().restored[place as usize] += 1;
     }
 
     /// A holder that panicked has ended the daemon; until then what it knew is as good as any.
@@ -122,15 +133,21 @@ mod tests {
         let conditions = Conditions::new(Arc::clone(&health), &metrics).unwrap();
         conditions.holds("device eth1", Reason::NotAttached, "busy");
         conditions.holds("connect4", Reason::Contested, "somebody");
-        conditions.restored("connect4");
+        conditions.restored(Place::Device);
         let text = metrics.text().unwrap();
-        assert!(text.contains("kubelane_unserved{reason=\"not_attached\",subject=\"device eth1\"} 1"), "{text}");
-        assert!(text.contains("kubelane_attachments_restored_total{attachment=\"connect4\"} 1"), "{text}");
-
+        for sample in [
+            "kubelane_unserved{reason=\"not_attached\"} 1",
+            "kubelane_unserved{reason=\"contested\"} 1",
+            "kubelane_unserved{reason=\"no_device\"} 0",
+            "kubelane_attachments_restored_total{place=\"cgroup\"} 0",
+            "kubelane_attachments_restored_total{place=\"device\"} 1",
+        ] {
+            assert!(text.contains(sample), "{sample}: {text}");
+        }
         conditions.over("device eth1", Reason::NotAttached);
         conditions.holds("device eth2", Reason::NotAttached, "busy");
         conditions.over("connect4", Reason::Contested);
         let text = metrics.text().unwrap();
-        assert!(!text.contains("eth1") && !text.contains("contested") && text.contains("eth2"), "{text}");
+        assert!(text.contains("not_attached\"} 1") && text.contains("contested\"} 0"), "{text}");
     }
 }

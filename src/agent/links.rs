@@ -11,7 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::warn;
 
 use super::audit::Request;
-use super::conditions::{Conditions, Reason};
+use super::conditions::{Conditions, Place, Reason};
 use super::contest::{Contests, Verdict};
 use crate::bpf::SocketHooks;
 
@@ -66,7 +66,7 @@ fn look(
                 Ok(()) => {
                     contests.put_back(name, now);
                     warn!("{subject} was taken off the cgroup, or its pin removed, by somebody else: put back");
-                    conditions.restored(name);
+                    conditions.restored(Place::Cgroup);
                 }
                 Err(error) => conditions.holds(&subject, Reason::NotAttached, &format!("{error:#}")),
             },

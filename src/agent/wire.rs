@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::conditions::{Conditions, Reason};
+use super::conditions::{Conditions, Place, Reason};
 use super::contest::{Contests, Verdict};
 use super::links::CONTEST_REMEDY;
 use crate::bpf::{Attached, Device, Devices, Direction, Fault, LinkLayer};
@@ -16,6 +16,9 @@ use crate::netdev::{Layer, NetDevice};
 
 /// Before a device that failed is tried again, unless something changes earlier.
 const RETRY: Duration = Duration::from_secs(30);
+
+/// The same for a device that was fine a moment ago.
+const SOON: Duration = Duration::from_secs(2);
 
 /// Where programs are attached: [`Devices`], or the tests' model of it.
 pub trait Hooks {
@@ -190,7 +193,7 @@ impl<'d> Wire<'d> {
             match result {
                 Ok(faults) => {
                     self.contests.put_back(&subject, now);
-                    self.conditions.restored(&subject);
+                    self.conditions.restored(Place::Device);
                     warn!("{}: put right", describe(&faults, name));
                 }
                 Err(error) => drop(failures.insert(*index, (name.clone(), format!("{error:#}")))),
@@ -200,6 +203,8 @@ impl<'d> Wire<'d> {
         if !failures.is_empty() {
             self.attached.retain(|index, _| !failures.contains_key(index));
             self.note(failures, now);
+            // The kernel may not have let go yet of a link that lost its pin a moment ago.
+            self.due = Some(now + SOON);
         }
     }
 }
@@ -391,8 +396,8 @@ mod tests {
         wire.attached.insert(1, (hook_of(&one), one.name.clone()));
         wire.adopted = true;
         wire.audit(now);
-        assert_eq!(wire.due(), Some(now + RETRY));
-        wire.follow(&[&one], now + RETRY);
-        assert_eq!((wire.due(), hooks.calls), (Some(now + 2 * RETRY), 2));
+        assert_eq!(wire.due(), Some(now + SOON));
+        wire.follow(&[&one], now + SOON);
+        assert_eq!((wire.due(), hooks.calls), (Some(now + SOON + RETRY), 2));
     }
 }
