@@ -112,7 +112,6 @@ fn capabilities(pod: &PodSpec) -> String {
         "NET_ADMIN" => "12",
         "SYS_PTRACE" => "19",
         "SYS_ADMIN" => "21",
-        "SYS_RESOURCE" => "24",
         "PERFMON" => "38",
         "BPF" => "39",
         _ => panic!("{name}"),

@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 const OVERLAYS: [&str; 3] = ["base", "overlays/kubeadm", "overlays/k3s"];
-const COMPONENTS: [&str; 2] = ["components/startup-taint", "components/node-by-node"];
+const COMPONENTS: [&str; 3] = ["components/startup-taint", "components/node-by-node", "components/old-kernels"];
 const JOBS: [&str; 2] = ["migration/kube-proxy-cleanup.yaml", "migration/kubelane-cleanup.yaml"];
 
 fn manifests() -> PathBuf {
@@ -118,7 +118,7 @@ fn capabilities_of_readme() -> BTreeSet<String> {
 #[test]
 fn every_object_of_every_overlay_is_one_that_kubernetes_knows_field_by_field() {
     for overlay in OVERLAYS {
-        for components in [&[][..], &COMPONENTS[..1], &COMPONENTS[1..], &COMPONENTS] {
+        for components in [&[][..], &COMPONENTS[..1], &COMPONENTS[1..2], &COMPONENTS[2..], &COMPONENTS] {
             let objects = kustomize::build(composed(overlay, components).path());
             objects.iter().for_each(strict_by_kind);
             let mut names: Vec<String> =
@@ -258,7 +258,14 @@ fn the_container_has_the_capabilities_of_readmes_table_and_no_more() {
     let base = pod(&kustomize::build(&manifests().join("base")));
     let cleanup: Job = strict(&kustomize::documents(&manifests().join(JOBS[1]))[0]);
     let cleanup = cleanup.spec.unwrap().template.spec.unwrap();
-    assert_eq!(capabilities(container(&base)), expected);
+    let old = pod(&kustomize::build(composed("base", &["components/old-kernels"]).path()));
+    assert_eq!(capabilities(container(&old)), expected);
+    let old_only = BTreeSet::from(["CAP_SYS_RESOURCE".to_owned()]);
+    assert_eq!(
+        &expected - &capabilities(container(&base)),
+        old_only,
+        "which keeps a pod from starting where root lacks it"
+    );
     assert!(capabilities(container(&cleanup)).is_subset(&expected));
     for pod in [&base, &cleanup] {
         let context = container(pod).security_context.as_ref().unwrap();

@@ -75,7 +75,7 @@ fn services_that_are_not_a_proxys_business_are_gone_without_a_word() {
 
 #[test]
 fn a_service_without_a_usable_cluster_ip_is_not_served_and_says_so() {
-    for ips in [json!([]), json!(["10.00.0.1"]), json!(["0.0.0.0"]), json!(["127.0.0.1"]), json!(["224.0.0.1"])] {
+    for ips in [json!([]), json!(["10.00.0.256"]), json!(["0.0.0.0"]), json!(["127.0.0.1"]), json!(["224.0.0.1"])] {
         let (served, warnings) = service(json!({"clusterIPs": ips}));
         assert!(served.is_none() && warnings.last().unwrap().contains("no usable cluster IP"), "{ips}: {warnings:?}");
     }
@@ -193,13 +193,28 @@ fn missing_conditions_have_the_defaults_of_the_api() {
 fn an_endpoint_that_cannot_be_used_is_left_out_and_a_second_address_is_nothing() {
     let endpoints = json!([
         {"addresses": ["10.1.0.1", "10.1.0.2"]}, {"addresses": []}, {"addresses": null}, {"addresses": ["fd00::1"]},
-        {"addresses": ["10.1.0.01"]}, {"addresses": ["0.0.0.0"]}, {"addresses": ["::ffff:10.1.0.3"]},
+        {"addresses": ["10.1.0.256"]}, {"addresses": ["0.0.0.0"]}, {"addresses": ["::ffff:10.1.0.3"]},
     ]);
     let (used, warnings) = slice(json!({"endpoints": endpoints}));
     let ips: Vec<_> = used.unwrap().endpoints.iter().map(|e| e.ip).collect();
     assert_eq!((text(&ips).as_str(), warnings.len()), ("10.1.0.1 10.1.0.3", 5), "{warnings:#?}");
     let (used, warnings) = slice(json!({"addressType": "IPv6", "endpoints": [{"addresses": ["::ffff:10.1.0.3"]}]}));
     assert_eq!((used.unwrap().endpoints.len(), warnings.len()), (0, 1));
+}
+
+/// As kube-proxy reads what was written before Kubernetes 1.22.
+#[test]
+fn octets_with_leading_zeros_are_decimal_and_warned_of() {
+    let (served, warnings) = service(json!({
+        "clusterIPs": ["010.096.0.01"], "externalIPs": ["192.0.002.1"], "loadBalancerSourceRanges": ["010.0.0.0/8"],
+    }));
+    let served = served.unwrap();
+    assert_eq!((text(&served.cluster_ips), text(&served.external_ips)), ("10.96.0.1".into(), "192.0.2.1".into()));
+    assert_eq!(served.source_ranges[0].ip.to_string(), "10.0.0.0");
+    let expected = "cluster IP \"010.096.0.01\" has leading zeros: it is read as 10.96.0.1, as kube-proxy does";
+    assert_eq!((warnings.len(), warnings[0].as_str()), (3, expected), "{warnings:#?}");
+    let (used, warnings) = slice(json!({"endpoints": [{"addresses": ["10.1.0.01"]}]}));
+    assert_eq!((used.unwrap().endpoints[0].ip.to_string().as_str(), warnings.len()), ("10.1.0.1", 1));
 }
 
 #[test]

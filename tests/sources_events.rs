@@ -19,6 +19,7 @@ fn about(service: &str, note: &str) -> Notice {
         reason: "NotServedAsAsked",
         action: "Program",
         note: note.to_owned(),
+        is_of_cluster: false,
     }
 }
 
@@ -45,6 +46,35 @@ async fn a_notice_becomes_an_event_of_its_object_and_again_one_series() {
     assert_eq!((&web["type"], &web["note"]), (&json!("Warning"), &json!("port 1")));
     assert_eq!((&web["reportingController"], &web["reportingInstance"]), (&json!("kubelane"), &json!("node-a")));
     assert_eq!((&web["series"]["count"], &events[1]["series"]), (&json!(2), &Value::Null));
+}
+
+/// Forty nodes find the same fault in the same Service.
+#[tokio::test(start_paused = true)]
+async fn what_every_node_says_is_one_event_and_not_asked_for_by_all_at_once() {
+    let server = ApiServer::new();
+    let began = Instant::now();
+    let nodes: Vec<_> = (0..40)
+        .map(|node| {
+            let (sender, receiver) = mpsc::channel(events::WAITING);
+            for note in ["port 1", "port 2"] {
+                sender.try_send(Notice { is_of_cluster: true, ..about("web", note) }).unwrap();
+            }
+            tokio::spawn(events::run(server.client(), format!("node-{node}"), receiver))
+        })
+        .collect();
+    for node in nodes {
+        node.await.unwrap();
+    }
+    let events = server.events("NotServedAsAsked");
+    let notes: Vec<&str> = events.iter().map(|event| event["note"].as_str().unwrap()).collect();
+    assert_eq!(notes, ["port 1", "port 2"], "{events:#?}");
+    assert_eq!((&events[0]["regarding"]["uid"], &events[0]["type"]), (&json!("shop/web"), &json!("Warning")));
+    let at = server.writes();
+    assert_eq!(at.len(), 80, "each node asks once, and takes a conflict for an answer");
+    let busiest =
+        at.iter().map(|from| at.iter().filter(|to| (*from..*from + Duration::from_secs(1)).contains(*to)).count());
+    assert!(busiest.max() < Some(20), "of 80 in a second");
+    assert!(began.elapsed() < Duration::from_secs(31), "{:?}", began.elapsed());
 }
 
 #[tokio::test(start_paused = true)]

@@ -298,7 +298,7 @@ async fn the_first_place_in_a_file_stays_first_when_it_is_edited() {
 
 #[tokio::test]
 async fn an_object_with_bad_fields_is_served_without_them_and_warned_of() {
-    let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  clusterIP: 10.0.0.1\n  externalIPs: [2001:db8::1, 010.0.0.1, 192.0.2.1]\n  sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 90000}}\n  ports:\n  - {name: ok, port: 80}\n  - {name: big, port: 70000}\n  - {name: text, port: http}\n  -\n  - {name: odd, port: 81, protocol: QUIC}\n";
+    let bad = "apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  clusterIP: 10.0.0.1\n  externalIPs: [2001:db8::1, 0400.0.0.1, 192.0.2.1]\n  sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 90000}}\n  ports:\n  - {name: ok, port: 80}\n  - {name: big, port: 70000}\n  - {name: text, port: http}\n  -\n  - {name: odd, port: 81, protocol: QUIC}\n";
     let endpoints = "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a-1, labels: {kubernetes.io/service-name: a}}\naddressType: IPv4\nports: [{port: 8080}, {name: all, port: null}, {name: zero, port: 0}]\nendpoints:\n- addresses: [10.1.0.1]\n- addresses: ['fd00::1']\n- addresses: [10.1.0.300]\n- addresses: []\n";
     let mut source = Source::start(&[("a.yaml", bad), ("b.yaml", endpoints)]).await;
     let a = &source.seen.services["default/a"];

@@ -209,7 +209,14 @@ fn attend(
     });
     let Some(client) = client else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
     let note = concat!("kubelane ", env!("CARGO_PKG_VERSION")).to_owned();
-    let starting = Notice { about: About::Node, is_warning: false, reason: "Starting", action: "StartKubelane", note };
+    let starting = Notice {
+        about: About::Node,
+        is_warning: false,
+        reason: "Starting",
+        action: "StartKubelane",
+        note,
+        is_of_cluster: false,
+    };
     notices.try_send(starting).context("the first notice")?;
     let events = k8s::events::run(client.clone(), node(), told);
     parts.spawn(part("events", events));

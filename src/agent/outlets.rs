@@ -52,6 +52,7 @@ fn notices(warnings: &[Warning]) -> Vec<Notice> {
         reason: "NotServedAsAsked",
         action: "Program",
         note: notes.join("; "),
+        is_of_cluster: true,
     };
     notes.into_iter().map(notice).collect()
 }

@@ -50,7 +50,7 @@ pub enum Command {
     /// Say whether the daemon would run on this node, one line per condition, with a remedy
     ///
     /// Exit code 0: it would run. Exit code 1: it would not; the lines that begin with FAIL say why.
-    Check(CheckFlags),
+    Check(Box<CheckFlags>),
     /// Show what is programmed in the kernel (works while the daemon is down)
     Get(GetFlags),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins

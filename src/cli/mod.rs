@@ -55,7 +55,7 @@ pub fn main(started: Instant) -> ExitCode {
     let result = match parse(std::env::args_os().collect()).unwrap_or_else(|error| error.exit()).command {
         Command::Run(flags) if flags.cleanup => cleanup(&flags.node.pins),
         Command::Run(flags) => run::run(*flags, started),
-        Command::Check(flags) => match check::run(flags) {
+        Command::Check(flags) => match check::run(*flags) {
             Ok(false) => return ExitCode::FAILURE,
             result => result.map(drop),
         },

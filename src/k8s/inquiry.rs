@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use http::header::{CONTENT_TYPE, DATE};
 use jiff::Timestamp;
 use jiff::fmt::rfc2822;

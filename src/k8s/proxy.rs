@@ -48,8 +48,9 @@ mod tests {
 
     #[test]
     fn a_proxy_is_the_kubeconfigs_or_the_environments_where_no_proxy_does_not_name_the_server() {
+        type Environment = &'static [(&'static str, &'static str)];
         // server, proxy-url, environment, expected
-        let table: [(&str, &str, &[(&str, &str)], Option<&str>); 11] = [
+        let table: [(&str, &str, Environment, Option<&str>); 11] = [
             ("https://10.0.0.1:6443", "", &[], None),
             ("https://10.0.0.1:6443", "", &[("HTTPS_PROXY", "http://p:3128")], Some("http://p:3128/")),
             ("https://10.0.0.1:6443", "", &[("https_proxy", "p:3128")], Some("http://p:3128/")),

@@ -22,6 +22,8 @@ pub struct Notice {
     pub action: &'static str,
     /// For people.
     pub note: String,
+    /// Every node says the same of it.
+    pub is_of_cluster: bool,
 }
 
 /// What a load balancer asks this node about one Service with traffic policy Local.

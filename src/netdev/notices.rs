@@ -146,7 +146,7 @@ mod tests {
         let link_local = message(libc::RTM_DELADDR, [10, 64, 0, libc::RT_SCOPE_LINK]);
         let address = message(libc::RTM_DELADDR, [2, 24, 0, 0]);
         let forwarding = message(RTM_NEWNETCONF, [2, 0, 0, 0]);
-        assert_eq!(changes(&[default.clone()]), Changes { default_routes: true, ..none });
+        assert_eq!(changes(std::slice::from_ref(&default)), Changes { default_routes: true, ..none });
         assert_eq!(changes(&[other.clone(), forwarding]), Changes { others: true, ..none });
         assert_eq!(changes(&[link_local]), Changes { devices: true, ..none });
         assert_eq!(changes(&[address]), Changes { devices: true, default_routes: true, ..none });

@@ -181,7 +181,9 @@ fn a_bridge_with_an_address_faces_outwards_while_it_has_a_member_that_leads_out_
 fn a_switch_of_forwarding_is_a_change_of_routes() {
     in_new_namespace(|_| async move {
         let (sender, mut changes) = tokio::sync::mpsc::unbounded_channel();
-        tokio::spawn(follow_routes(move |change| drop(sender.send(change))));
+        tokio::spawn(follow_routes(move |change| {
+            let _ = sender.send(change);
+        }));
         for sysctl in ["ipv4/conf/all/forwarding", "ipv6/conf/all/forwarding", "ipv4/conf/lo/forwarding"] {
             // Until nothing of the start, or of the switch before, is heard any more.
             while timeout(Duration::from_millis(200), changes.recv()).await.is_ok() {}

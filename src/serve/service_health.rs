@@ -153,6 +153,7 @@ impl Servers {
             reason: "FailedToStartServiceHealthcheck",
             action: "Listen",
             note,
+            is_of_cluster: false,
         };
         // A full queue has more to tell than anybody reads; the log has it all.
         let _ = self.notices.try_send(notice);

@@ -10,6 +10,7 @@
 mod objects;
 pub mod seen;
 mod selector;
+pub mod source;
 mod wire;
 mod write;
 
@@ -109,6 +110,9 @@ pub struct ApiServer {
     state: Arc<Mutex<State>>,
 }
 
+/// By resource, namespace and name.
+type Objects = BTreeMap<(Resource, String), Arc<Value>>;
+
 #[derive(Default)]
 struct State {
     version: u64,
@@ -116,7 +120,7 @@ struct State {
     allotted: u64,
     /// Watches from before this version get 410.
     compacted: u64,
-    objects: BTreeMap<(Resource, String), Arc<Value>>,
+    objects: Objects,
     history: Vec<Record>,
     watchers: Vec<Watcher>,
     scripts: Vec<(Resource, Verb, VecDeque<Answer>)>,
@@ -126,11 +130,13 @@ struct State {
     /// Lists that were sent compressed.
     compressed: usize,
     events: Vec<Value>,
+    /// When something was to be written.
+    writes: Vec<Instant>,
     /// Statuses for the next writes of any sort, one each.
     write_failures: VecDeque<u16>,
     down: bool,
     /// What the cache of a replica that has fallen behind holds, and its version.
-    behind: Option<(u64, BTreeMap<(Resource, String), Arc<Value>>)>,
+    behind: Option<(u64, Objects)>,
     /// What reviews of access deny, as "verb resource".
     denied: Vec<String>,
     /// How far the clock is ahead, in seconds.
@@ -311,6 +317,11 @@ impl ApiServer {
         self.lock().write_failures.extend(statuses);
     }
 
+    /// When something was to be written, each time.
+    pub fn writes(&self) -> Vec<Instant> {
+        self.lock().writes.clone()
+    }
+
     /// The Events of this reason, as they are now, in the order in which they were created.
     pub fn events(&self, reason: &str) -> Vec<Value> {
         self.lock().events.iter().filter(|event| event["reason"] == reason).cloned().collect()
@@ -350,13 +361,13 @@ impl State {
 
     /// The version that answers a request, and whether that is the cache's. Without a version what is stored is wanted, 0
     /// is anything, and another is the least that will do: `Err` when the cache does not have it.
-    fn freshness(&self, request: &Request) -> Result<(u64, bool), Response<Body>> {
+    fn freshness(&self, request: &Request) -> Result<(u64, bool), Box<Response<Body>>> {
         let asked = request.query.get("resourceVersion").map_or("", String::as_str);
         let Ok(asked) = asked.parse::<u64>() else { return Ok((self.version, false)) };
         let (cached, is_behind) = self.behind.as_ref().map_or((self.version, false), |(version, _)| (*version, true));
         match asked <= cached {
             true => Ok((cached, is_behind)),
-            false => Err(wire::too_large(asked, cached)),
+            false => Err(Box::new(wire::too_large(asked, cached))),
         }
     }
 

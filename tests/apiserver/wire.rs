@@ -138,13 +138,13 @@ impl ApiServer {
         };
         let mut state = self.lock();
         match request.verb {
-            Verb::List => list(&mut state, request, &selection).unwrap_or_else(|refusal| refusal),
+            Verb::List => list(&mut state, request, &selection).unwrap_or_else(|refusal| *refusal),
             Verb::StreamingList if state.refuses_streaming => {
                 response(422, recorded("error-422-initial-events-without-match.json"))
             }
             Verb::StreamingList => match state.freshness(request) {
                 Ok((version, cached)) => self.watch(&mut state, request, selection, version, cached),
-                Err(refusal) => refusal,
+                Err(refusal) => *refusal,
             },
             Verb::Watch => {
                 let version = state.version;
@@ -235,7 +235,7 @@ fn bookmark(resource: Resource, version: u64, initial_end: bool) -> String {
 }
 
 /// A list, or a page of one. A continue token is the version of the first page and the place where to go on.
-fn list(state: &mut State, request: &Request, selection: &Selection) -> Result<Response<Body>, Response<Body>> {
+fn list(state: &mut State, request: &Request, selection: &Selection) -> Result<Response<Body>, Box<Response<Body>>> {
     let (current, cached) = state.freshness(request)?;
     let objects = state.selected(request.resource, selection, cached);
     let limit: usize = request.query.get("limit").and_then(|v| v.parse().ok()).unwrap_or(usize::MAX);

@@ -16,6 +16,9 @@ impl ApiServer {
         if state.down {
             return Err(std::io::ErrorKind::ConnectionRefused.into());
         }
+        if head.method != http::Method::GET {
+            state.writes.push(tokio::time::Instant::now());
+        }
         let content = head.headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or_default();
         let steps: Vec<&str> = head.uri.path().split('/').skip(1).collect();
         if head.method != http::Method::GET
@@ -80,6 +83,9 @@ impl State {
             return failure(422, "namespace, note or name");
         }
         event["metadata"]["namespace"] = json!(namespace);
+        if self.events.iter().any(|known| key(known) == key(&event)) {
+            return failure(409, "it exists");
+        }
         self.events.push(event.clone());
         response(201, event.to_string())
     }

@@ -87,6 +87,16 @@ impl Notes {
         }
     }
 
+    /// Tells of an address that is not written as it is read.
+    fn plain(&mut self, what: &str, text: &str) {
+        if let Some(read) = parse::plain(text) {
+            self.add(format!(
+                "{what} {} has leading zeros: it is read as {read}, as kube-proxy does",
+                wire::quoted(text)
+            ));
+        }
+    }
+
     fn finish(mut self) -> Vec<Warning> {
         if self.left_out > 0 {
             let message = format!("{} more problems of this kind", self.left_out);

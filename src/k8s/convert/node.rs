@@ -16,6 +16,7 @@ impl Convert for wire::Node {
         let mut notes = Notes::new(Self::subject(&self.metadata));
         let mut internal_ips = Vec::new();
         for address in self.status.addresses.iter().filter(|a| a.r#type == "InternalIP") {
+            notes.plain("InternalIP", &address.address);
             match parse::ip(&address.address) {
                 Ok(ip) if internal_ips.contains(&ip) => {}
                 Ok(ip) => internal_ips.push(ip),

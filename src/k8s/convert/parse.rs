@@ -20,10 +20,28 @@ pub fn name(text: &str) -> Result<(), String> {
     }
 }
 
-/// An address literal. IPv4 octets with leading zeros are refused (octal or decimal? CVE-2021-29923), and so are
-/// scoped IPv6 addresses: both are what the standard library does.
+/// An address literal. IPv4 octets may have leading zeros, see [`plain`]; scoped IPv6 addresses are refused.
 pub fn ip(text: &str) -> Result<Ipx, String> {
-    text.parse().map_err(|_| format!("{} is not an IP address", quoted(text)))
+    let parsed = text.parse().or_else(|error| plain(text).ok_or(error)?.parse());
+    parsed.map_err(|_| format!("{} is not an IP address", quoted(text)))
+}
+
+/// An IPv4 address (of a CIDR, perhaps) whose octets have leading zeros, without them. Objects from before Kubernetes 1.22
+/// may have some; kube-proxy reads them as decimal, and so must whoever takes its place (CVE-2021-29923).
+pub fn plain(text: &str) -> Option<String> {
+    let (address, rest) = text.split_at(text.find('/').unwrap_or(text.len()));
+    let octets: Vec<&str> = address.split('.').collect();
+    let is_number = |octet: &&str| !octet.is_empty() && octet.bytes().all(|byte| byte.is_ascii_digit());
+    let has_zeros = |octet: &&str| octet.len() > 1 && octet.starts_with('0');
+    if octets.len() != 4 || !octets.iter().all(is_number) || !octets.iter().any(has_zeros) {
+        return None;
+    }
+    let without = |octet: &&str| match octet.trim_start_matches('0') {
+        "" => "0".to_owned(),
+        digits => digits.to_owned(),
+    };
+    let plain = octets.iter().map(without).collect::<Vec<_>>().join(".");
+    plain.parse::<std::net::Ipv4Addr>().ok().map(|_| plain + rest)
 }
 
 /// An address that may stand in a frontend. The wildcard is taken by node ports, and loopback and multicast are not
@@ -100,14 +118,23 @@ mod tests {
 
     #[test]
     fn what_is_not_a_range_is_refused() {
-        for text in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0.0/", "010.0.0.0/8", "::/129", "a/8"] {
+        for text in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0.0/", "0400.0.0.0/8", "::/129", "a/8"] {
             assert!(cidr(text).is_err(), "{text}");
         }
     }
 
     #[test]
-    fn octets_with_leading_zeros_are_not_addresses() {
-        for text in ["010.0.0.1", "10.00.0.1", "1.2.3", "fe80::1%eth0", "10.0.0.256", " 10.0.0.1"] {
+    fn octets_with_leading_zeros_are_decimal() {
+        for (text, expected) in [("010.0.0.01", "10.0.0.1"), ("10.00.000.099", "10.0.0.99")] {
+            assert_eq!(ip(text), ip(expected), "{text}");
+            assert_eq!(plain(text).as_deref(), Some(expected));
+        }
+        assert_eq!(cidr("010.0.0.0/8"), cidr("10.0.0.0/8"));
+        assert_eq!(plain("010.0.0.0/8").as_deref(), Some("10.0.0.0/8"));
+        for text in ["10.0.0.1", "0.0.0.0", "10.0.0.0/08", "::", "1.2.3", "0x0a.0.0.01", "+01.2.3.4"] {
+            assert_eq!(plain(text), None, "{text}");
+        }
+        for text in ["1.2.3", "fe80::1%eth0", "10.0.0.256", "0400.0.0.1", " 10.0.0.1", "01.2.3"] {
             assert!(ip(text).is_err(), "{text}");
         }
     }

@@ -79,6 +79,7 @@ fn cluster_ips(spec: &wire::ServiceSpec, notes: &mut Notes) -> Vec<Ipx> {
     let single = spec.cluster_ip.iter().filter(|ip| !ip.is_empty() && spec.cluster_ips.is_empty());
     let mut ips = Vec::new();
     for text in spec.cluster_ips.iter().chain(single) {
+        notes.plain("cluster IP", text);
         match parse::virtual_ip(text) {
             Ok(ip) if ips.contains(&ip) => {}
             Ok(ip) => ips.push(ip),
@@ -100,6 +101,7 @@ impl Families {
     fn keep<'a>(&self, what: &str, texts: impl Iterator<Item = &'a String>, notes: &mut Notes) -> Vec<Ipx> {
         let mut ips = Vec::new();
         for text in texts {
+            notes.plain(what, text);
             match parse::virtual_ip(text) {
                 Ok(ip) if ips.contains(&ip) => {}
                 Ok(ip) if self.0.contains(&ip.family()) => ips.push(ip),
@@ -196,6 +198,7 @@ fn policy(field: &str, value: Option<&str>, notes: &mut Notes) -> TrafficPolicy 
 fn source_ranges(texts: &[String], notes: &mut Notes) -> Vec<IpRange> {
     let mut ranges = Vec::with_capacity(texts.len());
     for text in texts.iter().filter(|t| !t.trim().is_empty()) {
+        notes.plain("source range", text.trim());
         match parse::cidr(text) {
             Ok(range) if ranges.contains(&range) => {}
             Ok(range) => ranges.push(range),

@@ -78,6 +78,7 @@ fn ports(wire: &[wire::SlicePort], converter: &mut Converter, notes: &mut Notes)
 }
 
 fn endpoint(wire: &wire::Endpoint, family: Family, converter: &mut Converter, notes: &mut Notes) -> Option<Endpoint> {
+    wire.addresses.first().into_iter().for_each(|text| notes.plain("endpoint", text));
     let ip = match address(wire, family) {
         Ok(ip) => ip,
         Err(problem) => {
