@@ -132,14 +132,21 @@ static __always_inline int rewrite_plain_ip6(hook_context *ctx, const enum hook 
 	return packet_store(ctx, hook, offset, &tail, 4 + 2 * sizeof(struct address) + UDP_HEADER, sum);
 }
 
-/* The same step by step: pieces, SCTP, options or extensions between the headers. */
-static __noinline int rewrite_by_parts(hook_context *ctx, const struct packet *packet, const struct ends *ends,
-				       __u32 mode)
+/* The same step by step: pieces, SCTP, options or extensions between the headers. Global, so that it is verified once. */
+__noinline int rewrite_by_parts(hook_context *ctx)
 {
-	const struct ends *old = &packet->tuple.ends;
-	__be32 old_ports = ports_word(old->source_port, old->destination_port);
-	__be32 new_ports = ports_word(ends->source_port, ends->destination_port);
+	const struct scratch *given = scratch();
+	const struct packet *packet;
+	const struct ends *old, *ends;
+	__be32 old_ports, new_ports;
 
+	if (!given)
+		return -1;
+	packet = &given->packet;
+	old = &packet->tuple.ends;
+	ends = &given->flow.ends;
+	old_ports = ports_word(old->source_port, old->destination_port);
+	new_ports = ports_word(ends->source_port, ends->destination_port);
 	if (packet->kind != PACKET_PIECE) {
 		if (checksum_set_transport(ctx, packet, addresses_change(old, ends, packet->is_ip6), old_ports,
 					   new_ports))
@@ -148,8 +155,8 @@ static __noinline int rewrite_by_parts(hook_context *ctx, const struct packet *p
 			return -1;
 	}
 	if (packet->is_ip6)
-		return rewrite_ip6(ctx, packet, &ends->source, &ends->destination, mode);
-	return rewrite_ip4(ctx, packet, &ends->source, &ends->destination, mode);
+		return rewrite_ip6(ctx, packet, &ends->source, &ends->destination, given->rewrite_mode);
+	return rewrite_ip4(ctx, packet, &ends->source, &ends->destination, given->rewrite_mode);
 }
 
 /* The transport checksum that is to be written, left in the scratch, as is by how much the sum of the packet's bytes changes
@@ -193,7 +200,7 @@ static __always_inline int rewrite_packet(hook_context *ctx, const enum hook hoo
 
 	if (packet->kind == PACKET_PIECE || packet->tuple.protocol == IPPROTO_SCTP ||
 	    packet->l4 - packet->l3 != (packet->is_ip6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)))
-		return rewrite_by_parts(ctx, packet, &given->flow.ends, given->rewrite_mode);
+		return rewrite_by_parts(ctx);
 	if (rewrite_checksum(ctx, given))
 		return -1;
 	if (packet->is_ip6)
