@@ -86,6 +86,11 @@ impl Shares {
         }
     }
 
+    /// A Service is older or younger than before: it was made anew.
+    pub fn change_order(&mut self) {
+        self.is_stale = true;
+    }
+
     /// What a Service may have.
     pub fn of(&self, name: &ObjectName) -> Amounts {
         RESOURCES.map(|resource| self.limit(resource, self.rations[resource as usize].as_ref(), name))

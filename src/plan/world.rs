@@ -280,6 +280,9 @@ impl World {
         self.service_count += usize::from(entry.service.is_none());
         self.dirty.whole.insert(service.name.clone());
         self.arrivals.services.pending += 1;
+        if entry.service.as_ref().is_some_and(|before| before.created != service.created) {
+            self.shares.change_order();
+        }
         entry.service = Some(service);
         entry.ask(&mut self.shares);
     }
