@@ -87,7 +87,7 @@ impl Opening {
         if is_tcp {
             return tcp(from, to, ACK).numbered(1001, 7001).bytes();
         }
-        node.begin_earlier(2);
+        node.begin_flow_earlier(&first, self.protocol, 2);
         first.bytes()
     }
 }
