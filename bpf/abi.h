@@ -219,7 +219,7 @@ struct port_table {
 	/* By reply_index() of what leaves: a local backend's answers to a client. Both are set, one is read, and the
 	 * daemon renews the other: clears it, sets what the flows need that there are, and lets it be read. */
 	__u8 replies[2][REPLY_FILTER_SIZE];
-	__u32 replies_read; /* which of them */
+	__u32 replies_read; /* bit 0: which of them; the others count renewals that have begun */
 };
 
 struct ends {

@@ -39,10 +39,11 @@ static __always_inline void stack_note(struct scratch *given, const struct ends 
 	row->ends = *ends;
 	row->change = ends_change(&given->reply.ends, ends);
 	row->state = FLOW_AT_EGRESS;
+	bpf_map_update_elem(&handed, &given->reply, row, BPF_ANY);
+	/* The row first: whoever renews the filter looks for rows after clearing it. */
 	table = bpf_map_lookup_elem(&ports, &zero);
 	if (table)
 		flow_note_reply(table, &given->reply);
-	bpf_map_update_elem(&handed, &given->reply, row, BPF_ANY);
 }
 
 /*

@@ -257,3 +257,19 @@ fn the_filter_of_replies_forgets_flows_that_have_gone_and_no_others() {
         assert!(is_answered(&mut node, 1) && is_answered(&mut node, 2));
     }
 }
+
+#[test]
+fn of_two_daemons_that_renew_the_filter_of_replies_none_lets_a_half_filled_one_be_read() {
+    let mut node = node();
+    let [mut one, mut two] = [(); 2].map(|()| node.datapath.flow_collector().unwrap());
+    node.uplink_in(&tcp(FROM, TO, SYN));
+    one.renew_soon();
+    assert_eq!(one.collect(2).unwrap().examined, 2, "both rows are noted, and the end is not reached");
+    two.renew_soon();
+    let answer = tcp(POD, FROM, SYN | ACK).numbered(7000, 1001);
+    for collector in [&mut one, &mut two] {
+        collect(collector);
+        assert_eq!(node.replies_noted(), 1);
+        assert_eq!(node.uplink_out(&answer), (PASS, answer.with_ends(TO, FROM)));
+    }
+}

@@ -3,7 +3,8 @@
 //!
 //! There are two: programs set bytes in both and read one. The other is cleared, gets what the flows need that there are,
 //! and is read from then on. A flow that begins meanwhile has its row before its bytes are set; so either the search for
-//! rows, which begins after the clearing, finds it, or its byte was set after the clearing.
+//! rows, which begins after the clearing, finds it, or its byte was set after the clearing. A daemon that ends in between
+//! leaves the one that is read as it was, and of two daemons at once the one that began last has the say.
 
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
@@ -26,6 +27,8 @@ const SIZE: usize = READ_AT + 4;
 pub(super) struct ReplyFilter {
     /// The map's only value, SIZE bytes that programs write beside this.
     table: NonNull<AtomicU8>,
+    /// `replies_read` since this daemon last began.
+    begun: u32,
 }
 
 // SAFETY: The memory is reached by atomic operations only, and belongs to no thread.
@@ -40,7 +43,7 @@ impl ReplyFilter {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: A new mapping, at an address of the kernel's choice, of a map whose value is SIZE bytes long.
         let memory = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, ports.as_fd(), 0) };
-        Ok(ReplyFilter { table: memory.context("cannot map the map ports")?.cast() })
+        Ok(ReplyFilter { table: memory.context("cannot map the map ports")?.cast(), begun: 0 })
     }
 
     fn bytes(&self) -> &[AtomicU8] {
@@ -48,19 +51,21 @@ impl ReplyFilter {
         unsafe { std::slice::from_raw_parts(self.table.as_ptr(), SIZE) }
     }
 
-    fn read(&self) -> &AtomicU32 {
+    /// `replies_read`: which of the filters is read, and above that bit how often a renewal has begun.
+    fn state(&self) -> &AtomicU32 {
         // SAFETY: READ_AT is a multiple of four, and the mapping begins at a page.
         unsafe { self.table.byte_add(READ_AT).cast().as_ref() }
     }
 
-    /// The one that is not read.
+    /// The one that was not read when this daemon began.
     fn other(&self) -> &[AtomicU8] {
-        let other = (self.read().load(Ordering::Relaxed) & 1) ^ 1;
+        let other = (self.begun & 1) ^ 1;
         &self.bytes()[FILTERS_AT + other as usize * FILTER..][..FILTER]
     }
 
     /// Clears the one that is not read.
-    pub fn begin(&self) {
+    pub fn begin(&mut self) {
+        self.begun = self.state().fetch_add(2, Ordering::SeqCst).wrapping_add(2);
         for byte in self.other() {
             byte.store(0, Ordering::Relaxed);
         }
@@ -73,9 +78,11 @@ impl ReplyFilter {
         self.other()[reply_index(&ends.source, &ends.destination, ends.source_port_be)].store(1, Ordering::Relaxed);
     }
 
-    /// All rows were seen since [`begin`](Self::begin): from now on the other one is read.
+    /// All rows were seen since [`begin`](Self::begin): from now on the other one is read, unless another daemon has begun
+    /// meanwhile, and perhaps cleared what was noted here.
     pub fn finish(&self) {
-        self.read().fetch_xor(1, Ordering::SeqCst);
+        let ended = self.begun ^ 1;
+        let _ = self.state().compare_exchange(self.begun, ended, Ordering::SeqCst, Ordering::SeqCst);
     }
 }
 
