@@ -15,14 +15,19 @@ use support::wire::Kind;
 /// Where pods serve TCP, closing nothing by themselves.
 const TARGET: u16 = 9000;
 
-#[test]
-fn a_port_that_served_for_a_node_port_serves_for_the_pod_itself_next() {
-    let Some(cluster) = Cluster::or_skip() else { return };
+/// Daemons of both nodes, and a NodePort that leads to pod `b` on node2.
+fn serve(cluster: &Cluster) -> [Daemon<'_>; 2] {
     let mut object = port("tcp", "TCP", 80);
     object["nodePort"] = json!(30_001);
     let changes = json!({"spec": {"type": "NodePort"}});
     cluster.put_with("one", 1, json!([object]), changes, &[("tcp", "TCP", TARGET)], &cluster.ready(&["b"]));
-    let _daemons = ["node1", "node2"].map(|node| Daemon::start(&cluster.lab, node, &cluster.manifests.dir).unwrap());
+    ["node1", "node2"].map(|node| Daemon::start(&cluster.lab, node, &cluster.manifests.dir).unwrap())
+}
+
+#[test]
+fn a_port_that_served_for_a_node_port_serves_for_the_pod_itself_next() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let _daemons = serve(&cluster);
     let host = &cluster.lab.node("node1").host;
     let mut client = host.client().unwrap();
     for (family, kind) in [Kind::Tcp4, Kind::Tcp6].into_iter().enumerate() {
@@ -43,11 +48,7 @@ fn a_port_that_served_for_a_node_port_serves_for_the_pod_itself_next() {
 #[test]
 fn a_node_port_is_reached_from_the_port_of_an_open_connection_to_its_pod() {
     let Some(cluster) = Cluster::or_skip() else { return };
-    let mut object = port("tcp", "TCP", 80);
-    object["nodePort"] = json!(30_001);
-    let changes = json!({"spec": {"type": "NodePort"}});
-    cluster.put_with("one", 1, json!([object]), changes, &[("tcp", "TCP", TARGET)], &cluster.ready(&["b"]));
-    let _daemons = ["node1", "node2"].map(|node| Daemon::start(&cluster.lab, node, &cluster.manifests.dir).unwrap());
+    let _daemons = serve(&cluster);
     let host = &cluster.lab.node("node1").host;
     let [mut one, mut two] = [(); 2].map(|()| host.client().unwrap());
     for (family, kind) in [Kind::Tcp4, Kind::Tcp6].into_iter().enumerate() {

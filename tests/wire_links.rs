@@ -4,18 +4,16 @@
 mod support;
 
 use std::fs;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libbpf_rs::Link;
-use serde_json::json;
 
 use support::cluster::{Cluster, all, vip};
 use support::daemon::{Daemon, PATIENCE};
 use support::lab::Node;
-use support::manifests::port;
 use support::wire::Kind::Udp4;
 use support::{eventually, skip};
 
@@ -23,31 +21,10 @@ const NODE_PORT: u16 = 30_001;
 /// What a TC program answers to end a hook's chain; what follows it sees nothing (linux/pkt_cls.h).
 const TC_ACT_OK: i32 = 0;
 
-/// A Service with a NodePort, whose only endpoint is pod `a` on node1.
-fn cluster() -> Option<Cluster> {
-    let cluster = Cluster::or_skip()?;
-    let mut udp = port("udp", "UDP", 53);
-    udp["nodePort"] = json!(NODE_PORT);
-    let changes = json!({"spec": {"type": "NodePort"}});
-    cluster.put_with("echo", 10, json!([udp]), changes, &[("udp", "UDP", 9000)], &cluster.ready(&["a"]));
-    Some(cluster)
-}
-
 /// Whether pod `a` answers a client outside at node1's NodePort, over each family.
 fn answers(cluster: &Cluster) -> [bool; 2] {
-    let host = &cluster.lab.node("node1").host;
-    host.addresses().map(|node| {
-        let ask = || -> anyhow::Result<bool> {
-            let socket = UdpSocket::bind(if node.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
-            socket.connect(SocketAddr::new(node, NODE_PORT))?;
-            socket.set_read_timeout(Some(Duration::from_millis(300)))?;
-            socket.send(b"?")?;
-            let mut answer = [0; 16];
-            let length = socket.recv(&mut answer)?;
-            Ok(answer[..length].starts_with(b"a"))
-        };
-        cluster.lab.outside(ask).unwrap_or(false)
-    })
+    let addresses = cluster.lab.node("node1").host.addresses();
+    addresses.map(|node| cluster.answers_outside(SocketAddr::new(node, NODE_PORT)))
 }
 
 fn is_asked_by_pods(cluster: &Cluster) -> bool {
@@ -90,7 +67,7 @@ fn has_tcx(node: &Node) -> bool {
 
 #[test]
 fn links_that_somebody_detaches_or_unpins_are_put_back_and_told() {
-    let Some(cluster) = cluster() else { return };
+    let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let daemon = cluster.start();
     let node = cluster.lab.node("node1");
     assert!(eventually(PATIENCE, || answers(&cluster) == [true; 2]) && is_asked_by_pods(&cluster), "{}", daemon.log());
@@ -121,7 +98,7 @@ fn links_that_somebody_detaches_or_unpins_are_put_back_and_told() {
 
 #[test]
 fn a_tool_that_detaches_again_and_again_is_told_of_once_and_left_its_way() {
-    let Some(cluster) = cluster() else { return };
+    let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let daemon = cluster.start();
     let node = cluster.lab.node("node1");
     let pin = links(node).join("connect4");
@@ -188,7 +165,7 @@ fn agent(node: &Node, hook: u32) -> OwnedFd {
 
 #[test]
 fn an_agent_whose_program_came_first_does_not_hide_packets() {
-    let Some(cluster) = cluster() else { return };
+    let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let node = cluster.lab.node("node1");
     drop(cluster.start());
     if !has_tcx(node) {

@@ -4,47 +4,23 @@
 
 mod support;
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::time::Duration;
-
-use serde_json::json;
 
 use support::cluster::Cluster;
 use support::daemon::{Daemon, PATIENCE};
 use support::eventually;
-use support::manifests::port;
 
 const NODE_PORT: u16 = 30_001;
 
-/// A Service with a NodePort, whose only endpoint is pod `a` on node1.
-fn cluster() -> Option<Cluster> {
-    let cluster = Cluster::or_skip()?;
-    let mut udp = port("udp", "UDP", 53);
-    udp["nodePort"] = json!(NODE_PORT);
-    let changes = json!({"spec": {"type": "NodePort"}});
-    cluster.put_with("echo", 10, json!([udp]), changes, &[("udp", "UDP", 9000)], &cluster.ready(&["a"]));
-    Some(cluster)
-}
-
 /// Whether pod `a` answers a client outside at this address of node1.
 fn answers_at(cluster: &Cluster, address: &str) -> bool {
-    let to = SocketAddr::new(address.parse().unwrap(), NODE_PORT);
-    let ask = || -> anyhow::Result<bool> {
-        let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
-        socket.connect(to)?;
-        socket.set_read_timeout(Some(Duration::from_millis(300)))?;
-        socket.send(b"?")?;
-        let mut answer = [0; 16];
-        let length = socket.recv(&mut answer)?;
-        Ok(answer[..length].starts_with(b"a"))
-    };
-    cluster.lab.outside(ask).unwrap_or(false)
+    cluster.answers_outside(SocketAddr::new(address.parse().unwrap(), NODE_PORT))
 }
 
 #[test]
 fn node_ports_answer_on_a_second_card_without_a_default_route_and_on_a_bridge_that_holds_a_card() {
-    let Some(cluster) = cluster() else { return };
+    let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let lab = &cluster.lab;
     let node = lab.node("node1");
     lab.add_uplink(node, "eth1", 1).unwrap();
@@ -105,7 +81,7 @@ fn dropper() -> OwnedFd {
 
 #[test]
 fn packets_that_something_keeps_from_the_programs_are_told_of_once_with_a_remedy() {
-    let Some(cluster) = cluster() else { return };
+    let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let node = cluster.lab.node("node1");
     /// XDP_FLAGS_SKB_MODE (linux/if_link.h).
     const GENERIC: u32 = 1 << 1;
@@ -148,7 +124,7 @@ fn check(cluster: &Cluster, options: &[&str]) -> String {
 
 #[test]
 fn a_node_without_a_device_that_faces_outwards_says_so() {
-    let Some(cluster) = cluster() else { return };
+    let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let manifests = &cluster.manifests.dir;
     let daemon = Daemon::start_with(&cluster.lab, "node1", manifests, &["--devices", "enp*"]).unwrap();
     let told = "no device faces outwards, or is matched by --devices";

@@ -1,6 +1,7 @@
 //! The cluster that socket tests start from: two nodes, three serving pods, and Services put together from few words.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -29,6 +30,30 @@ impl Cluster {
     pub fn or_skip() -> Option<Cluster> {
         let lab = lab_or_skip(&[("node1", &["client", "other", "a"]), ("node2", &["stranger", "b", "c"])])?;
         Some(Cluster::on(lab, &PODS, "--http 8080 --tcp 9000 --mptcp 9001 --udp 9000 --udplite 9000"))
+    }
+
+    /// The same with a UDP Service at this NodePort, whose only endpoint is pod `a` on node1.
+    pub fn with_node_port_or_skip(node_port: u16) -> Option<Cluster> {
+        let cluster = Cluster::or_skip()?;
+        let mut udp = port("udp", "UDP", 53);
+        udp["nodePort"] = json!(node_port);
+        let changes = json!({"spec": {"type": "NodePort"}});
+        cluster.put_with("echo", 10, json!([udp]), changes, &[("udp", "UDP", 9000)], &cluster.ready(&["a"]));
+        Some(cluster)
+    }
+
+    /// Whether pod `a` answers a datagram of a client outside within 300 ms.
+    pub fn answers_outside(&self, to: SocketAddr) -> bool {
+        let ask = || -> anyhow::Result<bool> {
+            let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+            socket.connect(to)?;
+            socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+            socket.send(b"?")?;
+            let mut answer = [0; 16];
+            let length = socket.recv(&mut answer)?;
+            Ok(answer[..length].starts_with(b"a"))
+        };
+        self.lab.outside(ask).unwrap_or(false)
     }
 
     /// A cluster on any laboratory, in which these pods serve `listen` ([`Place::serve`](super::lab::Place::serve)).
