@@ -100,9 +100,8 @@ static __always_inline int checksum_set_transport(hook_context *ctx, const struc
 
 enum checksum_state {
 	CHECKSUM_IS_WHOLE = 0,
-	CHECKSUM_IS_PARTIAL = 1, /* the pseudo header's sum: the device adds the rest */
-	CHECKSUM_IS_NONE = 2, /* UDP without one */
-	CHECKSUM_IS_UNKNOWN = 3, /* one of the first two */
+	CHECKSUM_IS_NONE = 1, /* UDP without one */
+	CHECKSUM_IS_UNKNOWN = 2, /* whole, or the pseudo header's sum, which the device adds the rest to */
 };
 
 enum {
@@ -112,8 +111,8 @@ enum {
 /*
  * The kernel does not tell programs (before 6.2) whether the sender left the checksum to the device (CHECKSUM_PARTIAL, as
  * between veths). But then it is the pseudo header's sum, and every other value is a whole one. The other way round one
- * packet in 65536 has a whole checksum that looks like that sum; an aggregate has none (skb_gso_segment() asks for
- * CHECKSUM_PARTIAL).
+ * packet in 65536 has a whole checksum that looks like that sum. Of an aggregate nothing is guessed: most leave it to the
+ * device, those of NETIF_F_GRO_FRAGLIST carry whole ones.
  */
 static __always_inline enum checksum_state checksum_state(const struct packet *packet)
 {
@@ -126,9 +125,9 @@ static __always_inline enum checksum_state checksum_state(const struct packet *p
 		sum += checksum_of_address(&ends->source) + checksum_of_address(&ends->destination);
 	else
 		sum += (__u64)address_words(&ends->source)->word[3] + address_words(&ends->destination)->word[3];
-	if (packet->is_aggregate != (checksum_fold16(sum) == packet->check))
+	if (packet->is_aggregate || checksum_fold16(sum) == packet->check)
 		return CHECKSUM_IS_UNKNOWN;
-	return packet->is_aggregate ? CHECKSUM_IS_PARTIAL : CHECKSUM_IS_WHOLE;
+	return CHECKSUM_IS_WHOLE;
 }
 
 /* Reads it again, for scratch.check. */

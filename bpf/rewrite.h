@@ -181,9 +181,6 @@ static __always_inline int rewrite_checksum(hook_context *ctx, struct scratch *g
 		given->check = 0;
 		given->sum = ports_change(given->sum, old, ends);
 		return 0;
-	case CHECKSUM_IS_PARTIAL:
-		given->check = checksum_fold16((__u64)packet->check + addresses);
-		return 0;
 	case CHECKSUM_IS_UNKNOWN:
 		break;
 	}

@@ -1,6 +1,8 @@
 # `make fuzz`: libFuzzer on the packet programs, compiled for this machine (ARCHITECTURE.md says what it looks for).
 
 FUZZ_SECONDS ?= 60
+# -1: as many inputs as that time allows.
+FUZZ_RUNS ?= -1
 # 0: another one each time; it is printed.
 FUZZ_SEED ?= 0
 FUZZ := $(TARGET)/fuzz
@@ -22,7 +24,7 @@ $(FUZZ)/packets: $(FUZZ_C) $(wildcard bpf/*)
 
 # What it finds is kept in target/fuzz/corpus, for the next run.
 fuzz: setup $(FUZZ)/packets ## Fuzz the packet programs for FUZZ_SECONDS (60): executions, coverage and seed are printed
-	@if ! $(FUZZ)/packets -max_total_time=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED) -max_len=$(FUZZ_LENGTH) -print_final_stats=1 \
+	@if ! $(FUZZ)/packets -max_total_time=$(FUZZ_SECONDS) -runs=$(FUZZ_RUNS) -seed=$(FUZZ_SEED) -max_len=$(FUZZ_LENGTH) -print_final_stats=1 \
 		-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus tests/fuzz/corpus &> $(FUZZ)/log < /dev/null; then \
 		grep -vE '^(#[0-9]|INFO|\s*NEW_)' $(FUZZ)/log | tail -n 100 | cut -c 1-600; \
 		echo "Once more: $(FUZZ)/packets FILE, with the file that is named above" >&2; \
