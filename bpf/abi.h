@@ -26,8 +26,12 @@ enum frontend_flag {
 	FRONTEND_EXTERNAL_IP = 2,
 	FRONTEND_LOAD_BALANCER = 4,
 	FRONTEND_NODE_PORT = 8,
-	/* Packets from the wire must come from one of the service's source_ranges. */
+	/* Clients must have an address in one of the service's source_ranges. */
 	FRONTEND_SOURCE_RANGES = 16,
+	/* Backends see this node as their client, and not who asks. */
+	FRONTEND_SOURCE_NODE = 32,
+	/* With FRONTEND_SOURCE_RANGES: one of them holds the node's own address, whose processes are served. */
+	FRONTEND_NODE_ADMITTED = 64,
 };
 
 /* Which of a service port's two endpoint sets a pool is, and which sets a backend belongs to (a bit each). */
@@ -103,7 +107,8 @@ enum counter {
 	COUNTER_DROPPED_OPTIONS = 34, /* dropped: an IPv4 source route, or broken options */
 	COUNTER_HANDED_TO_STACK = 35, /* to or from a backend elsewhere, through the host's stack */
 	COUNTER_REFUSED_LOOPBACK_SOURCE = 36, /* refused: loopback NodePort, from a socket that loopback holds fast */
-	COUNTER_MAX = 37,
+	COUNTER_FLOW_POD = 37, /* new flow of a pod's packets */
+	COUNTER_MAX = 38,
 };
 
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
@@ -127,7 +132,7 @@ struct frontend {
 	__u32 service_id;
 	__u32 flags; /* enum frontend_flag */
 	__u32 affinity_seconds; /* 0: no session affinity */
-	struct pool inside; /* for clients on this node */
+	struct pool inside; /* for clients on this node: sockets, and packets of pods */
 	struct pool outside; /* for packets from the wire */
 };
 
@@ -182,6 +187,14 @@ struct device {
 	struct address ip6;
 	__u32 is_bare; /* its packets begin with the IP header */
 	__u32 rp_filter; /* enum rp_filter, as its sysctl and that of `all` say together */
+};
+
+/* pod_devices[interface index]: the node's end of a pod's or virtual machine's device. */
+struct pod_device {
+	struct address ip4; /* an address of the node, for FRONTEND_SOURCE_NODE; all zeros: none */
+	struct address ip6;
+	__u8 gateway[6]; /* the link address at which pods reach this node: the device's own, or that of its bridge */
+	__u16 zero;
 };
 
 /* Is a source looked for in the routing table (RFC 3704)? */
@@ -249,8 +262,7 @@ struct flow_key4 {
 /* The lower bits of flow.state. Each is changed only under the flow's lock. */
 enum flow_flag {
 	FLOW_REPLY = 1, /* packets from the backend to the client; else from the client to the backend */
-	FLOW_ROUTED = 2, /* sent on from here: the host's stack does not see them */
-	FLOW_AT_EGRESS = 4, /* met when they leave (a local backend's replies), else when they come in */
+	FLOW_WAY = 6, /* both bits of enum flow_way */
 	FLOW_PROVED = 8, /* of requests: both ends have proved to be there; of replies: the backend has answered */
 	FLOW_FIN = 16, /* this side has closed (TCP) */
 	FLOW_FIN_FIRST =
@@ -263,6 +275,15 @@ enum flow_flag {
 	FLOW_FLAGS = 1023, /* all of them */
 };
 
+/* How a flow's packets go on. Those of the first way are met when requests come in and when replies leave, all others when
+ * they come in. */
+enum flow_way {
+	WAY_STACK = 0, /* the host's stack sends them on */
+	WAY_ROUTED = 2, /* sent on from here: the stack does not see them */
+	WAY_HAIRPIN = 4, /* sent back by the pod's device that they came in by: a pod is its own backend */
+	WAY_HALVES = 6, /* the stack sends them on, between the halves of their translation; see stack.h */
+};
+
 enum flow_state {
 	FLOW_SECOND_SHIFT = 10, /* above the flags: the second of CLOCK_MONOTONIC in which the last packet passed */
 	FLOW_SECOND_MASK = 0x3fffff, /* 48 days; silence is never longer */
@@ -273,7 +294,9 @@ enum epoch {
 	EPOCH_ROUTES = 0, /* a route, rule, device or address changed */
 	EPOCH_HANDS = 1, /* a UDP or SCTP frontend became another Service's */
 	EPOCH_ROUTES_BY_ADDRESS = 2, /* no epoch: 1 while routes are chosen by addresses, never by ports */
-	EPOCH_THROUGH_STACK = 3, /* no epoch: 1 while the host's stack must see all packets that are routed here */
+	/* No epoch: packets that are routed here and have as many bytes go through the host's stack. 1: all; else those of
+	 * IPv4 that may be larger than a route allows, which bpf_fib_lookup() does not tell; 0: none. */
+	EPOCH_THROUGH_STACK = 3,
 	EPOCH_MAX = 4,
 };
 
@@ -379,6 +402,7 @@ _Static_assert(sizeof(struct affinity_key) == 24, "affinity_key");
 _Static_assert(sizeof(struct affinity) == 16, "affinity");
 _Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
 _Static_assert(sizeof(struct device) == 40, "device");
+_Static_assert(sizeof(struct pod_device) == 40, "pod_device");
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
 _Static_assert(sizeof(struct flow_key4) == 16, "flow_key4");
 _Static_assert(sizeof(struct flow) == 56, "flow");

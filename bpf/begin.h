@@ -44,8 +44,58 @@ static __always_inline int begin_source_is_valid(hook_context *ctx, struct scrat
 	return result == ROUTE_FOUND && (device->rp_filter == RP_FILTER_LOOSE || route.interface == interface);
 }
 
+/* This node's address, by which clients are hidden: that of the device that the packet came in by, of a pod's the one that
+ * was noted there. NULL: it has none of the family, or one at which replies would not be looked at. */
+static __always_inline const struct address *begin_own_address(const struct scratch *given)
+{
+	__u32 interface = given->packet.interface;
+	struct pod_device *inside = bpf_map_lookup_elem(&pod_devices, &interface);
+	struct device *outward = bpf_map_lookup_elem(&devices, &interface);
+	const struct address *own;
+
+	if (given->from_pod && inside)
+		own = given->packet.is_ip6 ? &inside->ip6 : &inside->ip4;
+	else if (outward)
+		own = given->packet.is_ip6 ? &outward->ip6 : &outward->ip4;
+	else
+		return (void *)0;
+	return address_roles(own) & (ADDRESS_LOCAL | ADDRESS_NODE) ? own : (void *)0;
+}
+
+/* A backend that the host's stack leads to is to see this node as its client, if the Service is so. Global, so that it is
+ * verified once. */
+__noinline int begin_hide_client(hook_context *ctx)
+{
+	struct scratch *given = scratch();
+	const struct address *own;
+
+	if (!given || !ctx || !(given->frontend.flags & FRONTEND_SOURCE_NODE))
+		return 0;
+	own = begin_own_address(given);
+	if (!own)
+		return 0;
+	given->flow.ends.source = *own;
+	given->flow.state |= WAY_HALVES;
+	return 0;
+}
+
+/* A pod that asks for itself sees this node as its client: its own address would never leave it, and a cluster IP is none
+ * that its sockets may answer to. Global, for the same reason. */
+__noinline int begin_turn_back(hook_context *ctx)
+{
+	struct scratch *given = scratch();
+	const struct address *own;
+
+	if (!given || !ctx)
+		return 0;
+	own = begin_own_address(given);
+	given->flow.ends.source = own ? *own : given->packet.tuple.ends.destination;
+	given->flow.state |= WAY_HAIRPIN;
+	return 0;
+}
+
 /* Where the backend is: as routes and devices say, whatever the name of its node. Answers VERDICT_CONTINUE, and sets
- * FLOW_ROUTED and this node's address for one that is elsewhere. */
+ * WAY_ROUTED and this node's address for one that is elsewhere. */
 static __always_inline int begin_find_backend(hook_context *ctx, struct scratch *given, int is_named_local)
 {
 	struct ends *ends = &given->backend_ends;
@@ -59,6 +109,7 @@ static __always_inline int begin_find_backend(hook_context *ctx, struct scratch 
 		address_words(&ends->source)->word[2] = 0;
 	switch (route_source(ctx, given, ends, given->packet.tuple.protocol)) {
 	case ROUTE_HERE:
+		begin_hide_client(ctx);
 		return VERDICT_CONTINUE;
 	case ROUTE_FOUND:
 		break;
@@ -79,11 +130,20 @@ static __always_inline int begin_find_backend(hook_context *ctx, struct scratch 
 		return VERDICT_DROP;
 	}
 	given->flow.ends.source = ends->source;
-	given->flow.state |= FLOW_ROUTED;
+	given->flow.state |= WAY_ROUTED;
 	if (begin_source_is_valid(ctx, given))
 		return VERDICT_CONTINUE;
 	count(COUNTER_DROPPED_MARTIAN);
 	return VERDICT_DROP;
+}
+
+/* The stack leads a pod's packets to their backend, wherever that is, but for the pod itself. */
+static __always_inline void begin_find_backend_of_pod(hook_context *ctx, struct scratch *given)
+{
+	if (address_equal(&given->flow.ends.destination, &given->packet.tuple.ends.source))
+		begin_turn_back(ctx);
+	else
+		begin_hide_client(ctx);
 }
 
 /*
@@ -96,7 +156,7 @@ static __always_inline __u32 begin_source(const struct scratch *given, struct fl
 	const struct packet *packet = &given->packet;
 	int is_sctp = packet->tuple.protocol == IPPROTO_SCTP;
 
-	if (flow->state & FLOW_ROUTED)
+	if (flow_way(flow->state) != WAY_STACK)
 		return is_sctp ? SNAT_KEEP : SNAT_ANY;
 	flow->ends.source = packet->tuple.ends.source;
 	if (address_equal(&flow->ends.source, &flow->ends.destination)) {
@@ -116,7 +176,7 @@ static __always_inline void begin_note_ports(const struct scratch *given)
 
 	if (!table)
 		return;
-	if (given->flow.state & FLOW_ROUTED)
+	if (flow_way(given->flow.state) != WAY_STACK)
 		table->forwarded[port_index(given->reply.ends.destination_port)] = 1;
 	else
 		flow_note_reply(table, &given->reply);
@@ -130,8 +190,7 @@ static __always_inline void begin_fill_reply(struct scratch *given, __u32 interf
 
 	flow_key_reverse(&given->reply, &given->flow.ends, packet->tuple.protocol);
 	ends_reverse(&reply->ends, &packet->tuple.ends);
-	reply->state = FLOW_REPLY | (given->flow.state & FLOW_ROUTED ? FLOW_ROUTED : FLOW_AT_EGRESS) |
-		       second_now(given) << FLOW_SECOND_SHIFT;
+	reply->state = FLOW_REPLY | flow_way(given->flow.state) | second_now(given) << FLOW_SECOND_SHIFT;
 	/* By which a reset without an acknowledgement is known, until the backend has answered. */
 	reply->sequence = packet->acknowledgement;
 	reply->backend_or_first = second_now(given);
@@ -230,7 +289,10 @@ static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int 
 			return result == -EEXIST ? begin_yield(given, place) : begin_give_up(given, place);
 	}
 	flow_note_opening(ctx, given);
-	count(given->flow.state & FLOW_ROUTED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
+	if (given->from_pod)
+		count(COUNTER_FLOW_POD);
+	else
+		count(flow_way(given->flow.state) == WAY_ROUTED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
 	if (given->packet.tuple.protocol == IPPROTO_TCP && !(given->packet.tcp_flags & TCP_SYN))
 		count(COUNTER_FLOW_MIDSTREAM);
 	return VERDICT_CONTINUE;
@@ -300,7 +362,10 @@ __noinline int begin_choose_backend(hook_context *ctx)
 		count(COUNTER_DROPPED_SCTP_PORT);
 		return VERDICT_DROP;
 	}
-	return begin_find_backend(ctx, given, choice.backend->flags & BACKEND_NODE_LOCAL);
+	if (!given->from_pod)
+		return begin_find_backend(ctx, given, choice.backend->flags & BACKEND_NODE_LOCAL);
+	begin_find_backend_of_pod(ctx, given);
+	return VERDICT_CONTINUE;
 }
 
 /* VERDICT_CONTINUE: the packet has a flow from now on, and scratch.flow is a copy of its row. */

@@ -22,6 +22,12 @@ struct config {
 	__u32 flows_other;
 	/* A FIN counts whatever its sequence number is. */
 	__u32 tcp_be_liberal;
+	/* Sockets of the node's own namespace are served, and no pod's (--socket-lb host). */
+	__u32 host_sockets_only;
+	/* Packets of pods are served: programs are on their devices. */
+	__u32 has_pod_devices;
+	/* Cluster IPs serve the wire as well. */
+	__u32 external_cluster_ips;
 };
 
 const volatile struct config config = {};

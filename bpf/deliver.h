@@ -70,7 +70,8 @@ static __always_inline int deliver_route(hook_context *ctx, struct scratch *give
 	}
 }
 
-/* To or from a backend elsewhere: routed here. Answers VERDICT_CONTINUE for what can be sent on by scratch.route. */
+/* Neither the stack's alone nor sent back: to or from a backend elsewhere, or one that is not to see its client. Answers
+ * VERDICT_CONTINUE for what can be sent on by scratch.route. */
 static __always_inline int deliver_routed(hook_context *ctx, struct scratch *given)
 {
 	struct packet *packet = &given->packet;
@@ -80,20 +81,30 @@ static __always_inline int deliver_routed(hook_context *ctx, struct scratch *giv
 		count(COUNTER_DROPPED_OPTIONS);
 		return VERDICT_DROP;
 	}
-	if (!stack_is_asked_for())
+	if (flow_way(given->flow.state) == WAY_ROUTED && !stack_is_asked_for(packet))
 		verdict = deliver_route(ctx, given, packet, &given->flow.ends);
 	if (verdict == VERDICT_HAND_OVER)
 		stack_hand(ctx);
 	return verdict;
 }
 
+/* Forged packets may have the ends of a flow that goes another way: a pod sends nothing on by routes, past the policies of
+ * its network, and nothing from outside is sent back to where it came from. */
+static __always_inline int deliver_is_possible(__u32 state, int from_pod)
+{
+	return flow_way(state) != (from_pod ? WAY_ROUTED : WAY_HAIRPIN);
+}
+
 /* What differs between the ways that lead to the rewriting stands in the scratch, so that the verifier follows it once. */
-static __always_inline int deliver_packet(hook_context *ctx, const enum hook hook, struct scratch *given)
+static __always_inline int deliver_packet(hook_context *ctx, const enum hook hook, struct scratch *given,
+					  const int from_pod)
 {
 	int verdict;
 
 	given->rewrite_mode = REWRITE_HOST;
-	if (given->flow.state & FLOW_ROUTED) {
+	if (!deliver_is_possible(given->flow.state, from_pod))
+		return VERDICT_PASS;
+	if (flow_hides_client(given->flow.state)) {
 		verdict = deliver_routed(ctx, given);
 		if (verdict == VERDICT_CONTINUE)
 			given->rewrite_mode = REWRITE_HOP;
@@ -102,6 +113,11 @@ static __always_inline int deliver_packet(hook_context *ctx, const enum hook hoo
 	}
 	if (rewrite_packet(ctx, hook, given))
 		goto refused;
+	if (from_pod && flow_way(given->flow.state) == WAY_HAIRPIN) {
+		if (hook_send_back(ctx))
+			goto refused;
+		return VERDICT_SEND;
+	}
 	if (given->rewrite_mode == REWRITE_HOST)
 		return VERDICT_PASS;
 	if (!route_send(ctx, given->packet.l3, &given->route))
@@ -152,9 +168,11 @@ static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 	struct packet *error = &given->packet, *quoted = &given->quoted;
 	const struct flow *flow = &given->flow;
 	struct ends outer = {.source = error->tuple.ends.source, .destination = flow->ends.destination};
-	__u32 routed = flow->state & FLOW_ROUTED;
+	__u32 way = flow_way(flow->state), routed = flow_hides_client(way);
 	int verdict;
 
+	if (!deliver_is_possible(way, given->from_pod))
+		return VERDICT_PASS;
 	if (routed || address_equal(&outer.source, &quoted->tuple.ends.destination))
 		outer.source = flow->ends.source;
 	if (routed) {
@@ -167,12 +185,12 @@ static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 	}
 	if (rewrite_error(ctx, error, quoted, &outer, &flow->ends) ||
 	    rewrite_addresses(ctx, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST) ||
-	    (routed && route_send(ctx, error->l3, &given->route))) {
+	    (routed && route_send(ctx, error->l3, &given->route)) || (way == WAY_HAIRPIN && hook_send_back(ctx))) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
-	return routed ? VERDICT_SEND : VERDICT_PASS;
+	return way != WAY_STACK ? VERDICT_SEND : VERDICT_PASS;
 }
 
 #endif

@@ -490,8 +490,25 @@ static __always_inline int flow_wants_attention(struct scratch *given, const str
 	       !backend_get_living(flow->backend_or_first, flow->generation_or_interface);
 }
 
+static __always_inline __u32 flow_way(__u32 state)
+{
+	return state & FLOW_WAY;
+}
+
+/* Does the backend see this node as its client (WAY_ROUTED, WAY_HALVES)? */
+static __always_inline __u32 flow_hides_client(__u32 state)
+{
+	return state & WAY_ROUTED;
+}
+
+/* Are packets of this row met when they leave? Else when they come in. */
+static __always_inline int flow_is_at_egress(__u32 state)
+{
+	return (state & (FLOW_REPLY | FLOW_WAY)) == (FLOW_REPLY | WAY_STACK);
+}
+
 /* Looks for the flow of the scratch's packet, and copies its row. Answers an enum recall. */
-static __always_inline int flow_recall(hook_context *ctx, struct scratch *given, __u32 at_egress)
+static __always_inline int flow_recall(hook_context *ctx, struct scratch *given, int at_egress)
 {
 	const struct packet *packet = &given->packet;
 	struct flow *flow = flow_find(&packet->tuple);
@@ -502,7 +519,7 @@ static __always_inline int flow_recall(hook_context *ctx, struct scratch *given,
 		return RECALL_NONE;
 	given->flow = *flow;
 	/* Its partner is met on the other way: there is a flow of these ends, but this packet does not go that way. */
-	if ((given->flow.state & FLOW_AT_EGRESS) != at_egress)
+	if (flow_is_at_egress(given->flow.state) != at_egress)
 		return RECALL_NONE;
 	given->addresses = addresses_change(&packet->tuple.ends, &given->flow.ends, packet->is_ip6);
 	if (ports_change(given->addresses, &packet->tuple.ends, &given->flow.ends) != given->flow.change)

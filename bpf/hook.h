@@ -149,10 +149,19 @@ static __always_inline int hook_send(hook_context *ctx, __u32 l3, __u32 interfac
 	return bpf_redirect_neigh(interface, next, sizeof(*next), 0) != TC_ACT_REDIRECT;
 }
 
-/* Sends the frame back by the device that it came in by, as it is. Not 0: the kernel refused. */
+/* Sends an Ethernet frame back by the device that it came in by, to whom it came from. Not 0: the kernel refused. */
 static __always_inline int hook_send_back(hook_context *ctx)
 {
-	return bpf_redirect(ctx->ifindex, 0) != TC_ACT_REDIRECT;
+	struct {
+		__u8 destination[6];
+		__u8 source[6];
+	} from = {}, to;
+
+	if (hook_load(ctx, 0, &from, sizeof(from)))
+		return -1;
+	__builtin_memcpy(to.destination, from.source, 6);
+	__builtin_memcpy(to.source, from.destination, 6);
+	return hook_store(ctx, 0, &to, sizeof(to)) || bpf_redirect(ctx->ifindex, 0) != TC_ACT_REDIRECT;
 }
 
 /* What the program answers. */

@@ -91,20 +91,10 @@ static __always_inline __u32 icmp_seed(const struct packet *packet, __u32 length
 /* Back to where the packet came from, which has shown that it knows the way. Answers a verdict. */
 static __always_inline int icmp_return(hook_context *ctx, const struct packet *packet)
 {
-	struct {
-		__u8 destination[6];
-		__u8 source[6];
-	} from = {}, to;
 	struct route back = {.interface = packet->interface};
 
 	if (!packet->l3)
 		return route_send(ctx, packet->l3, &back) ? VERDICT_DROP : VERDICT_SEND;
-	if (hook_load(ctx, 0, &from, sizeof(from)))
-		return VERDICT_DROP;
-	__builtin_memcpy(to.destination, from.source, 6);
-	__builtin_memcpy(to.source, from.destination, 6);
-	if (hook_store(ctx, 0, &to, sizeof(to)))
-		return VERDICT_DROP;
 	return hook_send_back(ctx) ? VERDICT_DROP : VERDICT_SEND;
 }
 

@@ -267,7 +267,14 @@ int wire_in_bare(hook_context *ctx)
 	return wire_ingress(ctx, LINK_NONE);
 }
 
-/* Outward devices, what leaves. */
+/* Pods' devices, what comes in from the pod. What leaves for it may be a backend's reply, as on outward devices. */
+SEC("tc")
+int pod_in_ethernet(hook_context *ctx)
+{
+	return pod_ingress(ctx, LINK_ETHERNET);
+}
+
+/* Outward devices, and Ethernet ones of pods: what leaves. */
 SEC("tc")
 int wire_out_ethernet(hook_context *ctx)
 {

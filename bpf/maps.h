@@ -145,6 +145,14 @@ struct {
 	__type(value, struct device);
 } devices SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, __u32);
+	__type(value, struct pod_device);
+} pod_devices SEC(".maps");
+
 /* Flows, a table for each family. Nothing is ever evicted; flow.h says who removes what, and when. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -67,6 +67,25 @@ static __always_inline int owner_is_socket(hook_context *ctx, const struct packe
 	return is_owner;
 }
 
+/*
+ * Does a pod's frame go to this node, which is its gateway? A bridge gives frames that are not for itself to others, a
+ * router outside for instance, and those of its ports have link addresses of their own.
+ */
+static __always_inline int owner_is_gateway(hook_context *ctx, const struct packet *packet)
+{
+	__u32 interface = packet->interface;
+	struct pod_device *device;
+	__be16 to[3] = {}, *gateway;
+
+	if (hook_is_to_this_host(ctx))
+		return 1;
+	device = bpf_map_lookup_elem(&pod_devices, &interface);
+	if (!device || hook_load(ctx, 0, to, sizeof(to)))
+		return 0;
+	gateway = (void *)device->gateway;
+	return to[0] == gateway[0] && to[1] == gateway[1] && to[2] == gateway[2];
+}
+
 /* Is the packet somebody's who is no Service? Global, so that it is verified by itself. */
 __noinline int owner_is_other(hook_context *ctx)
 {
@@ -77,6 +96,8 @@ __noinline int owner_is_other(hook_context *ctx)
 	if (!given)
 		return 0;
 	packet = &given->packet;
+	if (given->from_pod && !owner_is_gateway(ctx, packet))
+		return 1;
 	if (packet->tuple.protocol == IPPROTO_TCP && (packet->tcp_flags & both) == TCP_SYN)
 		return 0;
 	if (packet->tuple.protocol == IPPROTO_TCP && (packet->tcp_flags & both) == both)

@@ -3,16 +3,20 @@
  * What a packet of no flow asks for: whether a Service wants it, which of the Service's pools it is for, and whether its
  * client may have a backend at all.
  *
+ * The same for the wire and for pods, which may ask for cluster IPs as well, and have the Service's other pool.
+ *
  * Cost: the roles of its destination, one or two look-ups of the frontend and one more to be sure of it, and whose it is.
  */
 #ifndef KUBELANE_SERVICE_H
 #define KUBELANE_SERVICE_H
 
-/* Copies the frontend that serves the packet's destination to the wire. A cluster IP serves nobody out there. */
-static __always_inline int service_find(struct scratch *given)
+/* Copies the frontend that serves the packet's destination. A cluster IP serves pods, and nobody out there unless the
+ * operator wants it. */
+static __always_inline enum lookup_result service_find(struct scratch *given)
 {
 	const struct flow_key *tuple = &given->packet.tuple;
 	__u32 roles = address_roles(&tuple->ends.destination);
+	__u32 is_cluster_ip = (given->from_pod || config.external_cluster_ips) && (roles & ADDRESS_CLUSTER_IP);
 	struct frontend_key key = {
 		.address = tuple->ends.destination,
 		.port = tuple->ends.destination_port,
@@ -20,12 +24,15 @@ static __always_inline int service_find(struct scratch *given)
 	};
 	struct frontend *frontend = (void *)0;
 
-	if (roles & ADDRESS_SERVICE_VIP)
+	if (is_cluster_ip || (roles & ADDRESS_SERVICE_VIP))
 		frontend = bpf_map_lookup_elem(&frontends, &key);
 	if (!frontend && (roles & ADDRESS_NODE))
 		frontend = frontend_lookup_node_port(&key);
-	return frontend && frontend_read(&key, frontend, &given->frontend) &&
-	       (given->frontend.flags & (FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT));
+	if (!frontend || !frontend_read(&key, frontend, &given->frontend))
+		return is_cluster_ip ? LOOKUP_UNKNOWN_PORT : LOOKUP_NOT_OURS;
+	if (given->frontend.flags & (FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT))
+		return LOOKUP_FOUND;
+	return is_cluster_ip ? LOOKUP_FOUND : LOOKUP_NOT_OURS;
 }
 
 static __always_inline int source_is_allowed(const struct frontend *frontend, const struct address *client)
@@ -35,18 +42,24 @@ static __always_inline int source_is_allowed(const struct frontend *frontend, co
 	return bpf_map_lookup_elem(&source_ranges, &key) != (void *)0;
 }
 
+/* What begins no flow, whoever asks for what. */
+static __always_inline int service_refuse_packet(const struct packet *packet)
+{
+	if (packet->kind == PACKET_PIECE) {
+		count(COUNTER_DROPPED_FRAGMENT);
+		return 1;
+	}
+	if (packet->tcp_flags & TCP_RST) {
+		count(COUNTER_DROPPED_UNKNOWN_RESET);
+		return 1;
+	}
+	return 0;
+}
+
 /* Whether this client may have a backend of this frontend. */
 static __always_inline int service_admit(const struct packet *packet, const struct frontend *frontend,
 					 const struct pool *pool)
 {
-	if (packet->kind == PACKET_PIECE) {
-		count(COUNTER_DROPPED_FRAGMENT);
-		return VERDICT_DROP;
-	}
-	if (packet->tcp_flags & TCP_RST) {
-		count(COUNTER_DROPPED_UNKNOWN_RESET);
-		return VERDICT_DROP;
-	}
 	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_is_allowed(frontend, &packet->tuple.ends.source)) {
 		count(COUNTER_DROPPED_SOURCE_RANGE);
 		return VERDICT_DROP;
@@ -66,14 +79,22 @@ static __always_inline int service_admit(const struct packet *packet, const stru
 __noinline int service_ask(hook_context *ctx)
 {
 	struct scratch *given = scratch();
+	enum lookup_result result;
 
 	if (!given || !ctx)
 		return VERDICT_DROP;
 	/* Before the frontend is looked up: it may change hands meanwhile. */
 	given->flow.sequence = epoch_now(EPOCH_HANDS);
-	if (!service_find(given) || owner_is_other(ctx))
+	result = service_find(given);
+	if (result == LOOKUP_NOT_OURS || owner_is_other(ctx))
 		return VERDICT_PASS;
-	given->pool = given->frontend.outside;
+	if (service_refuse_packet(&given->packet))
+		return VERDICT_DROP;
+	if (result == LOOKUP_UNKNOWN_PORT) {
+		count(COUNTER_REFUSED_UNKNOWN_PORT);
+		return VERDICT_ANSWER_UNREACHABLE;
+	}
+	given->pool = given->from_pod ? given->frontend.inside : given->frontend.outside;
 	return service_admit(&given->packet, &given->frontend, &given->pool);
 }
 

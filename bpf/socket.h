@@ -108,7 +108,7 @@ static __always_inline struct lookup request_lookup(struct bpf_sock_addr *ctx, s
 {
 	int loopback = 0;
 
-	if (!key->protocol || !frontend_may_exist(key))
+	if (!key->protocol || !frontend_may_exist(key) || (config.host_sockets_only && !in_host_namespace(ctx)))
 		return (struct lookup){};
 	if (address_is_loopback(&key->address))
 		loopback = in_host_namespace(ctx);
@@ -200,6 +200,29 @@ static __always_inline struct choice request_pick(void *ctx, const struct fronte
 	return backend_pick_affine(&key, frontend, &frontend->inside);
 }
 
+/*
+ * Is a pod's connection left to its packets? Then it goes to the Service's own address, which the pod's device translates:
+ * that is where the pod has an address, for a Service that asks for it. The node's own processes have the node's.
+ */
+static __always_inline int request_is_left_to_packets(struct bpf_sock_addr *ctx, const struct frontend *frontend)
+{
+	return config.has_pod_devices && (frontend->flags & FRONTEND_SOURCE_RANGES) && !in_host_namespace(ctx);
+}
+
+/* Whether this client may have a backend of the frontend at all. */
+static __always_inline int request_is_barred(struct bpf_sock_addr *ctx, const struct frontend *frontend)
+{
+	return (frontend->flags & (FRONTEND_SOURCE_RANGES | FRONTEND_NODE_ADMITTED)) == FRONTEND_SOURCE_RANGES &&
+	       in_host_namespace(ctx);
+}
+
+/* As a client outside its ranges sees it: nothing comes back. */
+static __always_inline int fail_barred(__u8 protocol)
+{
+	count(COUNTER_DROPPED_SOURCE_RANGE);
+	return protocol == IPPROTO_TCP ? fail_with(ETIMEDOUT) : 0;
+}
+
 /* `row` is what a look-up of `key` found. */
 static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, const struct frontend_key *key,
 						    const struct frontend *row, enum binding binding,
@@ -209,6 +232,10 @@ static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, c
 
 	if (!frontend_read(key, row, &frontend))
 		return DECISION_GO_ON;
+	if (request_is_left_to_packets(ctx, &frontend))
+		return DECISION_GO_ON;
+	if (request_is_barred(ctx, &frontend))
+		return fail_barred(key->protocol);
 	if (!frontend.inside.count)
 		return fail_empty(&frontend.inside, key->protocol);
 	if (binding == BINDING_LOOPBACK) {
@@ -250,6 +277,8 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	if (binding == BINDING_LOOPBACK)
 		binding = request_unbind(ctx);
 	decision = request_choose(ctx, &key, lookup.frontend, binding, &choice);
+	if (decision == DECISION_GO_ON)
+		origin_forget(sk);
 	if (decision != DECISION_CHOSEN)
 		return decision;
 	origin_fill(&origin, &request->target, ctx->protocol, &choice);

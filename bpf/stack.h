@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
- * Handing a packet of a routed flow to the host's stack, where sending it on from here would be wrong: the operator wants
- * the host's firewall to see it (--forward-through stack), IPsec policies are in force, or it is too big for its way and
- * may be fragmented.
+ * Handing a packet whose source is translated, too, to the host's stack: where sending it on from here would be wrong (the
+ * operator wants the host's firewall to see it, --forward-through stack; IPsec policies are in force; it is or may be too big
+ * for its way), and for flows of WAY_HALVES always.
  *
  * The stack does not forward a packet whose source is the node's own (it is a martian). So the packet gets half of its
  * new ends when it comes in, its destination, and the other half, its source, when it leaves by an outward device: of a
@@ -38,7 +38,7 @@ static __always_inline void stack_note(struct scratch *given, const struct ends 
 		return;
 	row->ends = *ends;
 	row->change = ends_change(&given->reply.ends, ends);
-	row->state = FLOW_AT_EGRESS;
+	row->state = FLOW_REPLY | WAY_STACK; /* met when it leaves */
 	bpf_map_update_elem(&handed, &given->reply, row, BPF_ANY);
 	/* The row first: whoever renews the filter looks for rows after clearing it. */
 	table = bpf_map_lookup_elem(&ports, &zero);
@@ -74,10 +74,12 @@ __noinline int stack_hand(hook_context *ctx)
 	return 0;
 }
 
-/* Must every routed packet go through the stack? */
-static __always_inline int stack_is_asked_for(void)
+/* Must this packet, which could be sent on from here, go through the stack? */
+static __always_inline int stack_is_asked_for(const struct packet *packet)
 {
-	return epoch_now(EPOCH_THROUGH_STACK);
+	__u32 least = epoch_now(EPOCH_THROUGH_STACK);
+
+	return least && packet->segment >= least && (least == 1 || !packet->is_ip6);
 }
 
 /* A packet that leaves: the second half of its new ends, in scratch.flow. 0: it was not handed over. */

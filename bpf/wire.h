@@ -37,7 +37,7 @@ static __noinline int fragment_ports(struct packet *packet, int is_ours)
 	return 1;
 }
 
-static __always_inline int wire_packet(hook_context *ctx, struct scratch *given)
+static __always_inline int wire_packet(hook_context *ctx, struct scratch *given, const int from_pod)
 {
 	int recall = flow_recall(ctx, given, 0), verdict;
 
@@ -51,12 +51,12 @@ static __always_inline int wire_packet(hook_context *ctx, struct scratch *given)
 		count(COUNTER_DROPPED_FLOW_CHANGING);
 		return VERDICT_DROP;
 	}
-	return deliver_packet(ctx, HOOK_TC_INGRESS, given);
+	return deliver_packet(ctx, HOOK_TC_INGRESS, given, from_pod);
 }
 
 /* An ICMP error is about a packet that went the other way: the flow is that of its answer. Copies its row. Those that the
  * host's stack makes are about packets as it saw them. */
-static __always_inline int flow_of_quoted(struct scratch *given, __u32 at_egress)
+static __always_inline int flow_of_quoted(struct scratch *given, int at_egress)
 {
 	struct flow *flow;
 
@@ -67,7 +67,7 @@ static __always_inline int flow_of_quoted(struct scratch *given, __u32 at_egress
 	if (!flow)
 		return 0;
 	given->flow = *flow;
-	return (given->flow.state & FLOW_AT_EGRESS) == at_egress &&
+	return flow_is_at_egress(given->flow.state) == at_egress &&
 	       ends_change(&given->reply.ends, &given->flow.ends) == given->flow.change;
 }
 
@@ -99,20 +99,21 @@ static __always_inline int wire_finish(hook_context *ctx, int verdict)
 /* Pieces whose first one was not seen. For another host's stack they would never become whole; this host's may wait. */
 static __always_inline int wire_stray_piece(const struct packet *packet)
 {
-	if (!(address_roles(&packet->tuple.ends.destination) & ADDRESS_SERVICE_VIP))
+	if (!(address_roles(&packet->tuple.ends.destination) & (ADDRESS_SERVICE_VIP | ADDRESS_CLUSTER_IP)))
 		return VERDICT_PASS;
 	count(COUNTER_DROPPED_FRAGMENT);
 	return VERDICT_DROP;
 }
 
 /* The scratch with the packet that the program was called for; none: neither TCP, UDP, SCTP nor an ICMP error. */
-static __always_inline struct scratch *wire_parse(hook_context *ctx, __u32 l3, __u32 is_ip6)
+static __always_inline struct scratch *wire_parse(hook_context *ctx, __u32 l3, __u32 is_ip6, const int from_pod)
 {
 	struct scratch *given = scratch();
 
 	if (!given)
 		return (void *)0;
 	packet_reset(&given->packet, l3, is_ip6);
+	given->from_pod = from_pod;
 	given->packet.interface = hook_interface(ctx);
 	given->packet.mark = hook_mark(ctx);
 	packet_parse(ctx, &given->packet);
@@ -128,18 +129,37 @@ static __always_inline int wire_port_is_ours(const struct wire_filter *filter, _
 	return filter->ports[index] || (table && table->forwarded[index]);
 }
 
-static __always_inline int wire_piece_is_ours(const struct packet *packet)
+/* Could a packet to this address be one of ours, whatever its port is? The Services' addresses of the wire and the node's own
+ * are asked for by their ports; a pod may ask for any Service, and is refused the ports that none has. */
+enum wire_interest {
+	INTEREST_NONE = 0,
+	INTEREST_SOME_PORTS = 1,
+	INTEREST_ALL_PORTS = 2,
+};
+
+static __always_inline enum wire_interest wire_interest(const struct wire_filter *filter,
+							const struct address *destination, const int from_pod)
+{
+	__u32 index = address_index(destination);
+
+	if ((from_pod || config.external_cluster_ips) && (filter->sockets[index] & SOCKET_FILTER_SERVICE))
+		return INTEREST_ALL_PORTS;
+	return filter->addresses[index] ? INTEREST_SOME_PORTS : INTEREST_NONE;
+}
+
+static __always_inline int wire_piece_is_ours(const struct packet *packet, const int from_pod)
 {
 	__u32 zero = 0;
 	struct wire_filter *filter = bpf_map_lookup_elem(&wire_filter, &zero);
 
-	return filter && wire_port_is_ours(filter, packet->tuple.ends.destination_port);
+	return filter && (wire_interest(filter, &packet->tuple.ends.destination, from_pod) == INTEREST_ALL_PORTS ||
+			  wire_port_is_ours(filter, packet->tuple.ends.destination_port));
 }
 
 /* A packet that came in and may be for us. Answers a verdict, as those below do. */
-static __always_inline int wire_in(hook_context *ctx, __u32 l3, __u32 is_ip6)
+static __always_inline int wire_in(hook_context *ctx, __u32 l3, __u32 is_ip6, const int from_pod)
 {
-	struct scratch *given = wire_parse(ctx, l3, is_ip6);
+	struct scratch *given = wire_parse(ctx, l3, is_ip6, from_pod);
 	struct packet *packet;
 	int verdict;
 
@@ -148,10 +168,10 @@ static __always_inline int wire_in(hook_context *ctx, __u32 l3, __u32 is_ip6)
 	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
 		verdict = wire_error(ctx, 0);
-	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_ours(packet)))
+	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_ours(packet, from_pod)))
 		verdict = wire_stray_piece(packet);
 	else
-		verdict = wire_packet(ctx, given);
+		verdict = wire_packet(ctx, given, from_pod);
 	return verdict;
 }
 
@@ -194,7 +214,7 @@ static __always_inline int wire_piece_is_reply(const struct packet *packet)
 /* A packet that leaves and may be a local backend's reply, or from a port that is served. */
 static __always_inline int wire_out(hook_context *ctx, __u32 l3, __u32 is_ip6)
 {
-	struct scratch *given = wire_parse(ctx, l3, is_ip6);
+	struct scratch *given = wire_parse(ctx, l3, is_ip6, 0);
 	struct packet *packet;
 	int recall;
 
@@ -202,10 +222,10 @@ static __always_inline int wire_out(hook_context *ctx, __u32 l3, __u32 is_ip6)
 		return VERDICT_PASS;
 	packet = &given->packet;
 	if (packet->kind == PACKET_ERROR)
-		return wire_error(ctx, FLOW_AT_EGRESS);
+		return wire_error(ctx, 1);
 	if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_reply(packet)))
 		return VERDICT_PASS;
-	recall = flow_recall(ctx, given, FLOW_AT_EGRESS);
+	recall = flow_recall(ctx, given, 1);
 	if (recall == RECALL_CHANGING) {
 		count(COUNTER_DROPPED_FLOW_CHANGING);
 		return VERDICT_DROP;
@@ -232,11 +252,12 @@ static __always_inline int wire_out(hook_context *ctx, __u32 l3, __u32 is_ip6)
  * port. What has no ports in the usual place, or is no TCP, UDP or SCTP, is looked at more closely if its address may
  * be one of ours.
  */
-static __always_inline int wire_may_request(hook_context *ctx, __u32 l3, int family)
+static __always_inline int wire_may_request(hook_context *ctx, __u32 l3, int family, const int from_pod)
 {
 	void *data = hook_bytes(ctx), *end = hook_bytes_end(ctx);
 	struct ipv6hdr *ip6 = data + l3;
 	struct iphdr *ip4 = data + l3;
+	enum wire_interest interest;
 	struct address destination;
 	struct wire_filter *filter;
 	__be16 *ports_at;
@@ -257,12 +278,15 @@ static __always_inline int wire_may_request(hook_context *ctx, __u32 l3, int fam
 		protocol = ip6->nexthdr;
 	}
 	filter = bpf_map_lookup_elem(&wire_filter, &zero);
-	if (!filter || !filter->addresses[address_index(&destination)])
+	if (!filter)
+		return 0;
+	interest = wire_interest(filter, &destination, from_pod);
+	if (interest == INTEREST_NONE)
 		return 0;
 	if (family == 4 && (ip4->ihl != 5 || (ip4->frag_off & bpf_htons(IP4_MORE_FRAGMENTS | IP4_FRAGMENT_OFFSET))))
 		return 1;
 	if (protocol_has_ports(protocol))
-		return wire_port_is_ours(filter, ports_at[1]);
+		return interest == INTEREST_ALL_PORTS || wire_port_is_ours(filter, ports_at[1]);
 	if (protocol == (family == 4 ? IPPROTO_ICMP : IPPROTO_ICMPV6))
 		return is_icmp_error(family == 6, *(__u8 *)ports_at);
 	/* IPv6: extension headers may come before the ports. */
@@ -277,9 +301,19 @@ static __always_inline int wire_ingress(hook_context *ctx, __u32 l3)
 	 * no link header is for this host. */
 	if (l3 && !hook_is_to_this_host(ctx))
 		return TC_ACT_UNSPEC;
-	if (!family || !wire_may_request(ctx, l3, family))
+	if (!family || !wire_may_request(ctx, l3, family, 0))
 		return TC_ACT_UNSPEC;
-	return wire_finish(ctx, wire_in(ctx, l3, family == 6));
+	return wire_finish(ctx, wire_in(ctx, l3, family == 6, 0));
+}
+
+/* From a pod. Whether the frame is for this node is asked where a flow begins: a packet of one that has begun is. */
+static __always_inline int pod_ingress(hook_context *ctx, __u32 l3)
+{
+	int family = hook_family(ctx);
+
+	if (!family || !wire_may_request(ctx, l3, family, 1))
+		return TC_ACT_UNSPEC;
+	return wire_finish(ctx, wire_in(ctx, l3, family == 6, 1));
 }
 
 /* The same for what leaves: may it be a local backend's answer to this client, or come from a served address and port?

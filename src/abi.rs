@@ -147,6 +147,18 @@ pub struct DeviceAddresses {
     pub rp_filter: u32,
 }
 
+/// What the packet programs know of the node's end of a pod's device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct PodDevice {
+    /// An address of the node by which it hides clients; all zeros: none.
+    pub ip4: [u8; 16],
+    pub ip6: [u8; 16],
+    /// The link address at which pods reach the node.
+    pub gateway: [u8; 6],
+    pub zero: u16,
+}
+
 /// The ends of a packet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
@@ -261,6 +273,11 @@ impl Flow {
         self.state & flags != 0
     }
 
+    /// Whether its packets are met when they leave.
+    pub fn is_at_egress(&self) -> bool {
+        self.state & (flow_flag::FLOW_REPLY | flow_flag::FLOW_WAY) == flow_flag::FLOW_REPLY | flow_way::WAY_STACK
+    }
+
     /// The second in which the last packet passed, of CLOCK_MONOTONIC, modulo 2^22.
     pub fn second(&self) -> u32 {
         self.state >> flow_state::FLOW_SECOND_SHIFT
@@ -364,6 +381,7 @@ const _: () = {
     assert!(size_of::<StaleSocket>() == 48);
     assert!(size_of::<SourceRangeKey>() == 24);
     assert!(size_of::<DeviceAddresses>() == 40);
+    assert!(size_of::<PodDevice>() == 40);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<FlowKey4>() == 16);
     assert!(size_of::<Flow>() == 56);

@@ -44,6 +44,9 @@ impl World {
             max_source_ranges: 64,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
+            host_sockets_only: false,
+            has_pod_devices: true,
+            external_cluster_ips: false,
         }
     }
 

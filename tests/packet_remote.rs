@@ -5,7 +5,7 @@ mod wire;
 
 use std::collections::{BTreeMap, HashSet};
 
-use kubelane::bpf::{Direction, probe};
+use kubelane::bpf::{Direction, ThroughStack, probe};
 use kubelane::model::Protocol;
 use wire::frame::{ACK, FIN, Frame, Inside, SYN, may_fragment, parse, parse_packet, tcp, udp};
 use wire::{
@@ -416,13 +416,26 @@ fn packets_go_through_the_hosts_stack_where_that_is_asked_for() {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let mut node = node_with_remote_backends(protocol);
         let routing = node.datapath.route_epoch().unwrap();
-        routing.set_through_stack(true).unwrap();
+        routing.set_through_stack(ThroughStack::All).unwrap();
         through_the_stack(&mut node, protocol);
-        routing.set_through_stack(false).unwrap();
+        routing.set_through_stack(ThroughStack::None).unwrap();
         assert_eq!(
             node.uplink_in(&udp((CLIENT4, 42_000), (NODE4, 30080), b"")).0 == REDIRECT,
             protocol == Protocol::Udp
         );
+    }
+}
+
+/// bpf_fib_lookup() does not tell the MTU of a route that is not locked; the stack keeps to it.
+#[test]
+fn ip4_packets_that_may_be_larger_than_a_routes_mtu_are_the_stacks_to_judge() {
+    let mut node = node_with_remote_backends(Protocol::Udp);
+    node.datapath.route_epoch().unwrap().set_through_stack(ThroughStack::Above(1400)).unwrap();
+    for (client, service, expected) in [(CLIENT4, NODE4, PASS), (CLIENT6, NODE6, REDIRECT)] {
+        let headers = if client == CLIENT4 { 28 } else { 48 };
+        let of = |length: usize| udp((client, 42_000), (service, 30080), &vec![7; length - headers]);
+        assert_eq!(node.uplink_in(&of(1400)).0, REDIRECT, "{client}");
+        assert_eq!(node.uplink_in(&of(1401)).0, expected, "{client}");
     }
 }
 

@@ -130,7 +130,7 @@ fn a_daemon_with_another_node_name_and_other_node_addresses_mends_what_differs_a
     assert_eq!(bench.inside("10.96.0.1", 80), ["10.1.0.1"]);
     let untouched = *bench.row("10.96.0.2", 80).unwrap();
 
-    bench.core = Core::new(CoreSettings { node_name: "node-b".into() });
+    bench.core = Core::new(CoreSettings { node_name: "node-b".into(), ..CoreSettings::default() });
     bench.core.adopt(&mut bench.kernel).unwrap();
     objects::list(&mut bench.core, [local, other], slices);
     bench.core.set_node_addresses(vec![ip("198.51.100.2"), ip("198.51.100.3")], vec![]);

@@ -4,12 +4,21 @@ mod wire;
 
 use std::process::Command;
 
-use kubelane::bpf::{self, Attached, Datapath, Device, Devices, Direction, Fault, LinkLayer, Method, PacketTrial};
+use kubelane::bpf::{
+    self, Attached, Datapath, Device, Devices, Direction, Fault, LinkLayer, Method, PacketTrial, Role,
+};
 use kubelane::model::{Family, Protocol};
 use wire::{Node, Place, ip_command};
 
 fn device(index: u32) -> Device {
-    Device { index, link_layer: LinkLayer::Ethernet, ip4: Some("10.0.0.1".parse().unwrap()), ip6: None, rp_filter: 0 }
+    Device {
+        index,
+        link_layer: LinkLayer::Ethernet,
+        role: Role::Outward,
+        ip4: Some("10.0.0.1".parse().unwrap()),
+        ip6: None,
+        rp_filter: 0,
+    }
 }
 
 fn tc(words: &str) -> String {

@@ -6,6 +6,7 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use kubelane::bpf::ThroughStack;
 use kubelane::model::Protocol;
 use wire::Node;
 use wire::cluster::{
@@ -62,7 +63,7 @@ fn transfers_and_datagrams_pass_through_the_hosts_stack_where_that_is_asked_for(
     let cluster = Cluster::new();
     cluster.serve();
     let mut node = near_node(&cluster, false);
-    node.datapath.route_epoch().unwrap().set_through_stack(true).unwrap();
+    node.datapath.route_epoch().unwrap().set_through_stack(ThroughStack::All).unwrap();
     cluster.inside("client", || {
         for (family, to) in services(THERE) {
             let peer = transfer(to, 5 << 20, 5 << 20).unwrap_or_else(|e| panic!("{to}: {e}"));
@@ -86,7 +87,7 @@ fn transfers_and_datagrams_pass_through_the_hosts_stack_where_that_is_asked_for(
     };
     let to = SocketAddr::new(NODE[0].parse().unwrap(), THERE);
     assert!(forbidden(to), "through the stack");
-    node.datapath.route_epoch().unwrap().set_through_stack(false).unwrap();
+    node.datapath.route_epoch().unwrap().set_through_stack(ThroughStack::None).unwrap();
     assert!(!forbidden(to), "sent on from here");
 }
 

@@ -40,7 +40,7 @@ fn compile_one_service(criterion: &mut Criterion) {
 
 /// A core that has the world but has not written it.
 fn listed() -> Core {
-    let mut core = Core::new(CoreSettings { node_name: NODE.to_owned() });
+    let mut core = Core::new(CoreSettings { node_name: NODE.to_owned(), ..CoreSettings::default() });
     for kind in [Kind::Services, Kind::EndpointSlices] {
         core.apply(Change::ListBegin(kind));
     }

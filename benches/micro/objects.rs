@@ -23,6 +23,7 @@ pub fn service(number: u32, endpoints: u32) -> (Service, Vec<Slice>) {
         external_policy: TrafficPolicy::Cluster,
         source_ranges: vec![],
         health_check_node_port: 0,
+        client_source: None,
     };
     let firsts = (0..endpoints).step_by(ENDPOINTS_OF_A_SLICE as usize);
     let slices = firsts.map(|first| slice(number, first, (endpoints - first).min(ENDPOINTS_OF_A_SLICE))).collect();

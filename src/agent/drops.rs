@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     /// What Services, clients and load balancers do every day.
-    const NORMAL: [&str; 23] = [
+    const NORMAL: [&str; 24] = [
         "handed_to_stack",
         "dropped_flow_changing",
         "dropped_options",
@@ -197,6 +197,7 @@ mod tests {
         "dropped_no_local_endpoint",
         "flow_local",
         "flow_remote",
+        "flow_pod",
         "flow_midstream",
         "flow_established",
         "snat_retry",

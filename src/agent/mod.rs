@@ -36,8 +36,8 @@ pub use source::SourceSettings;
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps, PacketTrial};
 use crate::k8s::{self, SourceStatus};
-use crate::model::{About, ForwardThrough, HostConntrack, Notice};
-use crate::netdev::{self, DeviceSelection, NodePortAddresses};
+use crate::model::{About, ForwardThrough, HostConntrack, Masquerade, Notice};
+use crate::netdev::{self, DeviceSelection, NodePortAddresses, PodDevices};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
 use conditions::Conditions;
@@ -65,6 +65,8 @@ pub struct Settings {
     pub metrics: Option<SocketAddr>,
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
+    pub pod_devices: PodDevices,
+    pub masquerade: Masquerade,
     pub forward_through: ForwardThrough,
     /// What the host's connection tracking is to be set to.
     pub conntrack: HostConntrack,
@@ -119,6 +121,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         network,
         nodeport_addresses: settings.nodeport_addresses,
         devices: settings.devices,
+        pod_devices: settings.pod_devices,
         stale,
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
@@ -130,7 +133,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let trial = PacketTrial::open(&settings.datapath.pin_path)?;
     let reach = reach::watch(trial, attached, inputs.network.clone(), inputs.devices.clone(), conditions.clone());
     parts.spawn(async move { ("reach", reach.await) });
-    let core = Core::new(CoreSettings { node_name: settings.node_name });
+    let core = Core::new(CoreSettings { node_name: settings.node_name, masquerade: settings.masquerade });
     let (maps, devices) = datapath.parts();
     let mut worker = Worker::new(core, maps, Wire::new(devices).telling(conditions, listeners), inputs)?;
     tokio::select! {
@@ -169,14 +172,10 @@ fn watch_kernel(
         parts.spawn(async move { ("connections of Services", watch.await) });
     }
     parts.spawn(conntrack::set(settings.conntrack));
-    let epoch = datapath.route_epoch()?;
-    parts.spawn(async move { ("routes", routes::follow(epoch).await) });
-    let (epoch, forward_through) = (datapath.route_epoch()?, settings.forward_through);
-    if forward_through == ForwardThrough::Stack {
-        // Before there are programs on a device.
-        epoch.set_through_stack(true)?;
-    }
-    parts.spawn(async move { ("IPsec policies", routes::follow_policies(epoch, forward_through).await) });
+    let reasons = routes::Reasons::new(datapath.route_epoch()?, settings.forward_through)?;
+    let (epoch, for_routes) = (datapath.route_epoch()?, Arc::clone(&reasons));
+    parts.spawn(async move { ("routes", routes::follow(epoch, for_routes).await) });
+    parts.spawn(async move { ("IPsec policies", routes::follow_policies(reasons).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let (requests, audits) = mpsc::channel(1);

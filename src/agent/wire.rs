@@ -1,7 +1,7 @@
-//! Keeps the packet programs on the outward devices while these come, change and go. One device that fails never
-//! disturbs another: it is told of once, and tried again.
+//! Keeps the packet programs on outward devices, and on pods' ends, while these come, change and go. One device that fails
+//! never disturbs another: it is told of once, and tried again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -10,12 +10,15 @@ use tracing::{debug, info, warn};
 use super::conditions::{Conditions, Place, Reason};
 use super::contest::{Contests, Verdict};
 use super::links::CONTEST_REMEDY;
-use crate::bpf::{Attached, Device, Devices, Direction, Fault, LinkLayer};
-use crate::model::Family;
-use crate::netdev::{Layer, NetDevice};
+use crate::bpf::{Attached, Device, Devices, Direction, Fault, LinkLayer, Role};
+use crate::model::{Family, Ipx};
+use crate::netdev::{Layer, NetDevice, PodEnd};
 
 /// Before a device that failed is tried again, unless something changes earlier.
 const RETRY: Duration = Duration::from_secs(30);
+
+/// Pods' devices that one audit looks at: there may be hundreds, and each takes some system calls.
+const PODS_AN_AUDIT: usize = 32;
 
 /// The same for a device that was fine a moment ago.
 const SOON: Duration = Duration::from_secs(2);
@@ -50,10 +53,10 @@ impl Hooks for Devices {
     }
 }
 
-/// Devices with programs, and their names.
+/// Outward devices with programs, and their names.
 pub type AttachedDevices = Vec<(Device, String)>;
 
-/// The outward devices as they are attached.
+/// The devices as they are attached.
 pub struct Wire<'d> {
     hooks: &'d mut dyn Hooks,
     /// By interface index, with the name.
@@ -66,6 +69,8 @@ pub struct Wire<'d> {
     listeners: Option<watch::Sender<Option<AttachedDevices>>>,
     /// Devices of an earlier daemon have been looked for.
     adopted: bool,
+    /// The pod's device that the last audit ended with.
+    audited: u32,
     due: Option<Instant>,
 }
 
@@ -79,6 +84,7 @@ impl<'d> Wire<'d> {
             conditions: Conditions::default(),
             listeners: None,
             adopted: false,
+            audited: 0,
             due: None,
         }
     }
@@ -94,38 +100,45 @@ impl<'d> Wire<'d> {
     }
 
     /// Attaches to these devices and to no others.
-    pub fn follow(&mut self, outward: &[&NetDevice], now: Instant) {
+    pub fn follow(&mut self, outward: &[&NetDevice], pods: &[PodEnd<'_>], now: Instant) {
         let mut failures = BTreeMap::new();
-        for (index, name) in self.leaving(outward) {
+        let wanted = wanted(outward, pods);
+        for (index, name) in self.leaving(&wanted) {
             match self.hooks.detach(index) {
+                Ok(()) if self.attached.get(&index).is_some_and(|(device, _)| is_of_pod(device)) => {
+                    debug!(device = name, index, "packets of this pod's device are no longer looked at");
+                }
                 Ok(()) => info!(device = name, index, "packets of this device are no longer looked at"),
                 Err(error) => drop(failures.insert(index, (name.clone(), format!("{error:#}")))),
             }
             self.attached.remove(&index);
             self.conditions.over(&subject(&name), Reason::Contested);
         }
-        for device in outward {
-            let wanted = (hook_of(device), device.name.clone());
-            if self.attached.get(&device.index) == Some(&wanted) {
+        for (device, name) in wanted {
+            let index = device.index;
+            if self.attached.get(&index).is_some_and(|(known, called)| *known == device && *called == name) {
                 continue;
             }
-            match self.hooks.attach(&wanted.0) {
+            match self.hooks.attach(&device) {
                 Ok(how) => {
-                    let known = self.attached.insert(device.index, wanted).is_some();
-                    self.tell(device, known, how);
+                    tell(&device, &name, self.attached.contains_key(&index), how);
+                    self.attached.insert(index, (device, name));
                 }
-                Err(error) => drop(failures.insert(device.index, (device.name.clone(), format!("{error:#}")))),
+                // Pods come and go; netlink will tell.
+                Err(error) if is_of_pod(&device) && is_gone(&error) => debug!(device = name, "gone: {error:#}"),
+                Err(error) => drop(failures.insert(index, (name, format!("{error:#}")))),
             }
         }
         self.note(failures, now);
-        let attached: AttachedDevices = self.attached.values().cloned().collect();
+        let outward = self.attached.values().filter(|(device, _)| !is_of_pod(device));
+        let attached: AttachedDevices = outward.cloned().collect();
         if let Some(listeners) = &self.listeners {
             listeners.send_if_modified(|known| known.replace(attached.clone()).as_ref() != Some(&attached));
         }
     }
 
-    /// Attached devices that are no longer outward. Those of an earlier daemon are found by their pins.
-    fn leaving(&mut self, outward: &[&NetDevice]) -> Vec<(u32, String)> {
+    /// Attached devices that are not wanted any more. Those of an earlier daemon are found by their pins.
+    fn leaving(&mut self, wanted: &[(Device, String)]) -> Vec<(u32, String)> {
         let mut leaving: Vec<(u32, String)> =
             self.attached.iter().map(|(index, (_, name))| (*index, name.clone())).collect();
         leaving.extend(self.failures.iter().map(|(index, name)| (*index, name.clone())));
@@ -138,19 +151,11 @@ impl<'d> Wire<'d> {
                 Err(error) => warn!("devices of an earlier daemon cannot be listed: {error:#}; trying again"),
             }
         }
-        leaving.retain(|(index, _)| outward.iter().all(|device| device.index != *index));
+        let wanted: BTreeSet<u32> = wanted.iter().map(|(device, _)| device.index).collect();
+        leaving.retain(|(index, _)| !wanted.contains(index));
         leaving.sort_unstable();
         leaving.dedup_by_key(|(index, _)| *index);
         leaving
-    }
-
-    fn tell(&self, device: &NetDevice, known: bool, how: Attached) {
-        let (name, index) = (&device.name, device.index);
-        match how {
-            Attached::New => info!(device = name, index, "packets of this device are looked at from now on"),
-            Attached::Replaced if known => debug!(device = name, index, "the device's addresses changed"),
-            Attached::Replaced => info!(device = name, index, "took over this device from an earlier daemon"),
-        }
     }
 
     fn note(&mut self, failures: BTreeMap<u32, (String, String)>, now: Instant) {
@@ -165,10 +170,28 @@ impl<'d> Wire<'d> {
         self.failures = failures.into_iter().map(|(index, (name, _))| (index, name)).collect();
     }
 
+    /// The next ones, in the order of their indices.
+    fn pods_to_audit(&mut self) -> BTreeSet<u32> {
+        let pods = |from: u32| {
+            let rows = self.attached.range(from..).filter(|(_, (device, _))| is_of_pod(device));
+            rows.map(|(index, _)| *index).take(PODS_AN_AUDIT)
+        };
+        let mut next: Vec<u32> = pods(self.audited.saturating_add(1)).collect();
+        if next.is_empty() {
+            next = pods(0).collect();
+        }
+        self.audited = next.last().copied().unwrap_or_default();
+        next.into_iter().collect()
+    }
+
     /// Puts back what somebody has taken off the devices, or put others before.
     pub fn audit(&mut self, now: Instant) {
         let mut failures = BTreeMap::new();
+        let pods = self.pods_to_audit();
         for (index, (device, name)) in &self.attached {
+            if is_of_pod(device) && !pods.contains(index) {
+                continue;
+            }
             let subject = subject(name);
             if self.failures.contains_key(index) || self.contests.rests(&subject, now) {
                 continue;
@@ -188,6 +211,7 @@ impl<'d> Wire<'d> {
                         continue;
                     }
                 },
+                Err(error) if is_of_pod(device) && is_gone(&error) => continue,
                 Err(error) => Err(error),
             };
             match result {
@@ -206,6 +230,45 @@ impl<'d> Wire<'d> {
             // The kernel may not have let go yet of a link that lost its pin a moment ago.
             self.due = Some(now + SOON);
         }
+    }
+}
+
+/// All outward devices, and pods' ends. A pod's clients are hidden by the address of the first outward device that has one
+/// of the family, a default route's before others'.
+fn wanted(outward: &[&NetDevice], pods: &[PodEnd<'_>]) -> Vec<(Device, String)> {
+    let mut by_route: Vec<&NetDevice> = outward.to_vec();
+    by_route.sort_by_key(|device| !device.has_default_route);
+    let own = |family| by_route.iter().find_map(|device| device.first(family));
+    let (ip4, ip6) = (own(Family::Ipv4).and_then(Ipx::to_ip4), own(Family::Ipv6).and_then(Ipx::to_ip6));
+    let pod = |end: &PodEnd<'_>| Device {
+        index: end.device.index,
+        link_layer: LinkLayer::Ethernet,
+        role: Role::Pod { gateway: end.gateway },
+        ip4,
+        ip6,
+        rp_filter: 0,
+    };
+    let outward = outward.iter().map(|device| (hook_of(device), device.name.clone()));
+    outward.chain(pods.iter().map(|end| (pod(end), end.device.name.clone()))).collect()
+}
+
+fn is_of_pod(device: &Device) -> bool {
+    matches!(device.role, Role::Pod { .. })
+}
+
+/// Whether the device has vanished meanwhile.
+fn is_gone(error: &anyhow::Error) -> bool {
+    let errno = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>()?.raw_os_error();
+    error.chain().any(|cause| errno(cause) == Some(libc::ENODEV))
+}
+
+fn tell(device: &Device, name: &str, known: bool, how: Attached) {
+    let index = device.index;
+    match how {
+        _ if is_of_pod(device) => debug!(device = name, index, "packets of this pod's device are looked at"),
+        Attached::New => info!(device = name, index, "packets of this device are looked at from now on"),
+        Attached::Replaced if known => debug!(device = name, index, "the device's addresses changed"),
+        Attached::Replaced => info!(device = name, index, "took over this device from an earlier daemon"),
     }
 }
 
@@ -230,7 +293,6 @@ fn describe(faults: &[Fault], name: &str) -> String {
 }
 
 fn hook_of(device: &NetDevice) -> Device {
-    let first = |family| device.first(family).map(|ip| ip.to_ip());
     let link_layer = match device.layer {
         Layer::Ethernet => LinkLayer::Ethernet,
         // A device of an unknown layer is never selected.
@@ -239,8 +301,9 @@ fn hook_of(device: &NetDevice) -> Device {
     Device {
         index: device.index,
         link_layer,
-        ip4: first(Family::Ipv4).and_then(|ip| if let std::net::IpAddr::V4(ip) = ip { Some(ip) } else { None }),
-        ip6: first(Family::Ipv6).and_then(|ip| if let std::net::IpAddr::V6(ip) = ip { Some(ip) } else { None }),
+        role: Role::Outward,
+        ip4: device.first(Family::Ipv4).and_then(Ipx::to_ip4),
+        ip6: device.first(Family::Ipv6).and_then(Ipx::to_ip6),
         rp_filter: rp_filter(&device.name),
     }
 }
@@ -257,8 +320,6 @@ fn rp_filter(device: &str) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
 
     #[derive(Default)]
@@ -309,6 +370,8 @@ mod tests {
             has_default_route: true,
             addresses: vec![address.parse().unwrap()],
             has_subnet: true,
+            link_address: None,
+            peer_is_elsewhere: false,
         }
     }
 
@@ -324,17 +387,17 @@ mod tests {
         hooks.attached.insert(9, hook_of(&left));
         let (one, two, now) = (device(1, "192.0.2.1"), device(2, "2001:db8::2"), Instant::now());
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], now);
-        wire.follow(&[&one, &two], now);
+        wire.follow(&[&one, &two], &[], now);
+        wire.follow(&[&one, &two], &[], now);
         assert_eq!(wire.due(), None);
         assert_eq!((model(&hooks), hooks.calls), (vec![1, 2], 3));
         assert_eq!(hooks.attached[&2].ip6, Some("2001:db8::2".parse().unwrap()));
 
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], now);
+        wire.follow(&[&one, &two], &[], now);
         let moved = device(2, "192.0.2.2");
-        wire.follow(&[&one, &moved], now);
-        wire.follow(&[&moved], now);
+        wire.follow(&[&one, &moved], &[], now);
+        wire.follow(&[&moved], &[], now);
         assert_eq!((model(&hooks), hooks.calls), (vec![2], 7));
         assert_eq!((hooks.attached[&2].ip4, hooks.attached[&2].ip6), (Some([192, 0, 2, 2].into()), None));
     }
@@ -344,14 +407,14 @@ mod tests {
         let mut hooks = Model { refuses: [1].into(), ..Model::default() };
         let (one, two, now) = (device(1, "192.0.2.1"), device(2, "192.0.2.2"), Instant::now());
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], now);
+        wire.follow(&[&one, &two], &[], now);
         assert_eq!(wire.due(), Some(now + RETRY));
-        wire.follow(&[&one, &two], now + RETRY);
+        wire.follow(&[&one, &two], &[], now + RETRY);
         assert_eq!((model(&hooks), hooks.calls), (vec![2], 3));
 
         hooks.refuses.clear();
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], now);
+        wire.follow(&[&one, &two], &[], now);
         assert_eq!(wire.due(), None);
         assert_eq!(model(&hooks), [1, 2]);
     }
@@ -362,8 +425,8 @@ mod tests {
         hooks.attached.insert(1, hook_of(&device(1, "192.0.2.1")));
         let now = Instant::now();
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[], now);
-        wire.follow(&[], now);
+        wire.follow(&[], &[], now);
+        wire.follow(&[], &[], now);
         assert_eq!(wire.due(), Some(now + RETRY));
         assert_eq!((model(&hooks), hooks.calls), (vec![1], 2));
     }
@@ -373,7 +436,7 @@ mod tests {
         let mut hooks = Model { taken_off: true, ..Model::default() };
         let (one, now) = (device(1, "192.0.2.1"), Instant::now());
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one], now);
+        wire.follow(&[&one], &[], now);
         for second in 0..20 {
             wire.audit(now + Duration::from_secs(second));
         }
@@ -381,7 +444,7 @@ mod tests {
 
         hooks.taken_off = false;
         let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one], now);
+        wire.follow(&[&one], &[], now);
         wire.audit(now);
         assert_eq!(hooks.calls, 7, "what is in its place is left there");
     }
@@ -390,14 +453,14 @@ mod tests {
     fn a_device_that_cannot_be_looked_at_is_attached_anew_by_the_next_round() {
         let mut hooks = Model::default();
         let (one, now) = (device(1, "192.0.2.1"), Instant::now());
-        Wire::new(&mut hooks).follow(&[&one], now);
+        Wire::new(&mut hooks).follow(&[&one], &[], now);
         hooks.refuses.insert(1);
         let mut wire = Wire::new(&mut hooks);
         wire.attached.insert(1, (hook_of(&one), one.name.clone()));
         wire.adopted = true;
         wire.audit(now);
         assert_eq!(wire.due(), Some(now + SOON));
-        wire.follow(&[&one], now + SOON);
+        wire.follow(&[&one], &[], now + SOON);
         assert_eq!((wire.due(), hooks.calls), (Some(now + SOON + RETRY), 2));
     }
 }

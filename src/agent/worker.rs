@@ -15,7 +15,7 @@ use super::wire::Wire;
 use super::worker_warnings::WarningLog;
 use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Protocol};
-use crate::netdev::{DeviceSelection, Network, NodePortAddresses};
+use crate::netdev::{DeviceSelection, Network, NodePortAddresses, PodDevices};
 use crate::plan::arrivals::Tally;
 use crate::serve::{App, Changes, SyncSample, Totals};
 use crate::sync::{Core, MapIo, MapName, SyncReport};
@@ -36,6 +36,7 @@ pub struct Inputs {
     pub network: watch::Receiver<Network>,
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
+    pub pod_devices: PodDevices,
     pub stale: StaleSocketPasses,
     /// Whether a pass ends TCP sockets, too.
     pub destroy_tcp_sockets: bool,
@@ -224,7 +225,9 @@ impl<'m> Worker<'m> {
     fn follow_devices(&mut self, now: Instant) {
         let network = self.inputs.network.borrow();
         let internal_ips = self.core.node().map_or(&[][..], |node| &node.internal_ips);
-        self.wire.follow(&self.inputs.devices.select(&network.devices, internal_ips), now);
+        let outward = self.inputs.devices.select(&network.devices, internal_ips);
+        let pods = self.inputs.pod_devices.select(&network.devices, &outward);
+        self.wire.follow(&outward, &pods, now);
     }
 
     fn node_is_known_or_late(&mut self, now: Instant) -> bool {

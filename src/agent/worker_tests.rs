@@ -155,6 +155,7 @@ impl Stage {
             network: watched,
             nodeport_addresses: NodePortAddresses::All,
             devices: DeviceSelection::Found,
+            pod_devices: PodDevices::Found,
             stale: StaleSocketPasses::new(Some(Arc::new(pass))),
             destroy_tcp_sockets: false,
             app: app.clone(),
@@ -166,7 +167,7 @@ impl Stage {
     }
 
     fn worker<'m>(&mut self, maps: &'m mut Model) -> Worker<'m> {
-        let core = Core::new(CoreSettings { node_name: "node-a".into() });
+        let core = Core::new(CoreSettings { node_name: "node-a".into(), ..CoreSettings::default() });
         let wire = Wire::new(Box::leak(Box::new(NoHooks)));
         Worker::new(core, maps, wire, self.inputs.take().unwrap()).unwrap()
     }
@@ -211,6 +212,7 @@ fn service(n: u8, protocol: Protocol) -> Change {
         external_policy: Default::default(),
         source_ranges: vec![],
         health_check_node_port: 0,
+        client_source: None,
     }))
 }
 

@@ -1,4 +1,4 @@
-//! Outward devices: keeping the packet programs attached to each, across restarts and upgrades of the daemon.
+//! Outward and pods' devices: keeping the packet programs attached to each, across restarts and upgrades of the daemon.
 //!
 //! Where the kernel has tcx links (6.6) a pinned link holds each program and is updated in place. Elsewhere the program
 //! is a filter of the device's clsact qdisc, at a priority and handle of our own, beside which a pin of the program
@@ -19,7 +19,7 @@ use super::attach::Attached;
 use super::hook::Fault;
 use super::skeleton::KubelaneSkel;
 use super::{hook, pinned};
-use crate::abi::DeviceAddresses;
+use crate::abi::{DeviceAddresses, PodDevice};
 use crate::model::Ipx;
 
 /// What comes before the IP header in a device's packets.
@@ -47,13 +47,24 @@ pub enum Method {
     Clsact,
 }
 
-/// An outward device of the namespace that the daemon runs in.
+/// What is behind a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Other hosts.
+    Outward,
+    /// A pod, which reaches the node at this link address. (Its device is an Ethernet one.)
+    Pod { gateway: [u8; 6] },
+}
+
+/// A device of the namespace that the daemon runs in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
     /// Interface index.
     pub index: u32,
     pub link_layer: LinkLayer,
-    /// Its first address, for kernels before 6.7 that do not name the source of a route.
+    pub role: Role,
+    /// Its first address, by which clients are hidden, and for kernels before 6.7 that do not name the source of a route.
+    /// Of a pod's device another one of the node's.
     pub ip4: Option<Ipv4Addr>,
     /// As above; of global scope.
     pub ip6: Option<Ipv6Addr>,
@@ -66,7 +77,10 @@ pub struct Devices {
     /// In and out, for each link layer.
     ethernet: [OwnedFd; 2],
     bare: [OwnedFd; 2],
-    addresses: MapHandle,
+    /// In, of pods' devices; out is as of other Ethernet devices.
+    pod: OwnedFd,
+    outward_rows: MapHandle,
+    pod_rows: MapHandle,
     links: PathBuf,
     method: Method,
 }
@@ -80,7 +94,9 @@ impl Devices {
         Ok(Devices {
             ethernet,
             bare: [own(programs.wire_in_bare.as_fd())?, own(programs.wire_out_bare.as_fd())?],
-            addresses: MapHandle::try_from(&skeleton.maps.devices).context("cannot keep the map devices")?,
+            pod: own(programs.pod_in_ethernet.as_fd())?,
+            outward_rows: MapHandle::try_from(&skeleton.maps.devices).context("cannot keep the map devices")?,
+            pod_rows: MapHandle::try_from(&skeleton.maps.pod_devices).context("cannot keep the map pod_devices")?,
             links: pinned::links_directory(pin_path),
             method,
         })
@@ -97,6 +113,7 @@ impl Devices {
         self.method = Method::Clsact;
     }
 
+    /// Of an outward device of this link layer.
     pub(super) fn program(&self, direction: Direction, link_layer: LinkLayer) -> &OwnedFd {
         let pair = match link_layer {
             LinkLayer::Ethernet => &self.ethernet,
@@ -108,13 +125,25 @@ impl Devices {
         }
     }
 
+    /// Of what comes in by a pod's device.
+    pub(super) fn program_of_pods(&self) -> &OwnedFd {
+        &self.pod
+    }
+
+    fn program_for(&self, direction: Direction, device: &Device) -> &OwnedFd {
+        match (direction, device.role) {
+            (Direction::In, Role::Pod { .. }) => self.program_of_pods(),
+            _ => self.program(direction, device.link_layer),
+        }
+    }
+
     /// Attaches both programs, or replaces those of an earlier daemon without a gap, and notes what the programs have to know of it.
     /// Call again when the addresses change. Fails with ENODEV in its chain when the device has vanished.
     pub fn attach(&mut self, device: &Device) -> Result<Attached> {
-        self.note_addresses(device)?;
+        self.note(device)?;
         let mut outcome = Attached::Replaced;
         for direction in [Direction::Out, Direction::In] {
-            let program = self.program(direction, device.link_layer).as_fd();
+            let program = self.program_for(direction, device).as_fd();
             let attached = match self.method {
                 Method::Tcx => hook::attach_tcx(program, device.index, direction, &self.links),
                 Method::Clsact => hook::attach_filter(program, device.index, direction, &self.links),
@@ -130,7 +159,7 @@ impl Devices {
     pub fn faults(&self, device: &Device) -> Result<Vec<Fault>> {
         let mut faults = Vec::new();
         for direction in [Direction::Out, Direction::In] {
-            let program = self.program(direction, device.link_layer).as_fd();
+            let program = self.program_for(direction, device).as_fd();
             let fault = match self.method {
                 Method::Tcx => hook::tcx_fault(program, device.index, direction, &self.links),
                 Method::Clsact => hook::filter_fault(program, device.index, direction, &self.links),
@@ -149,12 +178,8 @@ impl Devices {
                 }
             }
         }
-        match self.addresses.delete(&index.to_ne_bytes()) {
-            Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
-                Err(error).context("cannot delete from the map devices")
-            }
-            _ => Ok(()),
-        }
+        forget(&self.outward_rows, "devices", index)?;
+        forget(&self.pod_rows, "pod_devices", index)
     }
 
     /// Interface indices of the devices that programs are pinned for, an earlier daemon's included; ascending.
@@ -170,18 +195,34 @@ impl Devices {
         Ok(indices)
     }
 
-    fn note_addresses(&self, device: &Device) -> Result<()> {
-        let row = DeviceAddresses {
-            ip4: device.ip4.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
-            ip6: device.ip6.map(|ip| Ipx::from(ip).0).unwrap_or_default(),
-            is_bare: u32::from(device.link_layer == LinkLayer::None),
-            rp_filter: device.rp_filter,
-        };
+    fn note(&self, device: &Device) -> Result<()> {
         if device.index == 0 {
             bail!("an interface index is never 0");
         }
-        self.addresses
-            .update(&device.index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY)
-            .context("cannot write the map devices")
+        let ip4 = device.ip4.map(|ip| Ipx::from(ip).0).unwrap_or_default();
+        let ip6 = device.ip6.map(|ip| Ipx::from(ip).0).unwrap_or_default();
+        let Role::Pod { gateway } = device.role else {
+            let is_bare = u32::from(device.link_layer == LinkLayer::None);
+            let row = DeviceAddresses { ip4, ip6, is_bare, rp_filter: device.rp_filter };
+            write(&self.outward_rows, "devices", device.index, bytemuck::bytes_of(&row))?;
+            return forget(&self.pod_rows, "pod_devices", device.index);
+        };
+        let row = PodDevice { ip4, ip6, gateway, zero: 0 };
+        write(&self.pod_rows, "pod_devices", device.index, bytemuck::bytes_of(&row))?;
+        forget(&self.outward_rows, "devices", device.index)
+    }
+}
+
+fn write(map: &MapHandle, name: &str, index: u32, row: &[u8]) -> Result<()> {
+    map.update(&index.to_ne_bytes(), row, MapFlags::ANY).with_context(|| format!("cannot write the map {name}"))
+}
+
+/// There may be no such row.
+fn forget(map: &MapHandle, name: &str, index: u32) -> Result<()> {
+    match map.delete(&index.to_ne_bytes()) {
+        Err(error) if error.kind() != libbpf_rs::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot delete from the map {name}"))
+        }
+        _ => Ok(()),
     }
 }

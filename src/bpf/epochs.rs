@@ -9,6 +9,15 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use super::pinned;
 use crate::abi::epoch::{EPOCH_ROUTES, EPOCH_ROUTES_BY_ADDRESS, EPOCH_THROUGH_STACK};
 
+/// Packets that programs could send on themselves, and the host's stack is to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThroughStack {
+    None,
+    All,
+    /// Those of IPv4 with more bytes than this.
+    Above(u32),
+}
+
 /// Tells the packet programs that routes have changed: what they remember of them is asked for again.
 pub struct RouteEpoch(MapHandle);
 
@@ -27,9 +36,14 @@ impl RouteEpoch {
         set(&self.0, EPOCH_ROUTES_BY_ADDRESS, by_address.into())
     }
 
-    /// Whether the host's stack must see packets to and from backends elsewhere.
-    pub fn set_through_stack(&self, through_stack: bool) -> Result<()> {
-        set(&self.0, EPOCH_THROUGH_STACK, through_stack.into())
+    /// Which packets to and from backends elsewhere the host's stack must see.
+    pub fn set_through_stack(&self, which: ThroughStack) -> Result<()> {
+        let least = match which {
+            ThroughStack::None => 0,
+            ThroughStack::All => 1,
+            ThroughStack::Above(mtu) => mtu.saturating_add(1).max(2),
+        };
+        set(&self.0, EPOCH_THROUGH_STACK, least)
     }
 }
 

@@ -21,7 +21,7 @@ use super::reply_filter::ReplyFilter;
 use super::test_run::test_run;
 use crate::abi::flow_class::{FLOW_CLASS_OTHER, FLOW_CLASS_TCP};
 use crate::abi::flow_collect_input::{COLLECT_HEAD, COLLECT_KEYS};
-use crate::abi::flow_flag::{FLOW_AT_EGRESS, FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
+use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
 use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
 use crate::abi::flow_state::FLOW_SECOND_MASK;
 use crate::abi::{Flow, FlowKey, FlowKey4, FlowLimits};
@@ -268,7 +268,7 @@ impl Table {
                 };
                 let flow: Flow = bytemuck::pod_read_unaligned(flow);
                 seen.note(&key, &flow);
-                if let Some(filter) = filter.filter(|_| flow.has(FLOW_AT_EGRESS)) {
+                if let Some(filter) = filter.filter(|_| flow.is_at_egress()) {
                     filter.note(&key);
                 }
                 candidates.extend(candidate(&key, &flow, second, limits));

@@ -162,7 +162,8 @@ impl TcxPrograms {
 /// When the kernel has no tcx, or the device has gone.
 pub fn programs_before_ours(index: u32, direction: Direction) -> Result<Vec<String>> {
     let mut names = link::program_names(&tcx_programs(index, direction)?.programs);
-    let ours = names.iter().position(|name| name.starts_with("wire_in_") || name.starts_with("wire_out_"));
+    let is_ours = |name: &String| ["wire_in_", "wire_out_", "pod_in_"].iter().any(|ours| name.starts_with(ours));
+    let ours = names.iter().position(is_ours);
     names.truncate(ours.unwrap_or(0));
     Ok(names)
 }

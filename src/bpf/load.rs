@@ -68,6 +68,12 @@ pub struct Settings {
     pub flow_limits: FlowLimits,
     /// A FIN counts whatever its sequence number is; a reset never does (nf_conntrack_tcp_be_liberal).
     pub tcp_be_liberal: bool,
+    /// Sockets of pods are left alone.
+    pub host_sockets_only: bool,
+    /// Pods' packets are served: programs will be on their devices.
+    pub has_pod_devices: bool,
+    /// Cluster IPs serve the wire.
+    pub external_cluster_ips: bool,
 }
 
 /// The attached datapath. Dropping it leaves everything attached and pinned.
@@ -115,7 +121,11 @@ impl Datapath {
         let mut skeleton = open_object(&mut storage, btf.as_ref(), search)?;
         let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
-        rodata(&mut skeleton)?.config.tcp_be_liberal = settings.tcp_be_liberal.into();
+        let config = &mut rodata(&mut skeleton)?.config;
+        config.tcp_be_liberal = settings.tcp_be_liberal.into();
+        config.host_sockets_only = settings.host_sockets_only.into();
+        config.has_pod_devices = settings.has_pod_devices.into();
+        config.external_cluster_ips = settings.external_cluster_ips.into();
         if counts_services {
             count_services(&mut skeleton, settings)?;
         }
@@ -280,7 +290,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     let shares = FlowShares::new(processors);
     let maps = &mut skeleton.maps;
     // Regions of slots are powers of two, and a pool that moves has two for a moment.
-    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 24] = [
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 25] = [
         ("services", &mut maps.services, Some(services.saturating_mul(2))),
         ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
         ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
@@ -293,6 +303,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("counters", &mut maps.counters, None),
         ("source_ranges", &mut maps.source_ranges, Some(settings.max_source_ranges)),
         ("devices", &mut maps.devices, None),
+        ("pod_devices", &mut maps.pod_devices, None),
         ("new_affinities", &mut maps.new_affinities, Some(lru_rows(16_384, processors))),
         ("flows4", &mut maps.flows4, Some(shares.rows())),
         ("flows6", &mut maps.flows6, Some(shares.rows())),

@@ -58,6 +58,12 @@ pub fn run_marked(
     run_program(devices.program(direction, LinkLayer::Ethernet).as_fd(), frame, &context, repeat)
 }
 
+/// As [`run`], for a packet that comes in by a pod's device.
+pub fn run_pod(devices: &Devices, frame: &[u8], interface: u32, repeat: u32) -> Result<Outcome> {
+    let context = Context { interface, ..Zeroable::zeroed() };
+    run_program(devices.program_of_pods().as_fd(), frame, &context, repeat)
+}
+
 /// As [`run`], once, for a packet that came in by the device `from`.
 pub fn run_from(devices: &Devices, direction: Direction, frame: &[u8], from: u32, interface: u32) -> Result<Outcome> {
     let context = Context { ingress_interface: from, interface, ..Zeroable::zeroed() };

@@ -49,6 +49,7 @@ same_layout!(
     service_id = service_id,
     address = address
 );
+same_layout!(types::pod_device, abi::PodDevice, ip4 = ip4, ip6 = ip6, gateway = gateway, zero = zero);
 same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6, is_bare = is_bare, rp_filter = rp_filter);
 same_layout!(
     types::ends,

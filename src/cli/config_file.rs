@@ -105,6 +105,7 @@ pub struct ConfigFile {
     pub nodeport_addresses: Option<NodePortAddresses>,
     pub oom_score_adj: Option<i16>,
     pub tcp_be_liberal: Option<bool>,
+    pub masquerade_all: Option<bool>,
     pub timeouts: TimeoutFlags,
     pub table: TableFlags,
     pub verbosity: Option<u8>,
@@ -180,6 +181,8 @@ impl ConfigFile {
             "conntrack.maxPerCore" => self.table.max_per_core = Some(integer(&text, 0, i32::MAX.into())? as u32),
             "conntrack.min" => self.table.min = Some(integer(&text, 0, i32::MAX.into())? as u32),
             "conntrack.tcpBeLiberal" => self.tcp_be_liberal = Some(true),
+            // That of another mode than the file's says what its owner wants all the same.
+            "iptables.masqueradeAll" | "nftables.masqueradeAll" => self.masquerade_all = Some(true),
             "conntrack.tcpEstablishedTimeout" => self.timeouts.tcp_established = Some(timeout(&text)?),
             "conntrack.tcpCloseWaitTimeout" => self.timeouts.tcp_close_wait = Some(timeout(&text)?),
             "conntrack.udpTimeout" => self.timeouts.udp = Some(timeout(&text)?),

@@ -16,6 +16,7 @@ fn config(body: &str) -> Result<ConfigFile, String> {
 #[test]
 fn kubeadms_file_names_a_kubeconfig_and_leaves_everything_else_open() {
     let expected = ConfigFile {
+        masquerade_all: None,
         kubeconfig: Some("/var/lib/kube-proxy/kubeconfig.conf".into()),
         bind_address: Some("0.0.0.0".parse().unwrap()),
         ignored: vec!["clusterCIDR".to_owned()],
@@ -52,6 +53,7 @@ conntrack:
         verbosity: Some(4),
         log_format: Some(LogFormat::Json),
         tcp_be_liberal: Some(true),
+        masquerade_all: None,
         timeouts: TimeoutFlags {
             tcp_established: Some(Duration::from_secs(7200)),
             tcp_close_wait: Some(Duration::ZERO),

@@ -12,7 +12,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::kube_proxy::KubeProxyFlags;
 use super::traffic::TrafficFlags;
-use crate::netdev::{DeviceSelection, NodePortAddresses};
+use crate::model::SocketLb;
+use crate::netdev::{DeviceSelection, NodePortAddresses, PodDevices};
 
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
 
@@ -155,6 +156,17 @@ pub struct RunFlags {
     /// bridges of pods and virtual machines]
     #[arg(long, value_name = "GLOBS", default_value = "", hide_default_value = true, help_heading = "Node")]
     pub devices: DeviceSelection,
+
+    /// The node's ends of pods' devices, where packets to Services are looked at that no socket of this kernel has sent
+    /// (virtual machines, gVisor, SCTP): `auto` (veths whose peer is in another network namespace, taps), `none`, or names
+    /// as above
+    #[arg(long, value_name = "auto|none|GLOBS", default_value = "auto", help_heading = "Node")]
+    pub pod_devices: PodDevices,
+
+    /// Whose sockets are translated when they connect: `all`, or the `host`'s own. With `host` pods' packets go to the
+    /// Service's address, so that sidecars and service meshes see it, and --pod-devices serves them
+    #[arg(long, value_name = "WHOSE", default_value = "all", help_heading = "Node")]
+    pub socket_lb: SocketLb,
 
     #[command(flatten)]
     pub traffic: TrafficFlags,

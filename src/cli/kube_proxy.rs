@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use super::value::{LOCAL_MODES, MODES, Sort};
 
 /// Name and sort. By subject; the last ones are its logging library's.
-const FLAGS: [(&str, Sort); 44] = [
+const FLAGS: [(&str, Sort); 43] = [
     ("feature-gates", Sort::Gates),
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),
@@ -16,7 +16,6 @@ const FLAGS: [(&str, Sort); 44] = [
     ("show-hidden-metrics-for-version", Sort::Text),
     ("proxy-mode", MODES),
     ("iptables-masquerade-bit", Sort::Number),
-    ("masquerade-all", Sort::Bool),
     ("iptables-localhost-nodeports", Sort::Bool),
     ("iptables-sync-period", Sort::Duration),
     ("iptables-min-sync-period", Sort::Duration),

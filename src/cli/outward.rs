@@ -1,12 +1,11 @@
 //! What `kubelane check` finds out about traffic from outside: the devices where it is met, and what is in its way.
 
-use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::Context as _;
 
-use crate::bpf::{Device, Direction, LinkLayer, PacketTrial, programs_before_ours};
-use crate::model::Family;
+use crate::bpf::{Device, Direction, LinkLayer, PacketTrial, Role, programs_before_ours};
+use crate::model::{Family, Ipx};
 use crate::netdev::{self, DeviceSelection, Layer, NetDevice, Network};
 
 const NAME_THEM: &str = "name devices with --devices (`ip address` lists them)";
@@ -74,12 +73,12 @@ fn in_the_way(device: &NetDevice, trial: Option<&PacketTrial>) -> Vec<String> {
 }
 
 fn as_attached(device: &NetDevice) -> Device {
-    let first = |family| device.first(family).map(|ip| ip.to_ip());
     Device {
         index: device.index,
         link_layer: if device.layer == Layer::Ethernet { LinkLayer::Ethernet } else { LinkLayer::None },
-        ip4: first(Family::Ipv4).and_then(|ip| if let IpAddr::V4(ip) = ip { Some(ip) } else { None }),
-        ip6: first(Family::Ipv6).and_then(|ip| if let IpAddr::V6(ip) = ip { Some(ip) } else { None }),
+        role: Role::Outward,
+        ip4: device.first(Family::Ipv4).and_then(Ipx::to_ip4),
+        ip6: device.first(Family::Ipv6).and_then(Ipx::to_ip6),
         rp_filter: 0,
     }
 }

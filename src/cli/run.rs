@@ -13,7 +13,8 @@ use super::merge::Remarks;
 use super::{host, log};
 use crate::agent::{self, Settings, SourceSettings};
 use crate::bpf;
-use crate::model::FlowTimeouts;
+use crate::model::{FlowTimeouts, SocketLb};
+use crate::netdev::PodDevices;
 
 /// Health, metrics and watches; the agent itself has the main thread.
 const WORKER_THREADS: usize = 2;
@@ -81,11 +82,16 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
             max_source_ranges: flags.max_source_ranges,
             flow_limits: FlowTimeouts::from(traffic.timeouts).into(),
             tcp_be_liberal: traffic.conntrack_tcp_be_liberal.unwrap_or_default(),
+            host_sockets_only: flags.socket_lb == SocketLb::Host,
+            has_pod_devices: flags.pod_devices != PodDevices::Off,
+            external_cluster_ips: traffic.external_cluster_ip.unwrap_or_default(),
         },
         healthz,
         metrics,
         nodeport_addresses,
         devices: flags.devices,
+        pod_devices: flags.pod_devices,
+        masquerade: traffic.masquerade(),
         forward_through: traffic.forward_through.unwrap_or_default(),
         conntrack: traffic.host_conntrack(host::processors()),
         destroy_tcp_sockets: flags.destroy_tcp_sockets,

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::config_file::ConfigFile;
 use super::value::{boolean, timeout};
-use crate::model::{FlowTimeouts, ForwardThrough, HostConntrack};
+use crate::model::{ClientSource, FlowTimeouts, ForwardThrough, HostConntrack, Masquerade};
 
 #[derive(Args, Clone, Copy, Debug, Default)]
 #[command(next_help_heading = "Traffic from outside")]
@@ -18,6 +18,25 @@ pub struct TrafficFlags {
     /// [default: redirect]
     #[arg(long, value_name = "HOW")]
     pub forward_through: Option<ForwardThrough>,
+
+    /// Whom a backend on the node that is asked sees under externalTrafficPolicy Cluster: the `client`, or the `node`, as
+    /// with kube-proxy (for pods whose default route leads elsewhere, or network policies that admit node addresses only).
+    /// The annotation kubelane.io/cluster-policy-source of a Service says it for that one
+    ///
+    /// [default: client]
+    #[arg(long, value_name = "WHO")]
+    pub cluster_policy_source: Option<ClientSource>,
+
+    /// Hide the clients of packets to cluster IPs behind the node, too. (Sockets that are translated when they connect
+    /// are not hidden; see --socket-lb)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_parser = boolean)]
+    pub masquerade_all: Option<bool>,
+
+    /// Serve cluster IPs to clients outside as well, for those whose routers lead the Service network to nodes
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_parser = boolean)]
+    pub external_cluster_ip: Option<bool>,
 
     /// Let a FIN outside the window change a TCP flow's state (a reset outside never does), and set the sysctl
     /// net.netfilter.nf_conntrack_tcp_be_liberal
@@ -90,6 +109,7 @@ impl TrafficFlags {
     /// Fills in from the file what was not given.
     pub fn complete(&mut self, file: &ConfigFile) {
         self.conntrack_tcp_be_liberal = self.conntrack_tcp_be_liberal.or(file.tcp_be_liberal);
+        self.masquerade_all = self.masquerade_all.or(file.masquerade_all);
         self.timeouts = TimeoutFlags {
             tcp_established: self.timeouts.tcp_established.or(file.timeouts.tcp_established),
             tcp_close_wait: self.timeouts.tcp_close_wait.or(file.timeouts.tcp_close_wait),
@@ -100,6 +120,14 @@ impl TrafficFlags {
             max_per_core: self.table.max_per_core.or(file.table.max_per_core),
             min: self.table.min.or(file.table.min),
         };
+    }
+
+    /// When clients are hidden behind the node.
+    pub fn masquerade(&self) -> Masquerade {
+        Masquerade {
+            external: self.cluster_policy_source.unwrap_or_default(),
+            all: self.masquerade_all.unwrap_or_default(),
+        }
     }
 
     /// What the host's connection tracking is to be set to on a node with so many processors.

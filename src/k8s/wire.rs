@@ -185,6 +185,8 @@ pub struct Labels {
 pub struct Annotations {
     #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
     pub last_change_trigger_time: Option<String>,
+    #[serde(rename = "kubelane.io/cluster-policy-source")]
+    pub cluster_policy_source: Option<String>,
 }
 
 /// v1 Service.

@@ -40,6 +40,18 @@ impl Ipx {
     }
 }
 
+impl Ipx {
+    /// `None`: of the other family.
+    pub fn to_ip4(self) -> Option<Ipv4Addr> {
+        if let IpAddr::V4(ip) = self.to_ip() { Some(ip) } else { None }
+    }
+
+    /// `None`: of the other family.
+    pub fn to_ip6(self) -> Option<Ipv6Addr> {
+        if let IpAddr::V6(ip) = self.to_ip() { Some(ip) } else { None }
+    }
+}
+
 impl From<Ipv4Addr> for Ipx {
     fn from(ip: Ipv4Addr) -> Self {
         Ipx(ip.to_ipv6_mapped().octets())
@@ -106,4 +118,13 @@ pub struct IpRange {
     pub ip: Ipx,
     /// Prefix length within the address's own family: 0..=32 or 0..=128.
     pub prefix: u8,
+}
+
+impl IpRange {
+    /// Whether the address is in it; one of the other family never is.
+    pub fn contains(&self, ip: Ipx) -> bool {
+        let width = if self.ip.family() == Family::Ipv4 { 32 } else { 128 };
+        let difference = u128::from_be_bytes(self.ip.0) ^ u128::from_be_bytes(ip.0);
+        self.ip.family() == ip.family() && difference.checked_shr(width - u32::from(self.prefix)).unwrap_or(0) == 0
+    }
 }

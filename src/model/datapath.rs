@@ -59,6 +59,59 @@ pub enum ForwardThrough {
     Stack,
 }
 
+/// Whose sockets are translated when they connect.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SocketLb {
+    /// The node's own and those of pods.
+    #[default]
+    All,
+    /// The node's own: pods' packets go to the Service's address, where sidecars and service meshes see it.
+    Host,
+}
+
+impl FromStr for SocketLb {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "all" => Ok(SocketLb::All),
+            "host" => Ok(SocketLb::Host),
+            _ => Err("allowed are all and host"),
+        }
+    }
+}
+
+/// Whom backends see as the client of external traffic under traffic policy Cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClientSource {
+    /// Who asks, where the backend is on the node that is asked.
+    #[default]
+    Client,
+    /// The node that is asked, as with kube-proxy.
+    Node,
+}
+
+impl FromStr for ClientSource {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "client" => Ok(ClientSource::Client),
+            "node" => Ok(ClientSource::Node),
+            _ => Err("allowed are client and node"),
+        }
+    }
+}
+
+/// When clients are hidden behind the node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Masquerade {
+    /// External traffic under policy Cluster, of Services that say nothing else.
+    pub external: ClientSource,
+    /// Packets to cluster IPs as well (kube-proxy's masqueradeAll).
+    pub all: bool,
+}
+
 impl FromStr for ForwardThrough {
     type Err = &'static str;
 

@@ -11,7 +11,7 @@ mod service;
 
 pub use address::{Family, IpRange, Ipx, SocketAddrx};
 pub use change::{Change, Kind, Warning};
-pub use datapath::{FlowTimeouts, ForwardThrough, HostConntrack};
+pub use datapath::{ClientSource, FlowTimeouts, ForwardThrough, HostConntrack, Masquerade, SocketLb};
 pub use endpoint::{Endpoint, Hints, Slice, SlicePort};
 pub use notice::{About, HealthCheck, Notice};
 pub use service::{ObjectName, Protocol, Service, ServicePort, TrafficPolicy};

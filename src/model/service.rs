@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::{IpRange, Ipx};
+use super::{ClientSource, IpRange, Ipx};
 
 /// `metadata.namespace` and `metadata.name`. Cheap to clone: both strings are shared.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,4 +91,6 @@ pub struct Service {
     pub source_ranges: Vec<IpRange>,
     /// 0 means none.
     pub health_check_node_port: u16,
+    /// The annotation `kubelane.io/cluster-policy-source`.
+    pub client_source: Option<ClientSource>,
 }

@@ -37,6 +37,8 @@ fn device(link: &LinkMessage) -> NetDevice {
         has_default_route: false,
         addresses: Vec::new(),
         has_subnet: false,
+        link_address: None,
+        peer_is_elsewhere: false,
     };
     for attribute in &link.attributes {
         match attribute {
@@ -45,6 +47,8 @@ fn device(link: &LinkMessage) -> NetDevice {
                 device.is_member = *index != 0;
                 device.controller = Some(*index).filter(|index| *index != 0);
             }
+            LinkAttribute::Address(bytes) => device.link_address = bytes.as_slice().try_into().ok(),
+            LinkAttribute::LinkNetNsId(_) => device.peer_is_elsewhere = true,
             LinkAttribute::Link(index) => device.below = Some(*index),
             LinkAttribute::LinkInfo(infos) => device.kind = kind(infos),
             _ => {}

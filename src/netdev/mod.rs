@@ -5,15 +5,17 @@
 //! Notices come on a socket of their own, subscribed before the first dump, so that no change falls between the two.
 
 mod dump;
+mod globs;
 mod notices;
 mod outward;
+mod pods;
 mod policies;
 mod routes;
 mod selection;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rtnetlink::Handle;
@@ -23,6 +25,7 @@ use tokio::time::sleep;
 use tracing::{debug, warn};
 
 pub use outward::{DeviceSelection, Layer, NetDevice, Unserved};
+pub use pods::{PodDevices, PodEnd};
 pub use policies::follow_policies;
 pub use routes::{RouteChange, follow_routes};
 pub use selection::NodePortAddresses;
@@ -33,8 +36,10 @@ use notices::{Changes, Notices};
 /// What kube-proxy's IPVS mode leaves behind: a device that holds every cluster IP. Those are not the node's.
 pub const IPVS_DEVICE: &str = "kube-ipvs0";
 
-/// Two dumps are at least this far apart; a pod's start makes a burst of notices.
-const DUMP_GAP: Duration = Duration::from_millis(100);
+/// After a dump the next one waits for this many times as long as it took: a pod's start makes a burst of notices, and
+/// dumps are to use a fifth of a processor at most. So a new pod's device is known after some milliseconds.
+const DUMP_REST: u32 = 4;
+const DUMP_REST_MOST: Duration = Duration::from_millis(500);
 /// Pause before a broken netlink socket is opened again.
 const REOPEN_PAUSE: Duration = Duration::from_secs(1);
 
@@ -125,7 +130,9 @@ impl Session {
     async fn follow(&mut self, sender: &watch::Sender<Network>) -> anyhow::Result<std::convert::Infallible> {
         let mut changes = Changes::ALL;
         loop {
+            let began = Instant::now();
             let network = self.read(changes).await?;
+            let rest = began.elapsed() * DUMP_REST;
             sender.send_if_modified(|known| {
                 let changed = *known != network;
                 if changed {
@@ -134,7 +141,7 @@ impl Session {
                 }
                 changed
             });
-            sleep(DUMP_GAP).await;
+            sleep(rest.min(DUMP_REST_MOST)).await;
             // Of routes only default ones matter; a router may change thousands of others in a second.
             changes = loop {
                 let changes = self.notices.next().await.context("the netlink socket for changes broke")?;

@@ -41,14 +41,17 @@ pub struct Changes {
     pub rules: bool,
     /// Other routes, or the sysctl `forwarding`.
     pub others: bool,
+    /// Routes that have metrics, an MTU for instance.
+    pub metrics: bool,
 }
 
 impl Changes {
     /// All there is.
-    pub const ALL: Changes = Changes { devices: true, default_routes: true, rules: true, others: true };
+    pub const ALL: Changes = Changes { devices: true, default_routes: true, rules: true, others: true, metrics: true };
 
     fn add(&mut self, message: &[u8]) {
         let kind = message[TYPE..].first_chunk().map_or(0, |kind| u16::from_ne_bytes(*kind));
+        self.metrics |= matches!(kind, libc::RTM_NEWROUTE | libc::RTM_DELROUTE) && has_metrics(message);
         match kind {
             libc::RTM_NEWLINK | libc::RTM_DELLINK | libc::RTM_NEWADDR => self.devices = true,
             libc::RTM_DELADDR => {
@@ -74,6 +77,23 @@ impl Changes {
             messages = &messages[length.next_multiple_of(4).min(messages.len())..];
         }
     }
+}
+
+/// Whether a message about a route has the attribute RTA_METRICS.
+fn has_metrics(message: &[u8]) -> bool {
+    /// struct rtmsg, and what an attribute begins with: its length and type.
+    const BODY: usize = 12;
+    const ATTRIBUTE: usize = 4;
+    let mut rest = message.get(HEADER + BODY..).unwrap_or_default();
+    while let Some(head) = rest.first_chunk::<ATTRIBUTE>() {
+        let [low, high, kind @ ..] = *head;
+        if u16::from_ne_bytes(kind) == libc::RTA_METRICS {
+            return true;
+        }
+        let length = usize::from(u16::from_ne_bytes([low, high])).max(ATTRIBUTE);
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    false
 }
 
 /// A socket that is told of changes in the network namespace that it was opened in.
@@ -152,7 +172,14 @@ mod tests {
         assert_eq!(changes(&[address]), Changes { devices: true, default_routes: true, ..none });
         let rule = message(libc::RTM_NEWRULE, [2, 0, 0, 0]);
         let link = message(libc::RTM_NEWLINK, [0; 4]);
-        assert_eq!(changes(&[rule, default, other, link]), Changes::ALL);
+        let mut metrics = message(libc::RTM_NEWROUTE, [2, 24, 0, 0]);
+        metrics.truncate(HEADER + 4);
+        metrics.extend([0; 8]);
+        metrics.extend([8, 0, 15, 0, 0, 0, 0, 0, 12, 0, 8, 0, 8, 0, 2, 0, 0x78, 5, 0, 0]);
+        let length = metrics.len() as u32;
+        metrics[..4].copy_from_slice(&length.to_ne_bytes());
+        assert_eq!(changes(std::slice::from_ref(&metrics)), Changes { others: true, metrics: true, ..none });
+        assert_eq!(changes(&[rule, default, other, link, metrics]), Changes::ALL);
         assert_eq!(changes(&[vec![9; 20], vec![0; 7]]), none, "what is no message");
     }
 }

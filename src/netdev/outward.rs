@@ -16,6 +16,7 @@ use std::str::FromStr;
 
 use rtnetlink::packet_route::link::{InfoKind, LinkLayerType};
 
+use super::globs::Globs;
 use crate::model::{Family, Ipx};
 
 /// What comes before the IP header, or that the datapath does not know it.
@@ -60,6 +61,10 @@ pub struct NetDevice {
     pub addresses: Vec<Ipx>,
     /// One of them has a subnet, and is not on its own (/32, /128).
     pub has_subnet: bool,
+    /// Of Ethernet devices.
+    pub link_address: Option<[u8; 6]>,
+    /// What it is linked to (of a veth its peer) is in another network namespace.
+    pub peer_is_elsewhere: bool,
 }
 
 /// A device that clients may be behind, and where nothing is served.
@@ -91,20 +96,16 @@ pub enum DeviceSelection {
     #[default]
     Found,
     /// Those whose name one of these matches, and no others.
-    Named(Vec<String>),
+    Named(Globs),
 }
 
 impl FromStr for DeviceSelection {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text.trim().is_empty() {
-            return Ok(DeviceSelection::Found);
-        }
-        let globs: Vec<String> = text.split(',').map(|glob| glob.trim().to_owned()).collect();
-        match globs.iter().any(|glob| glob.is_empty() || glob.contains(['/', ' '])) {
-            true => Err(format!("{text:?} is not a list of device names, such as eth0,bond*,vxlan.calico")),
-            false => Ok(DeviceSelection::Named(globs)),
+        match text.trim().is_empty() {
+            true => Ok(DeviceSelection::Found),
+            false => Ok(DeviceSelection::Named(text.parse()?)),
         }
     }
 }
@@ -133,8 +134,7 @@ impl DeviceSelection {
     }
 
     fn names(&self, device: &NetDevice) -> bool {
-        let DeviceSelection::Named(globs) = self else { return false };
-        globs.iter().any(|glob| matches_glob(glob.as_bytes(), device.name.as_bytes()))
+        matches!(self, DeviceSelection::Named(globs) if globs.name(device))
     }
 }
 
@@ -186,7 +186,7 @@ fn carries_addresses(device: &NetDevice, devices: &[NetDevice]) -> bool {
 }
 
 /// Its internal ports are pods' gateways as well as uplinks: these have a default route or the Node's address.
-fn is_open_vswitch(device: &NetDevice) -> bool {
+pub(super) fn is_open_vswitch(device: &NetDevice) -> bool {
     matches!(&device.kind, Some(InfoKind::Other(kind)) if kind == "openvswitch")
 }
 
@@ -199,17 +199,6 @@ fn has_uplink(bridge: &NetDevice, devices: &[NetDevice]) -> bool {
         _ => false,
     };
     devices.iter().any(|member| member.controller == Some(bridge.index) && leads_out(member))
-}
-
-/// `*` stands for any number of characters, `?` for one.
-fn matches_glob(glob: &[u8], name: &[u8]) -> bool {
-    match (glob, name) {
-        ([], []) => true,
-        ([b'*', rest @ ..], _) => (0..=name.len()).any(|skipped| matches_glob(rest, &name[skipped..])),
-        ([b'?', glob @ ..], [_, name @ ..]) => matches_glob(glob, name),
-        ([a, glob @ ..], [b, name @ ..]) => a == b && matches_glob(glob, name),
-        _ => false,
-    }
 }
 
 #[cfg(test)]
@@ -230,6 +219,8 @@ mod tests {
             has_default_route: false,
             addresses: vec![],
             has_subnet: true,
+            link_address: Some([2, 0, 0, 0, 0, index as u8]),
+            peer_is_elsewhere: false,
         }
     }
 

@@ -1,11 +1,13 @@
 //! Notice of anything that may change where packets go: routes, rules, devices, addresses, forwarding.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::TryStreamExt as _;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteMetric};
 use rtnetlink::packet_route::rule::RuleAttribute;
-use rtnetlink::{Handle, IpVersion};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::warn;
@@ -15,6 +17,9 @@ use super::notices::Notices;
 
 /// Two calls are at least this far apart: a router may change thousands of routes in a second.
 const GAP: Duration = Duration::from_millis(5);
+
+/// Routes are listed for their MTUs as often as this at most.
+const LIST_GAP: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether ports choose routes, besides after changes of rules: sysctls give no notice.
 const LOOK: Duration = Duration::from_secs(30);
@@ -27,6 +32,9 @@ pub enum RouteChange {
     /// Whether routes are chosen by addresses alone: no rule names ports, protocols or a type of service, and no path is
     /// chosen by ports (the sysctls `fib_multipath_hash_policy`).
     ByAddress(bool),
+    /// The smallest MTU that an IPv4 route has without a lock; `None`: none has one. `bpf_fib_lookup` tells programs of
+    /// locked ones only, while the host's stack keeps to all when it forwards (ip_dst_mtu_maybe_forward).
+    LeastMtu(Option<u32>),
 }
 
 /// Calls `changed` after every change, one call for what comes at once; a lost notice (ENOBUFS) is one as well. Runs
@@ -48,22 +56,60 @@ async fn follow(changed: &mut impl FnMut(RouteChange)) -> anyhow::Result<()> {
     connection.spawn(asker);
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut lists = interval(LIST_GAP);
+    lists.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut least, mut is_listed) = (None, false);
     // What changed before the subscription.
     changed(RouteChange::Routes);
     loop {
         tokio::select! {
             changes = notices.next() => {
                 // A new rule may name ports: until that is known, they count.
-                if changes.context("the netlink socket broke")?.rules {
+                let changes = changes.context("the netlink socket broke")?;
+                is_listed &= !changes.metrics;
+                if changes.rules {
                     changed(RouteChange::ByAddress(false));
                     looks.reset_immediately();
                 }
                 changed(RouteChange::Routes);
                 sleep(GAP).await;
             }
-            _ = looks.tick() => changed(RouteChange::ByAddress(routes_are_chosen_by_address(&handle).await?)),
+            _ = lists.tick(), if !is_listed => {
+                is_listed = true;
+                least = least_mtu(&handle).await?;
+                changed(RouteChange::LeastMtu(least));
+            }
+            _ = looks.tick() => {
+                // Routes that go with their device are not told of.
+                is_listed &= least.is_none();
+                changed(RouteChange::ByAddress(routes_are_chosen_by_address(&handle).await?));
+            }
         }
     }
+}
+
+async fn least_mtu(handle: &Handle) -> anyhow::Result<Option<u32>> {
+    let mut routes = handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+    let mut least: Option<u32> = None;
+    while let Some(route) = routes.try_next().await.context("listing routes (netlink)")? {
+        if let Some(mtu) = plain_mtu(&route) {
+            least = Some(least.map_or(mtu, |known| known.min(mtu)));
+        }
+    }
+    Ok(least)
+}
+
+/// The MTU of a route, if it has one that path MTU discovery may change.
+fn plain_mtu(route: &RouteMessage) -> Option<u32> {
+    /// linux/rtnetlink.h: RTAX_MTU, of whose number RTAX_LOCK has a bit.
+    const MTU: u32 = 2;
+    let metrics = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => Some(metrics),
+        _ => None,
+    })?;
+    let is_locked = metrics.iter().any(|metric| matches!(metric, RouteMetric::Lock(locks) if locks & (1 << MTU) != 0));
+    let mtu = metrics.iter().find_map(|metric| if let RouteMetric::Mtu(mtu) = metric { Some(*mtu) } else { None });
+    mtu.filter(|mtu| !is_locked && *mtu > 0)
 }
 
 async fn routes_are_chosen_by_address(handle: &Handle) -> anyhow::Result<bool> {

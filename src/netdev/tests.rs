@@ -9,7 +9,7 @@ use nix::sched::{CloneFlags, unshare};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::MacVlanMode;
-use rtnetlink::packet_route::route::RouteMessage;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteMetric};
 use rtnetlink::{Handle, LinkBridge, LinkMacVlan, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use tokio::time::timeout;
 
@@ -216,11 +216,11 @@ fn a_device_that_comes_costs_the_same_beside_twenty_thousand_routes() {
         let mut receiver = watch().await.unwrap();
         expect(&mut receiver, "192.0.2.5").await;
         // What the routes' own notices lead to.
-        sleep(DUMP_GAP * 5).await;
+        sleep(Duration::from_millis(500)).await;
         let before = used();
         for n in 0..10 {
             add_bridge(&handle, &format!("pod{n}")).await;
-            sleep(DUMP_GAP * 2).await;
+            sleep(Duration::from_millis(200)).await;
         }
         let arrived = |known: &Network| known.devices.len() == 12;
         timeout(Duration::from_secs(5), receiver.wait_for(arrived)).await.unwrap().unwrap();
@@ -246,5 +246,42 @@ fn a_default_route_that_went_with_its_device_is_gone_when_the_device_is_back() {
         let is_up = |known: &Network| known.device(up).is_some_and(|device| device.is_up);
         timeout(Duration::from_secs(5), receiver.wait_for(is_up)).await.unwrap().unwrap();
         assert!(!has(&receiver.borrow()));
+    });
+}
+
+#[test]
+fn the_least_mtu_of_routes_without_a_lock_is_followed() {
+    in_new_namespace(|handle| async move {
+        let lan = add_bridge(&handle, "lan0").await;
+        add(&handle, lan, "192.0.2.5").await;
+        let (sender, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let following = tokio::spawn(follow_routes(move |change| {
+            if let RouteChange::LeastMtu(mtu) = change {
+                let _ = sender.send(mtu);
+            }
+        }));
+        let mut expect = async |expected: Option<u32>| {
+            let waited = timeout(Duration::from_secs(5), async {
+                while told.recv().await.expect("it is followed for ever") != expected {}
+            });
+            waited.await.unwrap_or_else(|_| panic!("{expected:?} was not told of"));
+        };
+        expect(None).await;
+        let route = |to: [u8; 4], metrics: Vec<RouteMetric>| {
+            let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to.into(), 24).output_interface(lan);
+            let mut message = route.build();
+            message.attributes.push(RouteAttribute::Metrics(metrics));
+            message
+        };
+        // A locked one is told by bpf_fib_lookup().
+        let locked = route([10, 1, 0, 0], vec![RouteMetric::Lock(1 << 2), RouteMetric::Mtu(1300)]);
+        let plain = route([10, 2, 0, 0], vec![RouteMetric::Mtu(1400)]);
+        for one in [&locked, &plain] {
+            handle.route().add(one.clone()).execute().await.unwrap();
+        }
+        expect(Some(1400)).await;
+        handle.route().del(plain).execute().await.unwrap();
+        expect(None).await;
+        following.abort();
     });
 }

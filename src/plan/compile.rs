@@ -9,12 +9,16 @@ use super::shares::Amounts;
 use super::warnings::service_warning;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
 use crate::abi::frontend_flag::{
-    FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_PORT, FRONTEND_SOURCE_RANGES,
+    FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_ADMITTED, FRONTEND_NODE_PORT,
+    FRONTEND_SOURCE_NODE, FRONTEND_SOURCE_RANGES,
 };
 use crate::abi::pool_empty::{EMPTY_DROP, EMPTY_REFUSE};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::abi::{FrontendKey, backend_flag, backend_state};
-use crate::model::{Family, IpRange, Ipx, Protocol, Service, ServicePort, Slice, SocketAddrx, TrafficPolicy, Warning};
+use crate::model::{
+    ClientSource, Family, IpRange, Ipx, Masquerade, Protocol, Service, ServicePort, Slice, SocketAddrx, TrafficPolicy,
+    Warning,
+};
 use crate::table::HashSet;
 
 /// What all Services are compiled against.
@@ -25,6 +29,9 @@ pub struct Context<'a> {
     pub bound: &'a HashSet<Ipx>,
     /// The Service's share of the maps.
     pub limits: Amounts,
+    pub masquerade: Masquerade,
+    /// The Node object's InternalIPs, which its own processes have as their address.
+    pub internal_ips: &'a [Ipx],
 }
 
 /// One Service's share of the maps, without ids.
@@ -47,7 +54,7 @@ pub struct CompiledPort {
     pub protocol: Protocol,
     /// 0: no affinity.
     pub affinity_seconds: u32,
-    /// Which clients on the wire its load balancer IPs serve; sorted. Read only where a frontend asks for it; if it is
+    /// Which clients its load balancer IPs serve; sorted. Read only where a frontend asks for it; if it is
     /// empty there, they serve none.
     pub source_ranges: Vec<IpRange>,
     /// Every endpoint that deserves a backend row, sorted by address and port.
@@ -101,8 +108,9 @@ pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compil
         }
         if port.protocol == Protocol::Sctp {
             warnings.push(format!(
-                "port {}: SCTP is served to packets from the wire only (there is no hook for sockets), and only where the \
-                 endpoints' port is the one that is asked for (its checksum rules out another)",
+                "port {}: SCTP is served to packets, from outside and of pods, but not to the node's own sockets, for which \
+                 the kernel has no hook; and only where the endpoints' port is the one that is asked for, since its \
+                 checksum rules out another",
                 port_label(port)
             ));
         }
@@ -200,6 +208,9 @@ fn frontends(service: &Service, fitted: &Fitted, port: &ServicePort, context: Co
     };
     let internal = pool(service.internal_policy);
     let (cluster, external) = (pool(TrafficPolicy::Cluster), pool(service.external_policy));
+    let hide = |is_hidden: bool| if is_hidden { FRONTEND_SOURCE_NODE } else { 0 };
+    let client_source = service.client_source.unwrap_or(context.masquerade.external);
+    let hidden = hide(client_source == ClientSource::Node && service.external_policy == TrafficPolicy::Cluster);
     let mut all = Vec::new();
     let mut add = |ip: Ipx, number: u16, flag: u32, inside: PoolUse, outside: PoolUse| {
         all.push(CompiledFrontend {
@@ -210,21 +221,21 @@ fn frontends(service: &Service, fitted: &Fitted, port: &ServicePort, context: Co
         });
     };
     for ip in cluster_ips(fitted, context) {
-        add(ip, port.port, FRONTEND_CLUSTER_IP, internal, internal);
+        add(ip, port.port, FRONTEND_CLUSTER_IP | hide(context.masquerade.all), internal, internal);
     }
     for ip in fitted.external_ips {
-        add(*ip, port.port, FRONTEND_EXTERNAL_IP, cluster, external);
+        add(*ip, port.port, FRONTEND_EXTERNAL_IP | hidden, cluster, external);
     }
     for ip in fitted.load_balancer_ips {
         // A list without a range of this family leaves the family open (kube-proxy).
         let is_filtered = service.source_ranges.iter().any(|range| range.ip.family() == ip.family());
-        let filter = if is_filtered { FRONTEND_SOURCE_RANGES } else { 0 };
-        add(*ip, port.port, FRONTEND_LOAD_BALANCER | filter, cluster, external);
+        let filter = if is_filtered { FRONTEND_SOURCE_RANGES | node_admitted(fitted, context) } else { 0 };
+        add(*ip, port.port, FRONTEND_LOAD_BALANCER | filter | hidden, cluster, external);
     }
     if port.node_port != 0 && fitted.node_ports {
         for family in [Family::Ipv4, Family::Ipv6] {
             if service.cluster_ips.iter().any(|ip| ip.family() == family) {
-                add(Ipx::any(family), port.node_port, FRONTEND_NODE_PORT, cluster, external);
+                add(Ipx::any(family), port.node_port, FRONTEND_NODE_PORT | hidden, cluster, external);
             }
         }
     }
@@ -238,6 +249,12 @@ fn frontends(service: &Service, fitted: &Fitted, port: &ServicePort, context: Co
         same
     });
     all
+}
+
+/// Whether the node's own processes are clients that the source ranges admit.
+fn node_admitted(service: &Fitted, context: Context) -> u32 {
+    let admits = |range: &IpRange| context.internal_ips.iter().any(|ip| range.contains(*ip));
+    if service.source_ranges.iter().any(admits) { FRONTEND_NODE_ADMITTED } else { 0 }
 }
 
 /// Leaves out what is too much: those that get no new connections first, those of this node last.

@@ -33,6 +33,7 @@ fn service() -> Service {
         external_policy: TrafficPolicy::Cluster,
         source_ranges: vec![],
         health_check_node_port: 0,
+        client_source: None,
     }
 }
 
@@ -73,9 +74,69 @@ fn run_bound(service: &Service, slices: &[Slice], bound: &[&str]) -> Compiled {
     run_within(service, slices, &bound, UNLIMITED)
 }
 
+/// Of a node that says nothing special.
+fn context<'a>() -> Context<'a> {
+    static NONE: std::sync::LazyLock<HashSet<Ipx>> = std::sync::LazyLock::new(HashSet::default);
+    Context {
+        place: Place { node: "here", zone: None },
+        bound: &NONE,
+        limits: UNLIMITED,
+        masquerade: Masquerade::default(),
+        internal_ips: &[],
+    }
+}
+
+fn run_in(service: &Service, slices: &[Slice], context: Context) -> Compiled {
+    compile(service, &slices.iter().collect::<Vec<_>>(), context)
+}
+
+#[test]
+fn clients_are_hidden_where_the_service_or_the_node_says_so_and_the_policy_allows() {
+    use crate::model::ClientSource::{Client, Node};
+    let slices = [http("10.1.0.1")];
+    let hidden = |service: &Service, masquerade: Masquerade| -> Vec<u32> {
+        let compiled = run_in(service, &slices, Context { masquerade, ..context() });
+        let frontends = compiled.ports.iter().flat_map(|port| &port.frontends);
+        let hidden = frontends.filter(|f| u32::from(f.flags) & FRONTEND_SOURCE_NODE != 0);
+        hidden.map(|f| u32::from(f.flags) & !FRONTEND_SOURCE_NODE).collect()
+    };
+    let mut all = service();
+    all.external_ips = vec![ip("192.0.2.1")];
+    all.load_balancer_ips = vec![ip("192.0.2.2")];
+    all.ports[0].node_port = 30_080;
+    let external = [FRONTEND_NODE_PORT, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER];
+    let (none, node) = (Masquerade::default(), Masquerade { external: Node, all: false });
+    let sorted = |mut flags: Vec<u32>| {
+        flags.sort_unstable();
+        flags
+    };
+    let expected = sorted(external.to_vec());
+    assert!(hidden(&all, none).is_empty());
+    assert_eq!(sorted(hidden(&all, node)), expected);
+    let own = |client_source| Service { client_source: Some(client_source), ..all.clone() };
+    assert!(hidden(&own(Client), node).is_empty());
+    assert_eq!(sorted(hidden(&own(Node), none)), expected);
+    let local = Service { external_policy: TrafficPolicy::Local, ..own(Node) };
+    assert!(hidden(&local, node).is_empty(), "policy Local keeps the client");
+    assert_eq!(hidden(&local, Masquerade { all: true, ..none }), [FRONTEND_CLUSTER_IP]);
+}
+
+#[test]
+fn the_nodes_own_processes_are_admitted_where_a_range_holds_its_address() {
+    let mut balanced = service();
+    balanced.load_balancer_ips = vec![ip("192.0.2.2")];
+    balanced.source_ranges = vec![IpRange { ip: ip("172.31.0.0"), prefix: 24 }];
+    for (own, expected) in [("172.31.0.11", FRONTEND_NODE_ADMITTED), ("172.31.1.11", 0), ("fd31::11", 0)] {
+        let own = [ip(own)];
+        let compiled = run_in(&balanced, &[http("10.1.0.1")], Context { internal_ips: &own, ..context() });
+        let mut frontends = compiled.ports[0].frontends.iter();
+        let balanced = frontends.find(|f| u32::from(f.flags) & FRONTEND_LOAD_BALANCER != 0).unwrap();
+        assert_eq!(u32::from(balanced.flags) & FRONTEND_NODE_ADMITTED, expected, "{own:?}");
+    }
+}
+
 fn run_within(service: &Service, slices: &[Slice], bound: &HashSet<Ipx>, limits: Amounts) -> Compiled {
-    let place = Place { node: "here", zone: None };
-    compile(service, &slices.iter().collect::<Vec<_>>(), Context { place, bound, limits })
+    run_in(service, slices, Context { bound, limits, ..context() })
 }
 
 /// With these rows of `resource`, and all it wants of the others.

@@ -54,6 +54,7 @@ mod tests {
             external_policy: TrafficPolicy::Local,
             source_ranges: vec![],
             health_check_node_port: 32000,
+            client_source: None,
         };
         let here = |ip| endpoint(ip, "here", true);
         let table = [

@@ -11,7 +11,7 @@ use super::large::{Large, PortChange};
 use super::select::Place;
 use super::shares::{Amounts, Demand, Resource, Shares};
 use super::warnings::{Origin, WarningBook};
-use crate::model::{Change, HealthCheck, Ipx, Kind, Node, ObjectName, Service, Slice};
+use crate::model::{Change, HealthCheck, Ipx, Kind, Masquerade, Node, ObjectName, Service, Slice};
 use crate::table::{HashMap, HashSet};
 
 /// A relist's state: what was not stamped with the current epoch when the list ends is gone.
@@ -90,6 +90,7 @@ impl Dirty {
 #[derive(Debug, Default)]
 pub struct World {
     node_name: Box<str>,
+    masquerade: Masquerade,
     node: Option<Box<Node>>,
     node_seen: bool,
     entries: HashMap<ObjectName, Entry>,
@@ -112,8 +113,8 @@ pub struct World {
 
 impl World {
     /// `node_name`: this node, as endpoints and hints name it.
-    pub fn new(node_name: &str) -> Self {
-        World { node_name: node_name.into(), large_from: LARGE_FROM, ..World::default() }
+    pub fn new(node_name: &str, masquerade: Masquerade) -> Self {
+        World { node_name: node_name.into(), masquerade, large_from: LARGE_FROM, ..World::default() }
     }
 
     /// Applies one event of a source.
@@ -212,7 +213,14 @@ impl World {
         let service = entry.service.as_deref()?;
         let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
         let place = place(&self.node_name, &self.node);
-        Some(compile(service, &slices, Context { place, bound: &self.bound, limits: self.shares.of(name) }))
+        let context = Context {
+            place,
+            bound: &self.bound,
+            limits: self.shares.of(name),
+            masquerade: self.masquerade,
+            internal_ips: self.node().map_or(&[], |node| &node.internal_ips),
+        };
+        Some(compile(service, &slices, context))
     }
 
     /// The Service of this name is laid out as `compiled` says: from now on its changes may be told one by one.
@@ -352,6 +360,11 @@ impl World {
     fn set_node(&mut self, node: Option<Box<Node>>) {
         let zone_of = |node: &Option<Box<Node>>| node.as_ref().and_then(|n| n.zone.clone());
         let moved = zone_of(&node) != zone_of(&self.node);
+        let addresses_of = |node: &Option<Box<Node>>| node.as_ref().map(|n| n.internal_ips.clone()).unwrap_or_default();
+        if addresses_of(&node) != addresses_of(&self.node) {
+            let asks = |entry: &Entry| entry.service.as_ref().is_some_and(|s| !s.source_ranges.is_empty());
+            self.dirty.whole.extend(self.entries.iter().filter(|(_, e)| asks(e)).map(|(name, _)| name.clone()));
+        }
         self.node = node;
         if moved {
             self.zone_changed = true;

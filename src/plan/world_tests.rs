@@ -1,7 +1,7 @@
 //! What makes which Service dirty, and what a relist leaves.
 
 use super::*;
-use crate::model::{Endpoint, Family, TrafficPolicy};
+use crate::model::{Endpoint, Family, Masquerade, TrafficPolicy};
 
 fn name(text: &str) -> ObjectName {
     ObjectName::new("default", text)
@@ -20,6 +20,7 @@ fn service(object: &str, cluster_ip: &str) -> Change {
         external_policy: TrafficPolicy::Cluster,
         source_ranges: vec![],
         health_check_node_port: 0,
+        client_source: None,
     }))
 }
 
@@ -42,7 +43,7 @@ fn node(object: &str, zone: Option<&str>) -> Change {
 
 /// A world with Services a and b, each with a slice; nothing dirty.
 fn world() -> World {
-    let mut world = World::new("here");
+    let mut world = World::new("here", Masquerade::default());
     let changes = [service("a", "10.96.0.1"), service("b", "10.96.0.2"), slice("a-1", "a", 2), slice("b-1", "b", 1)];
     apply(&mut world, changes);
     world.take_dirty();
@@ -131,7 +132,7 @@ fn a_list_that_starts_again_counts_from_its_last_start() {
 
 #[test]
 fn the_world_is_ready_when_services_and_slices_have_listed() {
-    let mut world = World::new("here");
+    let mut world = World::new("here", Masquerade::default());
     for (change, ready) in [
         (Change::ListBegin(Kind::Services), false),
         (Change::ListEnd(Kind::Services), false),
@@ -147,7 +148,7 @@ fn the_world_is_ready_when_services_and_slices_have_listed() {
 
 #[test]
 fn slices_may_come_before_their_service_and_stay_after_it() {
-    let mut world = World::new("here");
+    let mut world = World::new("here", Masquerade::default());
     apply(&mut world, [slice("a-1", "a", 2)]);
     assert!(world.compile(&name("a")).is_none());
     apply(&mut world, [service("a", "10.96.0.1")]);

@@ -9,7 +9,7 @@ use super::adopt::{AdoptReport, adopt};
 use super::apply::Applier;
 use super::audit::{self, Snapshot};
 use super::{MapIo, MapName};
-use crate::model::{Change, Family, HealthCheck, Ipx, Node, ObjectName, Protocol, SocketAddrx, Warning};
+use crate::model::{Change, Family, HealthCheck, Ipx, Masquerade, Node, ObjectName, Protocol, SocketAddrx, Warning};
 use crate::plan::arrivals::Tally;
 use crate::plan::compile::Compiled;
 use crate::plan::layout::Layout;
@@ -24,10 +24,11 @@ use crate::table::{HashMap, Rows as _};
 const SERVICES_OF_A_PASS: usize = 4096;
 
 /// What does not change while the daemon runs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct CoreSettings {
     /// This node, as endpoints, hints and the Node object name it.
     pub node_name: String,
+    pub masquerade: Masquerade,
 }
 
 /// World, layout and tables.
@@ -102,7 +103,7 @@ pub struct Counts {
 impl Core {
     pub fn new(settings: CoreSettings) -> Core {
         Core {
-            world: World::new(&settings.node_name),
+            world: World::new(&settings.node_name, settings.masquerade),
             layout: Layout::default(),
             book: WarningBook::default(),
             health_checks: BTreeMap::new(),

@@ -16,6 +16,7 @@ pub fn all(world: &World) {
     outside_reaches_services_by_every_node(world);
     outside_reaches_load_balancer_ips(world);
     pods_and_nodes_reach_cluster_ips(world);
+    packets_of_pods_reach_services(world);
     policy_turns_away_who_is_barred(world);
     segmented_datagrams_pass(world);
     large_transfers_pass(world);
@@ -65,6 +66,46 @@ fn pods_and_nodes_reach_cluster_ips(world: &World) {
     let mut host = world.cluster.host_client();
     ask_inside(world, "node1", &mut host, HERE, host_here.map(|ip| format!("a {ip}")));
     ask_inside(world, "node1", &mut host, THERE, host_elsewhere.map(|ip| format!("b {ip}")));
+}
+
+/// The same where no socket program sees the pod: its packets are served. A pod that asks for itself sees the node.
+fn packets_of_pods_reach_services(world: &World) {
+    let client_of =
+        |pod: &str| world.lab().pod_of_packets(pod).and_then(|place| place.client()).expect("a client starts");
+    let own = world.lab().pod("client").addresses();
+    let (mut client, mut a) = (client_of("client"), client_of("a"));
+    ask_inside(world, "packets of pod client", &mut client, HERE, own.map(|ip| format!("a {ip}")));
+    let elsewhere = world.sources.pod_elsewhere.clone();
+    ask_inside(world, "packets of pod client", &mut client, THERE, elsewhere.clone().map(|ip| format!("b {ip}")));
+    let node = world.lab().node("node1").host.addresses();
+    ask_inside(world, "packets of pod a", &mut a, HERE, node.map(|ip| format!("a {ip}")));
+    for (number, expected) in [(HERE, own.map(|ip| format!("a {ip}"))), (THERE, elsewhere.map(|ip| format!("b {ip}")))]
+    {
+        let node_port = world::node_port(world.lab().node("node1"), number);
+        for ((family, kind), expected) in [Tcp4, Tcp6].into_iter().enumerate().zip(expected) {
+            let answers = client.ask(kind, node_port[family], 2);
+            world.expect(
+                &format!("packets of a pod to {}", node_port[family]),
+                &names(&answers).join(" and "),
+                &expected,
+            );
+        }
+    }
+    for to in vip(HERE, 4444) {
+        let answers = client.ask(if to.is_ipv4() { Tcp4 } else { Tcp6 }, to, 1);
+        world.expect(&format!("packets of a pod to {to}"), &names(&answers).join(" and "), "ECONNREFUSED");
+    }
+    if world.bridges_are_filtered {
+        // What comes in and leaves by one bridge is also answered by a redirect, from whose time on the kernel counts the
+        // seconds until the next ICMP error to that pod (ip_rt_send_redirect and icmpv4_xrlim_allow share rate_last).
+        let off = "for one in /proc/sys/net/ipv4/conf/*/send_redirects; do echo 0 > $one; done";
+        world.lab().node("node1").host.run("sh", &["-c", off], "").expect("sysctls can be set");
+        let mut stranger = client_of("stranger");
+        for (kind, to) in [Tcp4, Tcp6].into_iter().zip(vip(HERE, 80)) {
+            let answers = stranger.ask(kind, to, 1);
+            world.expect(&format!("packets of a barred pod to {to}"), &names(&answers).join(" and "), "ECONNREFUSED");
+        }
+    }
 }
 
 fn ask_inside(world: &World, who: &str, client: &mut Client, number: u8, expected: [String; 2]) {

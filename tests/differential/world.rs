@@ -162,6 +162,7 @@ impl Spec {
             internal_local: self.internal_local,
             external_local: self.external_local,
             health_check_node_port: 0,
+            client_source: None,
             endpoints: self.pods.iter().flat_map(endpoint(TARGETS[index])).collect(),
         };
         pairs.map(make).collect()

@@ -26,6 +26,7 @@ static struct native_map maps[] = {
 	MAP(new_affinities, 1024),
 	MAP(source_ranges, 64),
 	MAP(devices, 64),
+	MAP(pod_devices, 64),
 	MAP(flows4, 1024),
 	MAP(flows6, 1024),
 	MAP(flow_locks, 0),

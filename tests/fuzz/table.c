@@ -237,10 +237,8 @@ static void check_row(const struct step *step, const struct pair *pair, const st
 		fail(step, "a row whose partner leads elsewhere");
 	if (row->state & FLOW_ENDING)
 		fail(step, "a row that is half removed");
-	if (is_reply == (partner->state & FLOW_REPLY) || ((row->state ^ partner->state) & FLOW_ROUTED))
+	if (is_reply == (partner->state & FLOW_REPLY) || ((row->state ^ partner->state) & FLOW_WAY))
 		fail(step, "rows that do not belong together");
-	if (is_reply && !!(row->state & FLOW_AT_EGRESS) == !!(row->state & FLOW_ROUTED))
-		fail(step, "a reply that is met in no place, or in two");
 	if (inet_fold(row->change) % 0xffff != change_of(pair, &becomes) % 0xffff)
 		fail(step, "a row with a wrong change");
 	if (!is_reply && (row->state & FLOW_PROVED))

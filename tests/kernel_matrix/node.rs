@@ -179,6 +179,9 @@ impl Node {
             max_source_ranges: 65_536,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
+            host_sockets_only: false,
+            has_pod_devices: true,
+            external_cluster_ips: false,
         };
         let datapath = Some(Datapath::open(&settings).unwrap());
         Node { settings, datapath, next_backend: 1, next_slot: 0, next_service: 1 }

@@ -19,7 +19,7 @@ pub struct Daemon {
 }
 
 fn new_core(maps: &mut dyn MapIo) -> Core {
-    let mut core = Core::new(CoreSettings { node_name: HERE.into() });
+    let mut core = Core::new(CoreSettings { node_name: HERE.into(), ..CoreSettings::default() });
     core.adopt(maps).unwrap();
     core
 }

@@ -125,6 +125,7 @@ fn random_service(random: &mut Random, which: usize) -> Service {
         external_policy: policy(random),
         source_ranges: vec![],
         health_check_node_port: 0,
+        client_source: None,
     };
     expose(random, &mut service);
     service

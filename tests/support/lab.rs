@@ -187,10 +187,21 @@ impl Lab {
         netns::inside(&self.underlay(), work)
     }
 
-    /// Where [`Lab::outside`] is, as a place: its processes are in no node's cgroup.
-    pub fn outside_place(&self) -> anyhow::Result<Place> {
+    /// A cgroup of no node.
+    fn cgroup_outside(&self) -> anyhow::Result<PathBuf> {
         let cgroup = cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{}", self.id)).join("outside");
         fs::create_dir_all(&cgroup).with_context(|| format!("creating {}", cgroup.display()))?;
+        Ok(cgroup)
+    }
+
+    /// A pod whose processes no program sees connect, as if they ran on another kernel: only its packets are served.
+    pub fn pod_of_packets(&self, pod: &str) -> anyhow::Result<Place> {
+        Ok(Place { cgroup: self.cgroup_outside()?, ..self.pod(pod).clone() })
+    }
+
+    /// Where [`Lab::outside`] is, as a place: its processes are in no node's cgroup.
+    pub fn outside_place(&self) -> anyhow::Result<Place> {
+        let cgroup = self.cgroup_outside()?;
         Ok(Place {
             name: "outside".to_owned(),
             v4: Ipv4Addr::new(172, 31, 0, 1),

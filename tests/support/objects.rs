@@ -34,6 +34,7 @@ pub fn service(object: &str, cluster_ip: &str) -> Service {
         external_policy: TrafficPolicy::Cluster,
         source_ranges: vec![],
         health_check_node_port: 0,
+        client_source: None,
     }
 }
 
@@ -75,7 +76,7 @@ pub fn node(zone: Option<&str>) -> Change {
 }
 
 pub fn new_core() -> Core {
-    Core::new(CoreSettings { node_name: NODE.into() })
+    Core::new(CoreSettings { node_name: NODE.into(), ..CoreSettings::default() })
 }
 
 /// A whole list of both kinds.

@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kubelane::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
-use kubelane::bpf::{Datapath, Device, LinkLayer};
+use kubelane::bpf::{Datapath, Device, LinkLayer, Role};
 use kubelane::model::Protocol;
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
@@ -210,7 +210,14 @@ impl Cluster {
                 let (ip4, ip6) = (addresses[0].parse().ok(), addresses[1].parse().ok());
                 node.datapath
                     .devices()
-                    .attach(&Device { index, link_layer: LinkLayer::Ethernet, ip4, ip6, rp_filter: 0 })
+                    .attach(&Device {
+                        index,
+                        link_layer: LinkLayer::Ethernet,
+                        role: Role::Outward,
+                        ip4,
+                        ip6,
+                        rp_filter: 0,
+                    })
                     .unwrap();
             }
             node

@@ -16,11 +16,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, FlowLimits, Frontend, FrontendKey, Pool, SourceRangeKey,
-    abi_version, address_flag, address_index, backend_flag, backend_state, flow_flag, flow_state, frontend_flag,
-    pool_empty, pool_member, reply_filter_size, reply_index,
+    Backend, DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, FlowLimits, Frontend, FrontendKey, PodDevice, Pool,
+    SourceRangeKey, abi_version, address_flag, address_index, backend_flag, backend_state, flow_flag, flow_state,
+    frontend_flag, pool_empty, pool_member, reply_filter_size, reply_index,
 };
-use kubelane::bpf::run::{Outcome, run, run_from, run_marked};
+use kubelane::bpf::run::{Outcome, run, run_from, run_marked, run_pod};
 use kubelane::bpf::{Datapath, Direction, Settings};
 use kubelane::model::{IpRange, Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
@@ -49,6 +49,10 @@ pub const LOCAL6: &str = "fd01::5";
 pub const REMOTE4: &str = "10.244.1.5";
 pub const REMOTE6: &str = "fd44::1:5";
 pub const TUNNEL_MTU: u32 = 1450;
+/// The device that this node's pods are behind.
+const PODS: &str = "pods0";
+/// What tests send their frames to.
+const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A BPF file system, a cgroup, and their end.
 pub struct Place {
@@ -78,6 +82,9 @@ impl Place {
             max_source_ranges: 65_536,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
+            host_sockets_only: false,
+            has_pod_devices: true,
+            external_cluster_ips: false,
         }
     }
 }
@@ -171,7 +178,7 @@ impl Node {
         let uplink = device("up0", "10.0.0.1/24", "fd00::1/64", 1500, &["10.0.0.254", "fd00::254"]);
         let tunnel = device("over0", "10.244.0.1/16", "fd44::1/32", TUNNEL_MTU, &[REMOTE4, REMOTE6]);
         // Pods of this node are behind a device that is not outward.
-        ip_command("link add pods0 type veth peer name pods0-far");
+        ip_command("link add pods0 address 02:00:00:00:00:01 type veth peer name pods0-far");
         ip_command("link set pods0 up");
         ip_command("link set pods0-far up");
         ip_command("route add 10.1.0.0/16 dev pods0");
@@ -183,6 +190,7 @@ impl Node {
         let mut node = Node::with(datapath, place, uplink, tunnel);
         node.note_device(uplink, NODE4, NODE6, 0);
         node.note_device(tunnel, TUNNEL4, TUNNEL6, 0);
+        node.note_pod_device(GATEWAY, NODE4, NODE6);
         for (address, flags) in [
             (NODE4, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
             (NODE6, address_flag::ADDRESS_NODE | address_flag::ADDRESS_LOCAL),
@@ -268,6 +276,14 @@ impl Node {
             rp_filter,
         };
         self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
+    }
+
+    /// What attaching to the pods' device notes.
+    pub fn note_pod_device(&self, gateway: [u8; 6], ip4: &str, ip6: &str) {
+        let [ip4, ip6] = [ip4, ip6].map(|ip| ip.parse::<Ipx>().unwrap().0);
+        let row = PodDevice { ip4, ip6, gateway, zero: 0 };
+        let index = interface_index(PODS);
+        self.pinned("pod_devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
     /// What rows and flows would leave: packets to these addresses and ports, and from these ports, are looked at.
@@ -396,9 +412,7 @@ impl Node {
     pub fn flow(&self, protocol: Protocol, request: Ends, becomes: Ends, state: u32) {
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
         let second = (now.tv_sec() as u32 & flow_state::FLOW_SECOND_MASK) << flow_state::FLOW_SECOND_SHIFT;
-        let routed = state & flow_flag::FLOW_ROUTED;
-        let place = if routed == 0 { flow_flag::FLOW_AT_EGRESS } else { 0 };
-        let reply = flow_flag::FLOW_REPLY | flow_flag::FLOW_PROVED | routed | place;
+        let reply = flow_flag::FLOW_REPLY | flow_flag::FLOW_PROVED | state & flow_flag::FLOW_WAY;
         let rows =
             [(request, becomes, state, [1, 1]), (becomes.reversed(), request.reversed(), reply, [second, self.uplink])];
         for (from, to, state, [backend_or_first, generation_or_interface]) in rows {
@@ -478,6 +492,24 @@ impl Node {
 
     pub fn tunnel_in(&mut self, frame: &Frame) -> (i32, Frame) {
         let outcome = self.raw(Direction::In, self.tunnel, &frame.bytes());
+        (outcome.action, frame::parse(&outcome.frame))
+    }
+
+    /// A packet that comes in by the device of this node's pods.
+    pub fn pod_in(&mut self, frame: &Frame) -> (i32, Frame) {
+        let (action, bytes) = self.pod_in_bytes(&frame.bytes());
+        (action, frame::parse(&bytes))
+    }
+
+    /// The same with its link header.
+    pub fn pod_in_bytes(&mut self, frame: &[u8]) -> (i32, Vec<u8>) {
+        let outcome = run_pod(self.datapath.devices(), frame, interface_index(PODS), 1).unwrap();
+        (outcome.action, outcome.frame)
+    }
+
+    /// A packet that leaves for a pod of this node.
+    pub fn pod_out(&mut self, frame: &Frame) -> (i32, Frame) {
+        let outcome = self.raw(Direction::Out, interface_index(PODS), &frame.bytes());
         (outcome.action, frame::parse(&outcome.frame))
     }
 

@@ -2,7 +2,7 @@
 
 use super::wire::{Number, quoted};
 use super::{Convert, Converted, Converter, Notes, parse, wire};
-use crate::model::{Change, Family, IpRange, Ipx, Kind, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::model::{Change, ClientSource, Family, IpRange, Ipx, Kind, Protocol, Service, ServicePort, TrafficPolicy};
 
 /// The API's default for ClientIP affinity, and its upper limit, in seconds.
 const AFFINITY_DEFAULT: u32 = 10_800;
@@ -62,6 +62,7 @@ fn record(service: &wire::Service, converter: &mut Converter, notes: &mut Notes)
         external_policy,
         source_ranges: source_ranges(&spec.load_balancer_source_ranges, notes),
         health_check_node_port: health_port(spec, external_policy, notes),
+        client_source: client_source(service.metadata.annotations.cluster_policy_source.as_deref(), notes),
         cluster_ips,
     })
 }
@@ -72,6 +73,18 @@ fn created(metadata: &wire::Metadata, notes: &mut Notes) -> i64 {
         notes.add(format!("creationTimestamp {problem}: the Service counts as the youngest"));
         i64::MAX
     })
+}
+
+fn client_source(annotation: Option<&str>, notes: &mut Notes) -> Option<ClientSource> {
+    let text = annotation?;
+    text.parse()
+        .inspect_err(|problem| {
+            notes.add(format!(
+                "annotation kubelane.io/cluster-policy-source {}: {problem}: it is ignored",
+                quoted(text)
+            ));
+        })
+        .ok()
 }
 
 /// `clusterIPs`, or the older `clusterIP` when that list is empty.
