@@ -17,3 +17,8 @@ pub mod plan;
 pub mod serve;
 pub mod sync;
 pub mod table;
+
+/// Held by unit tests that start programs, and by those that bind an address again: until a child becomes another program
+/// it has a copy of each socket of this process, and the address of one that was closed is not free.
+#[cfg(test)]
+static FORKS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

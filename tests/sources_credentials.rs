@@ -174,9 +174,13 @@ async fn certificates_and_their_authority_may_be_replaced_while_the_source_runs(
     let server = ApiServer::with_recorded_lists();
     let directory = tempfile::tempdir().unwrap();
     make_certificates(directory.path());
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    // One socket for both servers: its address cannot be bound again while a process that another test forks still has
+    // a copy of it.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
     let at = listener.local_addr().unwrap();
-    let serving = tokio::spawn(server.serve_tls(listener, acceptor(directory.path())));
+    let before = TcpListener::from_std(listener.try_clone().unwrap()).unwrap();
+    let serving = tokio::spawn(server.serve_tls(before, acceptor(directory.path())));
     let path = |name: &str| directory.path().join(name);
     let user = json!({"client-certificate": path("client.crt"), "client-key": path("client.key")});
     kubeconfig(directory.path(), at, json!({"certificate-authority": path("ca.crt")}), user);
@@ -186,8 +190,8 @@ async fn certificates_and_their_authority_may_be_replaced_while_the_source_runs(
     serving.abort();
     let _ = serving.await;
     make_certificates(source.directory.path());
-    let listener = TcpListener::bind(at).await.unwrap();
-    tokio::spawn(server.serve_tls(listener, acceptor(source.directory.path())));
+    let after = TcpListener::from_std(listener).unwrap();
+    tokio::spawn(server.serve_tls(after, acceptor(source.directory.path())));
     source.follows("after").await;
 }
 

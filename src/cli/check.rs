@@ -311,6 +311,7 @@ mod tests {
 
     #[test]
     fn a_port_that_is_taken_is_told_with_the_process_and_the_flag() {
+        let _forks = crate::FORKS.blocking_lock();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let taken = port("health port", HEALTHZ_FLAG, Some(address));

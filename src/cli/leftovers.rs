@@ -187,6 +187,7 @@ mod tests {
 
     #[test]
     fn a_tool_that_is_missing_or_fails_says_nothing() {
+        let _forks = crate::FORKS.blocking_lock();
         assert_eq!(output_of(&["kubelane-no-such-tool"]), None);
         assert_eq!(output_of(&["false"]), None);
         assert_eq!(output_of(&["echo", "a", "b"]).as_deref(), Some("a b\n"));

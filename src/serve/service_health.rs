@@ -232,6 +232,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_port_that_is_taken_is_told_of_once_and_had_as_soon_as_it_is_free() {
+        let _forks = crate::FORKS.lock().await;
         let taken = listen("127.0.0.1:0".parse().unwrap()).unwrap();
         let port = taken.local_addr().unwrap().port();
         let (notices, mut told) = mpsc::channel(8);

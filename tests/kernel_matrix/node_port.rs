@@ -3,6 +3,7 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use kubelane::model::Protocol;
@@ -31,6 +32,15 @@ fn udp_socket(ip: IpAddr, port: u16) -> UdpSocket {
     let socket = UdpSocket::bind((ip, port)).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
+}
+
+/// Lets nobody receive any more at a port that the kernel has chosen. To close the socket is not enough: a process that
+/// another test forks has a copy of it until it becomes another program, and would take what comes.
+fn give_up_port(socket: &UdpSocket) {
+    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: `none` is a whole socket address that outlives the call.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), &none, size_of_val(&none) as libc::socklen_t) };
+    assert_eq!((result, socket.local_addr().unwrap().port()), (0, 0), "{}", std::io::Error::last_os_error());
 }
 
 #[test]
@@ -86,8 +96,11 @@ fn a_socket_that_is_gone_is_told_to_the_one_at_the_other_end_of_a_node_port() {
 
             let late = node_port(family, port + 1);
             let server = cluster.inside(space, || udp_socket(pod[family].parse().unwrap(), LATE));
-            // The client's socket is gone when this returns.
-            cluster.inside("client", || udp_socket(any, 0).send_to(b"late?", late)).unwrap();
+            cluster.inside("client", || {
+                let client = udp_socket(any, 0);
+                client.send_to(b"late?", late).unwrap();
+                give_up_port(&client);
+            });
             let (_, client) = server.recv_from(&mut [0; 16]).unwrap();
             assert_eq!(client.ip().to_string(), seen[family], "{late}");
             server.connect(client).unwrap();
