@@ -147,6 +147,16 @@ static __always_inline void begin_find_backend_of_pod(hook_context *ctx, struct 
 }
 
 /*
+ * Does the client get another port although its own is free? Datagrams of a client that asks the backend itself from the
+ * same port are not seen here, and their answers could not be told from the flow's. (Of TCP sequence numbers tell them.)
+ * Where the policy is Local, and for pods, the port is the client's, as with kube-proxy, which masquerades all others.
+ */
+static __always_inline int begin_port_moves(const struct scratch *given)
+{
+	return !given->from_pod && given->packet.tuple.protocol == IPPROTO_UDP && given->pool.member == POOL_CLUSTER;
+}
+
+/*
  * The address that the backend will see as its client, and what its port may be. A pod that has come back to itself
  * (out of the node, and in again by a load balancer) sees the Service's address: its own would never leave it. Its
  * replies go out by an outward device like others, and are sent to it from there, as interface 0 says.
@@ -165,6 +175,8 @@ static __always_inline __u32 begin_source(const struct scratch *given, struct fl
 	}
 	if (given->own_port_is_taken)
 		return SNAT_ANY;
+	if (begin_port_moves(given))
+		return SNAT_MOVE;
 	return is_sctp ? SNAT_KEEP : SNAT_KEEP_FIRST;
 }
 

@@ -15,6 +15,9 @@ struct config {
 	/* Source ports towards backends elsewhere: snat_ports of them from snat_first on, host order. */
 	__u16 snat_first;
 	__u16 snat_ports;
+	/* Ports that clients get towards local backends in the place of their own: moved_ports of them, host order. */
+	__u16 moved_first;
+	__u16 moved_ports;
 	/* Connections are counted by Service. */
 	__u32 counts_services;
 	/* As many proved flows of TCP, and of all other protocols, have room in the table. */

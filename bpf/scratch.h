@@ -37,6 +37,8 @@ struct scratch {
 	struct flow reply_row; /* and row, of a flow that begins */
 	struct flow former; /* the row, of a flow that has ended, that the packet's new flow replaces */
 	__u32 from_pod; /* the packet came in by a pod's device, else by an outward one */
+	__u32 ports_first; /* of the range that a source port is taken from */
+	__u32 ports_count;
 	__u32 has_former;
 	__u32 own_port_is_taken; /* of it: the backend has another connection from the client's port */
 	struct ends asked; /* of the cache of routes */

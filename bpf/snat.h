@@ -3,7 +3,7 @@
  * Choosing the ends that a backend sees, so that its replies belong to one flow only.
  *
  * A local backend sees the client as it is, or, where the client already reaches the same backend by another address
- * of the Service and from the same port, with another port. A backend elsewhere sees this node's address and a port
+ * of the Service and from the same port, and of UDP under policy Cluster (begin_port_moves), with another port. A backend elsewhere sees this node's address and a port
  * of the private range. Every backend has the whole range.
  *
  * The first port tried is the client's own plus a number that depends on the client's and the Service's addresses:
@@ -34,6 +34,7 @@ enum snat_ports {
 	SNAT_ANY = 0, /* those of the private range */
 	SNAT_KEEP_FIRST = 1, /* the client's own, then as above */
 	SNAT_KEEP = 2, /* the client's own only: SCTP's checksum covers ports */
+	SNAT_MOVE = 3, /* those above where clients and nodes take theirs from, and the client's own at last */
 };
 
 /* Who has the port that was tried. */
@@ -155,6 +156,8 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 
 	if (!given)
 		return PLACE_FULL;
+	given->ports_first = ports == SNAT_MOVE ? config.moved_first : config.snat_first;
+	given->ports_count = ports == SNAT_MOVE ? config.moved_ports : config.snat_ports;
 	hash = snat_hash(&given->packet.tuple);
 	step = 1 + (hash >> 17);
 	port = hash + bpf_ntohs(given->packet.tuple.ends.source_port);
@@ -162,8 +165,8 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 		__be16 *candidate = &given->reply.ends.destination_port;
 		int place;
 
-		*candidate = bpf_htons(config.snat_first + port % config.snat_ports);
-		if (ports != SNAT_ANY && i == 0)
+		*candidate = bpf_htons(given->ports_first + port % given->ports_count);
+		if (i == 0 && (ports == SNAT_KEEP_FIRST || ports == SNAT_KEEP))
 			*candidate = given->packet.tuple.ends.source_port;
 		place = place_try(ctx);
 		if (place == PLACE_FREE)
@@ -187,6 +190,8 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 		chosen = own;
 	else if (chosen)
 		count(COUNTER_SNAT_RECLAIMED);
+	else if (ports == SNAT_MOVE)
+		chosen = given->packet.tuple.ends.source_port;
 	if (!chosen)
 		return PLACE_TAKEN;
 	given->reply.ends.destination_port = chosen;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kubelane::k8s::{self, Settings, SourceStatus};
-use kubelane::model::{Change, ObjectName};
+use kubelane::model::{Change, Masquerade, ObjectName};
 use kubelane::plan::compile::Compiled;
 use kubelane::plan::warnings::WarningBook;
 use kubelane::plan::world::World;
@@ -36,7 +36,7 @@ impl Run {
         let settings = Settings { node_name: "n1".into(), service_proxy_name: None };
         let status = Arc::new(SourceStatus::default());
         tokio::spawn(k8s::run(server.client(), settings, sender, status.clone()));
-        Run { changes, world: World::new("n1"), book: WarningBook::default(), status, lists: 0 }
+        Run { changes, world: World::new("n1", Masquerade::default()), book: WarningBook::default(), status, lists: 0 }
     }
 
     /// Applies and compiles what comes, until `done` holds.

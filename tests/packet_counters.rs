@@ -325,8 +325,9 @@ fn each_packet_moves_its_own_counters_and_no_others() {
 /// Of packets that come too fast to be answered one by one.
 const FLOODED: &str = "dropped_answer_limit";
 /// Counters that tests of their own move: `FLOODED`, those of a full table, of a ring that went round, of a flow that
-/// another processor is just replacing, of IP options, and of the host's stack.
-const ELSEWHERE: [&str; 7] = [
+/// another processor is just replacing, of IP options, of the host's stack, and of pods (tests/packet_pods.rs).
+const ELSEWHERE: [&str; 8] = [
+    "flow_pod",
     "handed_to_stack",
     FLOODED,
     "dropped_flow_table",

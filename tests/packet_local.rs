@@ -4,6 +4,8 @@
 mod wire;
 
 use kubelane::abi::address_flag::ADDRESS_SERVICE_VIP;
+use kubelane::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
+use kubelane::abi::{Frontend, Pool};
 use kubelane::model::Protocol;
 use wire::frame::{ACK, FIN, Inside, RST, SYN, sctp, tcp, udp};
 use wire::{CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, VIP4, VIP6};
@@ -336,4 +338,31 @@ fn a_packet_in_mid_flow_begins_a_flow_and_an_unknown_reset_is_dropped() {
     let reset = tcp((CLIENT4, 5001), (NODE4, 30080), RST);
     let (result, counted) = node.counted(|n| n.uplink_in(&reset));
     assert_eq!((result.0, counted.get("dropped_unknown_reset")), (DROP, Some(&1)));
+}
+
+/// Whoever asks the backend itself from the same port is answered from the same ends.
+#[test]
+fn datagrams_get_a_port_that_clients_do_not_use_under_policy_cluster_and_keep_theirs_under_policy_local() {
+    for (member, moves) in [(POOL_CLUSTER, true), (POOL_LOCAL, false)] {
+        let mut node = node_with_local_backends(Protocol::Udp);
+        for (client, service, frontend, backend) in ENDS {
+            let row = node.frontend(frontend, 30080, Protocol::Udp, &[if backend == LOCAL4 { 4 } else { 6 }]);
+            let outside = Pool { member: member as u8, ..row.outside };
+            node.frontend_row(frontend, 30080, Protocol::Udp, &Frontend { outside, ..row });
+            for from in [(client, 40_000), (client, 40_001)] {
+                let request = udp(from, (service, 30080), b"who?");
+                let (action, seen) = node.uplink_in(&request);
+                let port = seen.ports().0;
+                assert_eq!((action, &seen), (PASS, &request.with_ends((client, port), (backend, 8080))));
+                assert_eq!(moves, port >= 61_000, "{port}");
+                assert!(moves || port == from.1, "{port}");
+                let answer = udp((backend, 8080), (client, port), b"me");
+                assert_eq!(node.uplink_out(&answer), (PASS, answer.with_ends((service, 30080), from)));
+                let direct = udp((backend, 8080), from, b"me");
+                let expected = if moves { direct.clone() } else { direct.with_ends((service, 30080), from) };
+                assert_eq!(node.uplink_out(&direct), (PASS, expected), "a direct answer");
+                node.forget_flows();
+            }
+        }
+    }
 }

@@ -12,15 +12,19 @@ use support::daemon::Daemon;
 use support::manifests::port;
 use support::wire::Kind;
 
-/// Where pods serve TCP, closing nothing by themselves.
+/// Where pods serve, TCP without closing anything by themselves.
 const TARGET: u16 = 9000;
 
 /// Daemons of both nodes, and a NodePort that leads to pod `b` on node2.
 fn serve(cluster: &Cluster) -> [Daemon<'_>; 2] {
-    let mut object = port("tcp", "TCP", 80);
-    object["nodePort"] = json!(30_001);
+    let ports = [("tcp", "TCP"), ("udp", "UDP")].map(|(name, protocol)| {
+        let mut object = port(name, protocol, 80);
+        object["nodePort"] = json!(30_001);
+        object
+    });
     let changes = json!({"spec": {"type": "NodePort"}});
-    cluster.put_with("one", 1, json!([object]), changes, &[("tcp", "TCP", TARGET)], &cluster.ready(&["b"]));
+    let targets = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+    cluster.put_with("one", 1, json!(ports), changes, &targets, &cluster.ready(&["b"]));
     ["node1", "node2"].map(|node| Daemon::start(&cluster.lab, node, &cluster.manifests.dir).unwrap())
 }
 
@@ -66,5 +70,21 @@ fn a_node_port_is_reached_from_the_port_of_an_open_connection_to_its_pod() {
         assert_eq!(direct.ask().as_deref(), Ok("b"), "the direct connection goes on");
         other.abort().unwrap();
         direct.abort().unwrap();
+    }
+}
+
+/// The pod's answers to both would have the same ends if the NodePort's flow kept the client's port.
+#[test]
+fn a_datagram_socket_asks_a_node_port_and_its_pod_in_turn_and_each_answers_for_itself() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let _daemons = serve(&cluster);
+    let mut client = cluster.host_client();
+    for (family, kind) in [Kind::Udp4, Kind::Udp6].into_iter().enumerate() {
+        let by_node_port = SocketAddr::new(cluster.lab.node("node2").host.addresses()[family], 30_001);
+        let directly = SocketAddr::new(cluster.lab.pod("b").addresses()[family], TARGET);
+        let mut socket = client.open(kind).unwrap();
+        for to in [directly, by_node_port, directly, by_node_port, directly] {
+            assert_eq!(socket.ask_at(to), Ok(("b".to_owned(), to)), "{to}");
+        }
     }
 }

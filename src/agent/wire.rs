@@ -233,8 +233,9 @@ impl<'d> Wire<'d> {
     }
 }
 
-/// All outward devices, and pods' ends. A pod's clients are hidden by the address of the first outward device that has one
-/// of the family, a default route's before others'.
+/// All outward devices, and pods' ends. A pod's clients are hidden by the address of the bridge that it is on, as
+/// masquerading would choose it, or of the first outward device that has one of the family, a default route's before
+/// others'.
 fn wanted(outward: &[&NetDevice], pods: &[PodEnd<'_>]) -> Vec<(Device, String)> {
     let mut by_route: Vec<&NetDevice> = outward.to_vec();
     by_route.sort_by_key(|device| !device.has_default_route);
@@ -244,8 +245,8 @@ fn wanted(outward: &[&NetDevice], pods: &[PodEnd<'_>]) -> Vec<(Device, String)> 
         index: end.device.index,
         link_layer: LinkLayer::Ethernet,
         role: Role::Pod { gateway: end.gateway },
-        ip4,
-        ip6,
+        ip4: end.first(Family::Ipv4).and_then(Ipx::to_ip4).or(ip4),
+        ip6: end.first(Family::Ipv6).and_then(Ipx::to_ip6).or(ip6),
         rp_filter: 0,
     };
     let outward = outward.iter().map(|device| (hook_of(device), device.name.clone()));

@@ -1,6 +1,7 @@
 //! The one task that owns the world: it drains every event that waits, applies all, and syncs. The first event waits
 //! for nothing; what comes while a sync runs is drained together afterwards, so that a burst coalesces by itself.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
@@ -14,7 +15,7 @@ use super::stale::StaleSocketPasses;
 use super::wire::Wire;
 use super::worker_warnings::WarningLog;
 use crate::bpf;
-use crate::model::{Change, Ipx, Kind, Protocol};
+use crate::model::{Change, Family, Ipx, Kind, Protocol};
 use crate::netdev::{DeviceSelection, Network, NodePortAddresses, PodDevices};
 use crate::plan::arrivals::Tally;
 use crate::serve::{App, Changes, SyncSample, Totals};
@@ -204,9 +205,14 @@ impl<'m> Worker<'m> {
         let network = self.inputs.network.borrow_and_update();
         let internal_ips = self.core.node().map_or(&[][..], |node| &node.internal_ips);
         let outward = self.inputs.devices.select(&network.devices, internal_ips);
+        let pods = self.inputs.pod_devices.select(&network.devices, &outward);
+        // By these clients are hidden: answers to them are looked at.
+        let of_pods = pods.iter().flat_map(|end| [Family::Ipv4, Family::Ipv6].map(|family| end.first(family)));
+        let of_pods: BTreeSet<Ipx> = of_pods.flatten().collect();
+        let of_outward = outward.iter().flat_map(|device| &device.addresses).copied();
         let addresses = Addresses {
             nodeport: self.inputs.nodeport_addresses.select(&network.addresses, internal_ips),
-            outward: outward.iter().flat_map(|device| &device.addresses).copied().collect(),
+            outward: of_outward.chain(of_pods).collect(),
             bound: network.addresses.clone(),
         };
         drop(network);

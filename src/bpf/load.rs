@@ -1,6 +1,7 @@
 //! From the object file to a running datapath: configure, load, pin, attach; adopting whatever an earlier daemon left.
 
 use std::mem::MaybeUninit;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -250,10 +251,11 @@ pub(super) fn open_object<'o>(
     let rodata = rodata(&mut skeleton)?;
     rodata.config.host_netns_cookie = namespaces::own_cookie().unwrap_or(0);
     rodata.config.has_set_retval = probe::has_set_retval().into();
-    let snat = ports::snat_range();
-    rodata.config.snat_first = *snat.start();
-    // At most 64512: the range starts at 1024 or later.
-    rodata.config.snat_ports = snat.end() - snat.start() + 1;
+    // Each has at most 64512: it starts at 1024 or later.
+    let length = |range: &RangeInclusive<u16>| range.end() - range.start() + 1;
+    let [snat, moved] = ports::private_ranges();
+    (rodata.config.snat_first, rodata.config.snat_ports) = (*snat.start(), length(&snat));
+    (rodata.config.moved_first, rodata.config.moved_ports) = (*moved.start(), length(&moved));
     let shares = FlowShares::new(processors()?);
     rodata.config.flows_tcp = shares.tcp;
     rodata.config.flows_other = shares.other;

@@ -1,7 +1,9 @@
-//! The private range of source ports towards backends on other nodes.
+//! The private ranges of source ports: towards backends on other nodes, where the node is the client, and towards backends
+//! on this one, where a client keeps its address but not its port.
 //!
 //! The node's own connections take their ports from `ip_local_port_range` and NodePorts have theirs, so that a port
-//! outside both is nobody's and needs no tracking. Of the gaps that are left, the longest is taken.
+//! outside both is nobody's and needs no tracking. Of the gaps that are left, the longest is taken for the first, and the
+//! next one for the second: a client may be another node, which has the same ranges.
 
 use std::fs;
 use std::ops::{Range, RangeInclusive};
@@ -16,10 +18,11 @@ const FEWEST: u16 = 1024;
 const LAST_RESORT: RangeInclusive<u16> = 61_000..=65_535;
 const SYSCTL: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 
-/// The range for this network namespace, as its sysctl says; for both families.
-pub(super) fn snat_range() -> RangeInclusive<u16> {
+/// Both ranges for this network namespace, as its sysctl says; for both families.
+pub(super) fn private_ranges() -> [RangeInclusive<u16>; 2] {
     let local = fs::read_to_string(SYSCTL).ok().and_then(|text| parse(&text)).unwrap_or(32_768..=60_999);
-    longest_gap(&local).unwrap_or_else(|| {
+    let mut gaps = gaps(&local).into_iter();
+    let longest = gaps.next().unwrap_or_else(|| {
         tracing::warn!(
             "{SYSCTL} ({} {}) leaves no room for the source ports of forwarded connections: {}-{} are used, and may meet the node's own; narrow the sysctl to 32768 60999",
             local.start(),
@@ -28,7 +31,9 @@ pub(super) fn snat_range() -> RangeInclusive<u16> {
             LAST_RESORT.end()
         );
         LAST_RESORT
-    })
+    });
+    let next = gaps.next().unwrap_or_else(|| longest.clone());
+    [longest, next]
 }
 
 fn parse(text: &str) -> Option<RangeInclusive<u16>> {
@@ -39,15 +44,17 @@ fn parse(text: &str) -> Option<RangeInclusive<u16>> {
     }
 }
 
-fn longest_gap(local: &RangeInclusive<u16>) -> Option<RangeInclusive<u16>> {
+/// Those that are long enough, the longest first.
+fn gaps(local: &RangeInclusive<u16>) -> Vec<RangeInclusive<u16>> {
     let mut gaps: Vec<Range<u32>> = std::iter::once(u32::from(FIRST)..65_536).collect();
     for taken in [local, &NODE_PORTS] {
         let (first, end) = (u32::from(*taken.start()), u32::from(*taken.end()) + 1);
         gaps = gaps.into_iter().flat_map(|gap| [gap.start..gap.end.min(first), gap.start.max(end)..gap.end]).collect();
     }
-    let longest = gaps.into_iter().max_by_key(|gap| gap.end.saturating_sub(gap.start))?;
-    (longest.end.saturating_sub(longest.start) >= u32::from(FEWEST))
-        .then(|| longest.start as u16..=(longest.end - 1) as u16)
+    let length = |gap: &Range<u32>| gap.end.saturating_sub(gap.start);
+    gaps.retain(|gap| length(gap) >= u32::from(FEWEST));
+    gaps.sort_by_key(|gap| std::cmp::Reverse(length(gap)));
+    gaps.into_iter().map(|gap| gap.start as u16..=(gap.end - 1) as u16).collect()
 }
 
 #[cfg(test)]
@@ -55,16 +62,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_gap_beside_local_ports_and_node_ports_is_taken() {
-        for (local, gap) in [
-            ("32768\t60999\n", Some(1024..=29_999)),
-            ("1024 49151", Some(49_152..=65_535)),
-            ("1024 65535", None),
-            ("1024 65000", None),
-            ("20000 40000", Some(40_001..=65_535)),
-            ("10000 65535", Some(1024..=9_999)),
+    fn gaps_beside_local_ports_and_node_ports_are_taken_the_longest_first() {
+        for (local, expected) in [
+            ("32768\t60999\n", &[1024..=29_999, 61_000..=65_535][..]),
+            ("1024 49151", &[49_152..=65_535]),
+            ("1024 65535", &[]),
+            ("1024 65000", &[]),
+            ("20000 40000", &[40_001..=65_535, 1024..=19_999]),
+            ("10000 65535", &[1024..=9_999]),
         ] {
-            assert_eq!(longest_gap(&parse(local).unwrap()), gap, "{local}");
+            assert_eq!(gaps(&parse(local).unwrap()), expected, "{local}");
         }
     }
 }

@@ -16,6 +16,7 @@ use rtnetlink::packet_route::link::InfoKind;
 use super::globs::Globs;
 use super::outward::is_open_vswitch;
 use super::{Layer, NetDevice};
+use crate::model::{Family, Ipx};
 
 /// The value of `--pod-devices`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -47,6 +48,15 @@ pub struct PodEnd<'d> {
     pub device: &'d NetDevice,
     /// The link address at which the pod reaches the node: that of the bridge which the device is in, or its own.
     pub gateway: [u8; 6],
+    /// The addresses of that bridge, or its own.
+    pub addresses: &'d [Ipx],
+}
+
+impl PodEnd<'_> {
+    /// The first of those of this family.
+    pub fn first(&self, family: Family) -> Option<Ipx> {
+        self.addresses.iter().copied().find(|ip| ip.family() == family)
+    }
 }
 
 impl PodDevices {
@@ -60,8 +70,8 @@ impl PodDevices {
             PodDevices::Named(globs) => globs.name(device),
         });
         let end = |device: &'d NetDevice| {
-            let gateway = controller(device, devices).unwrap_or(device).link_address?;
-            Some(PodEnd { device, gateway })
+            let gateway = controller(device, devices).unwrap_or(device);
+            Some(PodEnd { device, gateway: gateway.link_address?, addresses: &gateway.addresses })
         };
         chosen.filter_map(end).collect()
     }

@@ -12,11 +12,11 @@ pub struct Difference {
     pub applies: fn(&Cell, &Spec, &Outcome, &Outcome) -> bool,
 }
 
-pub const DIFFERENCES: [Difference; 10] = [
+pub const DIFFERENCES: [Difference; 9] = [
     Difference {
         reason: "policy Cluster: an endpoint on the node that packets come in at sees the client (better)",
         applies: |cell, spec, kubelane, iptables| {
-            let kept = |pod: &str| if number(pod) == cell.entry() { cell.place.into() } else { node(cell.entry()) };
+            let kept = |pod: &str| if number(pod) == cell.entry() { cell.owner().into() } else { node(cell.entry()) };
             cell.is_by_packets()
                 && !spec.external_local
                 && is_seen(kubelane, iptables, kept, |pod| masqueraded(pod, cell.entry()))
@@ -26,17 +26,20 @@ pub const DIFFERENCES: [Difference; 10] = [
         reason: "policy Cluster: a pod's connection to an external address goes straight to the endpoint",
         applies: |cell, spec, kubelane, iptables| {
             let of_pod = !cell.is_by_packets() && !cell.is_of_host() && cell.target != Target::ClusterIp;
-            of_pod
-                && !spec.external_local
-                && is_seen(kubelane, iptables, |_| cell.place.into(), |pod| masqueraded(pod, cell.entry()))
+            // Packets that a pod sends to itself get the bridge's address either way.
+            let is_back = |pod: &str| cell.is_of_packets() && pod == cell.owner();
+            let kept = |pod: &str| if is_back(pod) { masqueraded(pod, cell.entry()) } else { cell.owner().into() };
+            of_pod && !spec.external_local && is_seen(kubelane, iptables, kept, |pod| masqueraded(pod, cell.entry()))
         },
     },
     Difference {
         reason: "a pod that reaches itself sees its own address: no packet leaves it",
         applies: |cell, spec, kubelane, iptables| {
-            let back = |pod: &str| if pod == cell.place { masqueraded(pod, cell.entry()) } else { cell.place.into() };
-            (cell.target == Target::ClusterIp || spec.external_local)
-                && is_seen(kubelane, iptables, |_| cell.place.into(), back)
+            let back =
+                |pod: &str| if pod == cell.owner() { masqueraded(pod, cell.entry()) } else { cell.owner().into() };
+            !cell.is_of_packets()
+                && (cell.target == Target::ClusterIp || spec.external_local)
+                && is_seen(kubelane, iptables, |_| cell.owner().into(), back)
         },
     },
     Difference {
@@ -53,17 +56,10 @@ pub const DIFFERENCES: [Difference; 10] = [
         },
     },
     Difference {
-        reason: "loadBalancerSourceRanges are not applied to sockets of a node: they have no source address yet",
-        applies: |cell, spec, kubelane, iptables| {
-            let is_failure = matches!(iptables, Outcome::Dropped | Outcome::Denied);
-            let is_inside = cell.place != "outside" && cell.target == Target::LoadBalancerIp && !spec.ranges.is_empty();
-            is_inside && matches!(kubelane, Outcome::Answered(_)) && is_failure
-        },
-    },
-    Difference {
         reason: "policy Local, no endpoint here: a pod's datagram fails with EPERM, as a host's does",
         applies: |cell, spec, kubelane, iptables| {
-            let is_local = cell.target == Target::ClusterIp && spec.internal_local && cell.is_udp && !cell.is_of_host();
+            let is_pods = cell.is_udp && !cell.is_of_host() && !cell.is_of_packets();
+            let is_local = cell.target == Target::ClusterIp && spec.internal_local && is_pods;
             is_local && (kubelane, iptables) == (&Outcome::Denied, &Outcome::Dropped)
         },
     },
@@ -125,7 +121,7 @@ impl Cell {
         match (self.target, self.place) {
             (Target::NodePort(node), _) => number(node),
             (_, "outside") => 1,
-            (_, place) => number(place),
+            _ => number(self.owner()),
         }
     }
 
@@ -135,6 +131,6 @@ impl Cell {
 
     /// Packets to the Service's address come in at a node: the client is on none, or on another one.
     pub fn is_by_packets(&self) -> bool {
-        self.place == "outside" || number(self.place) != self.entry()
+        self.place == "outside" || number(self.owner()) != self.entry()
     }
 }

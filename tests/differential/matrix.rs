@@ -10,8 +10,22 @@ use crate::support::Lab;
 use crate::support::client::{Client, Counts};
 use crate::support::wire::Kind;
 
-/// Clients: outside all nodes, processes of both nodes, and pods on both, of which `a` and `b` are endpoints, too.
-pub const PLACES: [&str; 7] = ["outside", "node1", "node2", "client", "stranger", "a", "b"];
+/// Clients: outside all nodes, processes of both nodes, and pods on both, of which `a` and `b` are endpoints, too. Of some
+/// pods a client once more whose sockets kubelane does not see ([`PACKETS`]).
+pub const PLACES: [&str; 10] = [
+    "outside",
+    "node1",
+    "node2",
+    "client",
+    "stranger",
+    "a",
+    "b",
+    "client's packets",
+    "stranger's packets",
+    "a's packets",
+];
+/// Behind the name of a pod.
+const PACKETS: &str = "'s packets";
 /// Client processes of a place, which share its cells: one that waits for nothing holds up only itself.
 const CLIENTS: usize = 8;
 /// Exchanges of a cell whose Service has two endpoints: that one of them is never met has a chance of 2^-23.
@@ -47,6 +61,18 @@ impl fmt::Display for Cell {
         let protocol = if self.is_udp { "UDP" } else { "TCP" };
         let family = if self.is_ipv6 { 6 } else { 4 };
         write!(f, "{} -> {}[{}] {:?} {protocol}{family}", self.place, self.service, self.port, self.target)
+    }
+}
+
+impl Cell {
+    /// Whose address the client has.
+    pub fn owner(&self) -> &'static str {
+        self.place.strip_suffix(PACKETS).unwrap_or(self.place)
+    }
+
+    /// Whether the client is a pod whose sockets kubelane does not see.
+    pub fn is_of_packets(&self) -> bool {
+        self.place.ends_with(PACKETS)
     }
 }
 
@@ -123,11 +149,22 @@ impl Names {
 
 /// Sockets are asked before packets: what they leave behind is at most a TIME_WAIT of the pod. A flow, which a node
 /// remembers for a while after its end, has the pod's end and the client's in common with a direct connection from the
-/// same port, and clients on nodes make both.
+/// same port, and clients on nodes make both; so do pods whose packets are translated by their own node.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Sockets,
+    PacketsOfPods,
     Packets,
+}
+
+impl Phase {
+    fn of(cell: &Cell) -> Phase {
+        match (cell.is_by_packets(), cell.is_of_packets()) {
+            (true, _) => Phase::Packets,
+            (false, true) => Phase::PacketsOfPods,
+            (false, false) => Phase::Sockets,
+        }
+    }
 }
 
 /// The cells of a place in groups, whose members have to be asked one after another: clients with affinity would
@@ -142,7 +179,7 @@ fn groups(place: &'static str, phase: Phase) -> VecDeque<(&'static Spec, Vec<Cel
                 let of = |target| Cell { place, service: service.name, port, is_udp, is_ipv6, target };
                 cells.extend(targets(place, service).into_iter().map(of));
             }
-            cells.retain(|cell| (phase == Phase::Packets) == cell.is_by_packets());
+            cells.retain(|cell| Phase::of(cell) == phase);
             groups.push_back((service, cells));
         }
     }
@@ -203,7 +240,7 @@ pub fn observe(lab: &Lab) -> Answers {
     let names = Names::of(lab);
     let answers = Mutex::new(Answers::new());
     let mut clients = PLACES.map(|place| std::array::from_fn::<Client, CLIENTS, _>(|_| client(lab, place)));
-    for phase in [Phase::Sockets, Phase::Packets] {
+    for phase in [Phase::Sockets, Phase::PacketsOfPods, Phase::Packets] {
         let queues = PLACES.map(|place| Mutex::new(groups(place, phase)));
         std::thread::scope(|scope| {
             for (clients, queue) in clients.iter_mut().zip(&queues) {
@@ -233,6 +270,9 @@ fn client(lab: &Lab, place: &str) -> Client {
     match place {
         "outside" => lab.client_outside().unwrap(),
         _ if place.starts_with("node") => lab.node(place).host.client().unwrap(),
-        _ => lab.pod(place).client().unwrap(),
+        _ => match place.strip_suffix(PACKETS) {
+            Some(pod) => lab.pod_of_packets(pod).and_then(|pod| pod.client()).unwrap(),
+            None => lab.pod(place).client().unwrap(),
+        },
     }
 }

@@ -162,7 +162,6 @@ impl Spec {
             internal_local: self.internal_local,
             external_local: self.external_local,
             health_check_node_port: 0,
-            client_source: None,
             endpoints: self.pods.iter().flat_map(endpoint(TARGETS[index])).collect(),
         };
         pairs.map(make).collect()
@@ -172,6 +171,13 @@ impl Spec {
 /// Saves all Services for kubelane.
 pub fn save(cluster: &Cluster) {
     SERVICES.iter().for_each(|service| service.save(cluster));
+    for node in &cluster.lab.nodes {
+        let addresses = node.host.addresses().map(|ip| json!({"type": "InternalIP", "address": ip}));
+        let object = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name}, "status": {"addresses": addresses},
+        });
+        cluster.manifests.save(&node.name, &[object]);
+    }
 }
 
 /// Loads the rules for all Services into the nodes, and sets what kube-proxy and its CNI set besides.

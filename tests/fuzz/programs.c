@@ -17,32 +17,19 @@
 	}
 
 static struct native_map maps[] = {
-	MAP(frontends, 256),
-	MAP(slots, 1024),
-	MAP(backends, 256),
-	MAP(addresses, 256),
-	MAP(affinities, 1024),
-	MAP(counters, 0),
-	MAP(new_affinities, 1024),
-	MAP(source_ranges, 64),
-	MAP(devices, 64),
-	MAP(pod_devices, 64),
-	MAP(flows4, 1024),
-	MAP(flows6, 1024),
-	MAP(flow_locks, 0),
-	MAP(flow_limits, 0),
-	MAP(flow_counts, 0),
-	MAP(flow_openings, 0),
-	MAP(outgoing, 1024),
-	MAP(handed, 1024),
-	MAP(fragments, 1024),
-	MAP(ports, 0),
-	MAP(wire_filter, 0),
-	MAP(epochs, 0),
-	MAP(known_routes, 0),
-	MAP(answer_budgets, 0),
-	MAP(scratches, 0),
-	MAP(service_connections, 256),
+	MAP(frontends, 256),	   MAP(slots, 1024),
+	MAP(backends, 256),	   MAP(addresses, 256),
+	MAP(affinities, 1024),	   MAP(counters, 0),
+	MAP(new_affinities, 1024), MAP(source_ranges, 64),
+	MAP(devices, 64),	   MAP(pod_devices, 64),
+	MAP(flows4, 1024),	   MAP(flows6, 1024),
+	MAP(flow_locks, 0),	   MAP(flow_limits, 0),
+	MAP(flow_counts, 0),	   MAP(flow_openings, 0),
+	MAP(outgoing, 1024),	   MAP(handed, 1024),
+	MAP(fragments, 1024),	   MAP(ports, 0),
+	MAP(wire_filter, 0),	   MAP(epochs, 0),
+	MAP(known_routes, 0),	   MAP(answer_budgets, 0),
+	MAP(scratches, 0),	   MAP(service_connections, 256),
 };
 
 const struct native_program native_programs[] = {
@@ -70,6 +57,8 @@ void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __
 		abort();
 	writable->snat_first = snat_first;
 	writable->snat_ports = snat_ports;
+	writable->moved_first = 61000;
+	writable->moved_ports = 4536;
 	writable->tcp_be_liberal = tcp_be_liberal;
 	writable->flows_tcp = flows;
 	writable->flows_other = flows;

@@ -238,7 +238,7 @@ impl Node {
         self.write(MapName::Backends, &id.to_ne_bytes(), bytemuck::bytes_of(row));
     }
 
-    /// A frontend whose outside pool has these backends; a NodePort's if the address is 0.0.0.0 or ::.
+    /// A frontend whose outside pool, as of traffic policy Local, has these backends; a NodePort's if the address is 0.0.0.0 or ::.
     pub fn frontend(&mut self, address: &str, port: u16, protocol: Protocol, ids: &[u32]) -> Frontend {
         let base = self.next_slot;
         for id in ids {
@@ -250,7 +250,7 @@ impl Node {
         let row = Frontend {
             service_id: 1,
             flags,
-            outside: Pool { base, count: ids.len() as u32, member: pool_member::POOL_CLUSTER as u8, ..Pool::default() },
+            outside: Pool { base, count: ids.len() as u32, member: pool_member::POOL_LOCAL as u8, ..Pool::default() },
             ..Frontend::default()
         };
         self.frontend_row(address, port, protocol, &row);
@@ -580,7 +580,7 @@ pub fn backend(address: &str, port: u16, protocol: Protocol, local: bool) -> Bac
         address: address.parse::<Ipx>().unwrap().0,
         port_be: port.to_be_bytes(),
         state: backend_state::BACKEND_ACTIVE as u8,
-        pools: pool_member::POOL_CLUSTER as u8,
+        pools: (pool_member::POOL_CLUSTER | pool_member::POOL_LOCAL) as u8,
         generation: 1,
         service_id: 1,
         protocol: protocol as u8,
