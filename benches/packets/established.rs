@@ -7,7 +7,7 @@ use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
 
 use crate::measure::{Packets, Way};
-use crate::ways::{bare, ethernet, marked};
+use crate::ways::{bare, ethernet, marked, pod};
 use crate::wire::errors::error;
 use crate::wire::frame::{ACK, FIN, Frame, tcp, udp};
 use crate::wire::{Node, PASS, REDIRECT, ends};
@@ -61,6 +61,7 @@ pub fn ways(node: &Node, party: Party, protocol: Protocol) -> Vec<Way> {
     let routed = marked(Direction::In, uplink);
     vec![
         way("to a local backend", incoming, &request[0], PASS),
+        way("from a pod to a backend", pod(), &request[0], PASS),
         way("reply of a local backend", leaving, &reply[0], PASS),
         way("to a remote backend", incoming, &forth[0], REDIRECT),
         way("to a remote backend, route asked for", routed, &forth[0], REDIRECT),

@@ -2,7 +2,7 @@
 //! after the other, so that whatever disturbs one is likely to disturb the others. What counts is the lowest tenth of
 //! each: neighbours and interrupts only ever add to it.
 
-use kubelane::bpf::run::{Outcome, run_bare, run_marked};
+use kubelane::bpf::run::{Outcome, run_bare, run_marked, run_pod};
 use kubelane::bpf::yardstick::Yardstick;
 use kubelane::bpf::{Direction, LinkLayer};
 
@@ -33,12 +33,15 @@ pub struct Hook {
     pub link_layer: LinkLayer,
     pub interface: u32,
     pub mark: u32,
+    /// A pod's device, and no outward one.
+    pub is_pods: bool,
 }
 
 impl Hook {
     fn run(&self, node: &mut Node, packet: &[u8], repeat: u32) -> Outcome {
         let devices = node.datapath.devices();
         match self.link_layer {
+            _ if self.is_pods => run_pod(devices, packet, self.interface, repeat),
             LinkLayer::Ethernet => run_marked(devices, self.direction, packet, self.interface, self.mark, repeat),
             LinkLayer::None => run_bare(devices, self.direction, packet, self.interface, repeat),
         }

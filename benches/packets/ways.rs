@@ -7,7 +7,7 @@ use crate::established::{self, Party};
 use crate::first;
 use crate::measure::{Hook, Packets, Way};
 use crate::wire::frame::{ACK, tcp, udp};
-use crate::wire::{CLIENT4, CLIENT6, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, VIP4, VIP6};
+use crate::wire::{CLIENT4, CLIENT6, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, PODS, VIP4, VIP6, interface_index};
 
 const PARTIES: [Party; 2] = [
     Party { family: "IPv4", client: CLIENT4, service: VIP4, local: LOCAL4 },
@@ -20,7 +20,7 @@ const BARE_PARTIES: [Party; 2] = [
 ];
 
 pub fn ethernet(direction: Direction, interface: u32) -> Hook {
-    Hook { direction, link_layer: LinkLayer::Ethernet, interface, mark: 0 }
+    Hook { direction, link_layer: LinkLayer::Ethernet, interface, mark: 0, is_pods: false }
 }
 
 pub fn marked(direction: Direction, interface: u32) -> Hook {
@@ -29,6 +29,11 @@ pub fn marked(direction: Direction, interface: u32) -> Hook {
 
 pub fn bare(direction: Direction, interface: u32) -> Hook {
     Hook { link_layer: LinkLayer::None, ..ethernet(direction, interface) }
+}
+
+/// What comes in from a pod.
+pub fn pod() -> Hook {
+    Hook { is_pods: true, ..ethernet(Direction::In, interface_index(PODS)) }
 }
 
 /// All of them, with the rows that they need written.
@@ -74,5 +79,12 @@ fn unrelated(node: &Node) -> Vec<Way> {
         ]
         .map(|(what, direction, frame)| way(&format!("unrelated, {what}"), direction, frame.bytes())),
     );
+    let from_pod = [("IPv4", CLIENT4, "10.9.9.9"), ("IPv6", CLIENT6, "2001:db8:9::9")];
+    ways.extend(from_pod.map(|(family, from, to)| Way {
+        name: format!("unrelated, {family}, from a pod"),
+        hook: pod(),
+        packets: Packets::Same(tcp((from, 5000), (to, 443), ACK).bytes()),
+        action: PASS,
+    }));
     ways
 }

@@ -403,8 +403,9 @@ fn what_is_odd_is_named() {
         (
             &sctp,
             &[sctp_slice],
-            "port 5000: SCTP is served to packets from the wire only (there is no hook for sockets), and only where the \
-             endpoints' port is the one that is asked for (its checksum rules out another)",
+            "port 5000: SCTP is served to packets, from outside and of pods, but not to the node's own sockets, for \
+             which the kernel has no hook; and only where the endpoints' port is the one that is asked for, since its \
+             checksum rules out another",
         ),
     ] {
         let warning = Warning { subject: "Service default/web".into(), message: message.into() };

@@ -77,7 +77,7 @@ fn packets_of_pods_reach_services(world: &World) {
     ask_inside(world, "packets of pod client", &mut client, HERE, own.map(|ip| format!("a {ip}")));
     let elsewhere = world.sources.pod_elsewhere.clone();
     ask_inside(world, "packets of pod client", &mut client, THERE, elsewhere.clone().map(|ip| format!("b {ip}")));
-    let node = world.lab().node("node1").host.addresses();
+    let node = world.sources.host_here.clone();
     ask_inside(world, "packets of pod a", &mut a, HERE, node.map(|ip| format!("a {ip}")));
     for (number, expected) in [(HERE, own.map(|ip| format!("a {ip}"))), (THERE, elsewhere.map(|ip| format!("b {ip}")))]
     {

@@ -50,7 +50,7 @@ pub const REMOTE4: &str = "10.244.1.5";
 pub const REMOTE6: &str = "fd44::1:5";
 pub const TUNNEL_MTU: u32 = 1450;
 /// The device that this node's pods are behind.
-const PODS: &str = "pods0";
+pub const PODS: &str = "pods0";
 /// What tests send their frames to.
 const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
