@@ -237,6 +237,17 @@ fn slices_of_names_are_ignored_and_slices_of_nobody_are_named() {
 }
 
 #[test]
+fn slices_of_the_control_plane_are_told_from_those_that_people_write() {
+    let managers =
+        [("endpointslice-controller.k8s.io", true), ("endpointslicemirroring-controller.k8s.io", false), ("me", false)];
+    for (manager, is_controlled) in managers {
+        let labels = json!({"kubernetes.io/service-name": "web", "endpointslice.kubernetes.io/managed-by": manager});
+        let (used, _) = slice(json!({"metadata": {"name": "web-1", "namespace": "shop", "labels": labels}}));
+        assert_eq!(used.unwrap().is_controlled, is_controlled, "{manager}");
+    }
+}
+
+#[test]
 fn slice_ports_without_a_number_are_for_others_and_bad_ones_are_named() {
     let ports = json!([{"port": 8080}, {"name": "all", "port": null}, {"name": "bad", "port": 99999}, {"port": 53, "protocol": "UDP"}]);
     let (used, warnings) = slice(json!({"ports": ports}));

@@ -227,6 +227,7 @@ fn slice(n: u8, protocol: Protocol, count: u8) -> Change {
     Change::Slice(Box::new(Slice {
         name: ObjectName::new("default", &format!("web-{n}-abc")),
         service: format!("web-{n}").into(),
+        is_controlled: false,
         ports: vec![SlicePort { name: "".into(), protocol, port: 8080 }],
         endpoints: (1..=count).map(endpoint).collect(),
         triggered: None,
