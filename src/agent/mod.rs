@@ -63,6 +63,8 @@ pub struct Settings {
     pub healthz: Option<SocketAddr>,
     /// Where metrics are served; `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// Whether the daemon ends when one of these addresses cannot be had.
+    pub bind_hard_fail: bool,
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub forward_through: ForwardThrough,
@@ -84,10 +86,13 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
     let limits = Arc::new(Limits::default());
-    let servers = [
-        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
-        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone())),
-    ];
+    let mut servers = Vec::new();
+    for (flag, address) in [(HEALTHZ_FLAG, settings.healthz), (METRICS_FLAG, settings.metrics)] {
+        let Some(address) = address else { continue };
+        // Before anything is attached, and kept.
+        let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
+        servers.push(serve::Server { flag, address, listener });
+    }
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
@@ -100,11 +105,13 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     register_watches(&app.metrics, &status)?;
     let stale = StaleSocketPasses::new(stale_pass(&datapath, settings.destroy_tcp_sockets));
 
-    for (flag, address, router) in servers {
-        if let Some(address) = address {
-            let server = serve::run(flag, address, router, Arc::clone(&limits));
-            parts.spawn(part(flag, server));
-        }
+    for server in servers {
+        let router = if server.flag == HEALTHZ_FLAG {
+            serve::health_router(app.clone())
+        } else {
+            serve::metrics_router(app.clone())
+        };
+        parts.spawn(part(server.flag, serve::run(server, router, Arc::clone(&limits))));
     }
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
     let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions)?;

@@ -6,12 +6,11 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use super::value::{LOCAL_MODES, MODES, Sort};
 
 /// Name and sort. By subject; the last ones are its logging library's.
-const FLAGS: [(&str, Sort); 44] = [
+const FLAGS: [(&str, Sort); 43] = [
     ("feature-gates", Sort::Gates),
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),
     ("kube-api-qps", Sort::Number),
-    ("bind-address-hard-fail", Sort::Bool),
     ("profiling", Sort::Bool),
     ("show-hidden-metrics-for-version", Sort::Text),
     ("proxy-mode", MODES),

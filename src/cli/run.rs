@@ -67,6 +67,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         "kubelane starts"
     );
     let (healthz, metrics) = (flags.node.healthz(), flags.node.metrics());
+    let bind_hard_fail = flags.node.bind_address_hard_fail.unwrap_or_default();
     let nodeport_addresses = flags.nodeport_addresses();
     let traffic = flags.traffic;
     Ok(Settings {
@@ -84,6 +85,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         },
         healthz,
         metrics,
+        bind_hard_fail,
         nodeport_addresses,
         devices: flags.devices,
         forward_through: traffic.forward_through.unwrap_or_default(),
