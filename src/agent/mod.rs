@@ -12,10 +12,12 @@ mod links;
 mod outlets;
 mod probe;
 mod reach;
+mod request;
 mod retry;
 mod routes;
 mod source;
 mod stale;
+mod trial;
 mod wire;
 mod worker;
 mod worker_warnings;
@@ -42,6 +44,7 @@ use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, 
 use crate::sync::{Core, CoreSettings};
 use conditions::Conditions;
 use outlets::Outlets;
+use request::Request;
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
 use wire::Wire;
@@ -114,8 +117,9 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         parts.spawn(part(server.flag, serve::run(server, router, Arc::clone(&limits))));
     }
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
-    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions)?;
-    let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
+    let (asking, requests) = mpsc::channel(1);
+    watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions, &asking)?;
+    let outlets = attend(&mut parts, &settings, &app, limits, source.client(), asking)?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
         k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
@@ -130,7 +134,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
         outlets,
-        audits,
+        requests,
         started,
     };
     let (listeners, attached) = watch::channel(None);
@@ -160,15 +164,16 @@ async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static s
     (name, Ok(()))
 }
 
-/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits of attachments and rows, which ask the
-/// worker.
+/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits of attachments and rows, which ask
+/// the `worker`.
 fn watch_kernel(
     parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
     datapath: &mut Datapath,
     settings: &Settings,
     app: &App,
     conditions: &Conditions,
-) -> anyhow::Result<mpsc::Receiver<audit::Request>> {
+    worker: &mpsc::Sender<Request>,
+) -> anyhow::Result<()> {
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
     if let Some(counts) = datapath.service_connections()? {
@@ -186,12 +191,11 @@ fn watch_kernel(
     parts.spawn(async move { ("IPsec policies", routes::follow_policies(epoch, forward_through).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
-    let (requests, audits) = mpsc::channel(1);
-    let links = links::watch(datapath.socket_hooks(), requests.clone(), conditions.clone());
+    let links = links::watch(datapath.socket_hooks(), worker.clone(), conditions.clone());
     parts.spawn(async move { ("attachments", links.await) });
-    let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
-    parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
-    Ok(audits)
+    let (maps, audited, worker) = (Maps::open(&settings.datapath.pin_path)?, app.clone(), worker.clone());
+    parts.spawn(async move { ("audits", audit::run(maps, worker, audited).await) });
+    Ok(())
 }
 
 /// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
@@ -202,14 +206,14 @@ fn attend(
     app: &App,
     limits: Arc<Limits>,
     client: Option<kube::Client>,
+    worker: mpsc::Sender<Request>,
 ) -> anyhow::Result<Outlets> {
     let node = || settings.node_name.clone();
     let (health_checks, wanted) = watch::channel(HealthChecks::default());
     let (notices, told) = mpsc::channel(k8s::events::WAITING);
     let service_health = serve::run_service_health(wanted, node(), app.clone(), limits, notices.clone());
     parts.spawn(part("health checks of Services", service_health));
-    let maps = Maps::open(&settings.datapath.pin_path)?;
-    let trial = probe::run(maps, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
+    let trial = probe::run(worker, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
     parts.spawn(async move {
         trial.await;
         std::future::pending().await
