@@ -1,6 +1,6 @@
 //! kubelane: a kube-proxy replacement in eBPF that runs beside any CNI.
 //!
-//! Knowledge flows one way: `k8s` and `files` turn Kubernetes objects into `model` records; `plan` turns records into
+//! Knowledge flows one way: `k8s` and `files` read `objects` and turn them into `model` records; `plan` turns records into
 //! kernel rows; `sync` applies rows through the `MapIo` trait; `bpf` alone speaks to the kernel. `agent` wires them.
 //! See ARCHITECTURE.md.
 
@@ -13,6 +13,7 @@ pub mod files;
 pub mod k8s;
 pub mod model;
 pub mod netdev;
+pub mod objects;
 pub mod plan;
 pub mod serve;
 pub mod sync;

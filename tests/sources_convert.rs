@@ -1,9 +1,9 @@
 //! How Kubernetes objects become domain records: field by field, with what is said of fields that cannot be used.
 
-use kubelane::k8s::Settings;
-use kubelane::k8s::convert::{Convert, Converter};
-use kubelane::k8s::wire;
 use kubelane::model::{Change, Node, Service, Slice, TrafficPolicy};
+use kubelane::objects::Settings;
+use kubelane::objects::convert::{Convert, Converter};
+use kubelane::objects::wire;
 use serde_json::{Value, json};
 
 fn convert<W: Convert>(object: &Value) -> (Option<Change>, Vec<String>) {

@@ -12,8 +12,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kubelane::k8s::{self, Settings, SourceStatus};
+use kubelane::k8s;
 use kubelane::model::{Change, Kind};
+use kubelane::objects::{Settings, SourceStatus};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;

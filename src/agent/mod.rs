@@ -37,9 +37,10 @@ pub use source::SourceSettings;
 
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps, PacketTrial};
-use crate::k8s::{self, SourceStatus};
+use crate::k8s::{self, ApiServer};
 use crate::model::{About, ForwardThrough, HostConntrack, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses};
+use crate::objects::{self, SourceStatus, WatchState};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
 use conditions::Conditions;
@@ -119,10 +120,10 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
     let (asking, requests) = mpsc::channel(1);
     watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions, &asking)?;
-    let outlets = attend(&mut parts, &settings, &app, limits, source.client(), asking)?;
+    let outlets = attend(&mut parts, &settings, &app, limits, source.api_server(), asking)?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
-        k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
+        objects::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
     parts.spawn(async move { ("--source", source.run(for_source, sender, status).await) });
 
     let inputs = Inputs {
@@ -199,13 +200,13 @@ fn watch_kernel(
 }
 
 /// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
-/// Without a client there is nobody to tell. Returns what the worker tells them by.
+/// Without an API server there is nobody to tell. Returns what the worker tells them by.
 fn attend(
     parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
     settings: &Settings,
     app: &App,
     limits: Arc<Limits>,
-    client: Option<kube::Client>,
+    server: Option<ApiServer>,
     worker: mpsc::Sender<Request>,
 ) -> anyhow::Result<Outlets> {
     let node = || settings.node_name.clone();
@@ -218,7 +219,7 @@ fn attend(
         trial.await;
         std::future::pending().await
     });
-    let Some(client) = client else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
+    let Some(server) = server else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
     let note = concat!("kubelane ", env!("CARGO_PKG_VERSION")).to_owned();
     let starting = Notice {
         about: About::Node,
@@ -229,14 +230,13 @@ fn attend(
         is_of_cluster: false,
     };
     notices.try_send(starting).context("the first notice")?;
-    let events = k8s::events::run(client.clone(), node(), told);
-    parts.spawn(part("events", events));
+    parts.spawn(part("events", server.clone().post(node(), told)));
     let startup_taint = settings.startup_taint.clone().map(|key| {
         let (tainted, is_tainted) = watch::channel(false);
         let (mut stage, node, taint) = (app.health.stage(), node(), key.clone());
         parts.spawn(async move {
             let _ = stage.wait_for(|stage| *stage == Stage::Ready).await;
-            k8s::startup_taint::run(client, node, taint, is_tainted).await;
+            server.take_taint(node, taint, is_tainted).await;
             ("--startup-taint", Ok(()))
         });
         (key, tainted)
@@ -271,7 +271,7 @@ fn register_counters(metrics: &Metrics, pin_path: &Path) -> anyhow::Result<()> {
 }
 
 /// What a metric shows of a watch.
-type Of = fn(&k8s::WatchState) -> f64;
+type Of = fn(&WatchState) -> f64;
 
 fn register_watches(metrics: &Metrics, status: &Arc<SourceStatus>) -> anyhow::Result<()> {
     let read = |status: &Arc<SourceStatus>, of: Of| {

@@ -19,10 +19,10 @@ use anyhow::Context;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::k8s::convert::Converter;
-use crate::k8s::outlet::{Closed, Outlet};
-use crate::k8s::{Settings, SourceStatus};
 use crate::model::{Change, Kind};
+use crate::objects::convert::Converter;
+use crate::objects::outlet::{Closed, Outlet};
+use crate::objects::{Settings, SourceStatus};
 use index::{Index, Output};
 use notify::{Event, Watcher};
 

@@ -9,9 +9,9 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::split::{self, Identity, Piece, Shape};
-use crate::k8s::convert::{Convert, Converter};
-use crate::k8s::wire;
 use crate::model::{Change, ObjectName, Warning};
+use crate::objects::convert::{Convert, Converter};
+use crate::objects::wire;
 use crate::table::HashSet;
 
 /// A file above this size is refused: a directory of objects is not a place for disk images.

@@ -21,7 +21,7 @@ use super::backoff::{Backoff, fraction};
 use super::envelope::Envelope;
 use super::list::list;
 use super::trouble;
-use super::wire::Wire;
+use crate::objects::wire::Wire;
 
 /// A streaming list that says nothing for this long is not one: the server ignores `sendInitialEvents`, or has too much
 /// to do.

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use super::backoff::{Backoff, fraction};
-use super::status::WatchState;
+use crate::objects::WatchState;
 
 /// The API server starts to answer a list or a watch in this time, or the request counts as failed.
 const ANSWER: Duration = Duration::from_secs(30);
