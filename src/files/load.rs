@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::parse::{self, Fault, Key, Object, Parsed};
+use super::fault::Fault;
+use super::parse::{self, Key, Object, Parsed};
 use super::split;
 use crate::objects::Settings;
 use crate::objects::convert::Converter;

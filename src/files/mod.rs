@@ -6,6 +6,7 @@
 //! file is read when it was closed or renamed, never while it is being written. Symbolic links are followed, and a
 //! ConfigMap volume's `..data` swap is noticed; a change of the target of any other link is not.
 
+mod fault;
 mod index;
 mod load;
 mod notify;
