@@ -6,6 +6,7 @@
 
 pub mod abi;
 pub mod agent;
+mod backoff;
 pub mod bpf;
 mod chain;
 pub mod cli;

@@ -11,7 +11,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use tokio::net::{TcpListener, TcpSocket};
@@ -19,8 +19,8 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use super::request::Request;
-use super::retry::Retry;
 use super::trial::Trial;
+use crate::backoff::Backoff;
 use crate::serve::{Health, Stage};
 
 const FRONTENDS: [(SocketAddr, IpAddr); 2] = [
@@ -50,7 +50,7 @@ pub async fn run(worker: mpsc::Sender<Request>, cgroup: PathBuf, health: Arc<Hea
         info!("{remark}");
         return health.probed(Some(&remark));
     }
-    let (mut retry, mut told) = (Retry::default(), None);
+    let (mut backoff, mut told) = (Backoff::of_kernel(), None);
     loop {
         match probe(&worker).await {
             Ok(families) => {
@@ -64,8 +64,7 @@ pub async fn run(worker: mpsc::Sender<Request>, cgroup: PathBuf, health: Arc<Hea
                     warn!("{reason}; trying again");
                     told = Some(reason);
                 }
-                retry.failed(Instant::now());
-                tokio::time::sleep_until(retry.due().unwrap_or_else(Instant::now).into()).await;
+                tokio::time::sleep(backoff.next()).await;
             }
         }
     }

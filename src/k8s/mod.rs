@@ -1,7 +1,6 @@
 //! The Kubernetes source: watches Services, EndpointSlices and this node's Node, and says what it sees as domain
 //! changes. Kubernetes types stop in this module.
 
-mod backoff;
 mod certificate;
 mod client;
 mod connect;

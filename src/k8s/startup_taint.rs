@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::backoff::Backoff;
+use crate::backoff::Backoff;
 
 /// For how long the Node may seem to have a taint that was taken away before it is looked at again: it may have been
 /// registered anew in the meantime, which the watch shows as no change at all.

@@ -13,7 +13,7 @@ use kube::client::Body as KubeBody;
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::backoff::{Backoff, fraction};
+use crate::backoff::Backoff;
 use crate::objects::WatchState;
 
 /// The API server starts to answer a list or a watch in this time, or the request counts as failed.
@@ -190,7 +190,7 @@ impl Watch {
         if lasted >= TOO_SHORT {
             *pace = Pace::default();
             if lasted + EARLY < self.lasts {
-                pace.not_before = Some(Instant::now() + RESUME_SPREAD.mul_f64(fraction()));
+                pace.not_before = Some(Instant::now() + RESUME_SPREAD.mul_f64(fastrand::f64()));
             }
             return;
         }

@@ -9,10 +9,10 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::backoff::Backoff;
 use super::envelope::{Envelope, Unreadable};
 use super::follow::{Follower, Selection};
 use super::{transport, trouble};
+use crate::backoff::Backoff;
 use crate::model::{Change, Kind, Warning};
 use crate::objects::convert::{Convert, Converter};
 use crate::objects::outlet::{Closed, Outlet};
