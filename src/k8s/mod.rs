@@ -7,6 +7,7 @@ mod connect;
 mod envelope;
 pub mod events;
 mod exec;
+mod first;
 mod follow;
 pub mod inquiry;
 mod insecure;
