@@ -90,13 +90,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
     let limits = Arc::new(Limits::default());
-    let mut servers = Vec::new();
-    for (flag, address) in [(HEALTHZ_FLAG, settings.healthz), (METRICS_FLAG, settings.metrics)] {
-        let Some(address) = address else { continue };
-        // Before anything is attached, and kept.
-        let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
-        servers.push(serve::Server { flag, address, listener });
-    }
+    let servers = servers(&settings, &app)?;
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
@@ -110,12 +104,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let stale = StaleSocketPasses::new(stale_pass(&datapath, settings.destroy_tcp_sockets));
 
     for server in servers {
-        let router = if server.flag == HEALTHZ_FLAG {
-            serve::health_router(app.clone())
-        } else {
-            serve::metrics_router(app.clone())
-        };
-        parts.spawn(part(server.flag, serve::run(server, router, Arc::clone(&limits))));
+        parts.spawn(part(server.flag, serve::run(server, Arc::clone(&limits))));
     }
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
     let (asking, requests) = mpsc::channel(1);
@@ -157,6 +146,21 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             Err(why(tokio::time::timeout(LAST_WORDS, parts.join_next()).await.unwrap_or_default()))
         }
     }
+}
+
+/// The servers for health and metrics. Where the daemon is to end if an address cannot be had, that is known now, before
+/// anything is attached.
+fn servers(settings: &Settings, app: &App) -> anyhow::Result<Vec<serve::Server>> {
+    let all = [
+        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
+        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone())),
+    ];
+    let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
+    let server = |(flag, address, router)| {
+        let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
+        Ok(serve::Server { flag, address, router, listener })
+    };
+    wanted.map(server).collect()
 }
 
 /// A part that has no failure to tell of; that it ends is one.

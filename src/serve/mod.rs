@@ -84,14 +84,15 @@ const RETRY: Duration = Duration::from_secs(5);
 pub struct Server {
     pub flag: &'static str,
     pub address: SocketAddr,
+    pub router: Router,
     /// Where it listens already.
     pub listener: Option<TcpListener>,
 }
 
 /// Serves until it is dropped. Services do not wait for a port that somebody else has: it is told once, and had when it is
 /// free.
-pub async fn run(server: Server, router: Router, limits: Arc<Limits>) {
-    let Server { flag, address, mut listener } = server;
+pub async fn run(server: Server, limits: Arc<Limits>) {
+    let Server { flag, address, router, mut listener } = server;
     let mut told = None;
     let listener = loop {
         match listener.take().map_or_else(|| bind(flag, address), Ok) {
