@@ -2,7 +2,7 @@
 # for those of single packets: check-figures.
 # ARGS goes to the bench: make bench ARGS="--path node-port-remote --rounds 9"
 
-.PHONY: bench bench-quick bench-control bench-scale bench-netperf bench-packets bench-micro check-figures
+.PHONY: bench bench-quick bench-control bench-api bench-scale bench-netperf bench-packets bench-micro check-figures
 
 bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, first connections, plots in target/bench (root, under 20 min)
 	cargo bench --features lab --bench compare -- $(ARGS)
@@ -17,6 +17,10 @@ bench-scale: setup ## The daemon at 10,000 Services: first sync, memory, one cha
 
 bench-control: setup ## The control plane at 100 to 100,000 Services, and kube-proxy's rule sets beside it (root, 10 min)
 	cargo bench --features lab --bench control -- $(ARGS)
+
+# Requests and bytes are the same in every profile, and tests have built this one.
+bench-api: setup ## Requests, connections and bytes that one daemon asks of an API server, and many that come back to one (root)
+	cargo bench --profile dev --features lab --bench api -- $(ARGS)
 
 bench-netperf: setup ## netperf through a cluster IP against the pod's address (root)
 	cargo bench --features lab --bench netperf -- $(ARGS)

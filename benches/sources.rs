@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use generator::World;
 use kubelane::files;
-use kubelane::k8s::{Settings, SourceStatus};
 use kubelane::model::{Change, Kind};
+use kubelane::objects::{Settings, SourceStatus};
 use tokio::sync::mpsc;
 
 const WORLD: World = World { services: 10_000, endpoints: 10 };

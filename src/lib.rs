@@ -1,11 +1,12 @@
 //! kubelane: a kube-proxy replacement in eBPF that runs beside any CNI.
 //!
-//! Knowledge flows one way: `k8s` and `files` turn Kubernetes objects into `model` records; `plan` turns records into
+//! Knowledge flows one way: `k8s` and `files` read `objects` and turn them into `model` records; `plan` turns records into
 //! kernel rows; `sync` applies rows through the `MapIo` trait; `bpf` alone speaks to the kernel. `agent` wires them.
 //! See ARCHITECTURE.md.
 
 pub mod abi;
 pub mod agent;
+mod backoff;
 pub mod bpf;
 mod chain;
 pub mod cli;
@@ -13,6 +14,7 @@ pub mod files;
 pub mod k8s;
 pub mod model;
 pub mod netdev;
+pub mod objects;
 pub mod plan;
 pub mod serve;
 pub mod sync;

@@ -238,6 +238,38 @@ fn a_port_that_is_taken_keeps_no_service_waiting_and_is_had_when_it_is_free() {
 }
 
 #[test]
+fn a_port_that_is_taken_ends_a_daemon_that_is_told_so_before_anything_is_attached() {
+    let Some(world) = World::or_skip() else { return };
+    let taken = TcpListener::bind(world.metrics).unwrap();
+    let address = world.metrics.to_string();
+    fs::write(
+        world.path("config.conf"),
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nbindAddressHardFail: true\n",
+    )
+    .unwrap();
+    let config = world.path("config.conf");
+    for arguments in [&["--bind-address-hard-fail"][..], &["--config", &config]] {
+        let status = world.start(arguments).ended();
+        assert_eq!(status.code(), Some(1), "{}", world.log());
+        let expected = format!("--metrics-bind-address: cannot listen on {address}");
+        assert!(world.log().lines().last().is_some_and(|line| line.contains(&expected)), "{}", world.log());
+        assert!(!PathBuf::from(world.pins()).exists(), "nothing was made");
+    }
+    let check = |more: &[&str]| {
+        let line = [&["check", "--metrics-bind-address", &address, "--healthz-bind-address", ""], more].concat();
+        let said = text(&world.ask(&line).stdout);
+        said.lines().find(|line| line.contains("metrics port")).unwrap().to_owned()
+    };
+    assert!(check(&["--bind-address-hard-fail"]).starts_with("FAIL"));
+    assert!(check(&["--config", &config, "--bind-address-hard-fail=false"]).starts_with("warn"), "the flag wins");
+
+    drop(taken);
+    let daemon = world.start(&["--bind-address-hard-fail"]);
+    daemon.wait_ready();
+    assert!(world.http(world.metrics, "/proxyMode").is_some(), "{}", world.log());
+}
+
+#[test]
 fn json_logs_are_one_object_a_line_and_tell_of_the_first_sync() {
     let Some(world) = World::or_skip() else { return };
     let daemon = world.start(&["--log-format", "json"]);

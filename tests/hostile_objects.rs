@@ -7,8 +7,9 @@ mod hostile;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kubelane::k8s::{self, Settings, SourceStatus};
+use kubelane::k8s;
 use kubelane::model::{Change, Masquerade, ObjectName};
+use kubelane::objects::{Settings, SourceStatus};
 use kubelane::plan::compile::Compiled;
 use kubelane::plan::warnings::WarningBook;
 use kubelane::plan::world::World;

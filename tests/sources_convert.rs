@@ -1,9 +1,9 @@
 //! How Kubernetes objects become domain records: field by field, with what is said of fields that cannot be used.
 
-use kubelane::k8s::Settings;
-use kubelane::k8s::convert::{Convert, Converter};
-use kubelane::k8s::wire;
 use kubelane::model::{Change, Node, Service, Slice, TrafficPolicy};
+use kubelane::objects::Settings;
+use kubelane::objects::convert::{Convert, Converter};
+use kubelane::objects::wire;
 use serde_json::{Value, json};
 
 fn convert<W: Convert>(object: &Value) -> (Option<Change>, Vec<String>) {
@@ -233,6 +233,17 @@ fn slices_of_names_are_ignored_and_slices_of_nobody_are_named() {
     for odd in [json!({"addressType": "IPX"}), json!({"metadata": {"name": "x", "labels": null}})] {
         let (used, warnings) = slice(odd.clone());
         assert!(used.is_none() && warnings.len() == 1, "{odd}: {warnings:?}");
+    }
+}
+
+#[test]
+fn slices_of_the_control_plane_are_told_from_those_that_people_write() {
+    let managers =
+        [("endpointslice-controller.k8s.io", true), ("endpointslicemirroring-controller.k8s.io", false), ("me", false)];
+    for (manager, is_controlled) in managers {
+        let labels = json!({"kubernetes.io/service-name": "web", "endpointslice.kubernetes.io/managed-by": manager});
+        let (used, _) = slice(json!({"metadata": {"name": "web-1", "namespace": "shop", "labels": labels}}));
+        assert_eq!(used.unwrap().is_controlled, is_controlled, "{manager}");
     }
 }
 

@@ -11,8 +11,8 @@ use std::time::Duration;
 use apiserver::recorded;
 use apiserver::seen::Seen;
 use kubelane::files;
-use kubelane::k8s::{Settings, SourceStatus};
 use kubelane::model::{Change, Kind};
+use kubelane::objects::{Settings, SourceStatus};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 use apiserver::seen::Seen;
 use apiserver::source::{Source, service};
 use apiserver::{Answer, ApiServer, Resource, Verb, recorded};
-use kubelane::k8s::{self, Settings, SourceStatus};
+use kubelane::k8s;
 use kubelane::model::{Family, Kind, TrafficPolicy};
+use kubelane::objects::{Settings, SourceStatus};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 

@@ -8,9 +8,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kubelane::k8s::convert::{Convert as _, Converter};
-use kubelane::k8s::{Settings, wire};
 use kubelane::model::{Change, Kind};
+use kubelane::objects::convert::{Convert as _, Converter};
+use kubelane::objects::{Settings, wire};
 use kubelane::plan::compile::{Context, compile};
 use kubelane::plan::select::Place;
 use kubelane::plan::shares::UNLIMITED;

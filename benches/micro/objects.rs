@@ -44,6 +44,7 @@ fn slice(number: u32, first: u32, count: u32) -> Slice {
     Slice {
         name: ObjectName::new("bench", &format!("service-{number}-{first}")),
         service: format!("service-{number}").into(),
+        is_controlled: false,
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints: (0..count).map(endpoint).collect(),
         triggered: None,

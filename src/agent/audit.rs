@@ -6,22 +6,13 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 
+use super::request::Request;
 use crate::bpf;
 use crate::serve::{App, Stage};
-use crate::sync::{MapIo, MapName, Snapshot};
+use crate::sync::{MapIo, MapName};
 
 /// Between two audits. Each reads every row of every map.
 const EVERY: Duration = Duration::from_secs(600);
-
-/// What the worker is asked.
-pub enum Request {
-    /// What was written to a map; `None`: something waits to be written.
-    Snapshot(MapName, oneshot::Sender<Option<Snapshot>>),
-    /// Whether these rows are as written, and if not, to write them again.
-    Correct(MapName, Vec<Vec<u8>>),
-    /// Whether the programs are still on the devices, and if not, to attach them again.
-    Devices,
-}
 
 /// Runs for ever; an audit that fails is told of when its reason is new. `maps`: handles of its own.
 ///

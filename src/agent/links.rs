@@ -10,9 +10,9 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::warn;
 
-use super::audit::Request;
 use super::conditions::{Conditions, Place, Reason};
 use super::contest::{Contests, Verdict};
+use super::request::Request;
 use crate::bpf::SocketHooks;
 
 /// Between two looks. One takes some system calls for each program.

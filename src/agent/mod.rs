@@ -12,10 +12,12 @@ mod links;
 mod outlets;
 mod probe;
 mod reach;
+mod request;
 mod retry;
 mod routes;
 mod source;
 mod stale;
+mod trial;
 mod wire;
 mod worker;
 mod worker_warnings;
@@ -35,13 +37,15 @@ pub use source::SourceSettings;
 
 use crate::abi;
 use crate::bpf::{self, Datapath, Maps, PacketTrial};
-use crate::k8s::{self, SourceStatus};
+use crate::k8s::{self, ApiServer};
 use crate::model::{About, ForwardThrough, HostConntrack, Masquerade, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses, PodDevices};
+use crate::objects::{self, SourceStatus, WatchState};
 use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
 use crate::sync::{Core, CoreSettings};
 use conditions::Conditions;
 use outlets::Outlets;
+use request::Request;
 use source::Source;
 use stale::{Pass, StaleSocketPasses};
 use wire::Wire;
@@ -63,6 +67,8 @@ pub struct Settings {
     pub healthz: Option<SocketAddr>,
     /// Where metrics are served; `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// Whether the daemon ends when one of these addresses cannot be had.
+    pub bind_hard_fail: bool,
     pub nodeport_addresses: NodePortAddresses,
     pub devices: DeviceSelection,
     pub pod_devices: PodDevices,
@@ -86,10 +92,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
     let limits = Arc::new(Limits::default());
-    let servers = [
-        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
-        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone())),
-    ];
+    let servers = servers(&settings, &app)?;
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
@@ -102,18 +105,16 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     register_watches(&app.metrics, &status)?;
     let stale = StaleSocketPasses::new(stale_pass(&datapath, settings.destroy_tcp_sockets));
 
-    for (flag, address, router) in servers {
-        if let Some(address) = address {
-            let server = serve::run(flag, address, router, Arc::clone(&limits));
-            parts.spawn(part(flag, server));
-        }
+    for server in servers {
+        parts.spawn(part(server.flag, serve::run(server, Arc::clone(&limits))));
     }
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
-    let audits = watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions)?;
-    let outlets = attend(&mut parts, &settings, &app, limits, source.client())?;
+    let (asking, requests) = mpsc::channel(1);
+    watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions, &asking)?;
+    let outlets = attend(&mut parts, &settings, &app, limits, source.api_server(), asking)?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
     let for_source =
-        k8s::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
+        objects::Settings { node_name: settings.node_name.clone(), service_proxy_name: settings.service_proxy_name };
     parts.spawn(async move { ("--source", source.run(for_source, sender, status).await) });
 
     let inputs = Inputs {
@@ -126,7 +127,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         destroy_tcp_sockets: settings.destroy_tcp_sockets,
         app,
         outlets,
-        audits,
+        requests,
         started,
     };
     let (listeners, attached) = watch::channel(None);
@@ -150,21 +151,37 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     }
 }
 
+/// The servers for health and metrics. Where the daemon is to end if an address cannot be had, that is known now, before
+/// anything is attached.
+fn servers(settings: &Settings, app: &App) -> anyhow::Result<Vec<serve::Server>> {
+    let all = [
+        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
+        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone())),
+    ];
+    let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
+    let server = |(flag, address, router)| {
+        let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
+        Ok(serve::Server { flag, address, router, listener })
+    };
+    wanted.map(server).collect()
+}
+
 /// A part that has no failure to tell of; that it ends is one.
 async fn part(name: &'static str, work: impl Future<Output = ()>) -> (&'static str, anyhow::Result<()>) {
     work.await;
     (name, Ok(()))
 }
 
-/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits of attachments and rows, which ask the
-/// worker.
+/// Starts the passes over what is in the kernel: flows, routes, counts, drops, and audits of attachments and rows, which ask
+/// the `worker`.
 fn watch_kernel(
     parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
     datapath: &mut Datapath,
     settings: &Settings,
     app: &App,
     conditions: &Conditions,
-) -> anyhow::Result<mpsc::Receiver<audit::Request>> {
+    worker: &mpsc::Sender<Request>,
+) -> anyhow::Result<()> {
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
     if let Some(counts) = datapath.service_connections()? {
@@ -178,35 +195,34 @@ fn watch_kernel(
     parts.spawn(async move { ("IPsec policies", routes::follow_policies(reasons).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
-    let (requests, audits) = mpsc::channel(1);
-    let links = links::watch(datapath.socket_hooks(), requests.clone(), conditions.clone());
+    let links = links::watch(datapath.socket_hooks(), worker.clone(), conditions.clone());
     parts.spawn(async move { ("attachments", links.await) });
-    let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
-    parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
-    Ok(audits)
+    let (maps, audited, worker) = (Maps::open(&settings.datapath.pin_path)?, app.clone(), worker.clone());
+    parts.spawn(async move { ("audits", audit::run(maps, worker, audited).await) });
+    Ok(())
 }
 
 /// Starts what goes on beside the worker: health checks of Services, the datapath's trial, events, the startup taint.
-/// Without a client there is nobody to tell. Returns what the worker tells them by.
+/// Without an API server there is nobody to tell. Returns what the worker tells them by.
 fn attend(
     parts: &mut JoinSet<(&'static str, anyhow::Result<()>)>,
     settings: &Settings,
     app: &App,
     limits: Arc<Limits>,
-    client: Option<kube::Client>,
+    server: Option<ApiServer>,
+    worker: mpsc::Sender<Request>,
 ) -> anyhow::Result<Outlets> {
     let node = || settings.node_name.clone();
     let (health_checks, wanted) = watch::channel(HealthChecks::default());
     let (notices, told) = mpsc::channel(k8s::events::WAITING);
     let service_health = serve::run_service_health(wanted, node(), app.clone(), limits, notices.clone());
     parts.spawn(part("health checks of Services", service_health));
-    let maps = Maps::open(&settings.datapath.pin_path)?;
-    let trial = probe::run(maps, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
+    let trial = probe::run(worker, settings.datapath.cgroup.clone(), Arc::clone(&app.health));
     parts.spawn(async move {
         trial.await;
         std::future::pending().await
     });
-    let Some(client) = client else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
+    let Some(server) = server else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
     let note = concat!("kubelane ", env!("CARGO_PKG_VERSION")).to_owned();
     let starting = Notice {
         about: About::Node,
@@ -217,14 +233,13 @@ fn attend(
         is_of_cluster: false,
     };
     notices.try_send(starting).context("the first notice")?;
-    let events = k8s::events::run(client.clone(), node(), told);
-    parts.spawn(part("events", events));
+    parts.spawn(part("events", server.clone().post(node(), told)));
     let startup_taint = settings.startup_taint.clone().map(|key| {
         let (tainted, is_tainted) = watch::channel(false);
         let (mut stage, node, taint) = (app.health.stage(), node(), key.clone());
         parts.spawn(async move {
             let _ = stage.wait_for(|stage| *stage == Stage::Ready).await;
-            k8s::startup_taint::run(client, node, taint, is_tainted).await;
+            server.take_taint(node, taint, is_tainted).await;
             ("--startup-taint", Ok(()))
         });
         (key, tainted)
@@ -259,7 +274,7 @@ fn register_counters(metrics: &Metrics, pin_path: &Path) -> anyhow::Result<()> {
 }
 
 /// What a metric shows of a watch.
-type Of = fn(&k8s::WatchState) -> f64;
+type Of = fn(&WatchState) -> f64;
 
 fn register_watches(metrics: &Metrics, status: &Arc<SourceStatus>) -> anyhow::Result<()> {
     let read = |status: &Arc<SourceStatus>, of: Of| {

@@ -4,33 +4,24 @@
 //! The frontend's addresses are reserved and routed nowhere: 192.0.0.8 (RFC 7600, the IPv4 dummy address) and
 //! 100::c000:8 (RFC 6666, discard-only). They have no row in `addresses`, so that packets from the wire never ask for
 //! them, and the probing socket is bound to the loopback device, so that nothing leaves the node if no program translates
-//! it. The backend is number 0, which no Service ever gets (an id of 0 is an empty slot), behind a slot that is empty:
-//! what the planner and the next daemon see in the maps does not change. Rows go away with the guard that wrote them;
-//! those of a daemon that was killed meanwhile are orphans to the next one, which removes them.
+//! it. The worker writes the rows (`trial.rs`).
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use bytemuck::bytes_of;
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
-use super::retry::Retry;
-use crate::abi::backend_flag::BACKEND_NODE_LOCAL;
-use crate::abi::backend_state::BACKEND_ACTIVE;
-use crate::abi::frontend_flag::FRONTEND_CLUSTER_IP;
-use crate::abi::pool_empty::EMPTY_REFUSE;
-use crate::abi::pool_member::POOL_CLUSTER;
-use crate::abi::{Backend, Frontend, FrontendKey, Pool};
-use crate::bpf::Maps;
-use crate::model::{Ipx, Protocol};
+use super::request::Request;
+use super::trial::Trial;
+use crate::backoff::Backoff;
 use crate::serve::{Health, Stage};
-use crate::sync::{MapIo, MapName};
 
 const FRONTENDS: [(SocketAddr, IpAddr); 2] = [
     (SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 0, 8)), 10256), IpAddr::V4(Ipv4Addr::LOCALHOST)),
@@ -41,12 +32,10 @@ const FRONTENDS: [(SocketAddr, IpAddr); 2] = [
 ];
 /// Over the loopback device it takes well under a millisecond.
 const PATIENCE: Duration = Duration::from_secs(2);
-const BACKEND_ID: u32 = 0;
-const GENERATION: u32 = 1;
 
-/// Waits for the first sync, and tries until a connection goes through; tells `health`. `maps`: handles of its own.
+/// Waits for the first sync, and tries until a connection goes through; tells `health`. `worker`: who writes the rows.
 /// `cgroup`: whose processes the programs see. Ends when the trial is over.
-pub async fn run(mut maps: Maps, cgroup: PathBuf, health: Arc<Health>) {
+pub async fn run(worker: mpsc::Sender<Request>, cgroup: PathBuf, health: Arc<Health>) {
     let mut stage = health.stage();
     if stage.wait_for(|stage| *stage >= Stage::Synced).await.is_err() {
         return;
@@ -61,9 +50,9 @@ pub async fn run(mut maps: Maps, cgroup: PathBuf, health: Arc<Health>) {
         info!("{remark}");
         return health.probed(Some(&remark));
     }
-    let (mut retry, mut told) = (Retry::default(), None);
+    let (mut backoff, mut told) = (Backoff::of_kernel(), None);
     loop {
-        match probe(&mut maps).await {
+        match probe(&worker).await {
             Ok(families) => {
                 info!("a connection went through the datapath: {families}");
                 return health.probed(None);
@@ -75,8 +64,7 @@ pub async fn run(mut maps: Maps, cgroup: PathBuf, health: Arc<Health>) {
                     warn!("{reason}; trying again");
                     told = Some(reason);
                 }
-                retry.failed(Instant::now());
-                tokio::time::sleep_until(retry.due().unwrap_or_else(Instant::now).into()).await;
+                tokio::time::sleep(backoff.next()).await;
             }
         }
     }
@@ -102,7 +90,7 @@ fn is_below(cgroup: &Path) -> bool {
 }
 
 /// Returns the families that passed. A family without a loopback address is off on this node.
-async fn probe(maps: &mut Maps) -> anyhow::Result<String> {
+async fn probe(worker: &mpsc::Sender<Request>) -> anyhow::Result<String> {
     let mut passed = Vec::new();
     for (frontend, loopback) in FRONTENDS {
         let listener = match TcpListener::bind((loopback, 0)).await {
@@ -110,15 +98,21 @@ async fn probe(maps: &mut Maps) -> anyhow::Result<String> {
             Err(error) if is_off(&error) => continue,
             Err(error) => return Err(error).with_context(|| format!("listening on {loopback}")),
         };
-        let rows = Rows::write(maps, frontend, listener.local_addr()?)?;
+        ask(worker, Some(Trial { frontend, listener: listener.local_addr()? })).await?;
         let result = tokio::time::timeout(PATIENCE, exchange(&listener, frontend)).await;
-        drop(rows);
+        ask(worker, None).await?;
         let within = || format!("to {frontend}: nothing came in {} s", PATIENCE.as_secs());
         result.with_context(within)?.with_context(|| format!("to {frontend}"))?;
         passed.push(if frontend.is_ipv4() { "IPv4" } else { "IPv6" });
     }
     ensure!(!passed.is_empty(), "the loopback device is down");
     Ok(passed.join(", "))
+}
+
+async fn ask(worker: &mpsc::Sender<Request>, trial: Option<Trial>) -> anyhow::Result<()> {
+    let (reply, answer) = oneshot::channel();
+    worker.send(Request::Trial(trial, reply)).await.context("the worker ended")?;
+    answer.await.context("the worker ended")?
 }
 
 fn is_off(error: &io::Error) -> bool {
@@ -136,60 +130,6 @@ async fn exchange(listener: &TcpListener, frontend: SocketAddr) -> anyhow::Resul
     // Whoever else happens to find the listener is not listened to.
     while listener.accept().await?.1 != own {}
     Ok(())
-}
-
-/// The probe's rows in the kernel. Dropping them removes them.
-struct Rows<'m> {
-    maps: &'m mut Maps,
-    key: FrontendKey,
-}
-
-impl<'m> Rows<'m> {
-    /// The backend before the frontend that leads to it.
-    fn write(maps: &'m mut Maps, frontend: SocketAddr, listener: SocketAddr) -> anyhow::Result<Self> {
-        let slot = empty_slot(maps)?;
-        let key = FrontendKey::new(Ipx::from(frontend.ip()), frontend.port(), Protocol::Tcp);
-        let backend = Backend {
-            address: Ipx::from(listener.ip()).0,
-            port_be: listener.port().to_be_bytes(),
-            state: BACKEND_ACTIVE as u8,
-            pools: POOL_CLUSTER as u8,
-            generation: GENERATION,
-            protocol: Protocol::Tcp as u8,
-            flags: BACKEND_NODE_LOCAL as u8,
-            ..Backend::default()
-        };
-        let pool = Pool { base: slot, count: 1, member: POOL_CLUSTER as u8, on_empty: EMPTY_REFUSE as u8, zero: 0 };
-        let row = Frontend { flags: FRONTEND_CLUSTER_IP, inside: pool, ..Frontend::default() };
-        let rows = Rows { maps, key };
-        let mut failures = rows.maps.write(MapName::Backends, bytes_of(&BACKEND_ID), bytes_of(&backend), 1);
-        if failures.is_empty() {
-            failures = rows.maps.write(MapName::Frontends, bytes_of(&rows.key), bytes_of(&row), 1);
-        }
-        match failures.pop() {
-            Some(failure) => Err(failure.error).context("the kernel did not take the trial's rows"),
-            None => Ok(rows),
-        }
-    }
-}
-
-impl Drop for Rows<'_> {
-    fn drop(&mut self) {
-        let mut failures = self.maps.delete(MapName::Frontends, bytes_of(&self.key), 1);
-        failures.extend(self.maps.write(MapName::Backends, bytes_of(&BACKEND_ID), bytes_of(&Backend::default()), 1));
-        for failure in failures {
-            warn!("a row of the datapath's trial stays behind: {}; the next start removes it", failure.error);
-        }
-    }
-}
-
-/// A slot that says "backend 0", as all do that no pool uses: the last one, unless the map is full.
-fn empty_slot(maps: &mut Maps) -> anyhow::Result<u32> {
-    let last = maps.capacity(MapName::Slots).saturating_sub(1);
-    // This row alone: to read all millions of them took longer than everything else after the first sync.
-    let is_used = maps.read(MapName::Slots, &last.to_ne_bytes()).context("reading the last slot")?.is_some();
-    ensure!(!is_used, "the map of slots is full: no row is left for the trial; see --max-endpoints");
-    Ok(last)
 }
 
 #[cfg(test)]

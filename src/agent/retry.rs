@@ -1,28 +1,29 @@
-//! When to try again: a pure state machine that is told the time.
+//! When the worker tries again: a pure state machine that is told the time.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-const FIRST: Duration = Duration::from_millis(100);
-/// Half of what makes the daemon unhealthy.
-const LONGEST: Duration = Duration::from_secs(30);
+use crate::backoff::Backoff;
 
-/// Doubles from 100 ms to 30 s while failures go on. One daemon writes to one kernel, so that jitter has no use.
-#[derive(Debug, Default)]
+/// One daemon writes to one kernel, so that jitter has no use.
+#[derive(Debug)]
 pub struct Retry {
-    delay: Option<Duration>,
+    backoff: Backoff,
     due: Option<Instant>,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Retry { backoff: Backoff::of_kernel(), due: None }
+    }
 }
 
 impl Retry {
     /// An attempt failed. One made before its time (an event came) changes nothing: a flood of events must not put the
     /// next attempt off further and further.
     pub fn failed(&mut self, now: Instant) {
-        if self.due.is_some_and(|due| now < due) {
-            return;
+        if self.due.is_none_or(|due| now >= due) {
+            self.due = Some(now + self.backoff.next());
         }
-        let delay = self.delay.map_or(FIRST, |d| (d * 2).min(LONGEST));
-        self.delay = Some(delay);
-        self.due = Some(now + delay);
     }
 
     /// An attempt succeeded.
@@ -58,6 +59,6 @@ mod tests {
         retry.succeeded();
         assert_eq!(retry.due(), None);
         retry.failed(now);
-        assert_eq!(retry.due(), Some(now + FIRST));
+        assert_eq!((retry.due().unwrap() - now).as_millis(), 100);
     }
 }

@@ -7,8 +7,9 @@ use anyhow::ensure;
 use tokio::sync::mpsc;
 
 use crate::files;
-use crate::k8s::{self, SourceStatus};
+use crate::k8s::ApiServer;
 use crate::model::Change;
+use crate::objects::{Settings, SourceStatus};
 
 /// Which source, as the command line has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +24,7 @@ pub enum SourceSettings {
 
 /// A source that could be reached for, if not yet reached.
 pub(super) enum Source {
-    Kubernetes(kube::Client),
+    Kubernetes(ApiServer),
     Directory(PathBuf),
 }
 
@@ -36,9 +37,7 @@ impl Source {
     pub async fn prepare(settings: &SourceSettings) -> anyhow::Result<Self> {
         match settings {
             SourceSettings::Kubernetes { kubeconfig, master } => {
-                let config = k8s::config(kubeconfig.as_deref(), master.as_deref()).await?;
-                tracing::info!("source: the API server at {}", config.cluster_url);
-                Ok(Source::Kubernetes(k8s::renewing(kubeconfig.clone(), master.clone()).await?))
+                Ok(Source::Kubernetes(ApiServer::configured(kubeconfig.clone(), master.clone()).await?))
             }
             SourceSettings::Directory(path) => {
                 ensure!(path.is_dir(), "--source dir:{}: not a directory", path.display());
@@ -49,9 +48,9 @@ impl Source {
     }
 
     /// For what goes to the API server beside the watches; `None` when there is none.
-    pub fn client(&self) -> Option<kube::Client> {
+    pub fn api_server(&self) -> Option<ApiServer> {
         match self {
-            Source::Kubernetes(client) => Some(client.clone()),
+            Source::Kubernetes(server) => Some(server.clone()),
             Source::Directory(_) => None,
         }
     }
@@ -59,13 +58,13 @@ impl Source {
     /// Runs for as long as the receiver of `changes` lives; an earlier end is a failure.
     pub async fn run(
         self,
-        settings: k8s::Settings,
+        settings: Settings,
         changes: mpsc::Sender<Change>,
         status: Arc<SourceStatus>,
     ) -> anyhow::Result<()> {
         match self {
-            Source::Kubernetes(client) => {
-                k8s::run(client, settings, changes, status).await;
+            Source::Kubernetes(server) => {
+                server.follow(settings, changes, status).await;
                 Ok(())
             }
             Source::Directory(path) => files::run(path, settings, changes, status).await,

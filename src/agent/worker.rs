@@ -8,10 +8,11 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
-use super::audit::Request;
 use super::outlets::Outlets;
+use super::request::Request;
 use super::retry::Retry;
 use super::stale::StaleSocketPasses;
+use super::trial::{Trial, TrialRows};
 use super::wire::Wire;
 use super::worker_warnings::WarningLog;
 use crate::bpf;
@@ -43,7 +44,7 @@ pub struct Inputs {
     pub destroy_tcp_sockets: bool,
     pub app: App,
     pub outlets: Outlets,
-    pub audits: mpsc::Receiver<Request>,
+    pub requests: mpsc::Receiver<Request>,
     /// When the process started.
     pub started: Instant,
 }
@@ -71,6 +72,8 @@ pub struct Worker<'m> {
     synced: bool,
     warnings: usize,
     warning_log: WarningLog,
+    /// Of a trial of the datapath that goes on.
+    trial: Option<TrialRows>,
 }
 
 impl<'m> Worker<'m> {
@@ -104,6 +107,7 @@ impl<'m> Worker<'m> {
             synced: false,
             warnings: 0,
             warning_log: WarningLog::default(),
+            trial: None,
         })
     }
 
@@ -125,8 +129,8 @@ impl<'m> Worker<'m> {
                 }
                 () = sleep_until(wake) => {}
                 () = self.inputs.stale.finished() => continue,
-                Some(request) = self.inputs.audits.recv() => {
-                    if !self.audit(request) {
+                Some(request) = self.inputs.requests.recv() => {
+                    if !self.answer(request) {
                         continue;
                     }
                 }
@@ -136,7 +140,7 @@ impl<'m> Worker<'m> {
     }
 
     /// True when there is something to repair.
-    fn audit(&mut self, request: Request) -> bool {
+    fn answer(&mut self, request: Request) -> bool {
         let (map, keys) = match request {
             Request::Snapshot(map, reply) => {
                 // Whoever asked may have gone.
@@ -146,6 +150,10 @@ impl<'m> Worker<'m> {
             Request::Correct(map, keys) => (map, keys),
             Request::Devices => {
                 self.wire.audit(tokio::time::Instant::now().into_std());
+                return false;
+            }
+            Request::Trial(trial, reply) => {
+                let _ = reply.send(self.put_trial(trial));
                 return false;
             }
         };
@@ -161,6 +169,15 @@ impl<'m> Worker<'m> {
                 true
             }
         }
+    }
+
+    fn put_trial(&mut self, trial: Option<Trial>) -> anyhow::Result<()> {
+        if let Some(rows) = self.trial.take() {
+            rows.remove(self.maps);
+        }
+        let rows = trial.map(|trial| TrialRows::write(self.maps, &trial)).transpose()?;
+        self.trial = rows;
+        Ok(())
     }
 
     /// Applies what was drained, and syncs.
@@ -360,6 +377,14 @@ impl<'m> Worker<'m> {
             return self.node_deadline;
         }
         [self.retry.due(), self.core.next_due(), self.wire.due()].into_iter().flatten().min()
+    }
+}
+
+impl Drop for Worker<'_> {
+    fn drop(&mut self) {
+        if let Some(rows) = self.trial.take() {
+            rows.remove(self.maps);
+        }
     }
 }
 

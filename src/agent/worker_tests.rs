@@ -143,7 +143,7 @@ impl Stage {
         app.health.probed(None);
         let outlets =
             Outlets { health_checks: watch::Sender::default(), notices: mpsc::channel(1).0, startup_taint: None };
-        let (requests, audits) = mpsc::channel(8);
+        let (requests, asked) = mpsc::channel(8);
         let passes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&passes);
         let pass = move || {
@@ -160,7 +160,7 @@ impl Stage {
             destroy_tcp_sockets: false,
             app: app.clone(),
             outlets,
-            audits,
+            requests: asked,
             started: Instant::now(),
         };
         Stage { maps: maps.clone(), changes, network, app, passes, requests, inputs: Some(inputs) }
@@ -229,6 +229,7 @@ fn slice(n: u8, protocol: Protocol, count: u8) -> Change {
     Change::Slice(Box::new(Slice {
         name: ObjectName::new("default", &format!("web-{n}-abc")),
         service: format!("web-{n}").into(),
+        is_controlled: false,
         ports: vec![SlicePort { name: "".into(), protocol, port: 8080 }],
         endpoints: (1..=count).map(endpoint).collect(),
         triggered: None,
@@ -313,6 +314,42 @@ async fn failed_writes_are_tried_again_until_they_are_in() {
     let settled = stage.syncs();
     run_for(&mut worker, Duration::from_secs(300)).await;
     assert_eq!(stage.syncs(), settled, "it goes on though all is in");
+}
+
+/// Asks for the rows of a trial, and returns what became of it.
+async fn ask_for_trial(worker: &mut Worker<'_>, stage: &Stage, trial: Option<Trial>) -> anyhow::Result<()> {
+    let (reply, mut answer) = tokio::sync::oneshot::channel();
+    stage.requests.try_send(Request::Trial(trial, reply)).unwrap_or_else(|_| panic!("too many requests"));
+    run_for(worker, MOMENT).await;
+    answer.try_recv().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_rows_of_a_trial_are_there_while_it_goes_on_and_no_longer() {
+    let mut maps = Model::default();
+    let mut stage = Stage::new(&maps);
+    let mut worker = stage.worker(&mut maps);
+    stage.send(world());
+    run_for(&mut worker, MOMENT).await;
+    let services = stage.maps.written().1;
+    let trial = |address: &str| Trial { frontend: address.parse().unwrap(), listener: "127.0.0.1:7".parse().unwrap() };
+
+    ask_for_trial(&mut worker, &stage, Some(trial("192.0.0.8:1"))).await.unwrap();
+    assert_eq!(stage.maps.rows(MapName::Frontends), 4);
+    ask_for_trial(&mut worker, &stage, Some(trial("[100::c000:8]:1"))).await.unwrap();
+    assert_eq!(stage.maps.rows(MapName::Frontends), 4, "one trial at a time");
+    ask_for_trial(&mut worker, &stage, None).await.unwrap();
+    assert_eq!(stage.maps.rows(MapName::Frontends), 3);
+
+    stage.maps.state().full = true;
+    assert!(ask_for_trial(&mut worker, &stage, Some(trial("192.0.0.8:1"))).await.is_err());
+    stage.maps.state().full = false;
+    ask_for_trial(&mut worker, &stage, Some(trial("192.0.0.8:1"))).await.unwrap();
+    drop(worker);
+    let mut left = stage.maps.written().1;
+    // An array keeps a row of zeros.
+    left.get_mut(&MapName::Backends).unwrap().retain(|_, row| row.iter().any(|byte| *byte != 0));
+    assert_eq!(left, services, "a worker that ends leaves nothing of it");
 }
 
 #[tokio::test(start_paused = true)]

@@ -83,8 +83,9 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
     findings.extend(devices(&flags.devices, pin_path));
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
-    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz()));
-    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics()));
+    let hard = flags.node.bind_address_hard_fail.unwrap_or_default();
+    findings.push(port("health port", HEALTHZ_FLAG, flags.node.healthz(), hard));
+    findings.push(port("metrics port", METRICS_FLAG, flags.node.metrics(), hard));
     findings.push(chains());
     findings.push(ipvs_device());
     findings.push(loopback());
@@ -203,27 +204,25 @@ fn bpffs(pin_path: &Path) -> Finding {
     )
 }
 
-/// Whether a server could listen there.
-fn port(what: &'static str, flag: &str, address: Option<SocketAddr>) -> Finding {
+/// Whether a server could listen there. `hard`: the daemon ends if not.
+fn port(what: &'static str, flag: &str, address: Option<SocketAddr>, hard: bool) -> Finding {
     let Some(address) = address else { return Finding::ok(what, format!("off ({flag})")) };
     let Err(error) = listen(address) else { return Finding::ok(what, format!("{address} is free")) };
-    match listener_on(address.port()) {
-        Some(process) if process.starts_with("kubelane ") => Finding::warn(
-            what,
+    let (without, later) = match hard {
+        true => ("the daemon ends (--bind-address-hard-fail)", ""),
+        false => ("Services are served without it", ", and it is taken when it is free"),
+    };
+    let (detail, remedy) = match listener_on(address.port()) {
+        Some(process) if process.starts_with("kubelane ") => (
             format!("{address} is held by {process}: a daemon is running already"),
-            "stop it before you start another",
+            "stop it before you start another".to_owned(),
         ),
-        Some(process) => Finding::warn(
-            what,
-            format!("{address} is held by {process}: Services are served without it, and it is taken when it is free"),
-            format!("choose another {flag}, or stop it"),
-        ),
-        None => Finding::warn(
-            what,
-            format!("cannot listen on {address}: {error}: Services are served without it"),
-            format!("choose another {flag}"),
-        ),
-    }
+        Some(process) => {
+            (format!("{address} is held by {process}: {without}{later}"), format!("choose another {flag}, or stop it"))
+        }
+        None => (format!("cannot listen on {address}: {error}: {without}"), format!("choose another {flag}")),
+    };
+    if hard { Finding::fail(what, detail, remedy) } else { Finding::warn(what, detail, remedy) }
 }
 
 fn chains() -> Finding {
@@ -314,13 +313,15 @@ mod tests {
         let _forks = crate::FORKS.blocking_lock();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let taken = port("health port", HEALTHZ_FLAG, Some(address));
+        let taken = port("health port", HEALTHZ_FLAG, Some(address), false);
         let pid = format!("(pid {})", std::process::id());
         // The test runner's own name begins with "kubelane", too, but not with the daemon's.
-        assert!(taken.level != Level::Ok && taken.detail.contains(&pid), "{taken}");
+        assert!(taken.level == Level::Warn && taken.detail.contains(&pid), "{taken}");
+        let hard = port("health port", HEALTHZ_FLAG, Some(address), true);
+        assert!(hard.level == Level::Fail && hard.detail.contains("the daemon ends"), "{hard}");
         drop(listener);
-        assert_eq!(port("health port", HEALTHZ_FLAG, Some(address)).level, Level::Ok);
-        assert_eq!(port("health port", HEALTHZ_FLAG, None).level, Level::Ok);
+        assert_eq!(port("health port", HEALTHZ_FLAG, Some(address), true).level, Level::Ok);
+        assert_eq!(port("health port", HEALTHZ_FLAG, None, true).level, Level::Ok);
     }
 
     #[test]

@@ -99,6 +99,7 @@ const ZERO_SAYS_SOMETHING: [&str; 4] =
 pub struct ConfigFile {
     pub kubeconfig: Option<PathBuf>,
     pub bind_address: Option<IpAddr>,
+    pub bind_address_hard_fail: Option<bool>,
     pub healthz: Option<BindAddress>,
     pub metrics: Option<BindAddress>,
     pub hostname_override: Option<String>,
@@ -173,6 +174,7 @@ impl ConfigFile {
                 let bad = |_| format!("{text:?} is not allowed: an IP address is expected");
                 self.bind_address = Some(text.parse().map_err(bad)?);
             }
+            "bindAddressHardFail" => self.bind_address_hard_fail = Some(true),
             "healthzBindAddress" => self.healthz = Some(address(&text, HEALTHZ_PORT)?),
             "metricsBindAddress" => self.metrics = Some(address(&text, METRICS_PORT)?),
             "hostnameOverride" => self.hostname_override = Some(text),
@@ -192,7 +194,7 @@ impl ConfigFile {
                 self.log_format = Some(if text == "json" { LogFormat::Json } else { LogFormat::Human });
             }
             // What kubelane does anyway.
-            "bindAddressHardFail" | "iptables.localhostNodePorts" => {}
+            "iptables.localhostNodePorts" => {}
             _ => self.ignored.push(path.to_owned()),
         }
         Ok(())

@@ -45,6 +45,7 @@ conntrack:
     let expected = ConfigFile {
         kubeconfig: Some("/etc/k".into()),
         bind_address: Some("::".parse().unwrap()),
+        bind_address_hard_fail: Some(true),
         healthz: Some(BindAddress(Some("0.0.0.0:11256".parse().unwrap()))),
         metrics: Some(BindAddress(None)),
         hostname_override: Some("node-a".into()),

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::kube_proxy::KubeProxyFlags;
 use super::traffic::TrafficFlags;
+use super::value::boolean;
 use crate::model::SocketLb;
 use crate::netdev::{DeviceSelection, NodePortAddresses, PodDevices};
 
@@ -102,6 +103,11 @@ pub struct NodeFlags {
     /// [default: 127.0.0.1:10249]
     #[arg(long, value_name = "IP:PORT", value_parser = |text: &str| bind_address(text, METRICS_PORT))]
     pub metrics_bind_address: Option<BindAddress>,
+
+    /// End when one of these addresses cannot be had at the start. Without it Services are served, and it is tried again
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(value_parser = boolean)]
+    pub bind_address_hard_fail: Option<bool>,
 
     /// Port of the default of --healthz-bind-address (deprecated by kube-proxy)
     #[arg(long, value_name = "PORT", hide_short_help = true)]

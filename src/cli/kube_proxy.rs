@@ -11,7 +11,6 @@ const FLAGS: [(&str, Sort); 43] = [
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),
     ("kube-api-qps", Sort::Number),
-    ("bind-address-hard-fail", Sort::Bool),
     ("profiling", Sort::Bool),
     ("show-hidden-metrics-for-version", Sort::Text),
     ("proxy-mode", MODES),

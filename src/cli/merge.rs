@@ -31,6 +31,7 @@ impl NodeFlags {
     /// Fills in from the file what was not given.
     pub fn complete(&mut self, file: &ConfigFile) {
         self.bind_address = self.bind_address.or(file.bind_address);
+        self.bind_address_hard_fail = self.bind_address_hard_fail.or(file.bind_address_hard_fail);
         let ported = |port: Option<u16>, of_file| if port.is_some() { None } else { of_file };
         self.healthz_bind_address = self.healthz_bind_address.or(ported(self.healthz_port, file.healthz));
         self.metrics_bind_address = self.metrics_bind_address.or(ported(self.metrics_port, file.metrics));

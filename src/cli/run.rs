@@ -68,6 +68,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         "kubelane starts"
     );
     let (healthz, metrics) = (flags.node.healthz(), flags.node.metrics());
+    let bind_hard_fail = flags.node.bind_address_hard_fail.unwrap_or_default();
     let nodeport_addresses = flags.nodeport_addresses();
     let traffic = flags.traffic;
     Ok(Settings {
@@ -88,6 +89,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         },
         healthz,
         metrics,
+        bind_hard_fail,
         nodeport_addresses,
         devices: flags.devices,
         pod_devices: flags.pod_devices,

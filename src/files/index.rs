@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::parse::{Fault, Key, Object, Parsed};
+use super::fault::Fault;
+use super::parse::{Key, Object, Parsed};
 use crate::model::{Change, Warning};
 use crate::table::{HashMap, HashSet};
 

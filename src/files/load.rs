@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use super::parse::{self, Fault, Key, Object, Parsed};
+use super::fault::Fault;
+use super::parse::{self, Key, Object, Parsed};
 use super::split;
-use crate::k8s::Settings;
-use crate::k8s::convert::Converter;
+use crate::objects::Settings;
+use crate::objects::convert::Converter;
 use crate::table::HashSet;
 
 /// A file and what was in it.

@@ -6,6 +6,7 @@
 //! file is read when it was closed or renamed, never while it is being written. Symbolic links are followed, and a
 //! ConfigMap volume's `..data` swap is noticed; a change of the target of any other link is not.
 
+mod fault;
 mod index;
 mod load;
 mod notify;
@@ -19,10 +20,10 @@ use anyhow::Context;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use crate::k8s::convert::Converter;
-use crate::k8s::outlet::{Closed, Outlet};
-use crate::k8s::{Settings, SourceStatus};
 use crate::model::{Change, Kind};
+use crate::objects::convert::Converter;
+use crate::objects::outlet::{Closed, Outlet};
+use crate::objects::{Settings, SourceStatus};
 use index::{Index, Output};
 use notify::{Event, Watcher};
 

@@ -8,52 +8,17 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use super::fault::Fault;
 use super::split::{self, Identity, Piece, Shape};
-use crate::k8s::convert::{Convert, Converter};
-use crate::k8s::wire;
 use crate::model::{Change, ObjectName, Warning};
+use crate::objects::convert::{Convert, Converter};
+use crate::objects::wire;
 use crate::table::HashSet;
 
 /// A file above this size is refused: a directory of objects is not a place for disk images.
 const LARGEST_FILE: u64 = 256 << 20;
 /// From this many bytes to parse a file is worth a second thread.
 const WORTH_A_THREAD: usize = 512 << 10;
-
-/// Why a file cannot be used, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// From 1; 0 when the fault is not in a line.
-    pub line: usize,
-    pub reason: String,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.line {
-            0 => f.write_str(&self.reason),
-            line => write!(f, "line {line}: {}", self.reason),
-        }
-    }
-}
-
-impl Fault {
-    fn new(line: usize, reason: impl Into<String>) -> Self {
-        Fault { line, reason: reason.into() }
-    }
-
-    /// `first` is the line of the file on which the parsed text begins.
-    pub fn json(error: &serde_json::Error, first: usize) -> Self {
-        let text = error.to_string();
-        let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason);
-        Fault::new(first + error.line().max(1) - 1, reason)
-    }
-
-    fn yaml(error: &serde_norway::Error, first: usize) -> Self {
-        let text = error.to_string();
-        let reason = text.split(" at line ").next().unwrap_or_default();
-        Fault::new(first + error.location().map_or(1, |l| l.line()) - 1, reason)
-    }
-}
 
 /// What an object is known by.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

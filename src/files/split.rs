@@ -10,7 +10,7 @@ use memchr::{memchr, memchr_iter, memmem};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::parse::Fault;
+use super::fault::Fault;
 
 /// How the bytes of a piece are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -25,6 +25,7 @@ use tower::{BoxError, Service, ServiceBuilder};
 use tower_http::decompression::DecompressionLayer;
 
 use super::certificate::verifier;
+use super::first::FirstAlone;
 use super::insecure::TrustsAnyone;
 
 /// A connection that is not up in this time is given up and tried again.
@@ -99,7 +100,7 @@ where
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
         .map_err(BoxError::from)
-        .service(http);
+        .service(FirstAlone::new(http));
     Ok(kube::Client::new(service, config.default_namespace.clone()))
 }
 

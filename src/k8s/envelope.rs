@@ -10,7 +10,7 @@ use kube::Resource;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-use super::wire::{Metadata, Wire};
+use crate::objects::wire::{Metadata, Wire};
 
 /// An object, or why it could not be read.
 #[derive(Clone, Debug)]
@@ -104,8 +104,8 @@ impl<W: Wire> Resource for Envelope<W> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::wire::Service;
     use super::*;
+    use crate::objects::wire::Service;
     use kube::core::{ObjectList, WatchEvent};
 
     const BAD: &str = r#"{"metadata":{"name":"b","namespace":"x","resourceVersion":"7"},"spec":{"ports":"http"}}"#;

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::backoff::{Backoff, fraction};
+use crate::backoff::Backoff;
 use crate::chain::chain;
 use crate::model::{About, Notice};
 
@@ -53,7 +53,7 @@ pub async fn run(client: kube::Client, node: String, mut notices: mpsc::Receiver
         tokio::select! {
             notice = notices.recv(), if shared.len() < WAITING => match notice {
                 Some(notice) if notice.is_of_cluster => {
-                    turn.get_or_insert_with(|| Instant::now() + TURN.mul_f64(fraction()));
+                    turn.get_or_insert_with(|| Instant::now() + TURN.mul_f64(fastrand::f64()));
                     shared.push(notice);
                 }
                 Some(notice) => poster.post(&notice).await,

@@ -17,11 +17,11 @@ use kube::{Api, Resource as _};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
 
-use super::backoff::{Backoff, fraction};
 use super::envelope::Envelope;
 use super::list::list;
 use super::trouble;
-use super::wire::Wire;
+use crate::backoff::Backoff;
+use crate::objects::wire::Wire;
 
 /// A streaming list that says nothing for this long is not one: the server ignores `sendInitialEvents`, or has too much
 /// to do.
@@ -295,7 +295,7 @@ impl<W: Wire> Follower<W> {
     /// The server no longer has what came after `seen`: not a failure.
     async fn expired(&mut self) {
         debug!(kind = W::PLURAL, "the watch is too old to be resumed: listing again");
-        sleep(RELIST_SPREAD.mul_f64(fraction())).await;
+        sleep(RELIST_SPREAD.mul_f64(fastrand::f64())).await;
     }
 
     fn list_params(&self, token: Option<String>) -> ListParams {
@@ -316,7 +316,7 @@ impl<W: Wire> Follower<W> {
         WatchParams {
             label_selector: self.selection.labels.clone(),
             field_selector: self.selection.fields.clone(),
-            timeout: Some((WATCH_SECONDS * (1.0 + fraction())) as u32),
+            timeout: Some((WATCH_SECONDS * (1.0 + fastrand::f64())) as u32),
             bookmarks: true,
             send_initial_events: streaming,
         }

@@ -4,13 +4,15 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use http::header::CONTENT_TYPE;
+use k8s_openapi::api::core::v1::Node;
+use kube::Api;
+use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::backoff::Backoff;
+use crate::backoff::Backoff;
 
 /// For how long the Node may seem to have a taint that was taken away before it is looked at again: it may have been
 /// registered anew in the meantime, which the watch shows as no change at all.
@@ -46,18 +48,17 @@ pub async fn run(client: kube::Client, node: String, key: String, mut tainted: w
 
 /// Returns how many taints (one key may have several effects) were removed.
 async fn remove(client: &kube::Client, node: &str, key: &str) -> anyhow::Result<usize> {
-    let path = format!("/api/v1/nodes/{node}");
-    let get = http::Request::get(&path).body(Vec::new())?;
-    let object: Value = client.request(get).await.context("reading the Node")?;
-    let taints = object["spec"]["taints"].as_array().cloned().unwrap_or_default();
+    // As the server has it: a patch has to name all fields of a taint, known or not.
+    let nodes: Api<DynamicObject> = Api::all_with(client.clone(), &ApiResource::erase::<Node>(&()));
+    let object = nodes.get(node).await.context("reading the Node")?;
+    let taints = object.data["spec"]["taints"].as_array().cloned().unwrap_or_default();
     let patch = patch(&taints, key);
     if patch.is_empty() {
         return Ok(0);
     }
     let removed = patch.len() / 2;
-    let body = serde_json::to_vec(&patch)?;
-    let request = http::Request::patch(&path).header(CONTENT_TYPE, "application/json-patch+json").body(body)?;
-    match client.request::<Value>(request).await {
+    let patch = Patch::Json::<()>(serde_json::from_value(patch.into())?);
+    match nodes.patch(node, &PatchParams::default(), &patch).await {
         Ok(_) => Ok(removed),
         Err(kube::Error::Api(status)) if status.code == 403 => {
             bail!("403 Forbidden: {}; the account needs get and patch on nodes", status.message)

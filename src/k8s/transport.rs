@@ -13,8 +13,8 @@ use kube::client::Body as KubeBody;
 use tokio::time::Instant;
 use tracing::warn;
 
-use super::backoff::{Backoff, fraction};
-use super::status::WatchState;
+use crate::backoff::Backoff;
+use crate::objects::WatchState;
 
 /// The API server starts to answer a list or a watch in this time, or the request counts as failed.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -190,7 +190,7 @@ impl Watch {
         if lasted >= TOO_SHORT {
             *pace = Pace::default();
             if lasted + EARLY < self.lasts {
-                pace.not_before = Some(Instant::now() + RESUME_SPREAD.mul_f64(fraction()));
+                pace.not_before = Some(Instant::now() + RESUME_SPREAD.mul_f64(fastrand::f64()));
             }
             return;
         }

@@ -9,14 +9,14 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::backoff::Backoff;
-use super::convert::{Convert, Converter};
 use super::envelope::{Envelope, Unreadable};
 use super::follow::{Follower, Selection};
-use super::outlet::{Closed, Outlet};
-use super::status::WatchState;
-use super::{Settings, transport, trouble};
+use super::{transport, trouble};
+use crate::backoff::Backoff;
 use crate::model::{Change, Kind, Warning};
+use crate::objects::convert::{Convert, Converter};
+use crate::objects::outlet::{Closed, Outlet};
+use crate::objects::{Settings, WatchState};
 
 /// This long without an error, and the next one is answered with a short delay again.
 const CALM: Duration = Duration::from_secs(60);

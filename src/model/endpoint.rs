@@ -45,6 +45,8 @@ pub struct Slice {
     pub name: ObjectName,
     /// Label `kubernetes.io/service-name`, in the slice's namespace.
     pub service: Arc<str>,
+    /// Label `endpointslice.kubernetes.io/managed-by`: the control plane makes it of the Service and its pods.
+    pub is_controlled: bool,
     pub ports: Vec<SlicePort>,
     pub endpoints: Vec<Endpoint>,
     /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`, Unix nanoseconds.

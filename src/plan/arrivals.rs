@@ -72,7 +72,8 @@ mod tests {
         let (ip, ready, serving, terminating) = ("10.1.0.1".parse().unwrap(), true, true, false);
         let endpoints = vec![Endpoint { ip, ready, serving, terminating, node: None, hints: None }];
         let name = ObjectName::new("shop", "web-1");
-        let slice = Slice { name, service: "web".into(), ports: vec![], endpoints, triggered: Some(7) };
+        let slice =
+            Slice { name, service: "web".into(), is_controlled: false, ports: vec![], endpoints, triggered: Some(7) };
         let owners = ["web", "api"].map(|name| ObjectName::new("shop", name));
         let mut arrivals = Arrivals::default();
         let flood = |arrivals: &mut Arrivals| {

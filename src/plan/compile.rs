@@ -1,6 +1,7 @@
 //! What one Service asks of the kernel, as a pure function of the Service, its EndpointSlices and where this node is.
 //! This is the only definition of the desired state; ids and places are added by `layout`.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::fit::{self, Fitted};
@@ -16,10 +17,13 @@ use crate::abi::pool_empty::{EMPTY_DROP, EMPTY_REFUSE};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::abi::{FrontendKey, backend_flag, backend_state};
 use crate::model::{
-    ClientSource, Family, IpRange, Ipx, Masquerade, Protocol, Service, ServicePort, Slice, SocketAddrx, TrafficPolicy,
-    Warning,
+    ClientSource, Family, IpRange, Ipx, Masquerade, Protocol, Service, ServicePort, Slice, SlicePort, SocketAddrx,
+    TrafficPolicy, Warning,
 };
 use crate::table::HashSet;
+
+/// So many of the ports that nobody asks for are named in a warning.
+const NAMED: usize = 3;
 
 /// What all Services are compiled against.
 #[derive(Clone, Copy, Debug)]
@@ -114,11 +118,11 @@ pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compil
                 port_label(port)
             ));
         }
-        if names_no_slice_port(port, slices) {
-            let protocol = port.protocol.as_str();
+        if let Some(others) = names_beside(service, port, slices) {
             warnings.push(format!(
-                "Service port {}: no EndpointSlice has a {protocol} port of that name",
-                port_label(port)
+                "Service port {}: no EndpointSlice has a {} port of that name, but {others}, which the Service does not have",
+                port_label(port),
+                port.protocol.as_str()
             ));
         }
         ports.push(compile_port(service, &fitted, port, slices, context));
@@ -131,11 +135,20 @@ fn port_label(port: &ServicePort) -> String {
     if port.name.is_empty() { port.port.to_string() } else { port.name.to_string() }
 }
 
-/// Slices without endpoints say nothing about ports, so that an empty Service is not warned of.
-fn names_no_slice_port(port: &ServicePort, slices: &[&Slice]) -> bool {
-    let mut speaking = slices.iter().filter(|s| !s.endpoints.is_empty()).peekable();
-    speaking.peek().is_some()
-        && !speaking.any(|s| s.ports.iter().any(|p| p.name == port.name && p.protocol == port.protocol))
+/// The ports that slices have endpoints for and the Service does not know, if none is for `port`: somebody who wrote these
+/// slices meant another name. A port without endpoints is nothing to warn of, nor are slices without ports: their pods may
+/// come and go, each with ports of its own. The control plane's slices name ports as the Service does, or as it did a moment
+/// ago.
+fn names_beside(service: &Service, port: &ServicePort, slices: &[&Slice]) -> Option<String> {
+    let filled = || slices.iter().filter(|slice| !slice.endpoints.is_empty());
+    let is_for = |target: &SlicePort, port: &ServicePort| target.name == port.name && target.protocol == port.protocol;
+    if filled().any(|slice| slice.ports.iter().any(|target| is_for(target, port))) {
+        return None;
+    }
+    let written = filled().filter(|slice| !slice.is_controlled).flat_map(|slice| &slice.ports);
+    let strange = written.filter(|target| !service.ports.iter().any(|port| is_for(target, port)));
+    let names: BTreeSet<String> = strange.map(|t| format!("{:?} ({})", &*t.name, t.protocol.as_str())).collect();
+    (!names.is_empty()).then(|| names.into_iter().take(NAMED).collect::<Vec<_>>().join(", "))
 }
 
 /// The cluster IPs that kubelane serves on this node.

@@ -55,6 +55,7 @@ fn slice(ports: &[(&str, Protocol, u16)], endpoints: &str) -> Slice {
     Slice {
         name: ObjectName::new("default", "web-1"),
         service: "web".into(),
+        is_controlled: false,
         ports: ports.iter().map(port).collect(),
         endpoints: endpoints.split_whitespace().map(endpoint).collect(),
         triggered: None,
@@ -398,7 +399,12 @@ fn what_is_odd_is_named() {
     sctp.ports = vec![port("", Protocol::Sctp, 5000)];
     let sctp_slice = slice(&[("", Protocol::Sctp, 5000)], "10.1.0.1");
     for (service, slices, message) in [
-        (&named, &[http("10.1.0.1")][..], "Service port admin: no EndpointSlice has a TCP port of that name"),
+        (
+            &named,
+            &[slice(&[("http", Protocol::Tcp, 8080), ("amdin", Protocol::Tcp, 81)], "10.1.0.1")][..],
+            "Service port admin: no EndpointSlice has a TCP port of that name, but \"amdin\" (TCP), which the Service does \
+             not have",
+        ),
         (&twice, &[http("10.1.0.1")], "port http: another port has this name already: left out"),
         (
             &sctp,
@@ -411,9 +417,33 @@ fn what_is_odd_is_named() {
         let warning = Warning { subject: "Service default/web".into(), message: message.into() };
         assert_eq!(run(service, slices).warnings, [warning]);
     }
-    assert!(run(&named, &[]).warnings.is_empty(), "a Service without slices is not warned of");
-    assert!(run(&named, &[slice(&[], "")]).warnings.is_empty(), "nor is one with empty slices");
     assert_eq!(run(&sctp, &[]).ports[0].frontends.len(), 1, "SCTP is compiled like the others");
+}
+
+#[test]
+fn endpoints_that_come_and_go_are_no_reason_to_warn_of_a_port() {
+    let mut two = service();
+    two.ports.push(port("admin", Protocol::Tcp, 81));
+    let admin = || slice(&[("admin", Protocol::Tcp, 81)], "10.1.0.2");
+    let odd = || slice(&[("amdin", Protocol::Tcp, 81)], "10.1.0.2");
+    let controlled = |slice| Slice { is_controlled: true, ..slice };
+    let worlds: [(&str, Vec<Slice>); 8] = [
+        ("no slices", vec![]),
+        ("a slice without endpoints and ports", vec![slice(&[], "")]),
+        ("the pods of one port only", vec![http("10.1.0.1")]),
+        ("those of the other", vec![admin()]),
+        ("one of them is not ready", vec![http("10.1.0.1!"), admin()]),
+        ("a pod that has neither of the ports", vec![slice(&[], "10.1.0.3")]),
+        (
+            "the port of another name has no endpoints",
+            vec![http("10.1.0.1"), slice(&[("amdin", Protocol::Tcp, 81)], "")],
+        ),
+        ("the port was renamed, and the controller has not followed yet", vec![http("10.1.0.1"), controlled(odd())]),
+    ];
+    for (what, slices) in worlds {
+        assert_eq!(run(&two, &slices).warnings, [], "{what}");
+    }
+    assert_eq!(run(&two, &[http("10.1.0.1"), odd()]).warnings.len(), 1, "somebody's own slice, with a slip of the pen");
 }
 
 #[test]

@@ -37,7 +37,14 @@ mod tests {
     fn slice(ports: &[&str], endpoints: Vec<Endpoint>) -> Slice {
         let port = |name: &&str| SlicePort { name: (*name).into(), protocol: Protocol::Tcp, port: 80 };
         let ports = ports.iter().map(port).collect();
-        Slice { name: ObjectName::new("d", "s"), service: "s".into(), ports, endpoints, triggered: None }
+        Slice {
+            name: ObjectName::new("d", "s"),
+            service: "s".into(),
+            is_controlled: false,
+            ports,
+            endpoints,
+            triggered: None,
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::claims::{AddressRoles, Claims, Rank};
 use super::compile::{Compiled, CompiledPort};
 use super::large::PortChange;
 use super::port::{Port, Shortage};
-use super::tables::{Space, is_gone};
+use super::tables::{Space, Tables, is_gone};
 use super::warnings::{Origin, WarningBook, service_warning};
 use crate::abi::FrontendKey;
 use crate::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE};
@@ -17,7 +17,7 @@ use crate::table::{HashMap, HashSet, Rows};
 
 /// A Service's share: its ports' ids and the addresses it asked for.
 #[derive(Debug, Default)]
-pub struct Share {
+pub(super) struct Share {
     pub ports: Vec<u32>,
     /// Ports that found no id.
     pub nameless: usize,
@@ -29,16 +29,16 @@ pub struct Share {
 /// Every row that is wanted, and where.
 #[derive(Debug, Default)]
 pub struct Layout {
-    pub space: Space,
+    pub(super) space: Space,
     /// By service id.
-    pub ports: HashMap<u32, Box<Port>>,
-    pub services: HashMap<ObjectName, Share>,
-    pub claims: Claims,
+    pub(super) ports: HashMap<u32, Box<Port>>,
+    pub(super) services: HashMap<ObjectName, Share>,
+    claims: Claims,
     addresses: AddressRoles,
     node_addresses: HashSet<Ipx>,
     outward_addresses: HashSet<Ipx>,
     /// Service ids that have something left behind.
-    pub unsettled: HashSet<u32>,
+    unsettled: HashSet<u32>,
     /// Services that did not get all they asked for.
     starved: HashSet<ObjectName>,
     /// These, and Services that ask for more than their share.
@@ -52,6 +52,26 @@ pub struct Layout {
 type Touched = Vec<(FrontendKey, Option<u32>)>;
 
 impl Layout {
+    /// The rows that are wanted, and those that are in the kernel.
+    pub fn tables(&self) -> &Tables {
+        &self.space.tables
+    }
+
+    pub fn tables_mut(&mut self) -> &mut Tables {
+        &mut self.space.tables
+    }
+
+    /// Whether frontends of the Service port with this id ask for source ranges.
+    pub fn asks_for_source_ranges(&self, id: u32) -> bool {
+        self.ports.get(&id).is_some_and(|port| port.asks_for_source_ranges())
+    }
+
+    /// Whether the kernel has backends that the Service port with this id had and that are not marked gone yet.
+    pub fn has_living_backends(&self, id: u32) -> bool {
+        let lives = |id: u32| self.space.tables.backends.applied(id).is_some_and(|row| !is_gone(&row));
+        self.ports.get(&id).is_some_and(|port| port.leaving.iter().any(|tenant| lives(tenant.id)))
+    }
+
     /// How many rows the maps hold.
     pub fn set_capacity(&mut self, services: u32, backends: u32, slots: u32) {
         self.space.service_ids.set_last(services);
@@ -102,7 +122,7 @@ impl Layout {
     }
 
     /// Wants for an address found in the kernel what is asked of it so far.
-    pub fn reconsider_address(&mut self, ip: Ipx) {
+    pub(super) fn reconsider_address(&mut self, ip: Ipx) {
         let flags = self.addresses.add(ip.0, 0);
         want_address(&mut self.space, ip, flags);
     }
@@ -255,7 +275,7 @@ impl Layout {
     }
 
     /// The Service port of this rank asks for `key`.
-    pub fn claim(&mut self, key: FrontendKey, rank: &Rank) {
+    pub(super) fn claim(&mut self, key: FrontendKey, rank: &Rank) {
         let ports = &self.ports;
         self.claims.claim(key, rank, |id| ports.get(&id).map(|port| port.rank(id)));
     }

@@ -1,6 +1,8 @@
 //! From records to rows, without a kernel: `world` holds what the sources say, `select` and `compile` define what a
-//! Service means, `shares` and `fit` how much of it there is room for, `layout` gives it ids and a place in the maps.
+//! Service means, `shares` and `fit` how much of it there is room for, `layout` gives it ids and a place in the maps,
+//! `adopt` those that an earlier daemon gave it.
 
+pub mod adopt;
 pub mod arrivals;
 pub mod claims;
 pub mod compile;

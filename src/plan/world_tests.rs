@@ -34,7 +34,14 @@ fn slice(object: &str, of: &str, hosts: u8) -> Change {
         hints: None,
     };
     let endpoints = (0..hosts).map(endpoint).collect();
-    Change::Slice(Box::new(Slice { name: name(object), service: of.into(), ports: vec![], endpoints, triggered: None }))
+    Change::Slice(Box::new(Slice {
+        name: name(object),
+        service: of.into(),
+        is_controlled: false,
+        ports: vec![],
+        endpoints,
+        triggered: None,
+    }))
 }
 
 fn node(object: &str, zone: Option<&str>) -> Change {

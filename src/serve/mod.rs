@@ -59,8 +59,11 @@ pub fn metrics_router(app: App) -> Router {
         .with_state(app)
 }
 
-/// Listens on `address`; `flag` is named in the error.
-fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+/// Listens on `address`.
+///
+/// # Errors
+/// When it cannot be had; `flag` is named.
+pub fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     listen(address).and_then(TcpListener::from_std).map_err(|error| {
         let remedy = match error.kind() {
             io::ErrorKind::AddrInUse => {
@@ -77,12 +80,22 @@ fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 /// Before an address that could not be had is tried again, as kube-proxy does.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Serves at `address` until it is dropped. Services do not wait for a port that somebody else has: it is told once, and
-/// had when it is free. `flag` is named in the log.
-pub async fn run(flag: &str, address: SocketAddr, router: Router, limits: Arc<Limits>) {
+/// What is served at an address that a flag names.
+pub struct Server {
+    pub flag: &'static str,
+    pub address: SocketAddr,
+    pub router: Router,
+    /// Where it listens already.
+    pub listener: Option<TcpListener>,
+}
+
+/// Serves until it is dropped. Services do not wait for a port that somebody else has: it is told once, and had when it is
+/// free.
+pub async fn run(server: Server, limits: Arc<Limits>) {
+    let Server { flag, address, router, mut listener } = server;
     let mut told = None;
     let listener = loop {
-        match bind(flag, address) {
+        match listener.take().map_or_else(|| bind(flag, address), Ok) {
             Ok(listener) => break listener,
             Err(error) => {
                 let error = error.to_string();

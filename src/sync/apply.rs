@@ -23,7 +23,7 @@ use std::time::Instant;
 
 use bytemuck::Pod;
 
-use super::core::SyncReport;
+use super::report::SyncReport;
 use super::{MapIo, MapName};
 use crate::abi::address_flag::ADDRESS_CLUSTER_IP;
 use crate::abi::frontend_flag::FRONTEND_SOURCE_RANGES;
@@ -62,7 +62,7 @@ impl<'a> Applier<'a> {
 
     /// Writes what is pending, then gives back what nothing leads to any more.
     pub fn run(mut self, now: Instant) {
-        if !self.layout.space.tables.is_clean() {
+        if !self.layout.tables().is_clean() {
             self.write_names();
             self.write_source_ranges();
             self.write_backends();
@@ -78,19 +78,19 @@ impl<'a> Applier<'a> {
             self.note_full_maps();
         }
         self.layout.settle(&self.blocked, now);
-        if self.layout.space.tables.is_clean() {
+        if self.layout.tables().is_clean() {
             self.layout.end_quarantine(now);
         }
     }
 
     fn write_names(&mut self) {
-        let rows = collect(&self.layout.space.tables.services, |_, name| name.is_some());
+        let rows = collect(&self.layout.tables().services, |_, name| name.is_some());
         let failed = self.put(MapName::Services, |t| &mut t.services, rows);
         self.blocked.extend(failed);
     }
 
     fn write_source_ranges(&mut self) {
-        let ranges = &self.layout.space.tables.source_ranges;
+        let ranges = &self.layout.tables().source_ranges;
         let rows = collect(ranges, |key, row| row.is_some() && !self.is_blocked(key.service_id));
         self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
     }
@@ -99,33 +99,31 @@ impl<'a> Applier<'a> {
     /// a Service has failed, clients whom it lets in no longer are turned away; only if it does not ask for ranges any
     /// more, its frontends are rewritten first.
     fn delete_source_ranges(&mut self) {
-        let Layout { space, ports, .. } = &*self.layout;
-        let still_asks = |id: u32| ports.get(&id).is_some_and(|port| port.asks_for_source_ranges());
-        let rows = collect(&space.tables.source_ranges, |key, row| {
-            row.is_none() && (!self.is_blocked(key.service_id) || still_asks(key.service_id))
+        let rows = collect(&self.layout.tables().source_ranges, |key, row| {
+            row.is_none() && (!self.is_blocked(key.service_id) || self.layout.asks_for_source_ranges(key.service_id))
         });
         self.put(MapName::SourceRanges, |t| &mut t.source_ranges, rows);
     }
 
     fn write_backends(&mut self) {
-        let backends = &self.layout.space.tables.backends;
+        let backends = &self.layout.tables().backends;
         let rows = collect(backends, |_, row| row.is_some_and(|b| !is_gone(&b) && !self.is_blocked(b.service_id)));
         let failed = self.put(MapName::Backends, |t| &mut t.backends, rows);
-        let backends = &self.layout.space.tables.backends;
+        let backends = &self.layout.tables().backends;
         self.blocked.extend(failed.into_iter().filter_map(|id| Some(backends.desired(id)?.service_id)));
     }
 
     fn write_slots(&mut self) {
-        let tables = &self.layout.space.tables;
+        let tables = self.layout.tables();
         let rows =
             collect(&tables.slots, |_, id| owner(tables, id).is_some_and(|service_id| !self.is_blocked(service_id)));
         let failed = self.put(MapName::Slots, |t| &mut t.slots, rows);
-        let tables = &self.layout.space.tables;
+        let tables = self.layout.tables();
         self.blocked.extend(failed.into_iter().filter_map(|slot| owner(tables, tables.slots.desired(slot))));
     }
 
     fn write_frontends(&mut self) {
-        let frontends = &self.layout.space.tables.frontends;
+        let frontends = &self.layout.tables().frontends;
         let rows = collect(frontends, |_, row| row.is_some_and(|f| !self.is_blocked(f.service_id)));
         let service_of = |row: Option<Frontend>| row.map(|f| f.service_id);
         let changes_hands = |(key, row): &(FrontendKey, _)| service_of(frontends.applied(*key)) != service_of(*row);
@@ -143,7 +141,7 @@ impl<'a> Applier<'a> {
 
     /// A frontend that is to ask for source ranges and cannot be rewritten as a whole asks for them all the same.
     fn close_frontends(&mut self) {
-        let frontends = &self.layout.space.tables.frontends;
+        let frontends = &self.layout.tables().frontends;
         let asks = |row: &Frontend| row.flags & FRONTEND_SOURCE_RANGES != 0;
         let closed = |(key, wanted): (FrontendKey, Option<Frontend>)| {
             let (has, wanted) =
@@ -157,7 +155,7 @@ impl<'a> Applier<'a> {
     }
 
     fn narrow_addresses(&mut self) {
-        let addresses = &self.layout.space.tables.addresses;
+        let addresses = &self.layout.tables().addresses;
         let mut rows: Vec<([u8; 16], Option<u32>)> = Vec::new();
         for (address, wanted) in addresses.pending() {
             let unwanted = wanted.is_none();
@@ -174,7 +172,7 @@ impl<'a> Applier<'a> {
     }
 
     fn delete_frontends(&mut self) {
-        let Tables { frontends, addresses, .. } = &self.layout.space.tables;
+        let Tables { frontends, addresses, .. } = self.layout.tables();
         let refuses = |flags: Option<u32>| flags.unwrap_or(0) & ADDRESS_CLUSTER_IP != 0;
         let rows = collect(frontends, |key, row| {
             row.is_none() && (refuses(addresses.desired(key.address)) || !refuses(addresses.applied(key.address)))
@@ -183,7 +181,7 @@ impl<'a> Applier<'a> {
     }
 
     fn widen_addresses(&mut self) {
-        let Tables { frontends, addresses, .. } = &self.layout.space.tables;
+        let Tables { frontends, addresses, .. } = self.layout.tables();
         let unwritten: HashSet<[u8; 16]> =
             frontends.pending().filter(|(_, row)| row.is_some()).map(|(key, _)| key.address).collect();
         let rows = collect(addresses, |address, flags| {
@@ -195,7 +193,7 @@ impl<'a> Applier<'a> {
 
     /// A frontend still to be rewritten or deleted may lead to anything its service port ever had.
     fn block_stale_frontends(&mut self) {
-        let frontends = &self.layout.space.tables.frontends;
+        let frontends = &self.layout.tables().frontends;
         for (key, wanted) in frontends.pending() {
             let both = [frontends.applied(key), wanted];
             self.blocked.extend(both.into_iter().flatten().map(|row| row.service_id));
@@ -203,7 +201,7 @@ impl<'a> Applier<'a> {
     }
 
     fn write_gone_backends(&mut self) {
-        let backends = &self.layout.space.tables.backends;
+        let backends = &self.layout.tables().backends;
         let rows = collect(backends, |_, row| row.is_some_and(|b| is_gone(&b) && !self.is_blocked(b.service_id)));
         let all: Vec<(u32, Backend)> = rows.iter().filter_map(|(id, row)| Some((*id, (*row)?))).collect();
         let failed: HashSet<u32> = self.put(MapName::Backends, |t| &mut t.backends, rows).into_iter().collect();
@@ -213,13 +211,9 @@ impl<'a> Applier<'a> {
 
     fn delete_names(&mut self) {
         let layout = &self.layout;
-        let backends = &layout.space.tables.backends;
-        let lives = |id: u32| backends.applied(id).is_some_and(|row| !is_gone(&row));
-        let filtered: HashSet<u32> =
-            layout.space.tables.source_ranges.pending().map(|(key, _)| key.service_id).collect();
-        let rows = collect(&layout.space.tables.services, |id, name| {
-            let left_behind = layout.ports.get(&id).is_some_and(|port| port.leaving.iter().any(|t| lives(t.id)));
-            name.is_none() && !self.is_blocked(id) && !left_behind && !filtered.contains(&id)
+        let filtered: HashSet<u32> = layout.tables().source_ranges.pending().map(|(key, _)| key.service_id).collect();
+        let rows = collect(&layout.tables().services, |id, name| {
+            name.is_none() && !self.is_blocked(id) && !layout.has_living_backends(id) && !filtered.contains(&id)
         });
         self.put(MapName::Services, |t| &mut t.services, rows);
     }
@@ -280,7 +274,7 @@ impl<'a> Applier<'a> {
                 }
                 self.report.failures.push((map, failure.error.to_string()));
             }
-            let table = table(&mut self.layout.space.tables);
+            let table = table(self.layout.tables_mut());
             for (index, (key, value)) in batch.iter().enumerate() {
                 match missed.contains(&index) {
                     true => failed.push(*key),

@@ -1,15 +1,16 @@
 //! The control plane's heart as the agent sees it: changes in, rows out. One owner, no locks, no clock of its own.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use anyhow::Result;
 
-use super::adopt::{AdoptReport, adopt};
 use super::apply::Applier;
 use super::audit::{self, Snapshot};
-use super::{MapIo, MapName};
-use crate::model::{Change, Family, HealthCheck, Ipx, Masquerade, Node, ObjectName, Protocol, SocketAddrx, Warning};
+use super::report::{Counts, SyncReport};
+use super::{MapIo, MapName, found};
+use crate::model::{Change, HealthCheck, Ipx, Masquerade, Node, ObjectName};
+use crate::plan::adopt::AdoptReport;
 use crate::plan::arrivals::Tally;
 use crate::plan::compile::Compiled;
 use crate::plan::layout::Layout;
@@ -46,60 +47,6 @@ pub struct Core {
     has_found: bool,
 }
 
-/// What one sync did.
-#[derive(Debug, Default)]
-pub struct SyncReport {
-    /// Services compiled.
-    pub services: usize,
-    pub rows_written: usize,
-    pub rows_deleted: usize,
-    /// Calls of `MapIo::write` and `MapIo::delete`.
-    pub calls: usize,
-    /// Rows that the kernel did not take, with its words.
-    pub failures: Vec<(MapName, String)>,
-    /// Of these, rows for which a map had no room.
-    pub rows_without_room: usize,
-    /// Something that is wanted is not in the kernel, and not for want of room alone: that is a shortage of whoever asks
-    /// for it, and no update that waits.
-    pub waits: bool,
-    /// Warnings that appeared, and those that hold no longer.
-    pub warnings: Vec<Warning>,
-    pub resolved: Vec<Warning>,
-    /// Backends that were marked gone: sockets connected to them are stale.
-    pub backends_gone: Vec<(Protocol, SocketAddrx)>,
-    /// A UDP frontend is new or became another Service port's: sockets connected through it before are stale.
-    pub datagram_frontends_changed_hands: bool,
-    /// [`Core::health_checks`] has something else to say.
-    pub health_checks_changed: bool,
-    /// Every Service was compiled: the first sync, or the node's zone is another.
-    pub full: bool,
-    /// When the changes of endpoints that are in the kernel now had been triggered, in Unix nanoseconds, by the family
-    /// of their slice. Empty as long as something waits.
-    pub triggers: Vec<(Family, i64)>,
-    pub duration: Duration,
-}
-
-/// Sizes for metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub services: usize,
-    pub slices: usize,
-    /// In slices, usable or not.
-    pub endpoints: usize,
-    /// Rows in the kernel.
-    pub frontends: usize,
-    /// Backend ids in use.
-    pub backends: usize,
-    /// Slots in use.
-    pub slots: usize,
-    /// Rows in the kernel.
-    pub names: usize,
-    pub addresses: usize,
-    pub source_ranges: usize,
-    /// Services that have not got all they ask for.
-    pub degraded: usize,
-}
-
 impl Core {
     pub fn new(settings: CoreSettings) -> Core {
         Core {
@@ -131,7 +78,7 @@ impl Core {
     /// A map could not be read to its end.
     pub fn adopt(&mut self, io: &mut dyn MapIo) -> Result<AdoptReport> {
         self.set_capacity(io);
-        let (report, names) = adopt(&mut self.layout, io)?;
+        let (report, names) = self.layout.adopt(&found::read(io)?);
         self.has_found = report != AdoptReport::default();
         for name in names {
             self.world.mark(name);
@@ -230,7 +177,7 @@ impl Core {
 
     /// Something that the last sync wanted is not in the kernel: sync again later.
     pub fn pending(&self) -> bool {
-        !self.layout.space.tables.is_clean()
+        !self.layout.tables().is_clean()
     }
 
     /// When ids or regions will have rested that a Service waits for.
@@ -250,7 +197,7 @@ impl Core {
 
     /// What an audit compares a map with; `None` while a sync has something left to write.
     pub fn snapshot(&self, map: MapName) -> Option<Snapshot> {
-        (self.synced && !self.pending()).then(|| Snapshot::take(&self.layout.space.tables, map))
+        (self.synced && !self.pending()).then(|| Snapshot::take(self.layout.tables(), map))
     }
 
     /// Reads the rows that an audit found different again; the next sync writes those that are not as they were
@@ -259,7 +206,7 @@ impl Core {
     /// # Errors
     /// A row could not be read.
     pub fn correct(&mut self, map: MapName, keys: &[Vec<u8>], io: &mut dyn MapIo) -> Result<usize> {
-        audit::correct(&mut self.layout.space.tables, map, keys, io)
+        audit::correct(self.layout.tables_mut(), map, keys, io)
     }
 
     /// Changes of Services, and of EndpointSlices.
@@ -294,7 +241,7 @@ impl Core {
     pub fn counts(&self) -> Counts {
         let (services, slices, endpoints) = self.world.counts();
         let (frontends, backends, slots) = self.layout.counts();
-        let tables = &self.layout.space.tables;
+        let tables = self.layout.tables();
         let (names, addresses) = (tables.services.rows().len(), tables.addresses.rows().len());
         let source_ranges = tables.source_ranges.rows().len();
         Counts {

@@ -1,12 +1,14 @@
 //! Applying rows to the kernel: in order, in batches, and again until they are in.
 
-mod adopt;
 mod apply;
 mod audit;
 mod core;
+mod found;
 mod mapio;
+mod report;
 
-pub use self::adopt::AdoptReport;
 pub use self::audit::Snapshot;
-pub use self::core::{Core, CoreSettings, Counts, SyncReport};
+pub use self::core::{Core, CoreSettings};
+pub use self::report::{Counts, SyncReport};
+pub use crate::plan::adopt::AdoptReport;
 pub use mapio::{Failure, MapIo, MapName};

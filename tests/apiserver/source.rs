@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kubelane::k8s::{self, Settings, SourceStatus};
+use kubelane::k8s;
 use kubelane::model::{Change, Kind};
+use kubelane::objects::{Settings, SourceStatus};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 

@@ -349,7 +349,7 @@ impl World {
             namespace: service.name.namespace.clone(),
             name: format!("{}-{family:?}-{number}", service.name.name).into(),
         };
-        Slice { name, service: service.name.name.clone(), ports, endpoints, triggered: None }
+        Slice { name, service: service.name.name.clone(), is_controlled: false, ports, endpoints, triggered: None }
     }
 
     fn known(&self, service: &ObjectName, ip: Ipx) -> Option<&Endpoint> {

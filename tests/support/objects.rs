@@ -47,6 +47,7 @@ pub fn slice(object: &str, of: &str, endpoints: Vec<Endpoint>) -> Slice {
     Slice {
         name: name(object),
         service: of.into(),
+        is_controlled: false,
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints,
         triggered: None,

@@ -1,5 +1,6 @@
 //! Scalars as the API writes them: addresses, CIDRs, ports, protocols, times.
 
+use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 
 use super::wire::{Number, quoted};
@@ -55,22 +56,15 @@ pub fn virtual_ip(text: &str) -> Result<Ipx, String> {
     }
 }
 
-/// A CIDR with blanks around it; host bits are cleared.
+/// A CIDR with blanks around it; host bits are cleared. IPv4 octets as in [`ip`].
 pub fn cidr(text: &str) -> Result<IpRange, String> {
-    let bad = || format!("{} is not a CIDR", quoted(text));
-    let (address, length) = text.trim().split_once('/').ok_or_else(bad)?;
-    let address = ip(address).map_err(|_| bad())?;
-    if length.is_empty() || !length.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(bad());
-    }
-    let prefix: u8 = length.parse().map_err(|_| bad())?;
-    let mapped = match address.family() {
-        Family::Ipv4 if prefix <= 32 => prefix + 96,
-        Family::Ipv6 if prefix <= 128 => prefix,
-        _ => return Err(bad()),
-    };
-    let mask = u128::MAX.checked_shl(128 - u32::from(mapped)).unwrap_or(0);
-    Ok(IpRange { ip: Ipx((u128::from_be_bytes(address.0) & mask).to_be_bytes()), prefix })
+    let text = text.trim();
+    let plain = plain(text);
+    let net: Option<IpNet> = plain.as_deref().unwrap_or(text).parse().ok();
+    let range = net.map(|net| (IpRange { ip: net.network().into(), prefix: net.prefix_len() }, net.max_prefix_len()));
+    // An IPv4 address in IPv6's clothes has the prefix of neither.
+    let range = range.filter(|(range, most)| (range.ip.family() == Family::Ipv4) == (*most == 32));
+    range.map(|(range, _)| range).ok_or_else(|| format!("{} is not a CIDR", quoted(text)))
 }
 
 /// A port in 1..=65535.
@@ -118,7 +112,17 @@ mod tests {
 
     #[test]
     fn what_is_not_a_range_is_refused() {
-        for text in ["", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/+8", "10.0.0.0/", "0400.0.0.0/8", "::/129", "a/8"] {
+        for text in [
+            "",
+            "10.0.0.0",
+            "10.0.0.0/33",
+            "10.0.0.0/+8",
+            "10.0.0.0/",
+            "0400.0.0.0/8",
+            "::/129",
+            "a/8",
+            "::ffff:10.0.0.0/104",
+        ] {
             assert!(cidr(text).is_err(), "{text}");
         }
     }

@@ -1,22 +1,18 @@
-//! Taking over the pinned maps of a former daemon: who has which id, which region, which order. What is found becomes
-//! the applied state as it is, and only what makes sense becomes the layout's; the first sync then compares with the
-//! world, so that an unchanged world writes nothing, orphans go, and damage is repaired like any other difference.
+//! Taking over the rows of a former daemon: who has which id, which region, which order. What is found becomes the applied
+//! state as it is, and only what makes sense becomes the layout's; the first sync then compares with the world, so that an
+//! unchanged world writes nothing, orphans go, and damage is repaired like any other difference.
 
 use std::ops::Range;
 
-use anyhow::{Context as _, Result, ensure};
-use bytemuck::Pod;
-
-use super::{MapIo, MapName};
+use super::compile::{CompiledFrontend, PoolUse};
+use super::layout::Layout;
+use super::pool::Pool;
+use super::port::{Port, Tenant, pool_index, row_name};
+use super::tables::is_gone;
 use crate::abi::backend_state::{BACKEND_ACTIVE, BACKEND_GONE, BACKEND_TERMINATING};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::abi::{Backend, Frontend, FrontendKey, ServiceName, SourceRangeKey};
 use crate::model::{Ipx, ObjectName, Protocol, SocketAddrx};
-use crate::plan::compile::{CompiledFrontend, PoolUse};
-use crate::plan::layout::Layout;
-use crate::plan::pool::Pool;
-use crate::plan::port::{Port, Tenant, pool_index, row_name};
-use crate::plan::tables::is_gone;
 use crate::table::HashMap;
 
 /// What was found.
@@ -32,60 +28,34 @@ pub struct AdoptReport {
 
 /// Everything the maps hold, sorted by key.
 #[derive(Default)]
-struct Found {
-    names: Vec<(u32, ServiceName)>,
-    backends: Vec<(u32, Backend)>,
-    slots: Vec<(u32, u32)>,
-    frontends: Vec<(FrontendKey, Frontend)>,
-    addresses: Vec<([u8; 16], u32)>,
-    source_ranges: Vec<(SourceRangeKey, u32)>,
+pub struct Found {
+    pub names: Vec<(u32, ServiceName)>,
+    pub backends: Vec<(u32, Backend)>,
+    pub slots: Vec<(u32, u32)>,
+    pub frontends: Vec<(FrontendKey, Frontend)>,
+    pub addresses: Vec<([u8; 16], u32)>,
+    pub source_ranges: Vec<(SourceRangeKey, u32)>,
 }
 
 /// The pools that frontends show: by service id and [`pool_index`], the base and count of each row.
 type Sightings = HashMap<(u32, usize), Vec<(u32, u32)>>;
 
-/// Fills a fresh layout. Returns also the Services that have rows, each of which has to be compiled once.
-pub(super) fn adopt(layout: &mut Layout, io: &mut dyn MapIo) -> Result<(AdoptReport, Vec<ObjectName>)> {
-    let found = read(io)?;
-    record(layout, &found);
-    let mut report = AdoptReport::default();
-    adopt_names(layout, &found, &mut report);
-    let sightings = adopt_frontends(layout, &found, &mut report);
-    adopt_backends(layout, &found, &mut report);
-    adopt_regions(layout, &found, sightings);
-    for (address, _) in &found.addresses {
-        layout.reconsider_address(Ipx(*address));
+impl Layout {
+    /// Fills a fresh layout. Returns also the Services that have rows, each of which has to be compiled once.
+    pub fn adopt(&mut self, found: &Found) -> (AdoptReport, Vec<ObjectName>) {
+        record(self, found);
+        let mut report = AdoptReport::default();
+        adopt_names(self, found, &mut report);
+        let sightings = adopt_frontends(self, found, &mut report);
+        adopt_backends(self, found, &mut report);
+        adopt_regions(self, found, sightings);
+        for (address, _) in &found.addresses {
+            self.reconsider_address(Ipx(*address));
+        }
+        adopt_source_ranges(self, found, &mut report);
+        adopt_ids(self, found);
+        (report, index_services(self))
     }
-    adopt_source_ranges(layout, &found, &mut report);
-    adopt_ids(layout, &found);
-    Ok((report, index_services(layout)))
-}
-
-fn read(io: &mut dyn MapIo) -> Result<Found> {
-    Ok(Found {
-        names: dump(io, MapName::Services)?,
-        backends: dump(io, MapName::Backends)?,
-        slots: dump(io, MapName::Slots)?,
-        frontends: dump(io, MapName::Frontends)?,
-        addresses: dump(io, MapName::Addresses)?,
-        source_ranges: dump(io, MapName::SourceRanges)?,
-    })
-}
-
-fn dump<K: Pod + Ord, V: Pod>(io: &mut dyn MapIo, map: MapName) -> Result<Vec<(K, V)>> {
-    let mut rows = Vec::new();
-    let mut misfits = 0;
-    let mut each = |key: &[u8], value: &[u8]| match (
-        bytemuck::try_pod_read_unaligned(key),
-        bytemuck::try_pod_read_unaligned(value),
-    ) {
-        (Ok(key), Ok(value)) => rows.push((key, value)),
-        _ => misfits += 1,
-    };
-    io.dump(map, &mut each).with_context(|| format!("reading the pinned map {}", map.as_str()))?;
-    ensure!(misfits == 0, "the pinned map {} has rows of another size", map.as_str());
-    rows.sort_unstable_by_key(|(key, _)| *key);
-    Ok(rows)
 }
 
 /// Applied is what the kernel has, sense or not.

@@ -173,6 +173,8 @@ pub struct Metadata {
 pub struct Labels {
     #[serde(rename = "kubernetes.io/service-name")]
     pub service_name: Option<String>,
+    #[serde(rename = "endpointslice.kubernetes.io/managed-by")]
+    pub managed_by: Option<String>,
     #[serde(rename = "service.kubernetes.io/service-proxy-name")]
     pub service_proxy_name: Option<String>,
     #[serde(rename = "service.kubernetes.io/headless", default, deserialize_with = "present")]

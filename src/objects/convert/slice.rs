@@ -5,6 +5,9 @@ use super::{Convert, Converted, Converter, Notes, parse, wire};
 use crate::model::{Change, Endpoint, Family, Hints, Ipx, Kind, Slice, SlicePort};
 use std::sync::Arc;
 
+/// Makes the slices of Services with a selector. (Those of mirrored Endpoints have another name: people write them.)
+const CONTROLLER: &str = "endpointslice-controller.k8s.io";
+
 impl Convert for wire::EndpointSlice {
     const LISTED: Kind = Kind::EndpointSlices;
 
@@ -44,6 +47,7 @@ fn record(slice: &wire::EndpointSlice, converter: &mut Converter, notes: &mut No
     Some(Slice {
         name: converter.object_name(&slice.metadata),
         service: converter.names.name(service),
+        is_controlled: slice.metadata.labels.managed_by.as_deref() == Some(CONTROLLER),
         ports: ports(&slice.ports, converter, notes),
         endpoints,
         triggered: triggered(&slice.metadata, notes),
