@@ -30,7 +30,7 @@ TEST_THREADS ?= 2
 .PHONY: help setup build image-binary demo test test-cluster promtool lint format clean-lab
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: ## Install what is missing (apt-get, as root)
 	@missing=(); \
@@ -122,6 +122,7 @@ format: setup ## Format Rust and C
 clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
 	cargo run --quiet --features lab --bin kubelane-lab -- sweep
 
+include release/release.mk
 include tests/vm/vm.mk
 include benches/bench.mk
 include tests/fuzz/fuzz.mk

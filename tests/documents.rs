@@ -69,7 +69,9 @@ fn every_test_that_the_threat_model_names_exists() {
 
 #[test]
 fn every_path_that_the_guides_name_exists_and_every_make_target_too() {
-    let makefiles = ["Makefile", "tests/vm/vm.mk", "benches/bench.mk", "tests/fuzz/fuzz.mk"].map(read).concat();
+    let makefiles = ["Makefile", "tests/vm/vm.mk", "benches/bench.mk", "tests/fuzz/fuzz.mk", "release/release.mk"]
+        .map(read)
+        .concat();
     for guide in ["SECURITY.md", "CONTRIBUTING.md"] {
         let text = read(guide);
         let words = quoted(&text).filter(|word| !word.contains("target/"));
