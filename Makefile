@@ -69,15 +69,14 @@ promtool:
 build: setup ## Build the daemon in release mode
 	cargo build --release
 
-# The image's binary needs nothing of the image: no C library, no libelf, no zlib. The linker takes a library's first
-# match, so that a directory with nothing but archives makes it take these; crt-static does the same for the C library.
-# Only the last step differs from other builds of the profile (and the crates are theirs): CARGO_BUILD_BUILD_DIR.
-IMAGE_PROFILE ?= release
+# What release/static-binary makes, but with crates that other builds of the profile have made (CARGO_BUILD_BUILD_DIR):
+# only the last step differs. Tests put it into an image.
+IMAGE_PROFILE ?= dev
 IMAGE_FLAGS ?=
 ARCHIVES = elf z $(if $(wildcard $(shell cc -print-file-name=libzstd.a)),zstd)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-image-binary: setup ## Build the daemon as one static file, target/image/*/kubelane (IMAGE_PROFILE=dev: a quick one)
+image-binary: setup
 	@mkdir -p $(TARGET)/archives
 	@for name in $(ARCHIVES); do \
 		archive=$$(cc -print-file-name=lib$$name.a); \
