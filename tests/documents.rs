@@ -113,6 +113,22 @@ fn changes_are_told_by_version_under_the_six_headings_in_their_order() {
 }
 
 #[test]
+fn a_release_takes_its_versions_notes_and_no_others_and_fails_without() {
+    let notes = |version: &[&str]| {
+        std::process::Command::new(repository().join("release/notes")).args(version).output().unwrap()
+    };
+    let unreleased = notes(&[]);
+    let said = String::from_utf8(unreleased.stdout).unwrap();
+    assert!(unreleased.status.success() && said.starts_with("## Unreleased\n") && said.contains("\n- "), "{said}");
+    assert_eq!(said.matches("\n## ").count(), 0, "one version: {said}");
+    for unknown in ["9.9.9", ".*"] {
+        let output = notes(&[unknown]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(unknown), "{said}");
+    }
+}
+
+#[test]
 fn versions_that_are_none_are_told_apart() {
     for good in ["Unreleased", "0.2.0 - 2026-12-31"] {
         assert!(is_version(good), "{good}");
