@@ -239,11 +239,16 @@ fn the_daemon_runs_with_the_images_files_and_the_daemonsets_mounts_and_nothing_e
     assert_eq!(names(&site.ask(10)), ["b"], "what is pinned on the host's BPF file system outlives the container");
 }
 
+/// Where the engine keeps images and containers of tests. What a killed run left there goes with the next one.
+fn engine_state() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("engine")
+}
+
 /// A command of buildah or podman, unpacked from Debian.
 fn engine(arguments: &[&str]) -> Command {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let mut command = Command::new(Path::new(REPOSITORY).join("release/engine"));
-    command.env("TARGET", target).arg(target.join("tools/engine")).args(arguments);
+    command.arg(target.join("tools/engine")).arg(engine_state()).args(arguments);
     command
 }
 
@@ -260,8 +265,8 @@ fn has_engine() -> Result<(), String> {
 
 /// `manifests/image/Dockerfile` as `make image` has it built, but with a binary of the tests' profile.
 fn build_image(binary: &Path, name: &str) {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let stage = tempfile::tempdir_in(target).unwrap();
+    fs::create_dir_all(engine_state()).unwrap();
+    let stage = tempfile::tempdir_in(engine_state()).unwrap();
     let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
     copy(binary, &stage.path().join(format!("src/target/static/{arch}/kubelane")));
     let output = engine(&["buildah", "build", "--quiet", "--timestamp=0", "--tag", name])
@@ -283,7 +288,8 @@ fn podman_options(pod: &PodSpec, bpffs: &Path, config: &Path, account: &Path) ->
     assert_eq!((context.read_only_root_filesystem, context.privileged), (Some(true), Some(false)));
     let user = format!("--user={}:{}", context.run_as_user.unwrap(), context.run_as_group.unwrap());
     let mut options: Vec<String> =
-        ["--network=host", "--pid=host", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--pids-limit=0"]
+        // --cgroups: the engine's own process needs no cgroup beside the laboratory's.
+        ["--network=host", "--pid=host", "--cgroups=no-conmon", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--pids-limit=0"]
             .map(str::to_owned)
             .to_vec();
     options.extend([user, format!("--cap-add={}", capabilities.join(",")), format!("--add-host={BY_FILE}:127.0.0.1")]);
@@ -305,6 +311,7 @@ fn the_daemon_runs_in_a_container_of_a_real_engine_with_the_daemonsets_security_
     let Some(site) = Site::or_skip() else { return };
     let (lab, pod) = (&site.cluster.lab, pod());
     let node = lab.node("node1");
+    let _ = fs::remove_dir_all(engine_state());
     let name = format!("localhost/kubelane-test:{}", std::process::id());
     build_image(&binary, &name);
 
@@ -349,8 +356,7 @@ fn the_daemon_runs_in_a_container_of_a_real_engine_with_the_daemonsets_security_
 
     assert_eq!(daemon.terminate().unwrap().code(), Some(0));
     assert_eq!(names(&site.ask(10)), ["b"], "what is pinned on the host's BPF file system outlives the container");
-    let removed = engine(&["buildah", "rmi", "--force", &name]).output().unwrap();
-    assert!(removed.status.success(), "{}", String::from_utf8_lossy(&removed.stderr));
+    fs::remove_dir_all(engine_state()).unwrap();
 }
 
 /// The kubelet's next pod: a mount on the host below /run/netns, made after the daemon's start.
