@@ -182,6 +182,7 @@ fn values_that_are_misspelt_or_make_no_sense_are_refused_by_name() {
         (json!({"extraArgs": ["run"]}), "extraArgs"),
         (json!({"apiServer": "https://a\n        insecure: true"}), "apiServer"),
         (json!({"podMonitor": {"enabled": "yes"}}), "enabled"),
+        (json!({"podLabels": {"app.kubernetes.io/name": "another"}}), "app.kubernetes.io/name"),
     ] {
         let (_, output) = run(&values);
         let said = String::from_utf8_lossy(&output.stderr);
