@@ -30,7 +30,7 @@ TEST_THREADS ?= 2
 .PHONY: help setup build image-binary demo test test-cluster promtool lint format clean-lab
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: ## Install what is missing (apt-get, as root)
 	@missing=(); \
@@ -69,15 +69,14 @@ promtool:
 build: setup ## Build the daemon in release mode
 	cargo build --release
 
-# The image's binary needs nothing of the image: no C library, no libelf, no zlib. The linker takes a library's first
-# match, so that a directory with nothing but archives makes it take these; crt-static does the same for the C library.
-# Only the last step differs from other builds of the profile (and the crates are theirs): CARGO_BUILD_BUILD_DIR.
-IMAGE_PROFILE ?= release
+# What release/static-binary makes, but with crates that other builds of the profile have made (CARGO_BUILD_BUILD_DIR):
+# only the last step differs. Tests put it into an image.
+IMAGE_PROFILE ?= dev
 IMAGE_FLAGS ?=
 ARCHIVES = elf z $(if $(wildcard $(shell cc -print-file-name=libzstd.a)),zstd)
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-image-binary: setup ## Build the daemon as one static file, target/image/*/kubelane (IMAGE_PROFILE=dev: a quick one)
+image-binary: setup
 	@mkdir -p $(TARGET)/archives
 	@for name in $(ARCHIVES); do \
 		archive=$$(cc -print-file-name=lib$$name.a); \
@@ -114,6 +113,12 @@ lint: setup ## Check formatting and lints
 	cargo fmt --check
 	cargo clippy --all-targets --features lab -- -D warnings
 	clang-format --dry-run -Werror $(C_SOURCES)
+	@status=0; release/lint-workflows .github/workflows/*.yml || status=$$?; \
+	case $$status in \
+		0) echo "lint: nothing is wrong" ;; \
+		3) echo "lint: nothing is wrong; 1 check skipped, for the reason above" ;; \
+		*) exit $$status ;; \
+	esac
 
 format: setup ## Format Rust and C
 	cargo fmt
@@ -122,6 +127,7 @@ format: setup ## Format Rust and C
 clean-lab: setup ## Remove what laboratories of killed runs left behind (root)
 	cargo run --quiet --features lab --bin kubelane-lab -- sweep
 
+include release/release.mk
 include tests/vm/vm.mk
 include benches/bench.mk
 include tests/fuzz/fuzz.mk

@@ -24,6 +24,9 @@ fn main() {
 /// The kernel's user-space headers include <asm/types.h>, which Debian keeps in a directory of the architecture.
 fn clang_arguments() -> Vec<String> {
     let mut arguments: Vec<String> = ["-Wall", "-Wextra", "-Werror", "-mcpu=v3", "-O2"].map(String::from).to_vec();
+    // BTF names the source files. Without their directory, two checkouts build the same binary.
+    let directory = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    arguments.push(format!("-ffile-prefix-map={directory}=."));
     let triple = Command::new("clang").arg("-print-target-triple").output().ok();
     let triple = triple.and_then(|o| String::from_utf8(o.stdout).ok()).unwrap_or_default();
     for name in [triple.trim().replace("-pc-", "-"), triple.trim().to_owned()] {

@@ -1,6 +1,7 @@
-//! The container image, without an engine: the recipe makes the binary; the image's root directory has what the
-//! Dockerfile copies and nothing else; and the daemon runs there with the mounts and capabilities that the DaemonSet
-//! gives it.
+//! The container image: the recipe makes the binary; the image's root directory has what the Dockerfile copies and
+//! nothing else; and the daemon runs there with the mounts and capabilities that the DaemonSet gives it: without an
+//! engine, and in a container of podman's, from an image of buildah's. What the latter does not show: the kubelet and
+//! containerd, AppArmor and SELinux, and other machines than this one's kind.
 #![cfg(feature = "lab")]
 
 mod apiserver;
@@ -54,8 +55,9 @@ fn image(root: &Path, binary: &Path, pod: &PodSpec) {
     for line in last.lines().filter(|line| !line.is_empty()) {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
-            ["COPY", "--from=build", "/src/target/image/release/kubelane", to] => copy(binary, &below(root, to)),
+            ["COPY", "--from=build", "/src/target/static/$TARGETARCH/kubelane", to] => copy(binary, &below(root, to)),
             ["COPY", from, to] => copy(&Path::new(REPOSITORY).join(from), &below(root, to)),
+            ["ARG" | "LABEL", ..] => {}
             ["ENTRYPOINT", entry] => assert_eq!(entry, r#"["/kubelane"]"#),
             _ => panic!("{line}"),
         }
@@ -235,6 +237,126 @@ fn the_daemon_runs_with_the_images_files_and_the_daemonsets_mounts_and_nothing_e
         assert_eq!(daemon.terminate().unwrap().code(), Some(0));
     }
     assert_eq!(names(&site.ask(10)), ["b"], "what is pinned on the host's BPF file system outlives the container");
+}
+
+/// Where the engine keeps images and containers of tests. What a killed run left there goes with the next one.
+fn engine_state() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("engine")
+}
+
+/// A command of buildah or podman, unpacked from Debian.
+fn engine(arguments: &[&str]) -> Command {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    let mut command = Command::new(Path::new(REPOSITORY).join("release/engine"));
+    command.arg(target.join("tools/engine")).arg(engine_state()).args(arguments);
+    command
+}
+
+/// Unpacks the engine, if it can be had.
+fn has_engine() -> Result<(), String> {
+    let unpack = Path::new(REPOSITORY).join("release/unpack");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    let arguments = ["buildah", "podman", "crun"];
+    let output = Command::new(unpack).arg("trixie").arg(target.join("tools/engine")).args(arguments).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let reason = said.lines().last().unwrap_or("release/unpack failed");
+    if output.status.success() { Ok(()) } else { Err(format!("no container engine: {reason}")) }
+}
+
+/// `manifests/image/Dockerfile` as `make image` has it built, but with a binary of the tests' profile.
+fn build_image(binary: &Path, name: &str) {
+    fs::create_dir_all(engine_state()).unwrap();
+    let stage = tempfile::tempdir_in(engine_state()).unwrap();
+    let arch = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    copy(binary, &stage.path().join(format!("src/target/static/{arch}/kubelane")));
+    let output = engine(&["buildah", "build", "--quiet", "--timestamp=0", "--tag", name])
+        .arg(format!("--file={REPOSITORY}/manifests/image/Dockerfile"))
+        .arg(format!("--platform=linux/{arch}"))
+        .arg(format!("--build-context=build={}", stage.path().display()))
+        .arg(REPOSITORY)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The pod as options of `podman run`, with the account's directory that the kubelet mounts. The runtime's own seccomp
+/// profile is in force, as with the DaemonSet's RuntimeDefault.
+fn podman_options(pod: &PodSpec, bpffs: &Path, config: &Path, account: &Path) -> Vec<String> {
+    let context = pod.containers[0].security_context.as_ref().unwrap();
+    let capabilities = context.capabilities.as_ref().unwrap().add.as_ref().unwrap();
+    assert_eq!((pod.host_network, pod.host_pid), (Some(true), Some(true)));
+    assert_eq!((context.read_only_root_filesystem, context.privileged), (Some(true), Some(false)));
+    let user = format!("--user={}:{}", context.run_as_user.unwrap(), context.run_as_group.unwrap());
+    let mut options: Vec<String> =
+        // --cgroups: the engine's own process needs no cgroup beside the laboratory's.
+        ["--network=host", "--pid=host", "--cgroups=no-conmon", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--pids-limit=0"]
+            .map(str::to_owned)
+            .to_vec();
+    options.extend([user, format!("--cap-add={}", capabilities.join(",")), format!("--add-host={BY_FILE}:127.0.0.1")]);
+    for bind in binds(pod, bpffs, config) {
+        let bind =
+            bind.strip_prefix("--bind=").unwrap().replace(":ro:follow", ":ro,rslave").replace(":follow", ":rslave");
+        options.push(format!("--volume={bind}"));
+    }
+    options.push(format!("--volume={}:/var/run/secrets/kubernetes.io/serviceaccount:ro", account.display()));
+    options
+}
+
+#[test]
+fn the_daemon_runs_in_a_container_of_a_real_engine_with_the_daemonsets_security_context() {
+    if let Err(reason) = preflight().map_err(|reason| format!("{reason:#}")).and_then(|()| has_engine()) {
+        return skip(&reason);
+    }
+    let binary = binary();
+    let Some(site) = Site::or_skip() else { return };
+    let (lab, pod) = (&site.cluster.lab, pod());
+    let node = lab.node("node1");
+    let _ = fs::remove_dir_all(engine_state());
+    let name = format!("localhost/kubelane-test:{}", std::process::id());
+    build_image(&binary, &name);
+
+    let (config, account) = (lab.dir.join("config"), lab.dir.join("account"));
+    for directory in [&config, &account] {
+        fs::create_dir(directory).unwrap();
+    }
+    fs::write(config.join("kubeconfig"), kubeconfig(&site, BY_FILE)).unwrap();
+    fs::write(account.join("token"), "a-token").unwrap();
+    copy(&Path::new(REPOSITORY).join("tests/data/ca.crt"), &account.join("ca.crt"));
+
+    let mount_point = support::cgroup::mount_point().unwrap();
+    let of_node = node.cgroup.strip_prefix(&mount_point).unwrap();
+    let pins = Path::new("/sys/fs/bpf").join(node.pin_path.file_name().unwrap()).display().to_string();
+    let pid_file = lab.dir.join("container.pid");
+    let mut run = vec!["podman".to_owned(), "run".to_owned(), "--rm".to_owned()];
+    run.push(format!("--pidfile={}", pid_file.display()));
+    run.push(format!("--cgroup-parent=/{}", of_node.display()));
+    run.extend(podman_options(&pod, node.pin_path.parent().unwrap(), &config, &account));
+    run.push(name.clone());
+    run.extend(pod.containers[0].args.clone().unwrap());
+    // release/engine shows the engine cgroup2 alone.
+    let cgroup = Path::new("/host/sys/fs/cgroup").join(of_node).display().to_string();
+    run.extend(["--cgroup", &cgroup, "--pin-path", &pins, "--hostname-override", "node1"].map(str::to_owned));
+    let run: Vec<&str> = run.iter().map(String::as_str).collect();
+    let command = engine(&run);
+    let arguments: Vec<&str> = command.get_args().map(|argument| argument.to_str().unwrap()).collect();
+
+    let daemon = Daemon::start_program(lab, "node1", Path::new(command.get_program()), &arguments).unwrap();
+    site.put_slice("echo", &["b"]);
+    assert!(eventually(PATIENCE, || site.ask(10) == all("b", 40)), "{}", site.log());
+    let container: u32 = fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap();
+    let status = fs::read_to_string(format!("/proc/{container}/status")).unwrap();
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+    assert_eq!(field("Seccomp:"), "2", "the engine's filter of system calls is in force");
+    assert_eq!(u64::from_str_radix(&field("CapBnd:"), 16).unwrap(), 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39);
+    let root = PathBuf::from(format!("/proc/{container}/root"));
+    assert!(fs::write(root.join("file"), "").is_err(), "the root file system can be written to");
+    let mut files: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    files.sort_unstable();
+    assert_eq!(files, ["dev", "etc", "host", "kubelane", "proc", "run", "sys", "var"], "nothing else is in the image");
+
+    assert_eq!(daemon.terminate().unwrap().code(), Some(0));
+    assert_eq!(names(&site.ask(10)), ["b"], "what is pinned on the host's BPF file system outlives the container");
+    fs::remove_dir_all(engine_state()).unwrap();
 }
 
 /// The kubelet's next pod: a mount on the host below /run/netns, made after the daemon's start.

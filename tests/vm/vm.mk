@@ -19,7 +19,7 @@ VM_NEEDED := \
 	/usr/bin/xz:xz-utils \
 	/usr/bin/zstd:zstd
 
-.PHONY: test-vm
+.PHONY: test-vm test-arm64
 
 test-vm: setup ## Run the kernel matrix: the BPF tests on Debian's kernels, emulated (root; KERNELS="5.10 6.1 6.12 newest")
 	@missing=(); \
@@ -32,3 +32,9 @@ test-vm: setup ## Run the kernel matrix: the BPF tests on Debian's kernels, emul
 		apt-get install -q -y --no-install-recommends "$${missing[@]}" < /dev/null; \
 	fi
 	KERNELS="$(KERNELS)" VM_SKIP="$(strip $(VM_SKIP))" tests/vm/matrix $(VM_TESTS)
+
+# Its own small world instead of the tests: these would have to be built for arm64, too.
+test-arm64: setup ## Boot Debian's arm64 kernel, emulated, and have the daemon of `make static-binary` serve there (root)
+	@command -v cpio > /dev/null || apt-get install -q -y --no-install-recommends cpio < /dev/null
+	release/static-binary arm64
+	tests/vm/boot-arm64 $(TARGET)/static/arm64/kubelane $(TARGET)/vm-arm64
