@@ -9,6 +9,7 @@ pub mod agent;
 pub mod bpf;
 mod chain;
 pub mod cli;
+pub mod explain;
 pub mod files;
 pub mod k8s;
 pub mod model;

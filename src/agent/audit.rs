@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::bpf;
+use crate::explain::{About, Answer};
 use crate::serve::{App, Stage};
 use crate::sync::{MapIo, MapName, Snapshot};
 
@@ -19,6 +20,8 @@ pub enum Request {
     Snapshot(MapName, oneshot::Sender<Option<Snapshot>>),
     /// Whether these rows are as written, and if not, to write them again.
     Correct(MapName, Vec<Vec<u8>>),
+    /// What the planner knows, for a person who asks.
+    Explain(About, oneshot::Sender<Answer>),
     /// Whether the programs are still on the devices, and if not, to attach them again.
     Devices,
 }

@@ -141,6 +141,12 @@ impl<'m> Worker<'m> {
                 let _ = reply.send(self.core.snapshot(map));
                 return false;
             }
+            Request::Explain(about, reply) => {
+                let mut answer = self.core.explain(&about);
+                answer.daemon.unserved = self.inputs.app.health.what_is_unserved();
+                let _ = reply.send(answer);
+                return false;
+            }
             Request::Correct(map, keys) => (map, keys),
             Request::Devices => {
                 self.wire.audit(tokio::time::Instant::now().into_std());

@@ -4,6 +4,7 @@
 pub mod arrivals;
 pub mod claims;
 pub mod compile;
+mod explain;
 mod fit;
 pub mod health;
 pub mod ids;

@@ -155,6 +155,11 @@ impl Health {
         self.lock().unserved = what;
     }
 
+    /// What was last told to [`Health::unserved`].
+    pub fn what_is_unserved(&self) -> Option<String> {
+        self.lock().unserved.clone()
+    }
+
     pub(super) fn facts(&self) -> Facts {
         self.lock().clone()
     }

@@ -9,6 +9,8 @@ use super::adopt::{AdoptReport, adopt};
 use super::apply::Applier;
 use super::audit::{self, Snapshot};
 use super::{MapIo, MapName};
+use crate::abi::FrontendKey;
+use crate::explain::{self, About, Answer, SERVICES_MAX};
 use crate::model::{Change, Family, HealthCheck, Ipx, Node, ObjectName, Protocol, SocketAddrx, Warning};
 use crate::plan::arrivals::Tally;
 use crate::plan::compile::Compiled;
@@ -225,6 +227,42 @@ impl Core {
         report.services += usize::from(compiled.is_some());
         self.note_no_local(name, compiled.as_ref());
         report.health_checks_changed |= self.note_health_check(name);
+    }
+
+    /// What is known of it, and why it is so.
+    pub fn explain(&self, about: &About) -> Answer {
+        let names = match about {
+            About::Service { namespace, name } => vec![ObjectName::new(namespace, name)],
+            About::Destination { ip, port, protocol } => {
+                let is_node = ip.is_loopback() || ip.is_unspecified() || self.layout.serves_node_ports((*ip).into());
+                self.world.asking_for((*ip).into(), *port, (*protocol).into(), is_node)
+            }
+            About::Daemon => Vec::new(),
+        };
+        let place = self.world.place();
+        let daemon = explain::Daemon {
+            node: place.node.to_owned(),
+            zone: place.zone.map(str::to_owned),
+            is_ready: self.ready(),
+            waits: self.pending(),
+            unserved: None,
+        };
+        let services = names.iter().take(SERVICES_MAX).filter_map(|name| self.explain_service(name)).collect();
+        let services_left_out = names.len().saturating_sub(SERVICES_MAX);
+        Answer { daemon, services, services_left_out, ..Answer::new() }
+    }
+
+    fn explain_service(&self, name: &ObjectName) -> Option<explain::Service> {
+        let mut told = self.world.explain(name)?;
+        told.warnings = self.book.of(&format!("Service {name}"));
+        for port in &mut told.ports {
+            let protocol = port.protocol.into();
+            for frontend in &mut port.frontends {
+                let key = FrontendKey::new(frontend.at.ip().into(), frontend.at.port(), protocol);
+                frontend.owner = self.layout.other_owner(key, name);
+            }
+        }
+        Some(told)
     }
 
     /// Something that the last sync wanted is not in the kernel: sync again later.
