@@ -22,6 +22,7 @@ pub mod pinned;
 mod ports;
 mod privileges;
 pub mod probe;
+mod read;
 mod reply_filter;
 #[cfg(feature = "lab")]
 pub mod run;
@@ -43,8 +44,10 @@ pub use flows::{FlowCollector, FlowPass, PROTOCOLS, STATES};
 pub use hook::{Fault, programs_before_ours};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
+pub use namespaces::{Client, find_clients, own_cookie};
 pub use packet_trial::PacketTrial;
 pub use pinned::cleanup;
 pub use privileges::Privileges;
+pub use read::{PinnedMap, WireMarks};
 pub use stale::{StalePass, StaleSockets};
 pub use usage::MapUsage;

@@ -10,6 +10,7 @@ use clap::builder::{BoolishValueParser, NonEmptyStringValueParser, RangedU64Valu
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
+use super::explain::{Asker, Target};
 use super::kube_proxy::KubeProxyFlags;
 use super::traffic::TrafficFlags;
 use crate::netdev::{DeviceSelection, NodePortAddresses};
@@ -27,6 +28,8 @@ Examples:
   Would it run here? What does it do right now?
       kubelane check
       kubelane get services -o wide
+  Which backend does a pod get at a Service, and why?
+      kubelane explain --from 10.244.1.11 10.96.0.80:80
   Remove every trace, after the daemon was stopped:
       kubelane cleanup";
 
@@ -53,6 +56,11 @@ pub enum Command {
     Check(Box<CheckFlags>),
     /// Show what is programmed in the kernel (works while the daemon is down)
     Get(GetFlags),
+    /// Say what the next connection to a destination gets, and why
+    ///
+    /// DEST is IP:PORT or [IPv6]:PORT, with /tcp (the default), /udp or /sctp, or svc/NAMESPACE/NAME[:PORT]. It is answered
+    /// from the live maps; the daemon adds the reasons that are in no map, and where both disagree, that is said.
+    Explain(ExplainFlags),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
     /// Refused while a daemon runs on that pin path. Service addresses stop working on this node at once.
@@ -251,6 +259,25 @@ pub struct GetFlags {
 }
 
 #[derive(Args, Clone, Debug)]
+pub struct ExplainFlags {
+    /// What is asked for: IP:PORT[/PROTOCOL], or svc/NAMESPACE/NAME[:PORT] for every address of a Service
+    #[arg(value_name = "DEST")]
+    pub target: Target,
+
+    /// Who asks: a pod's IP address, `node` for the node's own processes, `outside` or outside:IP [default: everyone,
+    /// without a look at session affinity]
+    #[arg(long, value_name = "CLIENT")]
+    pub from: Option<Asker>,
+
+    /// Output format [default: text]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub output: Option<Format>,
+
+    #[command(flatten)]
+    pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
 pub struct CleanupFlags {
     #[command(flatten)]
     pub pins: PinFlags,
@@ -281,6 +308,12 @@ pub enum What {
     Backends,
     /// What the maps take up, and for how many Services
     Status,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Json,
+    Yaml,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,6 +1,5 @@
 //! `kubelane get`: the records of a snapshot as a table, JSON or YAML. (`status` is in a file of its own.)
 
-use anyhow::Context as _;
 use serde::Serialize;
 
 use super::flags::{GetFlags, Output, What};
@@ -46,7 +45,7 @@ fn records<T: Serialize>(
 ) -> anyhow::Result<String> {
     match output {
         Some(Output::Json) => Ok(serde_json::to_string_pretty(&List { items })? + "\n"),
-        Some(Output::Yaml) => serde_norway::to_string(&List { items }).context("writing YAML"),
+        Some(Output::Yaml) => super::yaml(&List { items }),
         Some(Output::Wide) => Ok(table(true)),
         None => Ok(table(false)),
     }

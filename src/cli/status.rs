@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::Context as _;
 use serde::Serialize;
 
 use super::flags::Output;
@@ -56,7 +55,7 @@ impl Status {
         let mut text = format!("maps: {:.1} MiB for {} service{plural}\n", self.map_bytes as f64 / MIB, self.services);
         match output {
             Some(Output::Json) => return Ok(serde_json::to_string_pretty(self)? + "\n"),
-            Some(Output::Yaml) => return serde_norway::to_string(self).context("writing YAML"),
+            Some(Output::Yaml) => return super::yaml(self),
             Some(Output::Wide) => {
                 let row = |map: &Map| {
                     vec![map.name.clone(), format!("{:.3}", map.bytes as f64 / MIB), map.capacity.to_string()]
