@@ -308,7 +308,9 @@ fn a_row_that_somebody_else_has_changed_is_told_as_a_disagreement() {
 fn names_that_a_terminal_would_act_upon_are_escaped_in_every_output() {
     let Some(cluster) = Cluster::or_skip() else { return };
     situations(&cluster);
-    cluster.start().kill();
+    let daemon = cluster.start();
+    cluster.client("client").ask(Kind::Tcp4, vip(17, 90)[0], 1);
+    daemon.kill();
     let node = cluster.lab.node("node1");
     let mut maps = Maps::open(&node.pin_path).unwrap();
     let mut ids = Vec::new();
@@ -318,7 +320,7 @@ fn names_that_a_terminal_would_act_upon_are_escaped_in_every_output() {
     let to = vip(10, 90)[0].to_string();
     let pins = node.pin_path.display().to_string();
     let mut asked = vec![vec!["explain", &to], vec!["explain", &to, "-o", "json"], vec!["explain", &to, "-o", "yaml"]];
-    for what in ["services", "backends"] {
+    for what in ["services", "backends", "affinities"] {
         asked.extend([vec!["get", what], vec!["get", what, "-o", "wide"]]);
         asked.extend([vec!["get", what, "-o", "json"], vec!["get", what, "-o", "yaml"]]);
     }

@@ -21,6 +21,11 @@ pub fn lines(text: &str) -> String {
     escaped(text, |c| c != '\n' && is_unsafe(c))
 }
 
+/// Whether JSON, as serde writes it, names no such character: neither as it is nor by its code.
+pub fn is_plain_json(json: &str) -> bool {
+    !json.contains("\\u00") && !json.contains(is_unsafe)
+}
+
 fn escaped(text: &str, is_unsafe: impl Fn(char) -> bool) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {

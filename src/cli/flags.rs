@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::explain::{Asker, Target};
+use super::get::{JsonPath, Output, ServiceFilter, sort_key};
 use super::kube_proxy::KubeProxyFlags;
 use super::traffic::TrafficFlags;
 use crate::netdev::{DeviceSelection, NodePortAddresses};
@@ -250,9 +251,46 @@ pub struct GetFlags {
     #[arg(value_enum, value_name = "WHAT")]
     pub what: What,
 
-    /// Output format [default: a table]
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    /// Only of Services of this name
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Only of Services of this namespace [default: of all]
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+
+    /// Of all namespaces: what is shown without -n, too
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub all_namespaces: bool,
+
+    /// Only of this Service: NAMESPACE/NAME, with or without :PORT
+    #[arg(long, value_name = "SERVICE")]
+    pub service: Option<ServiceFilter>,
+
+    /// Only what has this address, as the client's, the Service's, a backend's or the node's
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
+
+    /// Only what is in this state: flows `opening`, `established` or `closing`; backends `active` or `terminating`; services and
+    /// nodeports `serving`, `refused` or `dropped`; affinities `holds`, `expired` or `gone`
+    #[arg(long, value_name = "STATE")]
+    pub state: Option<String>,
+
+    /// Output format: json, yaml, wide, name, jsonpath=TEMPLATE, and of services ipvsadm [default: a table]
+    #[arg(short, long, value_name = "FORMAT")]
     pub output: Option<Output>,
+
+    /// A table without its heads
+    #[arg(long)]
+    pub no_headers: bool,
+
+    /// Go on, and show each row that comes, changes or goes (looked at once a second)
+    #[arg(short, long)]
+    pub watch: bool,
+
+    /// Order by what this JSONPath leads to in each item, as -o json has them: .address
+    #[arg(long, value_name = "JSONPATH", value_parser = sort_key)]
+    pub sort_by: Option<JsonPath>,
 
     #[command(flatten)]
     pub pins: PinFlags,
@@ -304,24 +342,31 @@ pub enum What {
     #[value(aliases = ["service", "svc"])]
     Services,
     /// Backends: where connections go
-    #[value(alias = "backend")]
+    #[value(aliases = ["backend", "be"])]
     Backends,
+    /// NodePorts, and the addresses that serve them
+    #[value(aliases = ["nodeport", "np"])]
+    Nodeports,
+    /// Connections of packets from outside
+    #[value(alias = "flow")]
+    Flows,
+    /// Which backend each client of a Service with session affinity had
+    #[value(aliases = ["affinity", "aff"])]
+    Affinities,
+    /// Where packets from outside are met
+    #[value(aliases = ["device", "dev"])]
+    Devices,
+    /// Source ports in use towards backends on other nodes
+    Snat,
     /// What the maps take up, and for how many Services
     Status,
 }
 
+/// Of what is no list.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Json,
     Yaml,
-}
-
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Output {
-    Json,
-    Yaml,
-    /// The table with more columns
-    Wide,
 }
 
 fn source(text: &str) -> Result<Source, String> {

@@ -168,11 +168,10 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
 
 /// YAML; JSON, which is YAML, too, where there are characters that only its strings can name.
 fn yaml(value: &impl serde::Serialize) -> anyhow::Result<String> {
-    let text = serde_norway::to_string(value).context("writing YAML")?;
-    let json = serde_json::to_string(value)?;
-    // By the JSON: the other text may already have escaped some of them, and lost others in a block of lines.
-    let is_hostile = json != escape::line(&json) || json.contains("\\u00");
-    if is_hostile { Ok(serde_json::to_string_pretty(value)? + "\n") } else { Ok(text) }
+    match escape::is_plain_json(&serde_json::to_string(value)?) {
+        true => serde_norway::to_string(value).context("writing YAML"),
+        false => Ok(serde_json::to_string_pretty(value)? + "\n"),
+    }
 }
 
 /// Writes to standard output, without what a terminal would act upon. That nobody reads on (a pager that was quit, `head`)

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::flags::Output;
+use super::get::Output;
 use super::snapshot;
 use super::table;
 use crate::abi::ServiceName;
@@ -50,7 +50,7 @@ impl Status {
         Status { services: services.len(), map_bytes, maps: maps.into_iter().map(map).collect() }
     }
 
-    pub fn render(&self, output: Option<Output>) -> anyhow::Result<String> {
+    pub fn render(&self, output: Option<&Output>) -> anyhow::Result<String> {
         let plural = if self.services == 1 { "" } else { "s" };
         let mut text = format!("maps: {:.1} MiB for {} service{plural}\n", self.map_bytes as f64 / MIB, self.services);
         match output {
@@ -63,7 +63,7 @@ impl Status {
                 text.push('\n');
                 text += &table::render(&["MAP", "MIB", "CAPACITY"], &self.maps.iter().map(row).collect::<Vec<_>>());
             }
-            None => {}
+            _ => {}
         }
         Ok(text)
     }
@@ -80,14 +80,14 @@ mod tests {
         let status = Status::new(["shop/web:http", "shop/web:https", "shop/dns"].into_iter(), maps);
         assert_eq!(status.render(None).unwrap(), "maps: 3.5 MiB for 2 services\n");
         assert_eq!(
-            status.render(Some(Output::Wide)).unwrap(),
+            status.render(Some(&Output::Wide)).unwrap(),
             "maps: 3.5 MiB for 2 services\n\n\
              MAP        MIB     CAPACITY\n\
              backends   3.000   64\n\
              slots      0.500   64\n"
         );
-        let json: serde_json::Value = serde_json::from_str(&status.render(Some(Output::Json)).unwrap()).unwrap();
-        let yaml: serde_json::Value = serde_norway::from_str(&status.render(Some(Output::Yaml)).unwrap()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&status.render(Some(&Output::Json)).unwrap()).unwrap();
+        let yaml: serde_json::Value = serde_norway::from_str(&status.render(Some(&Output::Yaml)).unwrap()).unwrap();
         assert_eq!(json, yaml);
         assert_eq!((&json["services"], &json["mapBytes"]), (&2.into(), &((3 << 20) + (1 << 19)).into()));
     }
