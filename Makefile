@@ -27,7 +27,7 @@ NEEDED := \
 # Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
 TEST_THREADS ?= 2
 
-.PHONY: help setup build image-binary demo test test-cluster promtool lint format clean-lab
+.PHONY: help setup build manual image-binary demo test test-cluster promtool lint format clean-lab
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -68,6 +68,11 @@ promtool:
 
 build: setup ## Build the daemon in release mode
 	cargo build --release
+
+manual: build ## Write manual pages and completions to target/manual
+	rm -rf $(TARGET)/manual; mkdir -p $(TARGET)/manual/man8
+	$(TARGET)/release/kubelane man --directory $(TARGET)/manual/man8
+	for shell in bash zsh fish; do $(TARGET)/release/kubelane completion $$shell > $(TARGET)/manual/kubelane.$$shell; done
 
 # The image's binary needs nothing of the image: no C library, no libelf, no zlib. The linker takes a library's first
 # match, so that a directory with nothing but archives makes it take these; crt-static does the same for the C library.

@@ -66,6 +66,10 @@ pub enum Command {
     ///
     /// Refused while a daemon runs on that pin path. Service addresses stop working on this node at once.
     Cleanup(CleanupFlags),
+    /// Print completions for a shell: `source <(kubelane completion bash)`
+    Completion(CompletionFlags),
+    /// Print a manual page: `kubelane man explain | man -l -`
+    Man(ManFlags),
     /// Print the version
     Version,
 }
@@ -319,6 +323,31 @@ pub struct ExplainFlags {
 pub struct CleanupFlags {
     #[command(flatten)]
     pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct CompletionFlags {
+    /// Whose
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ManFlags {
+    /// Of which subcommand [default: kubelane itself]
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+
+    /// Write the pages of all subcommands into this directory, and print nothing
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    pub directory: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

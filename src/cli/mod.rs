@@ -13,6 +13,7 @@ mod kube_proxy;
 mod leftovers;
 mod lenient_yaml;
 mod log;
+mod manual;
 mod merge;
 mod outward;
 mod run;
@@ -63,6 +64,8 @@ pub fn main(started: Instant) -> ExitCode {
             result => result.map(drop),
         },
         Command::Get(flags) => get::run(&flags),
+        Command::Completion(flags) => manual::completion(flags.shell),
+        Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
