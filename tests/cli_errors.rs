@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 39] = [
+    let table: [(&[&str], &[&str]); 40] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
@@ -58,6 +58,7 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["get", "services", "-o", "xml"], &["--output", "xml", "json", "yaml", "wide"]),
         (&["frobnicate"], &["frobnicate"]),
         (&["explain"], &["DEST"]),
+        (&["report", "--seconds", "0"], &["--seconds", "1..=600"]),
         (&["completion", "tcsh"], &["SHELL", "tcsh", "bash, zsh, fish"]),
         (&["man", "nothing"], &["no subcommand \"nothing\""]),
         (&["explain", "web"], &["DEST", "web", "IP:PORT", "svc/NAMESPACE/NAME"]),

@@ -15,7 +15,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{debug, warn};
 
 use super::audit::Request;
-use crate::explain::{Answer, DIRECTORY, QUESTION_MAX, Question, VERSION, sockets_path};
+use crate::explain::{About, Answer, DIRECTORY, QUESTION_MAX, Question, VERSION, sockets_path};
+use crate::serve::Metrics;
 
 /// Questions at once; others wait.
 const AT_ONCE: usize = 4;
@@ -26,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// Never: it ends with the daemon.
-pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>) -> anyhow::Result<()> {
+pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
     let listener = match listen(pin_path) {
         Ok(listener) => listener,
         Err(error) => {
@@ -49,9 +50,9 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>) -> anyhow::Re
                 continue;
             }
         };
-        let worker = worker.clone();
+        let (worker, metrics) = (worker.clone(), Arc::clone(&metrics));
         tokio::spawn(async move {
-            match tokio::time::timeout(PATIENCE, answer(stream, worker)).await {
+            match tokio::time::timeout(PATIENCE, answer(stream, worker, &metrics)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => debug!("a question was not answered: {error:#}"),
                 Err(_) => debug!("whoever asked went silent"),
@@ -98,7 +99,7 @@ fn sweep(own: &Path) {
     }
 }
 
-async fn answer(mut stream: UnixStream, worker: mpsc::Sender<Request>) -> anyhow::Result<()> {
+async fn answer(mut stream: UnixStream, worker: mpsc::Sender<Request>, metrics: &Metrics) -> anyhow::Result<()> {
     // The file's mode says the same, but a directory that others may write to would let them replace the file.
     let asker = stream.peer_cred().context("asking who asks")?.uid();
     anyhow::ensure!(asker == 0, "user {asker} asks, and only root is answered");
@@ -106,6 +107,10 @@ async fn answer(mut stream: UnixStream, worker: mpsc::Sender<Request>) -> anyhow
     let mut line = String::new();
     BufReader::new(read.take(QUESTION_MAX as u64)).read_line(&mut line).await.context("reading a question")?;
     let answer = match serde_json::from_str::<Question>(&line) {
+        Ok(question) if question == Question { version: VERSION, about: About::Metrics } => match metrics.text() {
+            Ok(metrics) => Answer { metrics, ..Answer::new() },
+            Err(error) => refusal(format!("the metrics cannot be read: {error:#}")),
+        },
         Ok(question) if question.version == VERSION => {
             let (reply, answer) = oneshot::channel();
             worker.send(Request::Explain(question.about, reply)).await.context("the worker ended")?;

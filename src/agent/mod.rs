@@ -183,8 +183,8 @@ fn watch_kernel(
     let (requests, audits) = mpsc::channel(1);
     let links = links::watch(datapath.socket_hooks(), requests.clone(), conditions.clone());
     parts.spawn(async move { ("attachments", links.await) });
-    let (pin_path, asked) = (settings.datapath.pin_path.clone(), requests.clone());
-    parts.spawn(async move { ("answers", ask::serve(&pin_path, asked).await) });
+    let (pin_path, asked, shown) = (settings.datapath.pin_path.clone(), requests.clone(), Arc::clone(&app.metrics));
+    parts.spawn(async move { ("answers", ask::serve(&pin_path, asked, shown).await) });
     let (maps, audited) = (Maps::open(&settings.datapath.pin_path)?, app.clone());
     parts.spawn(async move { ("audits", audit::run(maps, requests, audited).await) });
     Ok(audits)

@@ -14,6 +14,7 @@ use super::stale::StaleSocketPasses;
 use super::wire::Wire;
 use super::worker_warnings::WarningLog;
 use crate::bpf;
+use crate::explain::{About, recent};
 use crate::model::{Change, Ipx, Kind, Protocol};
 use crate::netdev::{DeviceSelection, Network, NodePortAddresses};
 use crate::plan::arrivals::Tally;
@@ -144,6 +145,10 @@ impl<'m> Worker<'m> {
             Request::Explain(about, reply) => {
                 let mut answer = self.core.explain(&about);
                 answer.daemon.unserved = self.inputs.app.health.what_is_unserved();
+                if about == About::Daemon {
+                    answer.arguments = std::env::args().collect();
+                    answer.log = recent::lines();
+                }
                 let _ = reply.send(answer);
                 return false;
             }

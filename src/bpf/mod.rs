@@ -42,6 +42,7 @@ pub use devices::{Device, Devices, Direction, LinkLayer, Method};
 pub use epochs::RouteEpoch;
 pub use flows::{FlowCollector, FlowPass, PROTOCOLS, STATES};
 pub use hook::{Fault, programs_before_ours};
+pub use link::{Attachment, attachments};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
 pub use namespaces::{Client, find_clients, own_cookie};

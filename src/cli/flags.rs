@@ -66,6 +66,11 @@ pub enum Command {
     ///
     /// Refused while a daemon runs on that pin path. Service addresses stop working on this node at once.
     Cleanup(CleanupFlags),
+    /// Write one archive for a bug report: check, status, tables, warnings, log, counters, metrics
+    ///
+    /// There are no credentials in it: of a kubeconfig only its path. --redact replaces addresses and names, each by the same
+    /// word everywhere.
+    Report(Box<ReportFlags>),
     /// Print completions for a shell: `source <(kubelane completion bash)`
     Completion(CompletionFlags),
     /// Print a manual page: `kubelane man explain | man -l -`
@@ -323,6 +328,24 @@ pub struct ExplainFlags {
 pub struct CleanupFlags {
     #[command(flatten)]
     pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ReportFlags {
+    /// Where to [default: kubelane-report-NODE-TIME.tar.gz in this directory]; - is standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Replace IP addresses and the names of namespaces, Services, ports, nodes and hosts, each by the same word everywhere
+    #[arg(long)]
+    pub redact: bool,
+
+    /// Over how many seconds the counters are watched
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=600))]
+    pub seconds: u16,
+
+    #[command(flatten)]
+    pub check: CheckFlags,
 }
 
 #[derive(Args, Clone, Debug)]

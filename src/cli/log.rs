@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal as _};
 use tracing_subscriber::EnvFilter;
 
 use super::flags::{LogFlags, LogFormat};
+use crate::explain::recent::Remembered;
 
 /// What `-v` is when nobody says it.
 const DEFAULT_VERBOSITY: u8 = 2;
@@ -20,7 +21,7 @@ pub fn start(flags: LogFlags) -> anyhow::Result<()> {
         }
         _ => EnvFilter::new(filter(flags.verbosity.unwrap_or(DEFAULT_VERBOSITY))),
     };
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Remembered).with_target(false);
     let result = match flags.log_format.unwrap_or(LogFormat::Human) {
         LogFormat::Human => builder.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_target(true).try_init(),

@@ -16,6 +16,7 @@ mod log;
 mod manual;
 mod merge;
 mod outward;
+mod report;
 mod run;
 mod snapshot;
 mod source_check;
@@ -64,6 +65,7 @@ pub fn main(started: Instant) -> ExitCode {
             result => result.map(drop),
         },
         Command::Get(flags) => get::run(&flags),
+        Command::Report(flags) => report::run(*flags),
         Command::Completion(flags) => manual::completion(flags.shell),
         Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),

@@ -1,6 +1,7 @@
 //! What the daemon tells of itself when it is asked why: the records that go over its socket (`agent/ask.rs` answers,
 //! `cli/explain` asks). `plan/explain.rs` fills them with the planner's own decisions.
 
+pub mod recent;
 mod socket;
 
 use std::net::{IpAddr, SocketAddr};
@@ -35,8 +36,10 @@ pub enum About {
     Service { namespace: String, name: String },
     /// Whatever Service has to do with this address and port.
     Destination { ip: IpAddr, port: u16, protocol: Transport },
-    /// The daemon alone.
+    /// The daemon alone: with its arguments, the warnings that hold and its latest log.
     Daemon,
+    /// What /metrics has.
+    Metrics,
 }
 
 /// A transport protocol by its name.
@@ -87,6 +90,17 @@ pub struct Answer {
     /// How many more there are.
     #[serde(default)]
     pub services_left_out: usize,
+    /// Of all objects.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+    /// How the daemon was started.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub arguments: Vec<String>,
+    /// The latest lines, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<String>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub metrics: String,
 }
 
 impl Answer {

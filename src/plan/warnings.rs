@@ -54,6 +54,13 @@ impl WarningBook {
         }
     }
 
+    /// All that hold now, sorted.
+    pub fn all(&self) -> Vec<&Warning> {
+        let mut all: Vec<&Warning> = self.holders.keys().collect();
+        all.sort_unstable();
+        all
+    }
+
     /// What holds of this subject now, sorted.
     pub fn of(&self, subject: &str) -> Vec<String> {
         let of_subject = self.holders.keys().filter(|warning| warning.subject == subject);

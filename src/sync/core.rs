@@ -237,7 +237,7 @@ impl Core {
                 let is_node = ip.is_loopback() || ip.is_unspecified() || self.layout.serves_node_ports((*ip).into());
                 self.world.asking_for((*ip).into(), *port, (*protocol).into(), is_node)
             }
-            About::Daemon => Vec::new(),
+            About::Daemon | About::Metrics => Vec::new(),
         };
         let place = self.world.place();
         let daemon = explain::Daemon {
@@ -249,7 +249,12 @@ impl Core {
         };
         let services = names.iter().take(SERVICES_MAX).filter_map(|name| self.explain_service(name)).collect();
         let services_left_out = names.len().saturating_sub(SERVICES_MAX);
-        Answer { daemon, services, services_left_out, ..Answer::new() }
+        let mut warnings = Vec::new();
+        if *about == About::Daemon {
+            warnings =
+                self.book.all().iter().map(|warning| format!("{}: {}", warning.subject, warning.message)).collect();
+        }
+        Answer { daemon, services, services_left_out, warnings, ..Answer::new() }
     }
 
     fn explain_service(&self, name: &ObjectName) -> Option<explain::Service> {

@@ -219,6 +219,6 @@ pub fn snat(pin_path: &Path, wanted: impl Fn(&FlowRecord) -> bool) -> Result<Vec
     })?;
     let record = |((backend, protocol, source), ports)| SnatRecord { backend, protocol, source, ports };
     let mut all: Vec<SnatRecord> = counts.into_iter().map(record).collect();
-    all.sort_by(|a, b| b.ports.cmp(&a.ports));
+    all.sort_by_key(|record| std::cmp::Reverse(record.ports));
     Ok(all)
 }
