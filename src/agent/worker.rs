@@ -145,6 +145,8 @@ impl<'m> Worker<'m> {
             Request::Explain(about, reply) => {
                 let mut answer = self.core.explain(&about);
                 answer.daemon.unserved = self.inputs.app.health.what_is_unserved();
+                let synced = self.inputs.app.health.last_updated();
+                answer.daemon.last_sync_seconds = synced.and_then(|at| at.elapsed().ok()).map(|age| age.as_secs());
                 if about == About::Daemon {
                     answer.arguments = std::env::args().collect();
                     answer.log = recent::lines();

@@ -410,6 +410,8 @@ pub enum What {
     Devices,
     /// Source ports in use towards backends on other nodes
     Snat,
+    /// How kubelane is on this node, in one row: version, last sync, refusals and drops
+    Node,
     /// What the maps take up, and for how many Services
     Status,
 }

@@ -12,7 +12,7 @@ use crate::abi::ServiceName;
 use crate::bpf::{self, MapMemory, Maps};
 use crate::sync::MapName;
 
-const MIB: f64 = (1 << 20) as f64;
+pub const MIB: f64 = (1 << 20) as f64;
 
 /// JSON and YAML are this object.
 #[derive(Serialize)]
@@ -44,10 +44,9 @@ impl Status {
 
     /// `ports`: "namespace/name:port" of each Service port.
     fn new<'a>(ports: impl Iterator<Item = &'a str>, maps: Vec<MapMemory>) -> Status {
-        let services: HashSet<&str> = ports.map(|port| port.split(':').next().unwrap_or(port)).collect();
         let map = |map: MapMemory| Map { name: map.name, bytes: map.bytes, capacity: map.capacity };
         let map_bytes = maps.iter().map(|map| map.bytes).sum();
-        Status { services: services.len(), map_bytes, maps: maps.into_iter().map(map).collect() }
+        Status { services: count_services(ports), map_bytes, maps: maps.into_iter().map(map).collect() }
     }
 
     pub fn render(&self, output: Option<&Output>) -> anyhow::Result<String> {
@@ -67,6 +66,12 @@ impl Status {
         }
         Ok(text)
     }
+}
+
+/// Of "namespace/name:port", each Service once.
+pub fn count_services<'a>(ports: impl Iterator<Item = &'a str>) -> usize {
+    let services: HashSet<&str> = ports.map(|port| port.split(':').next().unwrap_or(port)).collect();
+    services.len()
 }
 
 #[cfg(test)]

@@ -122,6 +122,9 @@ pub struct Daemon {
     pub waits: bool,
     /// What is not served on this node, as `/readyz` has it.
     pub unserved: Option<String>,
+    /// Seconds since a sync left nothing waiting.
+    #[serde(default)]
+    pub last_sync_seconds: Option<u64>,
 }
 
 /// A Service as the daemon knows it.

@@ -246,6 +246,7 @@ impl Core {
             is_ready: self.ready(),
             waits: self.pending(),
             unserved: None,
+            last_sync_seconds: None,
         };
         let services = names.iter().take(SERVICES_MAX).filter_map(|name| self.explain_service(name)).collect();
         let services_left_out = names.len().saturating_sub(SERVICES_MAX);

@@ -7,6 +7,7 @@ mod flows;
 mod format;
 mod ipvsadm;
 mod jsonpath;
+mod node;
 mod printer;
 mod record;
 mod services;
@@ -102,6 +103,7 @@ fn heads(what: What) -> Heads {
         What::Snat => flows::SNAT_HEADS,
         What::Affinities => affinities::HEADS,
         What::Devices => devices::HEADS,
+        What::Node => node::HEADS,
     }
 }
 
@@ -120,6 +122,7 @@ fn each(flags: &GetFlags, each: &mut dyn FnMut(Box<dyn Record>) -> Result<()>) -
         What::Flows => flows::each(pins, &mut |r| take(Box::new(r))),
         What::Affinities => affinities::each(pins, &mut |r| take(Box::new(r))),
         What::Devices => devices::devices(pins)?.into_iter().try_for_each(|r| take(Box::new(r))),
+        What::Node => take(Box::new(node::node(pins)?)),
         // Ports are counted by flows, which know their Services.
         What::Snat => {
             let all = flows::snat(pins, |flow| filter.takes(flow))?;
@@ -174,8 +177,10 @@ impl GetFlags {
             (_, What::Status) if has_filter || self.watch || self.sort_by.is_some() => {
                 refuse("the status is one: it has no filter, order or watch")
             }
-            (_, What::Devices) if self.namespace.is_some() || self.name.is_some() || self.service.is_some() => {
-                refuse("devices are no Service's")
+            (_, What::Devices | What::Node)
+                if self.namespace.is_some() || self.name.is_some() || self.service.is_some() =>
+            {
+                refuse("nodes and devices are no Service's")
             }
             _ if self.sort_by.is_some() && is_streamed => {
                 refuse("flows and affinities are written as they are read, in no order: --sort-by is not for them")
