@@ -75,7 +75,8 @@ fn flows_affinities_devices_nodeports_and_source_ports_are_those_that_there_are(
     let mut clients: Vec<String> = flows.iter().map(|flow| flow["client"].as_str().unwrap().to_owned()).collect();
     let mut own: Vec<String> =
         streams.iter().flatten().map(|stream| stream.local_addr().unwrap().to_string()).collect();
-    (clients.sort(), own.sort());
+    clients.sort();
+    own.sort();
     assert_eq!(clients, own);
     for flow in &flows {
         let backend: SocketAddr = flow["backend"].as_str().unwrap().parse().unwrap();
