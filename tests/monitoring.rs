@@ -94,7 +94,7 @@ fn rules() -> Value {
 }
 
 /// Beside its name: what makes it true.
-const FIRED_BY: [(&str, &[(&str, &str)]); 15] = [
+const FIRED_BY: [(&str, &[(&str, &str)]); 16] = [
     ("KubelaneDown", &[("up{", "0+0")]),
     (
         "KubelaneUpdatesWait",
@@ -108,6 +108,7 @@ const FIRED_BY: [(&str, &[(&str, &str)]); 15] = [
     ("KubelaneDrops", &[("kubelane_datapath_verdicts_total{verdict=\"dropped_no_route\"", "0+60")]),
     ("KubelaneNoEndpoints", &[("kubelane_datapath_verdicts_total{verdict=\"refused_no_endpoint\"", "0+120")]),
     ("KubelaneFlowTableFull", &[("kubelane_datapath_verdicts_total{verdict=\"flow_table_full\"", "0+60")]),
+    ("KubelaneSourcePortsScarce", &[("kubelane_snat_ports_used", "28000+0")]),
     ("KubelaneBackendMissing", &[("kubelane_datapath_verdicts_total{verdict=\"failed_backend_missing\"", "0+1")]),
     ("KubelaneDrift", &[("kubelane_drift_total{map=\"slots\"", "0+1")]),
     ("KubelaneAttachmentsTakenOff", &[("kubelane_attachments_restored_total{place=\"device\"", "0+1")]),

@@ -11,6 +11,7 @@ mod drops;
 mod flows;
 mod links;
 mod outlets;
+mod outside;
 mod probe;
 mod reach;
 mod retry;
@@ -165,10 +166,14 @@ fn watch_kernel(
 ) -> anyhow::Result<mpsc::Receiver<audit::Request>> {
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
+    let by_service = outside::ByService::default();
     if let Some(counts) = datapath.service_connections()? {
-        let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
+        let metrics = Arc::clone(&app.metrics);
+        let watch = connections::watch(counts, settings.service_metrics, metrics, by_service.clone());
         parts.spawn(async move { ("connections of Services", watch.await) });
     }
+    let outside = outside::watch(settings.datapath.pin_path.clone(), Arc::clone(&app.metrics), by_service);
+    parts.spawn(async move { ("flows from outside", outside.await) });
     parts.spawn(conntrack::set(settings.conntrack));
     let epoch = datapath.route_epoch()?;
     parts.spawn(async move { ("routes", routes::follow(epoch).await) });

@@ -48,6 +48,7 @@ pub use maps::Maps;
 pub use namespaces::{Client, find_clients, own_cookie};
 pub use packet_trial::PacketTrial;
 pub use pinned::cleanup;
+pub use ports::snat_ports;
 pub use privileges::Privileges;
 pub use read::{PinnedMap, WireMarks};
 pub use stale::{StalePass, StaleSockets};

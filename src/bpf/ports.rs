@@ -31,6 +31,12 @@ pub(super) fn snat_range() -> RangeInclusive<u16> {
     })
 }
 
+/// How many ports [`snat_range`] has now.
+pub fn snat_ports() -> usize {
+    let local = fs::read_to_string(SYSCTL).ok().and_then(|text| parse(&text)).unwrap_or(32_768..=60_999);
+    longest_gap(&local).unwrap_or(LAST_RESORT).count()
+}
+
 fn parse(text: &str) -> Option<RangeInclusive<u16>> {
     let mut numbers = text.split_whitespace().map(str::parse);
     match (numbers.next()?, numbers.next()?) {
