@@ -18,7 +18,7 @@ use support::cluster::{Cluster, names, vip};
 use support::daemon::PATIENCE;
 use support::eventually;
 use support::lab::Node;
-use support::manifests::{Endpoint, port};
+use support::manifests::{Endpoint, port, service, slice};
 use support::wire::Kind;
 
 const NODE1: &str = "172.31.0.11";
@@ -337,6 +337,35 @@ fn names_that_a_terminal_would_act_upon_are_escaped_in_every_output() {
             assert!(read.to_string().contains("\u{202e}"), "{arguments:?}");
         }
     }
+}
+
+#[test]
+fn the_log_reports_and_errors_escape_names_that_are_refused() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    let name = format!("ev\x1b[2Jil\u{202e}{}", "w".repeat(253));
+    let spec = json!({"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ports": [port("p", "SCTP", 90)]});
+    let endpoint = Endpoint::ready(cluster.lab.pod("a").v4.into(), "node1");
+    let objects = [service(&name, spec), slice("hostile-1", &name, &[("p", "SCTP", 90)], &[endpoint])];
+    cluster.manifests.save("hostile", &objects);
+    let daemon = cluster.start();
+    let node = cluster.lab.node("node1");
+    let is_bad = |c: char| (c.is_control() && c != '\n') || ('\u{200b}'..='\u{202e}').contains(&c);
+    let log = std::fs::read_to_string(cluster.lab.dir.join("node1.log")).unwrap();
+    assert!(!log.contains(is_bad) && log.contains("is not a name") && log.contains("\\u202e"), "{log:?}");
+    let pins = node.pin_path.display().to_string();
+    let off = ["--healthz-bind-address", "", "--metrics-bind-address", ""];
+    let report = kubelane(&[&["report", "-o", "-", "--seconds", "1", "--pin-path", &pins], &off[..]].concat());
+    let mut text = String::new();
+    let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(&report.stdout[..]));
+    for entry in archive.entries().unwrap() {
+        std::io::Read::read_to_string(&mut entry.unwrap(), &mut text).unwrap();
+    }
+    assert!(!text.contains(|c| is_bad(c) && c != '\t') && text.contains("\\u202e"), "{text:?}");
+    let by_name = kubelane(&["explain", "--pin-path", &pins, &format!("svc/default/{name}")]);
+    assert_eq!(by_name.status.code(), Some(1), "{by_name:?}");
+    let told = String::from_utf8(by_name.stderr).unwrap();
+    assert!(!told.contains(is_bad) && told.contains("\\u202eww"), "{told:?}");
+    daemon.kill();
 }
 
 #[test]

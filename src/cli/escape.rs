@@ -21,6 +21,12 @@ pub fn lines(text: &str) -> String {
     escaped(text, |c| c != '\n' && is_unsafe(c))
 }
 
+/// The same of a line of the log. `has_colours`: its colours, which begin with ESC, stay (tracing itself escapes that of
+/// names).
+pub fn log(text: &str, has_colours: bool) -> String {
+    escaped(text, |c| c != '\n' && !(has_colours && c == '\x1b') && is_unsafe(c))
+}
+
 /// Whether JSON, as serde writes it, names no such character: neither as it is nor by its code.
 pub fn is_plain_json(json: &str) -> bool {
     !json.contains("\\u00") && !json.contains(is_unsafe)

@@ -1,7 +1,6 @@
 //! The latest lines of this process's log, for whoever asks: no more than [`LINES`], and of each no more than [`LENGTH`].
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 
 const LINES: usize = 500;
@@ -15,28 +14,14 @@ pub fn lines() -> Vec<String> {
     LATEST.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
 }
 
-fn note(line: &[u8]) {
-    let line = String::from_utf8_lossy(&line[..line.len().min(LENGTH)]).trim_end().to_owned();
+/// Keeps a line, or its beginning.
+pub fn note(line: &str) {
+    let line = line[..line.floor_char_boundary(LENGTH)].trim_end().to_owned();
     let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
     if latest.len() == LINES {
         latest.pop_front();
     }
     latest.push_back(line);
-}
-
-/// Standard error, which remembers what was written there. One write is one line, as the log makes them.
-pub struct Remembered;
-
-impl Write for Remembered {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        note(line);
-        io::stderr().write_all(line)?;
-        Ok(line.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
-    }
 }
 
 #[cfg(test)]
@@ -45,8 +30,8 @@ mod tests {
 
     #[test]
     fn the_latest_lines_are_kept_and_no_more() {
-        (0..LINES + 3).for_each(|n| note(format!("line {n}\n").as_bytes()));
-        note(&[b'x'; 2 * LENGTH]);
+        (0..LINES + 3).for_each(|n| note(&format!("line {n}\n")));
+        note(&"ß".repeat(LENGTH));
         let lines = lines();
         assert_eq!((lines.len(), lines[0].as_str()), (LINES, "line 4"));
         assert_eq!(lines[LINES - 1].len(), LENGTH);

@@ -78,7 +78,9 @@ impl Live {
         let mut ids = Vec::new();
         self.services.each(|id: u32, row: ServiceName| {
             let (of, port_name) = row.as_str().split_once(':').unwrap_or((row.as_str(), ""));
-            if of == service && port.is_none_or(|port| port == port_name) {
+            // Longer ones than Kubernetes allows are cut.
+            let is_cut = row.as_str().len() == row.text.len() && service.starts_with(of);
+            if is_cut || (of == service && port.is_none_or(|port| port == port_name)) {
                 ids.push(id);
             }
             Ok(())

@@ -17,13 +17,13 @@ use anyhow::{Context as _, bail};
 use serde::Serialize;
 
 use super::flags::{ExplainFlags, Format};
-use super::snapshot::port_name;
 use crate::abi::frontend_flag::FRONTEND_NODE_PORT;
 use crate::abi::{Frontend, FrontendKey, backend_flag, backend_state, pool_member};
 use crate::bpf;
 use crate::chain::chain;
 use crate::explain::{self as told, About, Answer, LeftOut, ask};
-use crate::model::{Ipx, Protocol, SocketAddrx};
+use crate::model::{Ipx, ObjectName, Protocol, SocketAddrx};
+use crate::plan::port::row_name;
 use decide::{Client, Decision, decide, decide_found};
 use kernel::Live;
 use target::Destination;
@@ -169,10 +169,13 @@ fn port_told<'a>(
     protocol: Protocol,
     answer: &'a Answer,
 ) -> Option<(&'a told::Service, &'a told::Port)> {
-    let name = port_name(decision.found.as_ref()?.name.as_deref()?);
-    let service = answer.services.iter().find(|s| s.namespace == name.namespace && s.name == name.name)?;
-    let port = service.ports.iter().find(|p| p.name == name.port_name && Protocol::from(p.protocol) == protocol)?;
-    Some((service, port))
+    let name = decision.found.as_ref()?.name.as_deref()?;
+    let is_of_row = |service: &told::Service, port: &told::Port| {
+        let object = ObjectName::new(&service.namespace, &service.name);
+        Protocol::from(port.protocol) == protocol && row_name(&object, &port.name).as_str() == name
+    };
+    let mut all = answer.services.iter().flat_map(|service| service.ports.iter().map(move |port| (service, port)));
+    all.find(|(service, port)| is_of_row(service, port))
 }
 
 /// Where to, and what was found there if it was looked for by name.
