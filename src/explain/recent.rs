@@ -16,7 +16,8 @@ pub fn lines() -> Vec<String> {
 
 /// Keeps a line, or its beginning.
 pub fn note(line: &str) {
-    let line = line[..line.floor_char_boundary(LENGTH)].trim_end().to_owned();
+    let line = &line.as_bytes()[..line.len().min(LENGTH)];
+    let line = String::from_utf8_lossy(line).trim_end().to_owned();
     let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
     if latest.len() == LINES {
         latest.pop_front();
