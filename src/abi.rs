@@ -300,6 +300,11 @@ impl Flow {
         self.state & flags != 0
     }
 
+    /// Its backend is on another node, and sees this one as its client.
+    pub fn is_routed(&self) -> bool {
+        self.has(flow_flag::FLOW_ROUTED)
+    }
+
     /// The second in which the last packet passed, of CLOCK_MONOTONIC, modulo 2^22.
     pub fn second(&self) -> u32 {
         self.state >> flow_state::FLOW_SECOND_SHIFT

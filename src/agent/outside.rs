@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_ROUTED};
+use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
 use crate::abi::{Backend, Flow, FlowKey, FlowKey4, ServiceName};
 use crate::bpf::{self, PinnedMap, STATES};
 use crate::model::Ipx;
@@ -118,7 +118,7 @@ impl Sums {
         if backend.generation == flow.generation_or_interface {
             self.by_service.entry(backend.service_id).or_default()[state] += 1;
         }
-        if flow.has(FLOW_ROUTED) {
+        if flow.is_routed() {
             let (to, from) = (Ipx(flow.ends.destination).to_ip(), Ipx(flow.ends.source).to_ip());
             *self.ports.entry((to, flow.ends.destination_port_be, protocol, from)).or_default() += 1;
         }
@@ -130,6 +130,7 @@ mod tests {
     use bytemuck::Zeroable as _;
 
     use super::*;
+    use crate::abi::flow_flag::FLOW_ROUTED;
 
     #[test]
     fn flows_count_for_the_service_that_has_their_backend_and_ports_for_the_backend() {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::printer::Heads;
 use super::record::{Record, or_dash, written};
-use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_ROUTED};
+use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
 use crate::abi::flow_state::FLOW_SECOND_MASK;
 use crate::abi::{Backend, Ends, Flow, FlowKey, FlowKey4, ServiceName};
 use crate::bpf::PinnedMap;
@@ -166,7 +166,7 @@ fn record(key: &FlowKey, flow: &Flow, service: PortName, second: u32) -> FlowRec
         state,
         idle_seconds: flow.idle(second),
         source: source(&flow.ends),
-        is_remote: flow.has(FLOW_ROUTED),
+        is_remote: flow.is_routed(),
     }
 }
 
