@@ -62,9 +62,24 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<
     }
 }
 
+/// Whoever takes away the last socket takes the directory with it, which may be just before this daemon's is made.
+fn listen(pin_path: &Path) -> anyhow::Result<UnixListener> {
+    const TRIES: usize = 5;
+    let is_missing = |error: &anyhow::Error| {
+        error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
+    };
+    for _ in 1..TRIES {
+        match make_socket(pin_path) {
+            Err(error) if is_missing(&error) => {}
+            result => return result,
+        }
+    }
+    make_socket(pin_path)
+}
+
 /// The socket is made under another name: at its own name there is never one that does not listen yet. The lock on the
 /// pin directory keeps it from being made by two.
-fn listen(pin_path: &Path) -> anyhow::Result<UnixListener> {
+fn make_socket(pin_path: &Path) -> anyhow::Result<UnixListener> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -126,4 +141,17 @@ async fn answer(mut stream: UnixStream, worker: mpsc::Sender<Request>, metrics: 
 
 fn refusal(error: String) -> Answer {
     Answer { error: Some(error), ..Answer::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It is looked for a few times, and then told of.
+    #[tokio::test]
+    async fn a_pin_directory_that_is_not_there_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = listen(&directory.path().join("missing")).unwrap_err();
+        assert!(format!("{error:#}").contains("missing"), "{error:#}");
+    }
 }
