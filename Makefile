@@ -27,7 +27,7 @@ NEEDED := \
 # Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
 TEST_THREADS ?= 2
 
-.PHONY: help setup build image-binary demo test test-cluster promtool lint format clean-lab
+.PHONY: help setup build manual image-binary demo test test-cluster promtool lint format clean-lab
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -68,6 +68,11 @@ promtool:
 
 build: setup ## Build the daemon in release mode
 	cargo build --release
+
+manual: build ## Write manual pages and completions to target/manual
+	rm -rf $(TARGET)/manual; mkdir -p $(TARGET)/manual/man8
+	$(TARGET)/release/kubelane man --directory $(TARGET)/manual/man8
+	for shell in bash zsh fish; do $(TARGET)/release/kubelane completion $$shell > $(TARGET)/manual/kubelane.$$shell; done
 
 # What release/static-binary makes, but with crates that other builds of the profile have made (CARGO_BUILD_BUILD_DIR):
 # only the last step differs. Tests put it into an image.

@@ -134,6 +134,45 @@ impl SourceRangeKey {
     }
 }
 
+/// Key of `affinities` and `new_affinities`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct AffinityKey {
+    /// As `kind` says: an address, or the cookie of a network namespace in 8 bytes of host order.
+    pub client: [u8; 16],
+    pub service_id: u32,
+    /// One of [`client_kind`].
+    pub kind: u32,
+}
+
+impl AffinityKey {
+    /// A client outside, by its address.
+    pub fn of_address(client: Ipx, service_id: u32) -> Self {
+        AffinityKey { client: client.0, service_id, kind: client_kind::CLIENT_ADDRESS }
+    }
+
+    /// A network namespace of this node that asks for an address of `family`.
+    pub fn of_namespace(cookie: u64, family: Family, service_id: u32) -> Self {
+        let mut client = [0; 16];
+        client[..8].copy_from_slice(&cookie.to_ne_bytes());
+        let kind = match family {
+            Family::Ipv4 => client_kind::CLIENT_NETWORK_NAMESPACE,
+            Family::Ipv6 => client_kind::CLIENT_NETWORK_NAMESPACE_IP6,
+        };
+        AffinityKey { client, service_id, kind }
+    }
+}
+
+/// Value of `affinities` and `new_affinities`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
+pub struct Affinity {
+    pub backend_id: u32,
+    pub generation: u32,
+    /// Nanoseconds of CLOCK_MONOTONIC: the last connection.
+    pub used_ns: u64,
+}
+
 /// Value of `devices`, keyed by interface index (u32): the device's first address of each family, zeros for none, whether
 /// its packets begin with the IP header, and how their sources are looked at.
 #[repr(C)]
@@ -278,6 +317,11 @@ impl Flow {
         self.state & (flow_flag::FLOW_REPLY | flow_flag::FLOW_WAY) == flow_flag::FLOW_REPLY | flow_way::WAY_STACK
     }
 
+    /// Its backend sees this node as its client, wherever it is.
+    pub fn is_routed(&self) -> bool {
+        self.has(flow_way::WAY_ROUTED)
+    }
+
     /// The second in which the last packet passed, of CLOCK_MONOTONIC, modulo 2^22.
     pub fn second(&self) -> u32 {
         self.state >> flow_state::FLOW_SECOND_SHIFT
@@ -380,6 +424,8 @@ const _: () = {
     assert!(size_of::<ServiceName>() == 192);
     assert!(size_of::<StaleSocket>() == 48);
     assert!(size_of::<SourceRangeKey>() == 24);
+    assert!(size_of::<AffinityKey>() == 24);
+    assert!(size_of::<Affinity>() == 16);
     assert!(size_of::<DeviceAddresses>() == 40);
     assert!(size_of::<PodDevice>() == 40);
     assert!(size_of::<FlowKey>() == 40);

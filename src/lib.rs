@@ -10,6 +10,7 @@ mod backoff;
 pub mod bpf;
 mod chain;
 pub mod cli;
+pub mod explain;
 pub mod files;
 pub mod k8s;
 pub mod model;

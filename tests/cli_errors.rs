@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 32] = [
+    let table: [(&[&str], &[&str]); 40] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
@@ -57,6 +57,14 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["get", "pods"], &["pods", "services", "backends", "status"]),
         (&["get", "services", "-o", "xml"], &["--output", "xml", "json", "yaml", "wide"]),
         (&["frobnicate"], &["frobnicate"]),
+        (&["explain"], &["DEST"]),
+        (&["report", "--seconds", "0"], &["--seconds", "1..=600"]),
+        (&["completion", "tcsh"], &["SHELL", "tcsh", "bash, zsh, fish"]),
+        (&["man", "nothing"], &["no subcommand \"nothing\""]),
+        (&["explain", "web"], &["DEST", "web", "IP:PORT", "svc/NAMESPACE/NAME"]),
+        (&["explain", "10.96.0.1:80/icmp"], &["DEST", "/tcp, /udp or /sctp"]),
+        (&["explain", "10.96.0.1:80", "--from", "web"], &["--from", "a pod's IP address", "outside:IP"]),
+        (&["explain", "10.96.0.1:80", "-o", "wide"], &["--output", "json, yaml"]),
     ];
     for (arguments, expected) in table {
         let output = kubelane(arguments);
@@ -74,6 +82,8 @@ fn what_cannot_be_done_ends_with_1_and_names_the_cause() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().to_str().unwrap();
     let missing = directory.path().join("missing");
+    let other = directory.path().join("other");
+    std::fs::create_dir_all(other.join("v1/maps")).unwrap();
     let source = format!("dir:{}", missing.display());
     let quiet = ["--healthz-bind-address", "", "--metrics-bind-address", ""];
     let run = |more: &[&str]| kubelane(&[&["run"], &quiet[..], more].concat());
@@ -83,6 +93,11 @@ fn what_cannot_be_done_ends_with_1_and_names_the_cause() {
         (run(&["--kubeconfig", missing.to_str().unwrap()]), "missing"),
         (run(&["--master", "http://"]), "--master"),
         (kubelane(&["get", "services", "--pin-path", missing.to_str().unwrap()]), "the daemon has not run"),
+        (kubelane(&["explain", "10.96.0.1:80", "--pin-path", missing.to_str().unwrap()]), "the daemon has not run"),
+        (
+            kubelane(&["explain", "10.96.0.1:80", "--pin-path", other.to_str().unwrap()]),
+            "is of map ABI v1, and this binary",
+        ),
     ];
     for (output, expected) in table {
         let message = text(&output.stderr);
@@ -161,10 +176,10 @@ fn rust_log_that_is_no_filter_is_refused() {
 #[test]
 fn help_names_every_subcommand_and_flag_with_its_default() {
     let help = text(&kubelane(&["--help"]).stdout);
-    for part in ["run", "check", "get", "cleanup", "version", "Examples:", "dir:/etc/kubelane"] {
+    for part in ["run", "check", "get", "explain", "cleanup", "version", "Examples:", "dir:/etc/kubelane"] {
         assert!(help.contains(part), "no {part:?} in {help}");
     }
-    let table: [(&str, &[&str]); 4] = [
+    let table: [(&str, &[&str]); 5] = [
         (
             "run",
             &[
@@ -214,6 +229,7 @@ fn help_names_every_subcommand_and_flag_with_its_default() {
         ),
         ("check", &["--pin-path", "--cgroup", "--healthz-bind-address", "--metrics-bind-address"]),
         ("get", &["services", "backends", "status", "-o, --output", "json", "yaml", "wide", "--pin-path"]),
+        ("explain", &["DEST", "--from", "outside:IP", "-o, --output", "--pin-path"]),
         ("cleanup", &["--pin-path"]),
     ];
     for (command, parts) in table {

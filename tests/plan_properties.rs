@@ -7,8 +7,12 @@ mod model_kernel;
 mod objects;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use kubelane::abi::pool_empty::EMPTY_DROP;
+use kubelane::abi::{Backend, FrontendKey, Pool};
+use kubelane::explain::{About, Policy, Port};
 use kubelane::model::{
     Change, Endpoint, IpRange, Ipx, Kind, Node, ObjectName, Protocol, Service, Slice, TrafficPolicy,
 };
@@ -266,6 +270,8 @@ impl Bench {
             assert_eq!(snapshot.compare(&mut self.kernel).unwrap(), Vec::<Vec<u8>>::new(), "{map:?}: no drift");
         }
 
+        self.assert_explained();
+
         // A restart, and so a recompile of everything, writes nothing.
         self.restart();
         let report = self.sync();
@@ -273,6 +279,43 @@ impl Bench {
         assert!(!self.core.pending());
         assert_eq!(self.core.counts(), fresh.core.counts());
     }
+}
+
+impl Bench {
+    /// What the planner tells of each Service is what the kernel has of it, and of nobody else.
+    fn assert_explained(&self) {
+        let mut told = 0;
+        for name in self.truth.services.keys() {
+            let about = About::Service { namespace: name.namespace.to_string(), name: name.name.to_string() };
+            let answer = self.core.explain(&about);
+            for port in &answer.services[0].ports {
+                for frontend in port.frontends.iter().filter(|frontend| frontend.owner.is_none()) {
+                    let key = FrontendKey::new(frontend.at.ip().into(), frontend.at.port(), port.protocol.into());
+                    let row = self.kernel.frontends[&key];
+                    told += 1;
+                    for (pool, wanted) in [(row.inside, frontend.inside), (row.outside, frontend.outside)] {
+                        assert_eq!(self.addresses_of(&pool), explained(port, wanted.set, frontend.at.is_ipv6()));
+                        assert_eq!(u32::from(pool.on_empty) == EMPTY_DROP, wanted.drops, "{frontend:?}");
+                    }
+                }
+            }
+        }
+        assert_eq!(told, self.kernel.frontends.len());
+    }
+
+    fn addresses_of(&self, pool: &Pool) -> BTreeSet<SocketAddr> {
+        let backend = |slot: u32| self.kernel.backends[&self.kernel.slots[&slot]];
+        let address = |row: Backend| SocketAddr::new(Ipx(row.address).to_ip(), u16::from_be_bytes(row.port_be));
+        (pool.base..pool.base + pool.count).map(|slot| address(backend(slot))).collect()
+    }
+}
+
+fn explained(port: &Port, set: Policy, is_ipv6: bool) -> BTreeSet<SocketAddr> {
+    let is_in = |endpoint: &&kubelane::explain::Endpoint| {
+        let reason = if set == Policy::Local { endpoint.not_in_local } else { endpoint.not_in_cluster };
+        reason.is_none() && endpoint.at.is_ipv6() == is_ipv6
+    };
+    port.endpoints.iter().filter(is_in).map(|endpoint| endpoint.at).collect()
 }
 
 fn keep<V>(all: &mut BTreeMap<ObjectName, V>, kept: impl Fn(usize) -> bool) {

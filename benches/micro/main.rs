@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kubelane::model::{Change, Kind};
+use kubelane::model::{Change, Kind, Masquerade};
 use kubelane::objects::convert::{Convert as _, Converter};
 use kubelane::objects::{Settings, wire};
 use kubelane::plan::compile::{Context, compile};
@@ -29,7 +29,9 @@ fn compile_one_service(criterion: &mut Criterion) {
     for endpoints in [10, 100, 5_000] {
         let (service, slices) = objects::service(0, endpoints);
         let slices: Vec<_> = slices.iter().collect();
-        let context = Context { place: Place { node: NODE, zone: None }, bound: &bound, limits: UNLIMITED };
+        let place = Place { node: NODE, zone: None };
+        let masquerade = Masquerade::default();
+        let context = Context { place, bound: &bound, limits: UNLIMITED, masquerade, internal_ips: &[] };
         group.throughput(Throughput::Elements(endpoints.into()));
         group.bench_function(BenchmarkId::new("endpoints", endpoints), |bencher| {
             bencher.iter(|| compile(black_box(&service), black_box(&slices), context));

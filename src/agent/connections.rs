@@ -6,26 +6,46 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::outside::ByService;
+use crate::abi::ServiceName;
 use crate::bpf::ServiceConnections;
 use crate::serve::{Metrics, Sample};
 
 const EVERY: Duration = Duration::from_secs(5);
 
 /// What is exposed until the next look.
-type Latest = Arc<Mutex<Vec<Sample>>>;
+type Latest = Arc<Mutex<Vec<(ServiceName, u64)>>>;
 
 /// Runs for ever, and exposes `most` Services at most; counts that cannot be read are told of when the reason is new.
 ///
 /// # Errors
 /// When the metric's name is taken, or a look breaks off.
-pub async fn watch(connections: ServiceConnections, most: usize, metrics: Arc<Metrics>) -> anyhow::Result<()> {
+pub async fn watch(
+    connections: ServiceConnections,
+    most: usize,
+    metrics: Arc<Metrics>,
+    flows: ByService,
+) -> anyhow::Result<()> {
     let latest = Latest::default();
     let read = Arc::clone(&latest);
     metrics.read_counters(
         "kubelane_service_connections_total",
         "Connections, first datagrams and flows of the busiest Service ports",
         &["namespace", "service", "port"],
-        move || read.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        move || {
+            let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
+            busiest.iter().map(|(name, count)| (labels(name.as_str()), *count as f64)).collect()
+        },
+    )?;
+    let read = Arc::clone(&latest);
+    metrics.read_gauges(
+        "kubelane_service_flows",
+        "Flows of packets from outside of the same Service ports, by state; counted once a minute",
+        &["namespace", "service", "port", "state"],
+        move || {
+            let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
+            busiest.iter().flat_map(|(name, _)| flow_samples(name, &flows)).collect()
+        },
     )?;
     let connections = Arc::new(connections);
     let mut told = None;
@@ -37,8 +57,7 @@ pub async fn watch(connections: ServiceConnections, most: usize, metrics: Arc<Me
         let busiest = tokio::task::spawn_blocking(move || look.busiest(most)).await;
         match busiest.context("counting connections broke off")? {
             Ok(busiest) => {
-                let samples = busiest.iter().map(|(name, count)| (labels(name.as_str()), *count as f64)).collect();
-                *latest.lock().unwrap_or_else(PoisonError::into_inner) = samples;
+                *latest.lock().unwrap_or_else(PoisonError::into_inner) = busiest;
                 told = None;
             }
             Err(error) => {
@@ -50,6 +69,14 @@ pub async fn watch(connections: ServiceConnections, most: usize, metrics: Arc<Me
             }
         }
     }
+}
+
+fn flow_samples(name: &ServiceName, flows: &ByService) -> [Sample; 3] {
+    flows.of(name).map(|(state, count)| {
+        let mut labels = labels(name.as_str());
+        labels.push(state.to_owned());
+        (labels, count as f64)
+    })
 }
 
 /// Of "namespace/name:port", or "namespace/name" for a port without a name.

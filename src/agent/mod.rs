@@ -1,6 +1,7 @@
 //! The daemon: puts the parts together in an order in which nothing is attached before everything else is known to
 //! work, and ends with the first part that ends.
 
+mod ask;
 mod audit;
 mod conditions;
 mod connections;
@@ -10,6 +11,7 @@ mod drops;
 mod flows;
 mod links;
 mod outlets;
+mod outside;
 mod probe;
 mod reach;
 mod request;
@@ -184,10 +186,14 @@ fn watch_kernel(
 ) -> anyhow::Result<()> {
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
+    let by_service = outside::ByService::default();
     if let Some(counts) = datapath.service_connections()? {
-        let watch = connections::watch(counts, settings.service_metrics, Arc::clone(&app.metrics));
+        let metrics = Arc::clone(&app.metrics);
+        let watch = connections::watch(counts, settings.service_metrics, metrics, by_service.clone());
         parts.spawn(async move { ("connections of Services", watch.await) });
     }
+    let outside = outside::watch(settings.datapath.pin_path.clone(), Arc::clone(&app.metrics), by_service);
+    parts.spawn(async move { ("flows from outside", outside.await) });
     parts.spawn(conntrack::set(settings.conntrack));
     let reasons = routes::Reasons::new(datapath.route_epoch()?, settings.forward_through)?;
     let (epoch, for_routes) = (datapath.route_epoch()?, Arc::clone(&reasons));
@@ -197,6 +203,8 @@ fn watch_kernel(
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let links = links::watch(datapath.socket_hooks(), worker.clone(), conditions.clone());
     parts.spawn(async move { ("attachments", links.await) });
+    let (pin_path, asked, shown) = (settings.datapath.pin_path.clone(), worker.clone(), Arc::clone(&app.metrics));
+    parts.spawn(async move { ("answers", ask::serve(&pin_path, asked, shown).await) });
     let (maps, audited, worker) = (Maps::open(&settings.datapath.pin_path)?, app.clone(), worker.clone());
     parts.spawn(async move { ("audits", audit::run(maps, worker, audited).await) });
     Ok(())

@@ -16,6 +16,7 @@ use super::trial::{Trial, TrialRows};
 use super::wire::Wire;
 use super::worker_warnings::WarningLog;
 use crate::bpf;
+use crate::explain::{About, recent};
 use crate::model::{Change, Family, Ipx, Kind, Protocol};
 use crate::netdev::{DeviceSelection, Network, NodePortAddresses, PodDevices};
 use crate::plan::arrivals::Tally;
@@ -145,6 +146,18 @@ impl<'m> Worker<'m> {
             Request::Snapshot(map, reply) => {
                 // Whoever asked may have gone.
                 let _ = reply.send(self.core.snapshot(map));
+                return false;
+            }
+            Request::Explain(about, reply) => {
+                let mut answer = self.core.explain(&about);
+                answer.daemon.unserved = self.inputs.app.health.what_is_unserved();
+                let synced = self.inputs.app.health.last_updated();
+                answer.daemon.last_sync_seconds = synced.and_then(|at| at.elapsed().ok()).map(|age| age.as_secs());
+                if about == About::Daemon {
+                    answer.arguments = std::env::args().collect();
+                    answer.log = recent::lines();
+                }
+                let _ = reply.send(answer);
                 return false;
             }
             Request::Correct(map, keys) => (map, keys),

@@ -24,6 +24,20 @@ pub(super) fn is_port_marked(filter: &[u8], port: u16) -> bool {
     filter.get(PORTS + usize::from(port)).is_some_and(|mark| *mark != 0)
 }
 
+/// Whether the programs look any further at a destination, by the value of the map: `frontend_may_exist()` of
+/// bpf/frontend.h for sockets, `wire_may_request()` of bpf/wire.h for packets.
+pub(super) fn lets_look(filter: &[u8], address: &[u8; 16], port: u16, for_sockets: bool, is_loopback: bool) -> bool {
+    let mark = |at: usize| filter.get(at).copied().unwrap_or(0);
+    if !for_sockets {
+        return mark(address_index(address)) != 0 && is_port_marked(filter, port);
+    }
+    match mark(SOCKETS + address_index(address)) {
+        _ if is_loopback => is_port_marked(filter, port),
+        marks if u32::from(marks) == SOCKET_FILTER_NODE => is_port_marked(filter, port),
+        marks => marks != 0,
+    }
+}
+
 /// The filter in the kernel, and the same bytes here: a row that adds nothing new costs no system call.
 pub(super) struct WireFilter {
     map: MapHandle,

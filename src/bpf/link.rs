@@ -33,6 +33,35 @@ pub(super) fn create(
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// What is pinned as an attachment.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attachment {
+    /// Of the pin.
+    pub name: String,
+    /// `None`: a program without a link (a kernel without tcx), or what cannot be opened.
+    pub link_id: Option<u32>,
+    pub program_id: Option<u32>,
+}
+
+/// All attachments pinned below `pin_path`, by name.
+///
+/// # Errors
+/// When nothing is pinned there.
+pub fn attachments(pin_path: &Path) -> Result<Vec<Attachment>> {
+    super::pinned::expect_state(pin_path)?;
+    let pins = super::pinned::children(&super::pinned::links_directory(pin_path))?;
+    let read = |pin: &std::path::PathBuf| {
+        let info = Link::open(pin).ok().and_then(|link| link.info().ok());
+        Attachment {
+            name: pin.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            link_id: info.as_ref().map(|info| info.id),
+            program_id: info.as_ref().map(|info| info.prog_id),
+        }
+    };
+    Ok(pins.iter().map(read).collect())
+}
+
 /// Swaps the program of a link, atomically.
 pub(super) fn update(link: &Link, program: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the call takes no pointers but the options, which may be null.

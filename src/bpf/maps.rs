@@ -36,13 +36,8 @@ pub struct Maps {
 impl Maps {
     /// Opens the maps pinned below `pin_path`. Fails with a remedy when nothing is pinned there.
     pub fn open(pin_path: &Path) -> Result<Maps> {
+        pinned::expect_state(pin_path)?;
         let directory = pinned::maps_directory(pin_path);
-        let exists = directory.try_exists().with_context(|| format!("cannot look into {}", pin_path.display()))?;
-        anyhow::ensure!(
-            exists,
-            "no kubelane state below {}: the daemon has not run with this --pin-path, or was cleaned up",
-            pin_path.display()
-        );
         let open = |name: &str| {
             let path = directory.join(name);
             MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))

@@ -75,6 +75,40 @@ fn is_process(path: &Path) -> bool {
     path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
 }
 
+/// A client of Services on this node, as session affinity knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// Of its network namespace; `None` before 5.14, where the kernel does not tell.
+    pub cookie: Option<u64>,
+    /// It is in the namespace of whoever asks.
+    pub is_own: bool,
+}
+
+/// The namespaces in which a device has this address (mostly one), and how many could not be looked into.
+pub fn find_clients(ip: std::net::IpAddr) -> (Vec<Client>, usize) {
+    let own = fs::metadata(OWN).map(|metadata| metadata.ino() as u32).ok();
+    let namespaces = all();
+    let (mut found, mut hidden) = (Vec::new(), namespaces.hidden);
+    for (inode, handle) in &namespaces.handles {
+        let look = || has_address(ip).then(own_cookie);
+        match run_inside(handle, look) {
+            Ok(Some(cookie)) => found.push(Client { cookie, is_own: own == Some(*inode) }),
+            Ok(None) => {}
+            Err(_) => hidden += 1,
+        }
+    }
+    (found, hidden)
+}
+
+/// Whether a device of the calling thread's namespace has this address.
+fn has_address(ip: std::net::IpAddr) -> bool {
+    let addresses = nix::ifaddrs::getifaddrs().into_iter().flatten().filter_map(|device| device.address);
+    addresses.into_iter().any(|address| {
+        let v4 = address.as_sockaddr_in().map(|address| std::net::IpAddr::V4(address.ip()));
+        v4.or(address.as_sockaddr_in6().map(|address| std::net::IpAddr::V6(address.ip()))) == Some(ip)
+    })
+}
+
 /// What `work` gives inside the namespace, on a thread of its own: a namespace belongs to a thread, and this one ends.
 /// The caller's own needs neither a thread nor a right. Fails when the namespace cannot be entered.
 pub fn run_inside<T: Send>(namespace: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T> {

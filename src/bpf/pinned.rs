@@ -31,6 +31,25 @@ pub fn maps_directory(pin_path: &Path) -> PathBuf {
     abi_directory(pin_path).join("maps")
 }
 
+/// Fails with a remedy when nothing of this ABI version is pinned there.
+pub fn expect_state(pin_path: &Path) -> Result<()> {
+    let at = pin_path.display();
+    if maps_directory(pin_path).try_exists().with_context(|| format!("cannot look into {at}"))? {
+        return Ok(());
+    }
+    let others = fs::read_dir(pin_path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut others: Vec<PathBuf> = others.filter(|path| is_abi_directory(path)).collect();
+    others.sort();
+    let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    match others.last().map(name) {
+        Some(other) => bail!(
+            "the state below {at} is of map ABI {other}, and this binary reads v{ABI_VERSION} only: use the binary of \
+             the daemon that made it"
+        ),
+        None => bail!("no kubelane state below {at}: the daemon has not run with this --pin-path, or was cleaned up"),
+    }
+}
+
 pub fn links_directory(pin_path: &Path) -> PathBuf {
     abi_directory(pin_path).join("links")
 }

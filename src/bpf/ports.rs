@@ -36,6 +36,12 @@ pub(super) fn private_ranges() -> [RangeInclusive<u16>; 2] {
     [longest, next]
 }
 
+/// How many ports the first of [`private_ranges`] has now.
+pub fn snat_ports() -> usize {
+    let local = fs::read_to_string(SYSCTL).ok().and_then(|text| parse(&text)).unwrap_or(32_768..=60_999);
+    gaps(&local).into_iter().next().unwrap_or(LAST_RESORT).count()
+}
+
 fn parse(text: &str) -> Option<RangeInclusive<u16>> {
     let mut numbers = text.split_whitespace().map(str::parse);
     match (numbers.next()?, numbers.next()?) {

@@ -72,7 +72,17 @@ impl fmt::Display for Finding {
 ///
 /// # Errors
 /// When `--config` cannot be used, or standard output cannot be written to.
-pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
+pub fn run(flags: CheckFlags) -> anyhow::Result<bool> {
+    let (text, would_run) = text(flags)?;
+    super::print(&text)?;
+    Ok(would_run)
+}
+
+/// The findings, and whether the daemon would run.
+///
+/// # Errors
+/// When `--config` cannot be used.
+pub fn text(mut flags: CheckFlags) -> anyhow::Result<(String, bool)> {
     let file = flags.node.config_file()?;
     flags.node.complete(&file);
     let pin_path = &flags.node.pins.pin_path;
@@ -100,8 +110,7 @@ pub fn run(mut flags: CheckFlags) -> anyhow::Result<bool> {
         1 => "kubelane would not run here: 1 condition fails.\n".to_owned(),
         n => format!("kubelane would not run here: {n} conditions fail.\n"),
     };
-    super::print(&text)?;
-    Ok(failed == 0)
+    Ok((text, failed == 0))
 }
 
 /// Says nothing of a file that is as it should be, and of none.

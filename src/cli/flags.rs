@@ -10,6 +10,8 @@ use clap::builder::{BoolishValueParser, NonEmptyStringValueParser, RangedU64Valu
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
+use super::explain::{Asker, Target};
+use super::get::{JsonPath, Output, ServiceFilter, sort_key};
 use super::kube_proxy::KubeProxyFlags;
 use super::traffic::TrafficFlags;
 use super::value::boolean;
@@ -29,6 +31,8 @@ Examples:
   Would it run here? What does it do right now?
       kubelane check
       kubelane get services -o wide
+  Which backend does a pod get at a Service, and why?
+      kubelane explain --from 10.244.1.11 10.96.0.80:80
   Remove every trace, after the daemon was stopped:
       kubelane cleanup";
 
@@ -55,10 +59,24 @@ pub enum Command {
     Check(Box<CheckFlags>),
     /// Show what is programmed in the kernel (works while the daemon is down)
     Get(GetFlags),
+    /// Say what the next connection to a destination gets, and why
+    ///
+    /// DEST is IP:PORT or [IPv6]:PORT, with /tcp (the default), /udp or /sctp, or svc/NAMESPACE/NAME[:PORT]. It is answered
+    /// from the live maps; the daemon adds the reasons that are in no map, and where both disagree, that is said.
+    Explain(ExplainFlags),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
     /// Refused while a daemon runs on that pin path. Service addresses stop working on this node at once.
     Cleanup(CleanupFlags),
+    /// Write one archive for a bug report: check, status, tables, warnings, log, counters, metrics
+    ///
+    /// There are no credentials in it: of a kubeconfig only its path. --redact replaces addresses and names, each by the same
+    /// word everywhere.
+    Report(Box<ReportFlags>),
+    /// Print completions for a shell: `source <(kubelane completion bash)`
+    Completion(CompletionFlags),
+    /// Print a manual page: `kubelane man explain | man -l -`
+    Man(ManFlags),
     /// Print the version
     Version,
 }
@@ -260,9 +278,65 @@ pub struct GetFlags {
     #[arg(value_enum, value_name = "WHAT")]
     pub what: What,
 
-    /// Output format [default: a table]
-    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    /// Only of Services of this name
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Only of Services of this namespace [default: of all]
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+
+    /// Of all namespaces: what is shown without -n, too
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub all_namespaces: bool,
+
+    /// Only of this Service: NAMESPACE/NAME, with or without :PORT
+    #[arg(long, value_name = "SERVICE")]
+    pub service: Option<ServiceFilter>,
+
+    /// Only what has this address, as the client's, the Service's, a backend's or the node's
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
+
+    /// Only what is in this state: flows `opening`, `established` or `closing`; backends `active` or `terminating`; services and
+    /// nodeports `serving`, `refused` or `dropped`; affinities `holds`, `expired` or `gone`
+    #[arg(long, value_name = "STATE")]
+    pub state: Option<String>,
+
+    /// Output format: json, yaml, wide, name, jsonpath=TEMPLATE, and of services ipvsadm [default: a table]
+    #[arg(short, long, value_name = "FORMAT")]
     pub output: Option<Output>,
+
+    /// A table without its heads
+    #[arg(long)]
+    pub no_headers: bool,
+
+    /// Go on, and show each row that comes, changes or goes (looked at once a second)
+    #[arg(short, long)]
+    pub watch: bool,
+
+    /// Order by what this JSONPath leads to in each item, as -o json has them: .address
+    #[arg(long, value_name = "JSONPATH", value_parser = sort_key)]
+    pub sort_by: Option<JsonPath>,
+
+    #[command(flatten)]
+    pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ExplainFlags {
+    /// What is asked for: IP:PORT[/PROTOCOL], or svc/NAMESPACE/NAME[:PORT] for every address of a Service
+    #[arg(value_name = "DEST")]
+    pub target: Target,
+
+    /// Who asks: a pod's IP address, `node` for the node's own processes, `outside` or outside:IP [default: everyone,
+    /// without a look at session affinity]
+    #[arg(long, value_name = "CLIENT")]
+    pub from: Option<Asker>,
+
+    /// Output format [default: text]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub output: Option<Format>,
 
     #[command(flatten)]
     pub pins: PinFlags,
@@ -272,6 +346,49 @@ pub struct GetFlags {
 pub struct CleanupFlags {
     #[command(flatten)]
     pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ReportFlags {
+    /// Where to [default: kubelane-report-NODE-TIME.tar.gz in this directory]; - is standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Replace IP addresses and the names of namespaces, Services, ports, nodes and hosts, each by the same word everywhere
+    #[arg(long)]
+    pub redact: bool,
+
+    /// Over how many seconds the counters are watched
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=600))]
+    pub seconds: u16,
+
+    #[command(flatten)]
+    pub check: CheckFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct CompletionFlags {
+    /// Whose
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct ManFlags {
+    /// Of which subcommand [default: kubelane itself]
+    #[arg(value_name = "COMMAND")]
+    pub command: Option<String>,
+
+    /// Write the pages of all subcommands into this directory, and print nothing
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    pub directory: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -295,18 +412,33 @@ pub enum What {
     #[value(aliases = ["service", "svc"])]
     Services,
     /// Backends: where connections go
-    #[value(alias = "backend")]
+    #[value(aliases = ["backend", "be"])]
     Backends,
+    /// NodePorts, and the addresses that serve them
+    #[value(aliases = ["nodeport", "np"])]
+    Nodeports,
+    /// Connections of packets from outside
+    #[value(alias = "flow")]
+    Flows,
+    /// Which backend each client of a Service with session affinity had
+    #[value(aliases = ["affinity", "aff"])]
+    Affinities,
+    /// Where packets from outside are met
+    #[value(aliases = ["device", "dev"])]
+    Devices,
+    /// Source ports in use towards backends on other nodes
+    Snat,
+    /// How kubelane is on this node, in one row: version, last sync, refusals and drops
+    Node,
     /// What the maps take up, and for how many Services
     Status,
 }
 
+/// Of what is no list.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Output {
+pub enum Format {
     Json,
     Yaml,
-    /// The table with more columns
-    Wide,
 }
 
 fn source(text: &str) -> Result<Source, String> {

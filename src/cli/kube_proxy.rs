@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use super::value::{LOCAL_MODES, MODES, Sort};
 
 /// Name and sort. By subject; the last ones are its logging library's.
-const FLAGS: [(&str, Sort); 43] = [
+const FLAGS: [(&str, Sort); 42] = [
     ("feature-gates", Sort::Gates),
     ("kube-api-content-type", Sort::Text),
     ("kube-api-burst", Sort::Number),

@@ -1,13 +1,34 @@
 //! Logs: to standard error, for people or as JSON.
 
-use std::io::{self, IsTerminal as _};
+use std::io::{self, IsTerminal as _, Write};
 
 use tracing_subscriber::EnvFilter;
 
+use super::escape;
 use super::flags::{LogFlags, LogFormat};
+use crate::explain::recent;
 
 /// What `-v` is when nobody says it.
 const DEFAULT_VERBOSITY: u8 = 2;
+
+/// Standard error. What stands there is kept for who asks, and without what a terminal would act upon: names of objects are
+/// whatever somebody wrote. One write is one line, as tracing makes them.
+struct Line {
+    has_colours: bool,
+}
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let safe = escape::log(&String::from_utf8_lossy(line), self.has_colours);
+        recent::note(&safe);
+        io::stderr().write_all(safe.as_bytes())?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
 
 /// Sets the process' log up.
 ///
@@ -20,9 +41,12 @@ pub fn start(flags: LogFlags) -> anyhow::Result<()> {
         }
         _ => EnvFilter::new(filter(flags.verbosity.unwrap_or(DEFAULT_VERBOSITY))),
     };
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
-    let result = match flags.log_format.unwrap_or(LogFormat::Human) {
-        LogFormat::Human => builder.with_ansi(io::stderr().is_terminal()).try_init(),
+    let format = flags.log_format.unwrap_or(LogFormat::Human);
+    let has_colours = format == LogFormat::Human && io::stderr().is_terminal();
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || Line { has_colours }).with_target(false);
+    let result = match format {
+        LogFormat::Human => builder.with_ansi(has_colours).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_target(true).try_init(),
     };
     result.map_err(|error| anyhow::anyhow!("setting the log up: {error}"))

@@ -4,6 +4,8 @@
 mod address;
 mod check;
 mod config_file;
+mod escape;
+mod explain;
 mod flags;
 mod get;
 mod host;
@@ -11,8 +13,10 @@ mod kube_proxy;
 mod leftovers;
 mod lenient_yaml;
 mod log;
+mod manual;
 mod merge;
 mod outward;
+mod report;
 mod run;
 mod snapshot;
 mod source_check;
@@ -33,6 +37,7 @@ use clap::{ArgAction, CommandFactory as _, Parser as _};
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
 use crate::chain::chain;
+use crate::explain::{DIRECTORY, sockets_path};
 use flags::PinFlags;
 pub use flags::{Cli, Command};
 
@@ -60,6 +65,10 @@ pub fn main(started: Instant) -> ExitCode {
             result => result.map(drop),
         },
         Command::Get(flags) => get::run(&flags),
+        Command::Report(flags) => report::run(*flags),
+        Command::Completion(flags) => manual::completion(flags.shell),
+        Command::Man(flags) => manual::man(&flags),
+        Command::Explain(flags) => explain::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };
@@ -132,7 +141,7 @@ fn tell(error: &anyhow::Error) {
     if tracing::dispatcher::has_been_set() {
         tracing::error!("{text}");
     } else {
-        eprintln!("error: {text}");
+        eprintln!("error: {}", escape::lines(&text));
     }
 }
 
@@ -143,7 +152,14 @@ fn was_refused(text: &str) -> bool {
 
 fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
     let pin_path = &pins.pin_path;
-    let removed = bpf::cleanup(pin_path)?;
+    // It is found by the pin directory, which is about to go.
+    let socket = sockets_path(pin_path);
+    let mut removed = bpf::cleanup(pin_path)?;
+    if let Some(socket) = socket.ok().filter(|socket| std::fs::remove_file(socket).is_ok()) {
+        removed.push(socket.display().to_string());
+        // Other daemons may have theirs there.
+        let _ = std::fs::remove_dir(DIRECTORY);
+    }
     let mut text: String = removed.iter().map(|what| format!("removed {what}\n")).collect();
     text += &match removed.len() {
         0 => format!("nothing of kubelane below {}\n", pin_path.display()),
@@ -155,9 +171,18 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
     print(&text)
 }
 
-/// Writes to standard output. That nobody reads on (a pager that was quit, `head`) is no failure.
+/// YAML; JSON, which is YAML, too, where there are characters that only its strings can name.
+fn yaml(value: &impl serde::Serialize) -> anyhow::Result<String> {
+    match escape::is_plain_json(&serde_json::to_string(value)?) {
+        true => serde_norway::to_string(value).context("writing YAML"),
+        false => Ok(serde_json::to_string_pretty(value)? + "\n"),
+    }
+}
+
+/// Writes to standard output, without what a terminal would act upon. That nobody reads on (a pager that was quit, `head`)
+/// is no failure.
 fn print(text: &str) -> anyhow::Result<()> {
-    match io::stdout().lock().write_all(text.as_bytes()) {
+    match io::stdout().lock().write_all(escape::lines(text).as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.context("writing to standard output"),
     }

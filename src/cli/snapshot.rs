@@ -150,13 +150,17 @@ impl Snapshot {
         }
     }
 
-    /// "namespace/name:port" in its parts; a service that is being removed may have lost its name already.
+    /// A service that is being removed may have lost its name already.
     fn port_name(&self, service_id: u32) -> PortName {
-        let text = self.names.get(&service_id).map_or("-/-", String::as_str);
-        let (namespace, rest) = text.split_once('/').unwrap_or(("-", text));
-        let (name, port) = rest.split_once(':').unwrap_or((rest, ""));
-        PortName { namespace: namespace.to_owned(), name: name.to_owned(), port_name: port.to_owned() }
+        port_name(self.names.get(&service_id).map_or("-/-", String::as_str))
     }
+}
+
+/// Of "namespace/name:port".
+pub fn port_name(text: &str) -> PortName {
+    let (namespace, rest) = text.split_once('/').unwrap_or(("-", text));
+    let (name, port) = rest.split_once(':').unwrap_or((rest, ""));
+    PortName { namespace: namespace.to_owned(), name: name.to_owned(), port_name: port.to_owned() }
 }
 
 /// All rows of a map.
@@ -182,12 +186,12 @@ fn address(ip: [u8; 16], port: u16) -> String {
     SocketAddrx { ip: Ipx(ip), port }.to_string()
 }
 
-fn protocol_name(number: u8) -> String {
+pub fn protocol_name(number: u8) -> String {
     let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| *p as u8 == number);
     known.map_or_else(|| number.to_string(), |p| p.as_str().to_owned())
 }
 
-fn kinds(flags: u32) -> Vec<&'static str> {
+pub fn kinds(flags: u32) -> Vec<&'static str> {
     let all = [
         (frontend_flag::FRONTEND_CLUSTER_IP, "ClusterIP"),
         (frontend_flag::FRONTEND_EXTERNAL_IP, "ExternalIP"),

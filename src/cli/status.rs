@@ -3,17 +3,16 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use anyhow::Context as _;
 use serde::Serialize;
 
-use super::flags::Output;
+use super::get::Output;
 use super::snapshot;
 use super::table;
 use crate::abi::ServiceName;
 use crate::bpf::{self, MapMemory, Maps};
 use crate::sync::MapName;
 
-const MIB: f64 = (1 << 20) as f64;
+pub const MIB: f64 = (1 << 20) as f64;
 
 /// JSON and YAML are this object.
 #[derive(Serialize)]
@@ -45,18 +44,17 @@ impl Status {
 
     /// `ports`: "namespace/name:port" of each Service port.
     fn new<'a>(ports: impl Iterator<Item = &'a str>, maps: Vec<MapMemory>) -> Status {
-        let services: HashSet<&str> = ports.map(|port| port.split(':').next().unwrap_or(port)).collect();
         let map = |map: MapMemory| Map { name: map.name, bytes: map.bytes, capacity: map.capacity };
         let map_bytes = maps.iter().map(|map| map.bytes).sum();
-        Status { services: services.len(), map_bytes, maps: maps.into_iter().map(map).collect() }
+        Status { services: count_services(ports), map_bytes, maps: maps.into_iter().map(map).collect() }
     }
 
-    pub fn render(&self, output: Option<Output>) -> anyhow::Result<String> {
+    pub fn render(&self, output: Option<&Output>) -> anyhow::Result<String> {
         let plural = if self.services == 1 { "" } else { "s" };
         let mut text = format!("maps: {:.1} MiB for {} service{plural}\n", self.map_bytes as f64 / MIB, self.services);
         match output {
             Some(Output::Json) => return Ok(serde_json::to_string_pretty(self)? + "\n"),
-            Some(Output::Yaml) => return serde_norway::to_string(self).context("writing YAML"),
+            Some(Output::Yaml) => return super::yaml(self),
             Some(Output::Wide) => {
                 let row = |map: &Map| {
                     vec![map.name.clone(), format!("{:.3}", map.bytes as f64 / MIB), map.capacity.to_string()]
@@ -64,10 +62,16 @@ impl Status {
                 text.push('\n');
                 text += &table::render(&["MAP", "MIB", "CAPACITY"], &self.maps.iter().map(row).collect::<Vec<_>>());
             }
-            None => {}
+            _ => {}
         }
         Ok(text)
     }
+}
+
+/// Of "namespace/name:port", each Service once.
+pub fn count_services<'a>(ports: impl Iterator<Item = &'a str>) -> usize {
+    let services: HashSet<&str> = ports.map(|port| port.split(':').next().unwrap_or(port)).collect();
+    services.len()
 }
 
 #[cfg(test)]
@@ -81,14 +85,14 @@ mod tests {
         let status = Status::new(["shop/web:http", "shop/web:https", "shop/dns"].into_iter(), maps);
         assert_eq!(status.render(None).unwrap(), "maps: 3.5 MiB for 2 services\n");
         assert_eq!(
-            status.render(Some(Output::Wide)).unwrap(),
+            status.render(Some(&Output::Wide)).unwrap(),
             "maps: 3.5 MiB for 2 services\n\n\
              MAP        MIB     CAPACITY\n\
              backends   3.000   64\n\
              slots      0.500   64\n"
         );
-        let json: serde_json::Value = serde_json::from_str(&status.render(Some(Output::Json)).unwrap()).unwrap();
-        let yaml: serde_json::Value = serde_norway::from_str(&status.render(Some(Output::Yaml)).unwrap()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&status.render(Some(&Output::Json)).unwrap()).unwrap();
+        let yaml: serde_json::Value = serde_norway::from_str(&status.render(Some(&Output::Yaml)).unwrap()).unwrap();
         assert_eq!(json, yaml);
         assert_eq!((&json["services"], &json["mapBytes"]), (&2.into(), &((3 << 20) + (1 << 19)).into()));
     }

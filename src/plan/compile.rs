@@ -278,6 +278,19 @@ fn keep(endpoints: &mut Vec<CompiledEndpoint>, most: usize) {
     }
 }
 
+/// The endpoints of one Service port and family, each address and port once.
+pub fn candidates<'a>(port: &ServicePort, slices: &[&'a Slice], family: Family, place: Place) -> Vec<Candidate<'a>> {
+    let mut candidates = Vec::with_capacity(slices.iter().map(|s| s.endpoints.len()).sum());
+    for slice in slices {
+        for target in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
+            let endpoints = slice.endpoints.iter().filter(|e| e.ip.family() == family);
+            candidates.extend(endpoints.map(|endpoint| Candidate::new(endpoint, target.port, place)));
+        }
+    }
+    merge_duplicates(&mut candidates);
+    candidates
+}
+
 /// Adds the usable endpoints of one family, and says what they decide together.
 fn compile_endpoints(
     port: &ServicePort,
@@ -287,14 +300,7 @@ fn compile_endpoints(
     needed: u8,
     into: &mut Vec<CompiledEndpoint>,
 ) -> Choice {
-    let mut candidates = Vec::with_capacity(slices.iter().map(|s| s.endpoints.len()).sum());
-    for slice in slices {
-        for target in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
-            let endpoints = slice.endpoints.iter().filter(|e| e.ip.family() == family);
-            candidates.extend(endpoints.map(|endpoint| Candidate::new(endpoint, target.port, place)));
-        }
-    }
-    merge_duplicates(&mut candidates);
+    let candidates = candidates(port, slices, family, place);
     let choice = choose(&candidates, place);
     let usable = candidates.iter().filter(|candidate| candidate.is_usable());
     into.extend(usable.map(|candidate| compile_endpoint(candidate, choice, place, needed)));

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::claims::{AddressRoles, Claims, Rank};
 use super::compile::{Compiled, CompiledPort};
 use super::large::PortChange;
-use super::port::{Port, Shortage};
+use super::port::{Port, Shortage, row_name};
 use super::tables::{Space, Tables, is_gone};
 use super::warnings::{Origin, WarningBook, service_warning};
 use crate::abi::FrontendKey;
@@ -219,6 +219,17 @@ impl Layout {
         self.space.service_ids.end_quarantine(now);
         self.space.backend_ids.end_quarantine(now);
         self.space.regions.end_quarantine(now);
+    }
+
+    /// Whether NodePorts are served at this address.
+    pub fn serves_node_ports(&self, ip: Ipx) -> bool {
+        self.node_addresses.contains(&ip)
+    }
+
+    /// "namespace/name:port" of the port of another Service than `service` that has this frontend.
+    pub fn other_owner(&self, key: FrontendKey, service: &ObjectName) -> Option<String> {
+        let owner = self.ports.get(&self.claims.owner(key)?).filter(|port| port.service != *service)?;
+        Some(row_name(&owner.service, &owner.name).as_str().to_owned())
     }
 
     /// How many Services have not got all they ask for.

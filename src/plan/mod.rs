@@ -6,6 +6,7 @@ pub mod adopt;
 pub mod arrivals;
 pub mod claims;
 pub mod compile;
+mod explain;
 mod fit;
 pub mod health;
 pub mod ids;

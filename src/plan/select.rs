@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
 use crate::model::{Endpoint, Hints, SocketAddrx};
 
@@ -99,6 +101,15 @@ impl Tally {
         }
     }
 
+    /// Why hints are not followed, where [`Tally::decide`] ignores them; `None`: nobody asks for them, no endpoint has any.
+    pub fn hints_ignored(&self) -> Option<HintsIgnored> {
+        match (self.node_hinted, self.zone_hinted) {
+            (0, 0) => None,
+            (nodes, zones) if nodes.max(zones) < self.ready => Some(HintsIgnored::SomeHaveNone),
+            _ => Some(HintsIgnored::NoneIsForHere),
+        }
+    }
+
     /// Each set falls back to terminating endpoints by itself. Hints count only when every ready endpoint has them and
     /// one at least names this place; node hints go before zone hints (KEP-4444, KEP-2433).
     pub fn decide(&self) -> Choice {
@@ -119,19 +130,52 @@ impl Tally {
     }
 }
 
+/// Which hints are followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum HintRule {
+pub enum HintRule {
     Node,
     Zone,
     Ignore,
 }
 
+/// Why hints are ignored although there are some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum HintsIgnored {
+    /// A ready endpoint has none.
+    SomeHaveNone,
+    /// They name other nodes and zones only.
+    NoneIsForHere,
+}
+
+/// Why an endpoint is not in a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LeftOut {
+    /// Neither ready, nor serving while it terminates.
+    NotReady,
+    /// It terminates, and others are ready.
+    Terminating,
+    /// Node hints are followed, and its own do not name this node.
+    HintsOtherNodes,
+    /// Zone hints are followed, and its own do not name this node's zone.
+    HintsOtherZones,
+    /// It runs on another node.
+    OtherNode,
+    /// Its slice has no port of the Service port's name and protocol.
+    NoSuchPort,
+    /// There are more endpoints than the Service's share of the maps has room for.
+    BeyondShare,
+}
+
 /// What all candidates together decide. As long as it is the same, what becomes of one concerns no other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
-    any_ready: bool,
-    hints: HintRule,
-    any_local_ready: bool,
+    /// Else terminating ones serve.
+    pub any_ready: bool,
+    pub hints: HintRule,
+    /// The same of this node's.
+    pub any_local_ready: bool,
     /// No candidate is usable.
     pub is_empty: bool,
     /// None of this node is.
@@ -142,20 +186,47 @@ impl Choice {
     /// The sets that a candidate belongs to, as bits of `abi::pool_member`; of those in `needed` only. Hints narrow the
     /// Cluster set only.
     pub fn sets(&self, candidate: &Candidate, place: Place, needed: u32) -> u8 {
-        let takes = |any_ready: bool| if any_ready { candidate.ready } else { candidate.is_fallback() };
-        let is_hinted = !self.any_ready || self.allows(candidate, place);
-        let cluster = if takes(self.any_ready) && is_hinted { POOL_CLUSTER } else { 0 };
-        let local = if takes(self.any_local_ready) && candidate.node_local { POOL_LOCAL } else { 0 };
+        let cluster = if self.cluster(candidate, place).is_ok() { POOL_CLUSTER } else { 0 };
+        let local = if self.local(candidate).is_ok() { POOL_LOCAL } else { 0 };
         ((cluster | local) & needed) as u8
     }
 
-    fn allows(&self, candidate: &Candidate, place: Place) -> bool {
-        match (self.hints, candidate.hints) {
-            (HintRule::Ignore, _) => true,
-            (_, None) => false,
-            (HintRule::Node, Some(hints)) => names(&hints.nodes, place.node),
-            (HintRule::Zone, Some(hints)) => place.zone.is_some_and(|zone| names(&hints.zones, zone)),
+    /// Whether a candidate is in the Cluster set.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn cluster(&self, candidate: &Candidate, place: Place) -> Result<(), LeftOut> {
+        takes(self.any_ready, candidate)?;
+        let hints = |list: fn(&Hints) -> &[Arc<str>]| candidate.hints.map_or(&[][..], list);
+        match self.hints {
+            _ if !self.any_ready => Ok(()),
+            HintRule::Ignore => Ok(()),
+            HintRule::Node if names(hints(|h| &h.nodes), place.node) => Ok(()),
+            HintRule::Node => Err(LeftOut::HintsOtherNodes),
+            HintRule::Zone if place.zone.is_some_and(|zone| names(hints(|h| &h.zones), zone)) => Ok(()),
+            HintRule::Zone => Err(LeftOut::HintsOtherZones),
         }
+    }
+
+    /// Whether a candidate is in the Local set.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn local(&self, candidate: &Candidate) -> Result<(), LeftOut> {
+        if !candidate.node_local {
+            return Err(LeftOut::OtherNode);
+        }
+        takes(self.any_local_ready, candidate)
+    }
+}
+
+/// A set of ready endpoints, or where none is ready of terminating ones.
+fn takes(any_ready: bool, candidate: &Candidate) -> Result<(), LeftOut> {
+    match (any_ready, candidate.is_fallback()) {
+        (true, _) if candidate.ready => Ok(()),
+        (false, true) => Ok(()),
+        (true, true) => Err(LeftOut::Terminating),
+        _ => Err(LeftOut::NotReady),
     }
 }
 

@@ -12,6 +12,18 @@ fn hints_of(words: &[&str]) -> Option<Hints> {
     (hints != Hints::default()).then_some(hints)
 }
 
+fn candidate<'a>(number: u32, text: &str, hints: &'a Option<Hints>) -> Candidate<'a> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    Candidate {
+        at: SocketAddrx { ip: std::net::Ipv4Addr::from(0x0a00_0000 + number).into(), port: 80 },
+        ready: words[0] == "r",
+        serving: words[0] != "x",
+        terminating: words[0] == "t",
+        node_local: words.contains(&"@"),
+        hints: hints.as_ref(),
+    }
+}
+
 /// The sets of each candidate, as bits of `abi::pool_member`.
 fn select(candidates: &[Candidate], place: Place, needed: u32) -> Vec<u8> {
     let choice = choose(candidates, place);
@@ -26,18 +38,9 @@ fn sets(text: &str, zone: Option<&str>) -> (Vec<usize>, Vec<usize>) {
         .map(|t| t.split_whitespace().collect::<Vec<_>>())
         .map(|words| (words.clone(), hints_of(&words)))
         .collect();
-    let candidates: Vec<Candidate> = parsed
-        .iter()
-        .enumerate()
-        .map(|(i, (words, hints))| Candidate {
-            at: SocketAddrx { ip: std::net::Ipv4Addr::from(0x0a00_0000 + i as u32).into(), port: 80 },
-            ready: words[0] == "r",
-            serving: words[0] != "x",
-            terminating: words[0] == "t",
-            node_local: words.contains(&"@"),
-            hints: hints.as_ref(),
-        })
-        .collect();
+    let parts = text.split('|').filter(|t| !t.trim().is_empty());
+    let candidates: Vec<Candidate> =
+        (0u32..).zip(parts.zip(&parsed)).map(|(i, (text, (_, hints)))| candidate(i, text.trim(), hints)).collect();
     let bits = select(&candidates, Place { node: "here", zone }, POOL_CLUSTER | POOL_LOCAL);
     let of = |set: u32| (0..bits.len()).filter(|i| u32::from(bits[*i]) & set != 0).collect();
     (of(POOL_CLUSTER), of(POOL_LOCAL))
@@ -104,4 +107,38 @@ fn of_duplicates_the_ready_one_wins_then_the_serving_and_terminating_one() {
         merge_duplicates(&mut merged);
         assert_eq!(merged, [winner], "{all:?}");
     }
+}
+
+#[test]
+fn what_a_set_leaves_out_has_the_reason_that_kept_it_out() {
+    use LeftOut::*;
+    let words = ["r z=a", "r z=b @", "t @", "x", "r n=here z=a"];
+    let hints: Vec<Option<Hints>> = words.iter().map(|text| hints_of(&text.split(' ').collect::<Vec<_>>())).collect();
+    let all: Vec<Candidate> =
+        (0u32..).zip(words.iter().zip(&hints)).map(|(i, (text, hints))| candidate(i, text, hints)).collect();
+    let place = Place { node: "here", zone: Some("a") };
+    let reasons = |all: &[Candidate]| -> (Vec<Option<LeftOut>>, Vec<Option<LeftOut>>) {
+        let choice = choose(all, place);
+        let cluster = all.iter().map(|c| choice.cluster(c, place).err()).collect();
+        (cluster, all.iter().map(|c| choice.local(c).err()).collect())
+    };
+    let (cluster, local) = reasons(&all[..4]);
+    assert_eq!(cluster, [None, Some(HintsOtherZones), Some(Terminating), Some(NotReady)]);
+    assert_eq!(local, [Some(OtherNode), None, Some(Terminating), Some(OtherNode)]);
+    assert_eq!(reasons(&all[4..]).0, [None]);
+    assert_eq!(reasons(&all[2..4]), (vec![None, Some(NotReady)], vec![None, Some(OtherNode)]));
+}
+
+#[test]
+fn hints_that_are_ignored_have_a_reason_and_no_hints_have_none() {
+    let ignored = |texts: &[&str]| {
+        let hints: Vec<Option<Hints>> = texts.iter().map(|t| hints_of(&t.split(' ').collect::<Vec<_>>())).collect();
+        let mut tally = Tally::default();
+        let place = Place { node: "here", zone: Some("a") };
+        (0u32..).zip(texts.iter().zip(&hints)).for_each(|(i, (text, h))| tally.add(&candidate(i, text, h), place));
+        tally.hints_ignored()
+    };
+    assert_eq!(ignored(&["r", "t"]), None);
+    assert_eq!(ignored(&["r z=a", "r"]), Some(HintsIgnored::SomeHaveNone));
+    assert_eq!(ignored(&["r z=b", "r z=c"]), Some(HintsIgnored::NoneIsForHere));
 }

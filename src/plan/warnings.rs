@@ -54,6 +54,21 @@ impl WarningBook {
         }
     }
 
+    /// All that hold now, sorted.
+    pub fn all(&self) -> Vec<&Warning> {
+        let mut all: Vec<&Warning> = self.holders.keys().collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// What holds of this subject now, sorted.
+    pub fn of(&self, subject: &str) -> Vec<String> {
+        let of_subject = self.holders.keys().filter(|warning| warning.subject == subject);
+        let mut messages: Vec<String> = of_subject.map(|warning| warning.message.clone()).collect();
+        messages.sort_unstable();
+        messages
+    }
+
     /// The warnings that appeared and those that went since the last call, sorted.
     pub fn take(&mut self) -> (Vec<Warning>, Vec<Warning>) {
         let (mut new, mut resolved) = (Vec::new(), Vec::new());

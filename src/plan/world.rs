@@ -5,13 +5,17 @@ use std::mem;
 
 use super::arrivals::Arrivals;
 use super::compile::{Compiled, Context, compile};
+use super::explain::explain;
 use super::fit;
 use super::health::health_check;
 use super::large::{Large, PortChange};
 use super::select::Place;
 use super::shares::{Amounts, Demand, Resource, Shares};
 use super::warnings::{Origin, WarningBook};
-use crate::model::{Change, HealthCheck, Ipx, Kind, Masquerade, Node, ObjectName, Service, Slice};
+use crate::explain as told;
+use crate::model::{
+    Change, HealthCheck, Ipx, Kind, Masquerade, Node, ObjectName, Protocol, Service, ServicePort, Slice,
+};
 use crate::table::{HashMap, HashSet};
 
 /// A relist's state: what was not stamped with the current epoch when the list ends is gone.
@@ -212,15 +216,50 @@ impl World {
         let entry = self.entries.get(name)?;
         let service = entry.service.as_deref()?;
         let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
-        let place = place(&self.node_name, &self.node);
-        let context = Context {
-            place,
+        Some(compile(service, &slices, self.context(name)))
+    }
+
+    /// What this Service is compiled against.
+    fn context(&self, name: &ObjectName) -> Context<'_> {
+        Context {
+            place: place(&self.node_name, &self.node),
             bound: &self.bound,
             limits: self.shares.of(name),
             masquerade: self.masquerade,
             internal_ips: self.node().map_or(&[], |node| &node.internal_ips),
+        }
+    }
+
+    /// What the Service of this name asks for, and why it has it or not; `None` when there is no such Service.
+    pub fn explain(&self, name: &ObjectName) -> Option<told::Service> {
+        let entry = self.entries.get(name)?;
+        let slices: Vec<&Slice> = entry.slices.iter().map(|(_, slice)| &**slice).collect();
+        Some(explain(entry.service.as_deref()?, &slices, self.context(name)))
+    }
+
+    /// The Services that have `ip` among their addresses, or where it `is_node`, the number as a NodePort: those with the
+    /// very port first, then by name.
+    pub fn asking_for(&self, ip: Ipx, number: u16, protocol: Protocol, is_node: bool) -> Vec<ObjectName> {
+        let rank = |service: &Service| {
+            let mut ips = service.cluster_ips.iter().chain(&service.external_ips).chain(&service.load_balancer_ips);
+            let has_port = |of: fn(&ServicePort) -> u16| {
+                service.ports.iter().any(|port| of(port) == number && port.protocol == protocol)
+            };
+            match ips.any(|own| *own == ip) {
+                true => Some(!has_port(|port| port.port)),
+                false => (is_node && has_port(|port| port.node_port)).then_some(false),
+            }
         };
-        Some(compile(service, &slices, context))
+        let services = self.entries.values().filter_map(|entry| entry.service.as_deref());
+        let mut ranked: Vec<(bool, &ObjectName)> =
+            services.filter_map(|service| Some((rank(service)?, &service.name))).collect();
+        ranked.sort_unstable();
+        ranked.into_iter().map(|(_, name)| name.clone()).collect()
+    }
+
+    /// This node's name, and its zone.
+    pub fn place(&self) -> Place<'_> {
+        place(&self.node_name, &self.node)
     }
 
     /// The Service of this name is laid out as `compiled` says: from now on its changes may be told one by one.

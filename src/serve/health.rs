@@ -155,6 +155,16 @@ impl Health {
         self.lock().unserved = what;
     }
 
+    /// When a sync last left nothing waiting.
+    pub fn last_updated(&self) -> Option<SystemTime> {
+        self.lock().last_updated
+    }
+
+    /// What was last told to [`Health::unserved`].
+    pub fn what_is_unserved(&self) -> Option<String> {
+        self.lock().unserved.clone()
+    }
+
     pub(super) fn facts(&self) -> Facts {
         self.lock().clone()
     }

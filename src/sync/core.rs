@@ -9,6 +9,8 @@ use super::apply::Applier;
 use super::audit::{self, Snapshot};
 use super::report::{Counts, SyncReport};
 use super::{MapIo, MapName, found};
+use crate::abi::FrontendKey;
+use crate::explain::{self, About, Answer, SERVICES_MAX};
 use crate::model::{Change, HealthCheck, Ipx, Masquerade, Node, ObjectName};
 use crate::plan::adopt::AdoptReport;
 use crate::plan::arrivals::Tally;
@@ -173,6 +175,48 @@ impl Core {
         report.services += usize::from(compiled.is_some());
         self.note_no_local(name, compiled.as_ref());
         report.health_checks_changed |= self.note_health_check(name);
+    }
+
+    /// What is known of it, and why it is so.
+    pub fn explain(&self, about: &About) -> Answer {
+        let names = match about {
+            About::Service { namespace, name } => vec![ObjectName::new(namespace, name)],
+            About::Destination { ip, port, protocol } => {
+                let is_node = ip.is_loopback() || ip.is_unspecified() || self.layout.serves_node_ports((*ip).into());
+                self.world.asking_for((*ip).into(), *port, (*protocol).into(), is_node)
+            }
+            About::Daemon | About::Metrics => Vec::new(),
+        };
+        let place = self.world.place();
+        let daemon = explain::Daemon {
+            node: place.node.to_owned(),
+            zone: place.zone.map(str::to_owned),
+            is_ready: self.ready(),
+            waits: self.pending(),
+            unserved: None,
+            last_sync_seconds: None,
+        };
+        let services = names.iter().take(SERVICES_MAX).filter_map(|name| self.explain_service(name)).collect();
+        let services_left_out = names.len().saturating_sub(SERVICES_MAX);
+        let mut warnings = Vec::new();
+        if *about == About::Daemon {
+            warnings =
+                self.book.all().iter().map(|warning| format!("{}: {}", warning.subject, warning.message)).collect();
+        }
+        Answer { daemon, services, services_left_out, warnings, ..Answer::new() }
+    }
+
+    fn explain_service(&self, name: &ObjectName) -> Option<explain::Service> {
+        let mut told = self.world.explain(name)?;
+        told.warnings = self.book.of(&format!("Service {name}"));
+        for port in &mut told.ports {
+            let protocol = port.protocol.into();
+            for frontend in &mut port.frontends {
+                let key = FrontendKey::new(frontend.at.ip().into(), frontend.at.port(), protocol);
+                frontend.owner = self.layout.other_owner(key, name);
+            }
+        }
+        Some(told)
     }
 
     /// Something that the last sync wanted is not in the kernel: sync again later.

@@ -1,4 +1,4 @@
-//! As much of kustomize as `manifests/` uses: resources, components, and JSON patches (RFC 6902) on objects chosen by
+//! As much of kustomize as `manifests/` uses: resources, components, generated ConfigMaps, and JSON patches (RFC 6902) on objects chosen by
 //! kind and name. A field of a kustomization that is not known here is refused, so that nothing goes unnoticed.
 
 use std::fs;
@@ -17,7 +17,36 @@ struct Kustomization {
     #[serde(default)]
     components: Vec<PathBuf>,
     #[serde(default)]
+    config_map_generator: Vec<ConfigMap>,
+    #[serde(default)]
     patches: Vec<Patch>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigMap {
+    name: String,
+    namespace: String,
+    files: Vec<PathBuf>,
+    options: GeneratorOptions,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct GeneratorOptions {
+    labels: Value,
+    disable_name_suffix_hash: bool,
+}
+
+impl ConfigMap {
+    fn object(&self, directory: &Path) -> Value {
+        assert!(self.options.disable_name_suffix_hash, "{}: names with hashes are not known here", self.name);
+        let file = |path: &PathBuf| (path.display().to_string(), Value::from(read(&directory.join(path))));
+        let data: serde_json::Map<String, Value> = self.files.iter().map(file).collect();
+        let metadata =
+            serde_json::json!({"name": self.name, "namespace": self.namespace, "labels": self.options.labels});
+        serde_json::json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+    }
 }
 
 #[derive(Deserialize)]
@@ -54,6 +83,7 @@ fn apply(directory: &Path, (api_version, kind): (&str, &str), objects: &mut Vec<
             objects.extend(documents(&path));
         }
     }
+    objects.extend(kustomization.config_map_generator.iter().map(|map| map.object(directory)));
     for component in &kustomization.components {
         apply(&directory.join(component), ("kustomize.config.k8s.io/v1alpha1", "Component"), objects);
     }

@@ -485,6 +485,11 @@ pub fn remove_own() {
 fn remove(id: &str) -> anyhow::Result<()> {
     let dir = Path::new(RUN).join(id);
     cgroup::remove(&cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{id}")))?;
+    // Sockets of its daemons are named by their pin directories.
+    for pins in fs::read_dir(dir.join("bpf")).into_iter().flatten().flatten() {
+        let _ = kubelane::explain::sockets_path(&pins.path()).and_then(fs::remove_file);
+    }
+    let _ = fs::remove_dir(kubelane::explain::DIRECTORY);
     let _ = umount2(&dir.join("bpf"), MntFlags::MNT_DETACH);
     netns::delete(&netns::with_prefix(&format!("{NETNS_PREFIX}{id}-")));
     if dir.exists() {

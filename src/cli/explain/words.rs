@@ -1,0 +1,185 @@
+//! The words for what was decided, and what to do about it.
+
+use super::decide::{Client, Reason, Verdict};
+use super::view::Asked;
+use crate::explain::{Choice, Daemon, Hints, HintsIgnored, LeftOut, Policy, Port, Service, Transport};
+use crate::model::Protocol;
+
+pub const FALLBACK: &str = "no endpoint is ready: those serve that terminate and still answer";
+
+/// As the counters of the datapath name it, where it counts.
+pub fn label(reason: Reason) -> &'static str {
+    match reason {
+        Reason::UnknownPort => "refused_unknown_port",
+        Reason::NoEndpoint => "refused_no_endpoint",
+        Reason::NoLocalEndpoint => "dropped_no_local_endpoint",
+        Reason::SourceRange => "dropped_source_range",
+        Reason::SctpPort => "dropped_sctp_port",
+        Reason::SctpSocket => "sctp_socket",
+        Reason::NoService => "no_service",
+        Reason::ClusterIpOutside => "cluster_ip_outside",
+        Reason::LoopbackInPod => "loopback_in_pod",
+        Reason::LoopbackOutside => "loopback_outside",
+        Reason::NotMarked => "not_marked",
+        Reason::BackendMissing => "failed_backend_missing",
+    }
+}
+
+/// Why this set.
+pub fn policy(set: Policy, is_outside: bool, has_cluster_ip: bool) -> String {
+    let field = if is_outside { "externalTrafficPolicy" } else { "internalTrafficPolicy" };
+    match set {
+        Policy::Local => format!("{field} is Local: endpoints of this node"),
+        Policy::Cluster if is_outside || has_cluster_ip => format!("{field} is Cluster: endpoints of all nodes"),
+        Policy::Cluster => {
+            "clients on this node have the endpoints of all nodes, whatever externalTrafficPolicy is".to_owned()
+        }
+    }
+}
+
+/// What the endpoints decide together.
+pub fn choice(set: Policy, choice: &Choice, daemon: Option<&Daemon>, has_endpoints: bool) -> Option<String> {
+    let any_ready = if set == Policy::Local { choice.any_local_ready } else { choice.any_ready };
+    if !any_ready {
+        return has_endpoints.then(|| match set {
+            Policy::Cluster => FALLBACK.to_owned(),
+            Policy::Local => {
+                "no endpoint of this node is ready: those serve that terminate and still answer".to_owned()
+            }
+        });
+    }
+    let node = daemon.map_or("this one", |daemon| &daemon.node);
+    let zone = daemon.and_then(|daemon| daemon.zone.as_deref()).unwrap_or("unknown");
+    match choice.hints {
+        _ if set == Policy::Local => None,
+        Hints::None => None,
+        Hints::Nodes => Some(format!("hints are followed: endpoints for node {node}")),
+        Hints::Zones => Some(format!("hints are followed: endpoints for zone {zone}")),
+        Hints::Ignored(HintsIgnored::SomeHaveNone) => {
+            Some("hints are ignored: some ready endpoint has none".to_owned())
+        }
+        Hints::Ignored(HintsIgnored::NoneIsForHere) => {
+            Some(format!("hints are ignored: none is for node {node} or its zone ({zone})"))
+        }
+    }
+}
+
+/// Why an endpoint gets no new connections.
+pub fn left_out(reason: LeftOut, port: &Port) -> String {
+    match reason {
+        LeftOut::NotReady => "not ready".to_owned(),
+        LeftOut::Terminating => "terminating, and others are ready".to_owned(),
+        LeftOut::HintsOtherNodes => "its hints are for other nodes".to_owned(),
+        LeftOut::HintsOtherZones => "its hints are for other zones".to_owned(),
+        LeftOut::OtherNode => "on another node".to_owned(),
+        LeftOut::NoSuchPort => {
+            let name =
+                if port.name.is_empty() { "without a name".to_owned() } else { format!("named {:?}", port.name) };
+            format!("its EndpointSlice has no {} port {name}", transport(port.protocol))
+        }
+        LeftOut::BeyondShare => "more than the Service's share of the maps has room for".to_owned(),
+    }
+}
+
+pub fn transport(transport: Transport) -> &'static str {
+    Protocol::from(transport).as_str()
+}
+
+/// What the next connection gets.
+pub fn next(asked: &Asked) -> String {
+    let found = asked.decision.found.as_ref();
+    let is_outside = matches!(asked.client, Client::Packet(_));
+    match asked.decision.verdict {
+        Verdict::Backend => {
+            let remembered = found.and_then(|found| found.remembered);
+            let seats = found.map(|found| &found.seats[..]).unwrap_or_default();
+            match (remembered, seats) {
+                (Some(known), _) => format!("{}, as before (affinity)", known.at),
+                (None, [only]) => format!("{}, the only one", only.at),
+                (None, many) => format!("one of {}, by chance", many.len()),
+            }
+        }
+        Verdict::Refused(_) if is_outside => "refused: ICMP port unreachable".to_owned(),
+        Verdict::Refused(_) => "refused: ECONNREFUSED at once (EPERM before Linux 5.18)".to_owned(),
+        Verdict::Dropped(_) if is_outside => "dropped without an answer".to_owned(),
+        Verdict::Dropped(_) if asked.to.protocol == Protocol::Tcp => {
+            "dropped: ETIMEDOUT at once (EPERM before Linux 5.18)".to_owned()
+        }
+        Verdict::Dropped(_) => "dropped: EPERM".to_owned(),
+        Verdict::Untouched(_) => format!("left alone: it goes to {} as it is, wherever that leads", asked.to),
+    }
+}
+
+/// What the reason means, and what to do about it.
+pub fn remedy(reason: Reason, asked: &Asked) -> Option<String> {
+    let name = asked.decision.found.as_ref().and_then(|found| found.name.as_deref()).unwrap_or("-/-");
+    let service = name.split_once(':').map_or(name, |(service, _)| service);
+    let (namespace, bare) = service.split_once('/').unwrap_or(("-", service));
+    Some(match reason {
+        Reason::UnknownPort => unknown_port(asked),
+        Reason::NoEndpoint => format!(
+            "no endpoint is ready, nor serving while it terminates: kubectl -n {namespace} get endpointslices -l \
+             kubernetes.io/service-name={bare}; look at the Service's selector and at the pods' readiness"
+        ),
+        Reason::NoLocalEndpoint => format!(
+            "the traffic policy is Local and no endpoint of {service} is on this node, but some are elsewhere: ask a node \
+             that has one (load balancers do, by the health check), or set the policy to Cluster"
+        ),
+        Reason::SourceRange => "spec.loadBalancerSourceRanges has no range with this client: add one, or ask from \
+                                an address that it has"
+            .to_owned(),
+        Reason::SctpPort => {
+            "SCTP's checksum rules out another port: give the endpoints the Service's own port".to_owned()
+        }
+        Reason::SctpSocket => {
+            "the kernel has no hook for SCTP sockets of this node: ask from a pod, or from outside".to_owned()
+        }
+        Reason::NoService => no_service(asked),
+        Reason::ClusterIpOutside => {
+            "cluster IPs serve clients on nodes only: use a NodePort, a load balancer IP or an \
+                                     external IP"
+                .to_owned()
+        }
+        Reason::LoopbackInPod => "in a pod, loopback is the pod itself: ask an address of the node".to_owned(),
+        Reason::LoopbackOutside => "loopback is never reached from outside: ask an address of the node".to_owned(),
+        Reason::NotMarked => {
+            "the programs' first look (map wire_filter) does not know it, though its frontend is there: \
+                              start the daemon again, and report this with `kubelane report`"
+                .to_owned()
+        }
+        Reason::BackendMissing => {
+            "no slot of the pool leads to a backend: this should never be; start the daemon again, \
+                                   and report this"
+                .to_owned()
+        }
+    })
+}
+
+fn unknown_port(asked: &Asked) -> String {
+    let has = |service: &Service| {
+        let ports: Vec<String> =
+            service.ports.iter().map(|port| format!("{}/{}", port.port, transport(port.protocol))).collect();
+        format!("Service {}/{}, which has {}", service.namespace, service.name, ports.join(", "))
+    };
+    match asked.others.first() {
+        Some(service) => format!("the cluster IP is that of {}: ask one of these", has(service)),
+        None => "the cluster IP is a Service's, but not with this port: see `kubelane get services`".to_owned(),
+    }
+}
+
+fn no_service(asked: &Asked) -> String {
+    let left_alone = |service: &&Service| service.left_alone.contains(&asked.to.at.ip.to_ip());
+    if let Some(service) = asked.others.iter().find(left_alone) {
+        return format!(
+            "it is a cluster IP of Service {}/{}, but a device of this node has it (a node-local DNS cache): that answers",
+            service.namespace, service.name
+        );
+    }
+    match asked.others.first() {
+        Some(service) => format!(
+            "Service {}/{} has this address, but not this port for this client: see `kubelane explain svc/{0}/{1}`",
+            service.namespace, service.name
+        ),
+        None => "no Service has this address and port: see `kubelane get services`".to_owned(),
+    }
+}
