@@ -161,18 +161,21 @@ static __noinline int rewrite_error(hook_context *ctx, const struct packet *erro
 
 /*
  * The error's own ends. Its source is shown as the flow's where it is the quoted packet's destination, and also
- * where it is forwarded here, since no other source of a forwarded packet would be let through everywhere.
+ * where it is forwarded here, since no other source of a forwarded packet would be let through everywhere. An error about
+ * what goes by halves does so, too: wire_error() finds the other half when it leaves.
  */
 static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 {
 	struct packet *error = &given->packet, *quoted = &given->quoted;
 	const struct flow *flow = &given->flow;
 	struct ends outer = {.source = error->tuple.ends.source, .destination = flow->ends.destination};
-	__u32 way = flow_way(flow->state), routed = flow_hides_client(way);
+	__u32 way = flow_way(flow->state), routed = way == WAY_ROUTED;
 	int verdict;
 
 	if (!deliver_is_possible(way, given->from_pod))
 		return VERDICT_PASS;
+	if (way == WAY_HALVES)
+		stack_ends(&given->flow.ends, &given->reply.ends, flow);
 	if (routed || address_equal(&outer.source, &quoted->tuple.ends.destination))
 		outer.source = flow->ends.source;
 	if (routed) {
@@ -190,7 +193,7 @@ static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
-	return way != WAY_STACK ? VERDICT_SEND : VERDICT_PASS;
+	return routed || way == WAY_HAIRPIN ? VERDICT_SEND : VERDICT_PASS;
 }
 
 #endif

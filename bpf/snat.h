@@ -140,6 +140,12 @@ __noinline int place_take(hook_context *ctx)
 	return flow_create(&given->reply, &given->reply_row) ? PLACE_TAKEN : PLACE_RESERVED;
 }
 
+/* That one of the range that a number leads to. */
+static __always_inline __be16 snat_port(const struct scratch *given, __u32 number)
+{
+	return bpf_htons(given->ports_first + number % given->ports_count);
+}
+
 /*
  * Sets the destination port of the scratch's reply so that the place belongs to nobody else. A client that connects
  * without a pause to a backend that closes first need not wait for the end of TIME_WAIT: when a few tries find nothing
@@ -161,14 +167,13 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 	hash = snat_hash(&given->packet.tuple);
 	step = 1 + (hash >> 17);
 	port = hash + bpf_ntohs(given->packet.tuple.ends.source_port);
+	given->reply.ends.destination_port = ports == SNAT_KEEP_FIRST || ports == SNAT_KEEP
+						     ? given->packet.tuple.ends.source_port
+						     : snat_port(given, port);
 	for (int i = 0; i < SNAT_TRIES; i++) {
 		__be16 *candidate = &given->reply.ends.destination_port;
-		int place;
+		int place = place_try(ctx);
 
-		*candidate = bpf_htons(given->ports_first + port % given->ports_count);
-		if (i == 0 && (ports == SNAT_KEEP_FIRST || ports == SNAT_KEEP))
-			*candidate = given->packet.tuple.ends.source_port;
-		place = place_try(ctx);
 		if (place == PLACE_FREE)
 			place = place_take(ctx);
 		if (place == PLACE_RESERVED || place == PLACE_OWN || place == PLACE_FULL)
@@ -185,6 +190,7 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 			break;
 		count(COUNTER_SNAT_RETRY);
 		port += step;
+		*candidate = snat_port(given, port);
 	}
 	if (own)
 		chosen = own;

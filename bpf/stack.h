@@ -14,12 +14,12 @@
 #ifndef KUBELANE_STACK_H
 #define KUBELANE_STACK_H
 
-/* The ends of the packet in the stack: its own source, and its new destination; ports are those that the backend sees, so
+/* The ends of a packet in the stack: its own source, and its new destination; ports are those that the backend sees, so
  * that both directions belong together there. */
-static __always_inline void stack_ends(struct ends *ends, const struct scratch *given)
+static __always_inline void stack_ends(struct ends *ends, const struct ends *own, const struct flow *flow)
 {
-	const struct ends *own = &given->packet.tuple.ends, *becomes = &given->flow.ends;
-	int is_reply = given->flow.state & FLOW_REPLY;
+	const struct ends *becomes = &flow->ends;
+	int is_reply = flow->state & FLOW_REPLY;
 
 	ends->source = own->source;
 	ends->destination = becomes->destination;
@@ -58,7 +58,7 @@ __noinline int stack_hand(hook_context *ctx)
 	if (!given || !ctx)
 		return 0;
 	way = &given->backend_ends;
-	stack_ends(way, given);
+	stack_ends(way, &given->packet.tuple.ends, &given->flow);
 	given->reply.ends = *way;
 	given->reply.protocol = given->packet.tuple.protocol;
 	stack_note(given, &given->flow.ends);

@@ -97,9 +97,13 @@ static __always_inline int wire_finish(hook_context *ctx, int verdict)
 }
 
 /* Pieces whose first one was not seen. For another host's stack they would never become whole; this host's may wait. */
-static __always_inline int wire_stray_piece(const struct packet *packet)
+static __always_inline int wire_stray_piece(hook_context *ctx, const struct packet *packet, const int from_pod)
 {
-	if (!(address_roles(&packet->tuple.ends.destination) & (ADDRESS_SERVICE_VIP | ADDRESS_CLUSTER_IP)))
+	__u32 ours = ADDRESS_SERVICE_VIP;
+
+	if (from_pod || config.external_cluster_ips)
+		ours |= ADDRESS_CLUSTER_IP;
+	if (!(address_roles(&packet->tuple.ends.destination) & ours) || (from_pod && !owner_is_gateway(ctx, packet)))
 		return VERDICT_PASS;
 	count(COUNTER_DROPPED_FRAGMENT);
 	return VERDICT_DROP;
@@ -169,7 +173,7 @@ static __always_inline int wire_in(hook_context *ctx, __u32 l3, __u32 is_ip6, co
 	if (packet->kind == PACKET_ERROR)
 		verdict = wire_error(ctx, 0);
 	else if (packet->kind != PACKET_WHOLE && !fragment_ports(packet, wire_piece_is_ours(packet, from_pod)))
-		verdict = wire_stray_piece(packet);
+		verdict = wire_stray_piece(ctx, packet, from_pod);
 	else
 		verdict = wire_packet(ctx, given, from_pod);
 	return verdict;

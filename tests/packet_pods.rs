@@ -6,6 +6,7 @@ mod wire;
 
 use kubelane::abi::{Frontend, Pool, address_flag, frontend_flag, pool_empty, pool_member};
 use kubelane::model::Protocol;
+use wire::errors::{assert_error, error};
 use wire::frame::{ACK, FIN, Frame, Inside, RST, SYN, ip, parse, sctp, tcp, udp};
 use wire::{CLIENT4, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, VIP4, VIP6};
 
@@ -197,6 +198,19 @@ fn a_frame_for_another_gateway_is_left_alone() {
     assert_eq!(parse(&node.pod_in_bytes(&bytes).1), syn.with_ends((POD4, 40_000), (LOCAL4, 8080)));
 }
 
+/// Pieces of a datagram for another host's Service wait for nobody here.
+#[test]
+fn a_stray_piece_for_another_gateway_is_left_alone_and_one_for_this_node_is_dropped() {
+    let mut node = node();
+    serve(&mut node, CLUSTER4, 80, Protocol::Udp, LOCAL4, frontend_flag::FRONTEND_CLUSTER_IP);
+    let piece = udp((POD4, 40_000), (CLUSTER4, 80), &[7; 1000]).fragments(504, 77).remove(1);
+    let mut elsewhere = piece.bytes();
+    elsewhere[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+    assert_eq!(node.pod_in_bytes(&elsewhere), (PASS, elsewhere.clone()));
+    let ((action, _), counted) = node.counted(|n| n.pod_in(&piece));
+    assert_eq!((action, counted), (DROP, [("dropped_fragment", 1)].into()));
+}
+
 /// The row of a client outside leads elsewhere, past the policies of the pods' network.
 #[test]
 fn a_pod_that_forges_a_client_outside_does_not_get_into_its_connection() {
@@ -234,6 +248,13 @@ fn a_client_is_hidden_from_a_backend_on_this_node_by_halves() {
         let (action, half) = node.pod_in(&answer);
         assert_eq!((action, &half), (PASS, &answer.with_ends((here, 8080), (client, port))));
         assert_eq!(node.uplink_out(&half), (PASS, half.with_ends(to, from)));
+        // The pod's error about what it got goes the same two steps, and says to the client what that sent.
+        let (action, half) = node.pod_in(&error(here, &syn.with_ends((own, port), (here, 8080)), 60, 1400));
+        assert_eq!(action, PASS);
+        assert_error(&half, (here, client), (client, port), (here, 8080), 1400);
+        let (action, whole) = node.uplink_out(&half);
+        assert_eq!(action, PASS);
+        assert_error(&whole, (own, client), from, to, 1400);
         let fin = tcp(from, to, FIN | ACK).numbered(1001, 7001);
         assert_eq!(node.uplink_in(&fin).1, fin.with_ends((client, port), (here, 8080)));
         assert_eq!(node.flow_rows(), (2, 0));
