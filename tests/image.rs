@@ -97,7 +97,13 @@ fn binds(pod: &PodSpec, bpffs: &Path, config: &Path) -> Vec<String> {
         let volume = pod.volumes.iter().flatten().find(|volume| volume.name == mount.name).unwrap();
         let source = match (&volume.host_path, &volume.config_map) {
             (Some(host), None) if host.path == "/sys/fs/bpf" => bpffs.to_owned(),
-            (Some(host), None) => host.path.clone().into(),
+            (Some(host), None) => {
+                // As the kubelet does.
+                if host.type_.as_deref() == Some("DirectoryOrCreate") {
+                    fs::create_dir_all(&host.path).unwrap();
+                }
+                host.path.clone().into()
+            }
             (None, Some(_)) => config.to_owned(),
             _ => panic!("{volume:?}"),
         };
