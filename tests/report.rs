@@ -74,7 +74,10 @@ fn the_archive_has_what_a_bug_report_needs_and_redacted_no_name_or_address_of_th
     assert!(!plain.values().any(|text| text.contains("could not be had")), "{plain:#?}");
     for (file, expected) in [
         ("arguments.txt", "--hostname-override\nnode1\n"),
-        ("warnings.txt", "Service default/paycheck: port sctp-secret: SCTP is served to packets from the wire only"),
+        (
+            "warnings.txt",
+            "Service default/paycheck: port sctp-secret: SCTP is served to packets, from outside and of pods",
+        ),
         ("log.txt", "first sync"),
         ("metrics.txt", "kubelane_services 1"),
         ("counters.txt", "connect_translated"),

@@ -14,6 +14,8 @@ use crate::wire::{DROP, NODE4, NODE6, Node, PASS, REDIRECT, TUNNEL4, TUNNEL6};
 
 /// The private range beside the usual `ip_local_port_range` and the NodePorts.
 const PRIVATE_PORTS: std::ops::Range<u16> = 1024..30_000;
+/// Those that clients get towards local backends in the place of their own.
+const MOVED_PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
 /// The last ones are pods, here and elsewhere: what they ask goes out to a load balancer and comes back.
 const CLIENTS4: [&str; 7] =
     ["198.51.100.7", "198.51.100.9", "198.51.100.130", "203.0.113.5", "203.0.114.5", "10.0.0.20", "10.1.0.20"];
@@ -312,6 +314,8 @@ impl Traffic {
             assert_eq!((flow.seen.1, flow.target.port), (request.client.1, request.to.1), "{context}");
         } else if !flow.target.local {
             assert!(PRIVATE_PORTS.contains(&flow.seen.1), "{context}");
+        } else if request.protocol == Protocol::Udp && MOVED_PORTS.contains(&flow.seen.1) {
+            // Policy Cluster: the client may ask the backend itself from its own port.
         } else if flow.seen.1 != request.client.1 {
             assert!(PRIVATE_PORTS.contains(&flow.seen.1), "{context}");
             let own = self.places.get(&(flow.backend(), (flow.seen.0, request.client.1), request.protocol));
