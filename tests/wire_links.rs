@@ -68,7 +68,9 @@ fn has_tcx(node: &Node) -> bool {
 #[test]
 fn links_that_somebody_detaches_or_unpins_are_put_back_and_told() {
     let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
-    let daemon = cluster.start();
+    // Else a pod whose socket program is gone is served by its packets.
+    let options = ["--pod-devices", "none"];
+    let daemon = Daemon::start_with(&cluster.lab, "node1", &cluster.manifests.dir, &options).unwrap();
     let node = cluster.lab.node("node1");
     assert!(eventually(PATIENCE, || answers(&cluster) == [true; 2]) && is_asked_by_pods(&cluster), "{}", daemon.log());
     for name in ["sendmsg4", "recvmsg4"] {

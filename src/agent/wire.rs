@@ -71,6 +71,8 @@ pub struct Wire<'d> {
     adopted: bool,
     /// The pod's device that the last audit ended with.
     audited: u32,
+    /// What audits found wrong, and could not put right at once.
+    faulty: BTreeMap<u32, Vec<Fault>>,
     due: Option<Instant>,
 }
 
@@ -85,6 +87,7 @@ impl<'d> Wire<'d> {
             listeners: None,
             adopted: false,
             audited: 0,
+            faulty: BTreeMap::new(),
             due: None,
         }
     }
@@ -112,6 +115,7 @@ impl<'d> Wire<'d> {
                 Err(error) => drop(failures.insert(index, (name.clone(), format!("{error:#}")))),
             }
             self.attached.remove(&index);
+            self.faulty.remove(&index);
             self.conditions.over(&subject(&name), Reason::Contested);
         }
         for (device, name) in wanted {
@@ -121,7 +125,10 @@ impl<'d> Wire<'d> {
             }
             match self.hooks.attach(&device) {
                 Ok(how) => {
-                    tell(&device, &name, self.attached.contains_key(&index), how);
+                    match self.faulty.remove(&index) {
+                        Some(faults) => self.put_right(&faults, &name, now),
+                        None => tell(&device, &name, self.attached.contains_key(&index), how),
+                    }
                     self.attached.insert(index, (device, name));
                 }
                 // Pods come and go; netlink will tell.
@@ -184,9 +191,15 @@ impl<'d> Wire<'d> {
         next.into_iter().collect()
     }
 
+    fn put_right(&mut self, faults: &[Fault], name: &str, now: Instant) {
+        self.contests.put_back(&subject(name), now);
+        self.conditions.restored(Place::Device);
+        warn!("{}: put right", describe(faults, name));
+    }
+
     /// Puts back what somebody has taken off the devices, or put others before.
     pub fn audit(&mut self, now: Instant) {
-        let mut failures = BTreeMap::new();
+        let (mut failures, mut righted, mut faulty) = (BTreeMap::new(), Vec::new(), Vec::new());
         let pods = self.pods_to_audit();
         for (index, (device, name)) in &self.attached {
             if is_of_pod(device) && !pods.contains(index) {
@@ -196,7 +209,7 @@ impl<'d> Wire<'d> {
             if self.failures.contains_key(index) || self.contests.rests(&subject, now) {
                 continue;
             }
-            let result = match self.hooks.faults(device) {
+            let error = match self.hooks.faults(device) {
                 Ok(faults) if faults.is_empty() => {
                     if self.contests.there(&subject, now) {
                         self.conditions.over(&subject, Reason::Contested);
@@ -204,7 +217,16 @@ impl<'d> Wire<'d> {
                     continue;
                 }
                 Ok(faults) => match self.contests.gone(&subject, now) {
-                    Verdict::PutBack => self.hooks.attach(device).map(|_| faults),
+                    Verdict::PutBack => match self.hooks.attach(device) {
+                        Ok(_) => {
+                            righted.push((faults, name.clone()));
+                            continue;
+                        }
+                        Err(error) => {
+                            faulty.push((*index, faults));
+                            error
+                        }
+                    },
                     Verdict::LeaveAlone(_) => {
                         let detail = format!("{}; {CONTEST_REMEDY}", describe(&faults, name));
                         self.conditions.holds(&subject, Reason::Contested, &detail);
@@ -212,17 +234,12 @@ impl<'d> Wire<'d> {
                     }
                 },
                 Err(error) if is_of_pod(device) && is_gone(&error) => continue,
-                Err(error) => Err(error),
+                Err(error) => error,
             };
-            match result {
-                Ok(faults) => {
-                    self.contests.put_back(&subject, now);
-                    self.conditions.restored(Place::Device);
-                    warn!("{}: put right", describe(&faults, name));
-                }
-                Err(error) => drop(failures.insert(*index, (name.clone(), format!("{error:#}")))),
-            }
+            failures.insert(*index, (name.clone(), format!("{error:#}")));
         }
+        self.faulty.extend(faulty);
+        righted.into_iter().for_each(|(faults, name)| self.put_right(&faults, &name, now));
         // Attached anew by the next round.
         if !failures.is_empty() {
             self.attached.retain(|index, _| !failures.contains_key(index));
