@@ -3,6 +3,7 @@
 mod wire;
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use kubelane::bpf::{
     self, Attached, Datapath, Device, Devices, Direction, Fault, LinkLayer, Method, PacketTrial, Role,
@@ -151,7 +152,13 @@ fn what_somebody_takes_off_a_device_is_found_and_attached_again() {
         for (take, expected) in [(&unpin as &dyn Fn(), incoming), (&take_off, both)] {
             take();
             assert_eq!(devices.faults(&device(uplink)).unwrap(), expected, "{method:?}");
-            devices.attach(&device(uplink)).unwrap();
+            // A link that lost its pin is let go of after an RCU grace period, by a worker, and until then its program is
+            // on the hook: the daemon tries again with the next audit (agent/wire.rs).
+            let patience = Instant::now() + Duration::from_secs(10);
+            while let Err(error) = devices.attach(&device(uplink)) {
+                assert!(format!("{error:#}").contains("File exists") && Instant::now() < patience, "{error:#}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
             assert_eq!(devices.faults(&device(uplink)).unwrap(), [], "{method:?}");
         }
         if method == Method::Clsact {
