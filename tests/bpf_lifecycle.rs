@@ -8,14 +8,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use kubelane::abi::{FlowLimits, FrontendKey, ServiceName, SourceRangeKey};
 use kubelane::bpf::{self, Datapath, Maps, Settings};
 use kubelane::model::{IpRange, Protocol};
 use kubelane::sync::{Failure, MapIo, MapName};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 /// A BPF file system, a cgroup below the cgroup2 mount, and their end.
 struct World {
@@ -291,4 +292,29 @@ fn an_audit_finds_the_rows_that_somebody_else_changed_and_the_next_sync_repairs_
     assert_eq!(core.sync(datapath.maps(), Instant::now()).failures, []);
     assert_eq!(MapName::ALL.map(dump), before);
     assert!(MapName::ALL.iter().all(|map| audit(&core, *map).is_empty()));
+}
+
+/// The verifier gives up when a signal waits for its thread, and libbpf tries five times only.
+#[test]
+fn signals_do_not_keep_the_object_from_being_loaded() {
+    extern "C" fn ignore(_: libc::c_int) {}
+    let world = World::new();
+    let action = SigAction::new(SigHandler::Handler(ignore), SaFlags::SA_RESTART, SigSet::empty());
+    // SAFETY: the handler does nothing.
+    unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
+    // SAFETY: it takes no arguments.
+    let (loader, is_over) = (unsafe { libc::pthread_self() }, AtomicBool::new(false));
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                // SAFETY: the thread outlives this one, which is joined below.
+                assert_eq!(unsafe { libc::pthread_kill(loader, libc::SIGUSR1) }, 0);
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        let outcome = Datapath::open(&world.settings());
+        is_over.store(true, Ordering::Relaxed);
+        outcome
+    });
+    outcome.unwrap();
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
+use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
 use super::btf::EmptyBtf;
@@ -130,7 +131,7 @@ impl Datapath {
         if counts_services {
             count_services(&mut skeleton, settings)?;
         }
-        let skeleton = skeleton.load().with_context(|| {
+        let skeleton = uninterrupted(|| skeleton.load()).with_context(|| {
             format!(
                 "the kernel did not take the BPF object (see the lines above; `kubelane check` names what is missing, and if the maps in {} are of another make, `kubelane cleanup` removes them)",
                 settings.pin_path.display()
@@ -235,6 +236,16 @@ pub(super) fn btf_stand_in() -> Result<Option<EmptyBtf>> {
         return Ok(None);
     }
     EmptyBtf::new().map(Some).context("cannot make a file in memory")
+}
+
+/// Loads programs with every signal held back from this thread: while one waits for it the verifier gives up (EAGAIN), and
+/// libbpf tries five times only. (The end of another thread's child is such a signal, while that thread starts the next.)
+pub(super) fn uninterrupted<T>(load: impl FnOnce() -> T) -> T {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let result = load();
+    // It cannot fail for a mask that the kernel has told.
+    let _ = before.map(|before| before.thread_set_mask());
+    result
 }
 
 /// The object, configured for this kernel.

@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 use libbpf_rs::skel::OpenSkel;
 
 use super::devices::{Devices, Direction, LinkLayer};
-use super::load::{btf_stand_in, open_object};
+use super::load::{btf_stand_in, open_object, uninterrupted};
 use super::test_run::test_run;
 use super::{pinned, probe};
 
@@ -114,5 +114,5 @@ pub fn with_stand_in(pin_path: &Path, map: &str, stand_in: BorrowedFd<'_>) -> Re
             theirs.reuse_pinned_map(&pin).with_context(|| format!("using {}", pin.display()))?;
         }
     }
-    Devices::new(&skeleton.load()?, pin_path)
+    Devices::new(&uninterrupted(|| skeleton.load())?, pin_path)
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::AsRawLibbpf;
 use libbpf_rs::skel::OpenSkel;
 
-use super::load::{btf_stand_in, open_object};
+use super::load::{btf_stand_in, open_object, uninterrupted};
 use super::probe;
 
 /// BPF_LOG_STATS of linux/bpf_verifier.h (5.2): a few lines of figures, and the reason when a program is refused.
@@ -57,7 +57,7 @@ pub fn verify_all() -> Result<Vec<VerifiedProgram>> {
         }
         logs.push((program.name().to_string_lossy().into_owned(), log));
     }
-    let loaded = skeleton.load();
+    let loaded = uninterrupted(|| skeleton.load());
     let mut logs = logs.into_iter().map(|(name, log)| (name, text(&log)));
     match loaded {
         Ok(_) => logs.map(|(name, log)| parse(name, &log)).collect(),
