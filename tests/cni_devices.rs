@@ -308,3 +308,22 @@ fn clients_and_pods_behind_tun_devices_are_served_when_the_devices_are_named() {
     wrong.extend(wrong_answers_outside(lab, BOTH));
     assert!(wrong.is_empty(), "{wrong:#?}\n{}\n{}", daemon.log(), daemon.metrics().unwrap());
 }
+
+#[test]
+fn a_change_of_rp_filter_is_followed() {
+    let Some(cluster) = cluster() else { return };
+    let node = cluster.lab.node("node1");
+    let set =
+        |device: &str, value: &str| node.host.sysctl(&[(&format!("ipv4/conf/{device}/rp_filter"), value)]).unwrap();
+    set("all", "0");
+    set("eth0", "0");
+    let daemon = start(&cluster, &[]);
+    let pins = node.pin_path.display().to_string();
+    let template = "jsonpath={.items[?@.device=='eth0'].rpFilter}";
+    let known = || node.kubelane(&["get", "devices", "-o", template, "--pin-path", &pins]).unwrap();
+    assert_eq!(known(), "off");
+    for (device, value, expected) in [("eth0", "1", "strict"), ("all", "2", "loose"), ("all", "0", "strict")] {
+        set(device, value);
+        assert!(eventually(PATIENCE, || known() == expected), "{device} {value}: {}; {}", known(), daemon.log());
+    }
+}

@@ -322,18 +322,8 @@ fn hook_of(device: &NetDevice) -> Device {
         role: Role::Outward,
         ip4: device.first(Family::Ipv4).and_then(Ipx::to_ip4),
         ip6: device.first(Family::Ipv6).and_then(Ipx::to_ip6),
-        rp_filter: rp_filter(&device.name),
+        rp_filter: device.rp_filter,
     }
-}
-
-/// What the kernel makes of both sysctls: the larger one counts (Documentation/networking/ip-sysctl.rst). 0 where there is
-/// none: the device has just gone.
-fn rp_filter(device: &str) -> u32 {
-    let read = |name: &str| -> u32 {
-        let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter")).unwrap_or_default();
-        text.trim().parse().unwrap_or_default()
-    };
-    read("all").max(read(device))
 }
 
 #[cfg(test)]
@@ -390,6 +380,7 @@ mod tests {
             has_subnet: true,
             link_address: None,
             peer_is_elsewhere: false,
+            rp_filter: 0,
         }
     }
 

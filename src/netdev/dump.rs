@@ -3,7 +3,9 @@
 use anyhow::Context as _;
 use futures::TryStreamExt as _;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{
+    AfSpecInet, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
@@ -16,6 +18,10 @@ pub(super) async fn network(handle: &Handle) -> anyhow::Result<Network> {
         handle.link().get().execute().try_collect().await.context("listing devices (netlink)")?;
     let mut network = Network { addresses: Vec::new(), devices: links.iter().map(device).collect() };
     network.devices.sort_unstable_by_key(|d| d.index);
+    let of_all = rp_filter_of_all();
+    for device in &mut network.devices {
+        device.rp_filter = device.rp_filter.max(of_all);
+    }
     for device in network.devices.iter_mut().filter(|d| d.is_member) {
         device.is_member = !is_vrf_member(device.index, &links);
     }
@@ -39,6 +45,7 @@ fn device(link: &LinkMessage) -> NetDevice {
         has_subnet: false,
         link_address: None,
         peer_is_elsewhere: false,
+        rp_filter: 0,
     };
     for attribute in &link.attributes {
         match attribute {
@@ -51,10 +58,29 @@ fn device(link: &LinkMessage) -> NetDevice {
             LinkAttribute::LinkNetNsId(_) => device.peer_is_elsewhere = true,
             LinkAttribute::Link(index) => device.below = Some(*index),
             LinkAttribute::LinkInfo(infos) => device.kind = kind(infos),
+            LinkAttribute::AfSpecUnspec(families) => device.rp_filter = rp_filter(families).unwrap_or(0),
             _ => {}
         }
     }
     device
+}
+
+/// The device's own sysctl.
+fn rp_filter(families: &[AfSpecUnspec]) -> Option<u32> {
+    let inet = families.iter().find_map(|family| match family {
+        AfSpecUnspec::Inet(attributes) => Some(attributes),
+        _ => None,
+    })?;
+    inet.iter().find_map(|attribute| match attribute {
+        AfSpecInet::DevConf(sysctls) => u32::try_from(sysctls.rp_filter).ok(),
+        _ => None,
+    })
+}
+
+/// The sysctl of all devices, of which the larger one counts (Documentation/networking/ip-sysctl.rst).
+fn rp_filter_of_all() -> u32 {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/conf/all/rp_filter").unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
 }
 
 fn kind(infos: &[LinkInfo]) -> Option<InfoKind> {

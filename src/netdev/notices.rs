@@ -33,7 +33,7 @@ const RTM_DELNETCONF: u16 = 81;
 /// What has changed, of all that came at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Devices, or addresses.
+    /// Devices, addresses, or the sysctls `rp_filter` and `forwarding`.
     pub devices: bool,
     /// Default routes, or an address whose routes the kernel takes away without a word.
     pub default_routes: bool,
@@ -63,7 +63,8 @@ impl Changes {
                 self.default_routes = true;
             }
             libc::RTM_NEWRULE | libc::RTM_DELRULE => self.rules = true,
-            libc::RTM_NEWROUTE | libc::RTM_DELROUTE | RTM_NEWNETCONF | RTM_DELNETCONF => self.others = true,
+            libc::RTM_NEWROUTE | libc::RTM_DELROUTE => self.others = true,
+            RTM_NEWNETCONF | RTM_DELNETCONF => (self.devices, self.others) = (true, true),
             _ => {}
         }
     }
@@ -167,7 +168,7 @@ mod tests {
         let address = message(libc::RTM_DELADDR, [2, 24, 0, 0]);
         let forwarding = message(RTM_NEWNETCONF, [2, 0, 0, 0]);
         assert_eq!(changes(std::slice::from_ref(&default)), Changes { default_routes: true, ..none });
-        assert_eq!(changes(&[other.clone(), forwarding]), Changes { others: true, ..none });
+        assert_eq!(changes(&[other.clone(), forwarding]), Changes { devices: true, others: true, ..none });
         assert_eq!(changes(&[link_local]), Changes { devices: true, ..none });
         assert_eq!(changes(&[address]), Changes { devices: true, default_routes: true, ..none });
         let rule = message(libc::RTM_NEWRULE, [2, 0, 0, 0]);

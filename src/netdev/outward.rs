@@ -65,6 +65,9 @@ pub struct NetDevice {
     pub link_address: Option<[u8; 6]>,
     /// What it is linked to (of a veth its peer) is in another network namespace.
     pub peer_is_elsewhere: bool,
+    /// How IPv4 sources are looked for in the routing table, as the kernel has it for this device: one of
+    /// [`rp_filter`](crate::abi::rp_filter).
+    pub rp_filter: u32,
 }
 
 /// A device that clients may be behind, and where nothing is served.
@@ -221,6 +224,7 @@ mod tests {
             has_subnet: true,
             link_address: Some([2, 0, 0, 0, 0, index as u8]),
             peer_is_elsewhere: false,
+            rp_filter: 0,
         }
     }
 

@@ -110,6 +110,7 @@ mod tests {
             has_subnet: false,
             link_address: Some([2, 0, 0, 0, 0, index as u8]),
             peer_is_elsewhere: false,
+            rp_filter: 0,
         }
     }
 
