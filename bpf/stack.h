@@ -9,7 +9,7 @@
  * request first client:port -> backend, with the port that is reserved, then node:port -> backend. `handed` has the second
  * step of both directions, so that answers are known even where the host's own NAT changed the request on its way.
  *
- * Cost: two look-ups when it comes in, one more when it leaves, and what the stack does.
+ * Cost: two look-ups when it comes in, two more when it leaves, and what the stack does.
  */
 #ifndef KUBELANE_STACK_H
 #define KUBELANE_STACK_H
@@ -82,6 +82,18 @@ static __always_inline int stack_is_asked_for(const struct packet *packet)
 	return least && packet->segment >= least && (least == 1 || !packet->is_ip6);
 }
 
+/* Is the flow still there that these new ends were noted for? A row of `handed` outlives it. The flow's row of the other
+ * direction leads back to whom the packet is from. */
+static __always_inline int stack_has_flow(struct scratch *given)
+{
+	const struct flow *other;
+
+	flow_key_reverse(&given->reply, &given->flow.ends, given->packet.tuple.protocol);
+	other = flow_find(&given->reply);
+	return other && !(other->state & FLOW_ENDING) &&
+	       address_equal(&other->ends.destination, &given->packet.tuple.ends.source);
+}
+
 /* A packet that leaves: the second half of its new ends, in scratch.flow. 0: it was not handed over. */
 static __always_inline int stack_recall(struct scratch *given)
 {
@@ -92,7 +104,8 @@ static __always_inline int stack_recall(struct scratch *given)
 	given->flow = *row;
 	given->addresses =
 		checksum_change(&given->packet.tuple.ends, &given->flow.ends.source, &given->flow.ends.destination);
-	return ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends) == given->flow.change;
+	return ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends) == given->flow.change &&
+	       stack_has_flow(given);
 }
 
 #endif

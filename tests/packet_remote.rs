@@ -439,6 +439,30 @@ fn ip4_packets_that_may_be_larger_than_a_routes_mtu_are_the_stacks_to_judge() {
     }
 }
 
+/// What was noted for the second step stays when the flow is gone.
+#[test]
+fn a_packet_with_the_ends_of_a_flow_that_went_through_the_stack_and_is_gone_leaves_as_it_is() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let mut node = node_with_remote_backends(protocol);
+        let mut collector = node.datapath.flow_collector().unwrap();
+        node.datapath.route_epoch().unwrap().set_through_stack(ThroughStack::All).unwrap();
+        for (client, service, remote, tunnel) in
+            [(CLIENT4, NODE4, REMOTE4, TUNNEL4), (CLIENT6, NODE6, REMOTE6, TUNNEL6)]
+        {
+            let (from, to) = ((client, 42_000), (service, 30080));
+            let asks = if protocol == Protocol::Tcp { tcp(from, to, SYN) } else { udp(from, to, b"?") };
+            let (_, half) = node.uplink_in(&asks);
+            assert_eq!(half.destination.to_string(), remote);
+            let (_, whole) = node.tunnel_out(&half.clone());
+            assert_eq!(whole.source.to_string(), tunnel);
+            node.let_flows_rest(100_000);
+            collector.collect(usize::MAX / 4).unwrap();
+            let (action, left) = node.tunnel_out(&half);
+            assert_eq!((action, left), (PASS, half), "{protocol:?} from {client}");
+        }
+    }
+}
+
 #[test]
 fn what_may_be_fragmented_is_handed_to_the_hosts_stack_which_does() {
     let mut node = node_with_remote_backends(Protocol::Udp);
