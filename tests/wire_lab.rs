@@ -4,6 +4,7 @@ mod wire;
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use kubelane::bpf::ThroughStack;
@@ -12,6 +13,7 @@ use wire::Node;
 use wire::cluster::{
     BARRED, CLIENT, Cluster, NODE, OVERLAY, POD_HERE, POD_PORT, POD_THERE, VIP, WILDCARD, ask, publish, transfer,
 };
+use wire::frame::udp;
 
 const HERE: u16 = 30081;
 const THERE: u16 = 30082;
@@ -159,4 +161,74 @@ fn thousands_of_short_connections_from_one_client_never_stall() {
     let counters = node.counters();
     assert_eq!(counters["flow_remote"], 5000, "{counters:?}");
     assert_eq!(counters["dropped_snat_exhausted"], 0);
+}
+
+/// A packet socket in the namespace of the calling thread, which is told of tags that the kernel keeps beside frames.
+fn packet_socket() -> socket2::Socket {
+    let all = socket2::Protocol::from(i32::from((libc::ETH_P_ALL as u16).to_be()));
+    let socket = socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::RAW, Some(all)).unwrap();
+    let one = 1i32;
+    let (value, length) = ((&raw const one).cast(), size_of::<i32>() as libc::socklen_t);
+    // SAFETY: `value` is an i32 that outlives the call.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_AUXDATA, value, length) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket
+}
+
+/// The next frame, and whether it has a VLAN tag beside it.
+fn next_frame(socket: &socket2::Socket) -> (Vec<u8>, bool) {
+    let mut bytes = vec![0u8; 2048];
+    let mut control = [0u64; 16];
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: all zero is an empty msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+    (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control) as _);
+    // SAFETY: `message` names buffers that outlive the call, and their lengths.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+    assert!(length > 0, "{}", std::io::Error::last_os_error());
+    bytes.truncate(length as usize);
+    // SAFETY: the kernel has filled the control buffer; PACKET_AUXDATA's value is a tpacket_auxdata.
+    let status = unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        assert!(!header.is_null() && (*header).cmsg_type == libc::PACKET_AUXDATA);
+        std::ptr::read_unaligned(libc::CMSG_DATA(header).cast::<libc::tpacket_auxdata>()).tp_status
+    };
+    (bytes, status & libc::TP_STATUS_VLAN_VALID != 0)
+}
+
+#[test]
+fn a_priority_tag_ends_at_the_node() {
+    let cluster = Cluster::new();
+    cluster.serve();
+    let mut node = near_node(&cluster, false);
+    let mac = |space: &str| -> [u8; 6] {
+        let addresses = cluster.inside(space, || nix::ifaddrs::getifaddrs().unwrap().collect::<Vec<_>>());
+        let mut of_eth0 = addresses.iter().filter(|address| address.interface_name == "eth0");
+        of_eth0.find_map(|address| address.address.as_ref()?.as_link_addr()?.addr()).unwrap()
+    };
+    let plain = udp((CLIENT[0], 5000), (NODE[0], THERE), b"which tag?").bytes();
+    // Priority 5 of VLAN 0 (IEEE 802.1Q).
+    let tagged = [&mac("near")[..], &mac("client"), &[0x81, 0x00, 0xa0, 0x00], &plain[12..]].concat();
+    let arrives = cluster.inside("far", packet_socket);
+    let sends = cluster.inside("client", packet_socket);
+    let index = cluster.inside("client", || nix::net::if_::if_nametoindex("eth0").unwrap());
+    // SAFETY: all zero is a sockaddr_ll.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    (to.sll_family, to.sll_ifindex, to.sll_halen) = (libc::AF_PACKET as u16, index as i32, 6);
+    let (bytes, address, length) = (tagged.as_ptr().cast(), (&raw const to).cast(), size_of_val(&to) as u32);
+    // SAFETY: `tagged` and `to` outlive the call.
+    let sent = unsafe { libc::sendto(sends.as_raw_fd(), bytes, tagged.len(), 0, address, length) };
+    assert_eq!(sent, tagged.len() as isize, "{}", std::io::Error::last_os_error());
+    let pod: std::net::Ipv4Addr = POD_THERE[0].parse().unwrap();
+    let (frame, has_tag) = loop {
+        let (frame, has_tag) = next_frame(&arrives);
+        // In the overlay; around it is a packet to the far node. A tag would stand before the type.
+        if frame.ends_with(b"which tag?") && frame.windows(4).any(|ip| ip == pod.octets()) && frame.len() < 80 {
+            break (frame, has_tag);
+        }
+    };
+    assert_eq!((&frame[12..14], has_tag), (&[0x08, 0x00][..], false), "{frame:02x?}");
+    assert_eq!(node.counters()["flow_remote"], 1);
 }
