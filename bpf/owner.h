@@ -7,9 +7,10 @@
  *   - The node's own sockets are asked for: of TCP any that is not listening, of UDP one that is connected to this very
  *     end. (A listener on the NodePort's number is not asked: the Service took over from it.)
  *   - What has left from a served address and port without being a flow's reply was noted on its way out: masqueraded
- *     pods, and UDP sockets that are not connected.
+ *     pods, and UDP sockets that are not connected. The daemon notes what netfilter tracks when the port becomes served
+ *     (src/bpf/tracked.rs), and the TCP connections that kube-proxy has translated.
  *
- * What this does not see: a masqueraded connection that is older than the port's Service, until its next packet leaves.
+ * What this does not see: a datagram that an unconnected socket sent before the port was served, and that nothing tracks.
  *
  * Cost: nothing for a SYN; one socket and one hash look-up for a flow that begins in another way.
  */

@@ -1,5 +1,6 @@
 //! The map `wire_filter`: bytes by which the programs tell packets and sockets that are not ours. See bpf/abi.h.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 
@@ -43,6 +44,8 @@ pub(super) struct WireFilter {
     map: MapHandle,
     /// Read from the kernel before the first row.
     known: Vec<u8>,
+    /// Ports that were added since [`take_new_ports`](WireFilter::take_new_ports).
+    new_ports: BTreeSet<u16>,
 }
 
 impl WireFilter {
@@ -50,7 +53,7 @@ impl WireFilter {
         let path = pinned::maps_directory(pin_path).join("wire_filter");
         let map = MapHandle::from_pinned_path(&path)
             .with_context(|| format!("cannot open the pinned map {}", path.display()))?;
-        Ok(WireFilter { map, known: Vec::new() })
+        Ok(WireFilter { map, known: Vec::new(), new_ports: BTreeSet::new() })
     }
 
     /// Lets packets and sockets to these addresses be looked at: rows of `addresses`, keys and flags one after another.
@@ -83,6 +86,11 @@ impl WireFilter {
         self.set(marks.flatten())
     }
 
+    /// Ports that packets are looked at for from now on, and were not before.
+    pub fn take_new_ports(&mut self) -> BTreeSet<u16> {
+        std::mem::take(&mut self.new_ports)
+    }
+
     fn set(&mut self, marks: impl Iterator<Item = (usize, u8)>) -> io::Result<u64> {
         let mut calls = 0;
         if self.known.is_empty() {
@@ -92,7 +100,10 @@ impl WireFilter {
         }
         let mut is_new = false;
         for (index, mark) in marks {
-            is_new |= self.known[index] & mark == 0;
+            if self.known[index] & mark == 0 {
+                is_new = true;
+                self.new_ports.extend(index.checked_sub(PORTS).and_then(|port| u16::try_from(port).ok()));
+            }
             self.known[index] |= mark;
         }
         if is_new {

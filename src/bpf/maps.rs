@@ -9,11 +9,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use tracing::{debug, warn};
 
 use super::batch::Batches;
 use super::epochs;
 use super::filter::WireFilter;
 use super::pinned;
+use super::tracked::{Tracked, Wanted};
 use crate::abi::{counter, epoch};
 use crate::sync::{Failure, MapIo, MapName};
 
@@ -26,10 +28,13 @@ pub struct Maps {
     counters: MapHandle,
     epochs: MapHandle,
     filter: WireFilter,
+    tracked: Tracked,
     /// By service id; `None`: nobody counts.
     connections: Option<MapHandle>,
     /// Made by this process, and neither written to nor read yet.
     empty: Vec<MapName>,
+    /// No frontend was ever written to these maps.
+    is_first: bool,
     syscalls: u64,
 }
 
@@ -44,13 +49,24 @@ impl Maps {
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
-        let (filter, connections) = (WireFilter::open(pin_path)?, None);
-        Ok(Maps { handles, counters, epochs, filter, connections, empty: Vec::new(), syscalls: 0 })
+        let (filter, tracked, connections) = (WireFilter::open(pin_path)?, Tracked::open(pin_path)?, None);
+        Ok(Maps {
+            handles,
+            counters,
+            epochs,
+            filter,
+            tracked,
+            connections,
+            empty: Vec::new(),
+            is_first: false,
+            syscalls: 0,
+        })
     }
 
     /// These maps have just been made: the first to read them finds nothing, without reading. To read an array is to
     /// read every row that fits, which may be millions.
     pub(super) fn know_empty(&mut self, maps: Vec<MapName>) {
+        self.is_first = maps.contains(&MapName::Frontends);
         self.empty = maps;
     }
 
@@ -85,6 +101,21 @@ impl Maps {
             _ => 0,
         };
         Ok(())
+    }
+
+    /// After the filter, so that programs see what leaves from now on, and before the frontends, which would take what
+    /// comes in for theirs.
+    fn note_tracked(&mut self) {
+        let all_translated = std::mem::take(&mut self.is_first);
+        let wanted = Wanted { ports: self.filter.take_new_ports(), all_translated };
+        match self.tracked.note(&wanted) {
+            Ok(0) => {}
+            Ok(packets) => debug!(packets, ?wanted, "connections that are older than their Services are the host's"),
+            Err(error) => warn!(
+                "connections that netfilter tracks cannot be read: those that are masqueraded to the port of a new \
+                 Service, or translated by kube-proxy, may break: {error:#}"
+            ),
+        }
     }
 
     fn handle(&self, map: MapName) -> &MapHandle {
@@ -200,6 +231,9 @@ impl MapIo for Maps {
         if let Err(error) = self.open_filter(map, keys, values) {
             let failure = |row| Failure { row, error: io::Error::other(format!("the map wire_filter: {error}")) };
             return (0..rows).map(failure).collect();
+        }
+        if map == MapName::Frontends {
+            self.note_tracked();
         }
         if map == MapName::SourceRanges {
             return self.one_by_one(map, rows, |fd, row| {

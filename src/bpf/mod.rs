@@ -29,6 +29,7 @@ pub mod run;
 mod skeleton;
 mod stale;
 mod test_run;
+mod tracked;
 mod trial;
 mod usage;
 pub mod verifier;
