@@ -381,7 +381,7 @@ struct origin {
 	__u32 protocol;
 };
 
-/* A connected socket whose backend is gone, as the iterator `find_stale_sockets` prints it. */
+/* A connected socket that does not go where its Service is, as the iterators of stale.h print it. */
 struct stale_socket {
 	struct address source_address;
 	struct address backend_address;
@@ -391,6 +391,9 @@ struct stale_socket {
 	__u16 protocol;
 	__u32 netns_inum; /* as stat() of /proc/PID/ns/net shows it */
 	__u32 interface; /* sk_bound_dev_if */
+	struct address service_address; /* what was asked for; as the backend's: the socket was never translated */
+	__be16 service_port;
+	__be16 unused;
 };
 
 _Static_assert(sizeof(struct frontend_key) == 20, "frontend_key");
@@ -410,6 +413,6 @@ _Static_assert(sizeof(struct flow_limits) == 32, "flow_limits");
 _Static_assert(sizeof(struct opening) == 44, "opening");
 _Static_assert(sizeof(struct port_table) == 589828, "port_table");
 _Static_assert(sizeof(struct origin) == 52, "origin");
-_Static_assert(sizeof(struct stale_socket) == 48, "stale_socket");
+_Static_assert(sizeof(struct stale_socket) == 68, "stale_socket");
 
 #endif

@@ -63,7 +63,6 @@
 #include "origin.h"
 #include "datagram.h"
 #include "socket.h"
-#include "stale.h"
 #include "verdict.h"
 #include "hook.h"
 #include "packet.h"
@@ -81,6 +80,7 @@
 #include "service.h"
 #include "begin.h"
 #include "wire.h"
+#include "stale.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -211,6 +211,16 @@ int find_stale_udp(struct bpf_iter__udp *ctx)
 
 	if (sk)
 		print_stale_socket(ctx->meta->seq, sk, bpf_sk_storage_get(&socket_origins, sk, (void *)0, 0));
+	return 0;
+}
+
+/* Connected before somebody served its destination: UDP sockets of one network namespace. */
+SEC("iter/udp")
+int find_unserved_udp(struct bpf_iter__udp *ctx)
+{
+	struct sock *sk = (void *)ctx->udp_sk;
+
+	print_unserved_socket(ctx->meta->seq, sk);
 	return 0;
 }
 

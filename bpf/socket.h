@@ -209,6 +209,15 @@ static __always_inline int request_is_left_to_packets(struct bpf_sock_addr *ctx,
 	return config.has_pod_devices && (frontend->flags & FRONTEND_SOURCE_RANGES) && !in_host_namespace(ctx);
 }
 
+/*
+ * Nobody serves it now. A socket whose datagrams are sent without a further question must not be refused for ever: a pod's
+ * goes to the Service's own address, where its packets are refused, and served as soon as they can be.
+ */
+static __always_inline int request_waits_for_endpoints(struct bpf_sock_addr *ctx, const struct frontend_key *key)
+{
+	return config.has_pod_devices && key->protocol == IPPROTO_UDP && !in_host_namespace(ctx);
+}
+
 /* Whether this client may have a backend of the frontend at all. */
 static __always_inline int request_is_barred(struct bpf_sock_addr *ctx, const struct frontend *frontend)
 {
@@ -226,7 +235,7 @@ static __always_inline int fail_barred(__u8 protocol)
 /* `row` is what a look-up of `key` found. */
 static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, const struct frontend_key *key,
 						    const struct frontend *row, enum binding binding,
-						    struct choice *choice)
+						    const int connects, struct choice *choice)
 {
 	struct frontend frontend;
 
@@ -236,6 +245,8 @@ static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, c
 		return DECISION_GO_ON;
 	if (request_is_barred(ctx, &frontend))
 		return fail_barred(key->protocol);
+	if (!frontend.inside.count && connects && request_waits_for_endpoints(ctx, key))
+		return DECISION_GO_ON;
 	if (!frontend.inside.count)
 		return fail_empty(&frontend.inside, key->protocol);
 	if (binding == BINDING_LOOPBACK) {
@@ -276,7 +287,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	binding = request_binding(sk, &request->target);
 	if (binding == BINDING_LOOPBACK)
 		binding = request_unbind(ctx);
-	decision = request_choose(ctx, &key, lookup.frontend, binding, &choice);
+	decision = request_choose(ctx, &key, lookup.frontend, binding, 1, &choice);
 	if (decision == DECISION_GO_ON)
 		origin_forget(sk);
 	if (decision != DECISION_CHOSEN)
@@ -313,7 +324,7 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 	    !datagram_recall(sk, &request->target, service_id, &origin)) {
 		if (request_binding(sk, &request->target) == BINDING_LOOPBACK)
 			return fail_loopback_source();
-		decision = request_choose(ctx, &key, lookup.frontend, BINDING_FREE, &choice);
+		decision = request_choose(ctx, &key, lookup.frontend, BINDING_FREE, 0, &choice);
 		if (decision != DECISION_CHOSEN)
 			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);

@@ -414,6 +414,11 @@ pub struct StaleSocket {
     pub netns_inum: u32,
     /// Bound interface, 0 for none.
     pub interface: u32,
+    /// What was asked for. The same as the backend's: the socket was never translated.
+    pub service_address: [u8; 16],
+    /// Network order.
+    pub service_port_be: [u8; 2],
+    pub unused: [u8; 2],
 }
 
 const _: () = {
@@ -422,7 +427,7 @@ const _: () = {
     assert!(size_of::<Frontend>() == 36);
     assert!(size_of::<Backend>() == 32);
     assert!(size_of::<ServiceName>() == 192);
-    assert!(size_of::<StaleSocket>() == 48);
+    assert!(size_of::<StaleSocket>() == 68);
     assert!(size_of::<SourceRangeKey>() == 24);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<Affinity>() == 16);

@@ -321,7 +321,7 @@ fn stale_pass(datapath: &Datapath, with_tcp: bool) -> Option<Pass> {
         );
         return None;
     };
-    Some(Arc::new(move || sockets.destroy(with_tcp)))
+    Some(Arc::new(move |unserved| sockets.settle(bpf::Search { with_tcp, unserved })))
 }
 
 /// The signals that end the daemon.

@@ -300,8 +300,9 @@ impl<'m> Worker<'m> {
         let datagrams = |gone: &(Protocol, _)| gone.0 == Protocol::Udp;
         let gone = report.backends_gone.iter().any(|gone| self.inputs.destroy_tcp_sockets || datagrams(gone));
         // An earlier daemon may have ended between a write and the pass that it called for.
-        if gone || report.datagram_frontends_changed_hands || !self.synced {
-            self.inputs.stale.request();
+        let unserved = report.datagram_frontends_served || !self.synced;
+        if gone || report.datagram_frontends_changed_hands || unserved {
+            self.inputs.stale.request(unserved);
         }
         if !self.synced {
             self.synced = true;

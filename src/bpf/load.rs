@@ -20,7 +20,7 @@ use super::maps::Maps;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
-use super::stale::StaleSockets;
+use super::stale::{Iterators, StaleSockets};
 use super::usage::MapUsage;
 use super::{flows, namespaces, pinned, ports, probe};
 use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
@@ -144,7 +144,7 @@ impl Datapath {
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
         }
-        let stale_sockets = attach_iterators(&skeleton, search)?;
+        let stale_sockets = attach_iterators(&skeleton, search, settings.host_sockets_only)?;
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
         let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_connections);
         let service_connections = counts_services.then(|| counts(&skeleton)).transpose()?;
@@ -273,6 +273,7 @@ pub(super) fn open_object<'o>(
     skeleton.progs.find_stale_sockets.set_autoload(search == SocketSearch::Origins);
     skeleton.progs.find_stale_udp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
+    skeleton.progs.find_unserved_udp.set_autoload(search != SocketSearch::None);
     Ok(skeleton)
 }
 
@@ -363,17 +364,17 @@ fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
     Ok(pinned.max_entries())
 }
 
-fn attach_iterators(skeleton: &KubelaneSkel<'_>, search: SocketSearch) -> Result<Option<StaleSockets>> {
+fn attach_iterators(skeleton: &KubelaneSkel<'_>, search: SocketSearch, own_only: bool) -> Result<Option<StaleSockets>> {
     let (progs, origins) = (&skeleton.progs, skeleton.maps.socket_origins.as_fd());
     let why = "cannot make the socket iterator";
-    Ok(match search {
-        SocketSearch::Origins => {
-            Some(StaleSockets::of_origins(progs.find_stale_sockets.attach_iter(origins).context(why)?))
-        }
-        SocketSearch::Namespaces => Some(StaleSockets::of_namespaces(
-            progs.find_stale_udp.attach().context(why)?,
-            progs.find_stale_tcp.attach().context(why)?,
-        )),
-        SocketSearch::None => None,
-    })
+    let stale = match search {
+        SocketSearch::Origins => Iterators::Origins(progs.find_stale_sockets.attach_iter(origins).context(why)?),
+        SocketSearch::Namespaces => Iterators::Namespaces {
+            udp: progs.find_stale_udp.attach().context(why)?,
+            tcp: progs.find_stale_tcp.attach().context(why)?,
+        },
+        SocketSearch::None => return Ok(None),
+    };
+    let unserved = progs.find_unserved_udp.attach().context(why)?;
+    Ok(Some(StaleSockets::new(stale, unserved, own_only)))
 }

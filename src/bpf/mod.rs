@@ -23,6 +23,7 @@ mod ports;
 mod privileges;
 pub mod probe;
 mod read;
+mod reconnect;
 mod reply_filter;
 #[cfg(feature = "lab")]
 pub mod run;
@@ -52,5 +53,5 @@ pub use pinned::cleanup;
 pub use ports::snat_ports;
 pub use privileges::Privileges;
 pub use read::{PinnedMap, WireMarks};
-pub use stale::{StalePass, StaleSockets};
+pub use stale::{Search, StalePass, StaleSockets};
 pub use usage::MapUsage;

@@ -1,9 +1,12 @@
-//! Ending the connected sockets whose backend is gone.
+//! Connected sockets that do not go where their Service is.
 //!
-//! A connected UDP socket sends without passing any hook, so that it would go on to a backend that is no more. A BPF
-//! iterator names such sockets: that over socket storage, which looks at no other socket and into all namespaces, or
-//! where the kernel refuses it, those over UDP and TCP in one namespace after the other. SOCK_DESTROY of sock_diag(7)
-//! then ends each, inside its own namespace. Its owner sees ECONNABORTED and connects anew.
+//! A connected UDP socket sends without passing any hook, so that it would go on to a backend that is no more, or to a
+//! Service that nobody served when it connected. A BPF iterator names the first sort: that over socket storage, which
+//! looks at no other socket and into all namespaces, or where the kernel refuses it, those over UDP and TCP in one namespace
+//! after the other. The second sort is looked for among all UDP sockets, when a UDP Service gets its first endpoint.
+//!
+//! UDP sockets are connected anew (`reconnect`). Where that cannot be, and for TCP, SOCK_DESTROY of sock_diag(7) ends those
+//! whose backend is gone, inside their own namespace. Their owner sees ECONNABORTED and connects anew.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -16,11 +19,15 @@ use libbpf_rs::{Iter, Link};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
 use super::namespaces;
+use super::reconnect::reconnect;
 use crate::abi::StaleSocket;
 use crate::model::Protocol;
 
 /// linux/sock_diag.h.
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
+/// Of an answer: struct nlmsghdr, then struct inet_diag_msg, whose last member is the inode.
+const DIAG_INODE: usize = 16 + 68;
 /// linux/inet_diag.h: "any cookie".
 const INET_DIAG_NOCOOKIE: [u32; 2] = [u32::MAX; 2];
 /// linux/netlink.h.
@@ -31,7 +38,7 @@ const NLMSG_ERROR: u16 = 2;
 /// struct nlmsghdr, struct inet_diag_req_v2 and its struct inet_diag_sockid, in one message.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct DestroyRequest {
+struct DiagRequest {
     length: u32,
     kind: u16,
     flags: u16,
@@ -50,11 +57,22 @@ struct DestroyRequest {
     cookie: [u32; 2],
 }
 
+/// Which sockets a pass looks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Search {
+    /// TCP sockets whose backend is gone are ended, too.
+    pub with_tcp: bool,
+    /// A UDP Service got its first endpoint: sockets that were connected to it before are looked for.
+    pub unserved: bool,
+}
+
 /// What one pass did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StalePass {
-    /// Sockets that were still connected to a backend that is gone.
+    /// Sockets that did not go where their Service is.
     pub found: usize,
+    /// Of these, the ones that were connected anew.
+    pub reconnected: usize,
     /// Of these, the ones that were ended.
     pub destroyed: usize,
     /// Of these, the ones that the kernel would not end.
@@ -65,11 +83,19 @@ pub struct StalePass {
     pub hidden: usize,
 }
 
-/// The search for stale sockets. Cheap to clone; the iterators' programs are loaded once.
+/// The search for such sockets. Cheap to clone; the iterators' programs are loaded once.
 #[derive(Clone)]
-pub struct StaleSockets(Arc<Iterators>);
+pub struct StaleSockets(Arc<Programs>);
 
-enum Iterators {
+struct Programs {
+    stale: Iterators,
+    /// Over the UDP sockets of the namespace that it is opened in.
+    unserved: Link,
+    /// Sockets of other namespaces than the daemon's are not translated.
+    own_only: bool,
+}
+
+pub(super) enum Iterators {
     /// Over the sockets with an origin, in all namespaces.
     Origins(Link),
     /// Over all sockets of a protocol, in the namespace that the iterator is opened in.
@@ -77,42 +103,45 @@ enum Iterators {
 }
 
 impl StaleSockets {
-    pub(super) fn of_origins(iterator: Link) -> Self {
-        StaleSockets(Arc::new(Iterators::Origins(iterator)))
+    pub(super) fn new(stale: Iterators, unserved: Link, own_only: bool) -> Self {
+        StaleSockets(Arc::new(Programs { stale, unserved, own_only }))
     }
 
-    pub(super) fn of_namespaces(udp: Link, tcp: Link) -> Self {
-        StaleSockets(Arc::new(Iterators::Namespaces { udp, tcp }))
-    }
-
-    /// Ends the sockets that are connected to a backend that is gone: UDP and UDP-Lite always, TCP if asked. Blocks
-    /// for as long as it takes to walk the sockets that were sent to a Service, or all of these protocols.
-    pub fn destroy(&self, with_tcp: bool) -> Result<StalePass> {
-        match &*self.0 {
-            Iterators::Origins(link) => destroy_everywhere(link, with_tcp),
+    /// Sets right what the search finds. Blocks for as long as it takes to walk the sockets that were sent to a Service, or
+    /// all of these protocols.
+    pub fn settle(&self, search: Search) -> Result<StalePass> {
+        let Programs { stale, unserved, own_only } = &*self.0;
+        let mut pass = match stale {
+            Iterators::Origins(link) => settle_everywhere(link, search.with_tcp)?,
             Iterators::Namespaces { udp, tcp } => {
-                let links: &[&Link] = if with_tcp { &[udp, tcp] } else { &[udp] };
-                destroy_in_each(links)
+                let links: &[&Link] = if search.with_tcp { &[udp, tcp] } else { &[udp] };
+                settle_in_each(links, false)
             }
+        };
+        if search.unserved {
+            pass.add(settle_in_each(&[unserved], *own_only));
         }
+        Ok(pass)
     }
 }
 
-fn destroy_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
+fn settle_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
     let mut by_namespace: BTreeMap<u32, Vec<StaleSocket>> = BTreeMap::new();
     let mut pass = StalePass::default();
     for socket in read_stale(origins)? {
-        let is_datagram = matches!(socket.protocol as i32, libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE);
-        if is_datagram || with_tcp {
+        if !is_tcp(&socket) || with_tcp {
             by_namespace.entry(socket.netns_inum).or_default().push(socket);
             pass.found += 1;
         }
     }
     let handles = if pass.found == 0 { Default::default() } else { namespaces::all().handles };
     for (inum, sockets) in by_namespace {
-        let inside = handles.get(&inum).map(|handle| namespaces::run_inside(handle, || destroy_all(&sockets)));
+        let inside = handles.get(&inum).map(|handle| {
+            let is_own = namespaces::is_own(handle);
+            namespaces::run_inside(handle, || settle_all(&sockets, is_own))
+        });
         match inside {
-            Some(Ok(Ok(ended))) => pass.add(ended),
+            Some(Ok(Ok(settled))) => pass.add(settled),
             // Others may do better.
             Some(Ok(Err(error))) => {
                 tell(&error);
@@ -124,20 +153,19 @@ fn destroy_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
     Ok(pass)
 }
 
-fn destroy_in_each(links: &[&Link]) -> Result<StalePass> {
-    let found = namespaces::all();
+fn settle_in_each(links: &[&Link], own_only: bool) -> StalePass {
+    let found = if own_only { namespaces::own() } else { namespaces::all() };
     let mut pass = StalePass { hidden: found.hidden, ..StalePass::default() };
-    let search = || -> Result<(usize, Ended)> {
-        let read: Vec<Vec<StaleSocket>> = links.iter().map(|link| read_stale(link)).collect::<Result<_>>()?;
-        let sockets = read.concat();
-        Ok((sockets.len(), if sockets.is_empty() { Ended::default() } else { destroy_all(&sockets)? }))
-    };
     for handle in found.handles.values() {
+        let is_own = namespaces::is_own(handle);
+        let search = || -> Result<StalePass> {
+            let read: Vec<Vec<StaleSocket>> = links.iter().map(|link| read_stale(link)).collect::<Result<_>>()?;
+            let sockets = read.concat();
+            let settled = if sockets.is_empty() { StalePass::default() } else { settle_all(&sockets, is_own)? };
+            Ok(StalePass { found: sockets.len(), ..settled })
+        };
         match namespaces::run_inside(handle, search) {
-            Ok(Ok((found, ended))) => {
-                pass.found += found;
-                pass.add(ended);
-            }
+            Ok(Ok(settled)) => pass.add(settled),
             // Others may do better.
             Ok(Err(error)) => {
                 tell(&error);
@@ -148,7 +176,7 @@ fn destroy_in_each(links: &[&Link]) -> Result<StalePass> {
             Err(_) => pass.hidden += 1,
         }
     }
-    Ok(pass)
+    pass
 }
 
 fn tell(error: &anyhow::Error) {
@@ -162,28 +190,38 @@ fn read_stale(iterator: &Link) -> Result<Vec<StaleSocket>> {
     Ok(bytes.chunks_exact(size_of::<StaleSocket>()).map(bytemuck::pod_read_unaligned).collect())
 }
 
-/// What became of the sockets of one network namespace.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Ended {
-    destroyed: usize,
-    failed: usize,
-}
-
 impl StalePass {
-    fn add(&mut self, ended: Ended) {
-        self.destroyed += ended.destroyed;
-        self.failed += ended.failed;
+    fn add(&mut self, other: StalePass) {
+        self.found += other.found;
+        self.reconnected += other.reconnected;
+        self.destroyed += other.destroyed;
+        self.failed += other.failed;
+        self.unreachable += other.unreachable;
+        self.hidden += other.hidden;
     }
 }
 
-fn destroy_all(sockets: &[StaleSocket]) -> Result<Ended> {
+/// Of the namespace that the calling thread is in. Does not count what was found.
+fn settle_all(sockets: &[StaleSocket], is_own: bool) -> Result<StalePass> {
     let netlink = open().context("cannot open a sock_diag socket")?;
-    Ok(destroy_each(sockets, |socket| request(&netlink, &destroy_request(socket))))
+    let (tcp, datagrams): (Vec<StaleSocket>, Vec<StaleSocket>) = sockets.iter().partition(|socket| is_tcp(socket));
+    let named = datagrams.iter().map(|socket| (*socket, inode_of(&netlink, socket).ok())).collect();
+    let mut left = reconnect(named, is_own);
+    let reconnected = datagrams.len() - left.len();
+    // Nobody is wronged by what was never translated.
+    left.retain(|socket| !was_never_served(socket));
+    let rest = [left, tcp].concat();
+    let ended = destroy_each(&rest, |socket| request(&netlink, &diag_request(SOCK_DESTROY, socket)));
+    Ok(StalePass { reconnected, ..ended })
+}
+
+fn was_never_served(socket: &StaleSocket) -> bool {
+    (socket.service_address, socket.service_port_be) == (socket.backend_address, socket.backend_port_be)
 }
 
 /// Asks for the end of each socket, whatever became of the others; the first failure is told.
-fn destroy_each(sockets: &[StaleSocket], mut destroy: impl FnMut(&StaleSocket) -> io::Result<()>) -> Ended {
-    let mut ended = Ended::default();
+fn destroy_each(sockets: &[StaleSocket], mut destroy: impl FnMut(&StaleSocket) -> io::Result<()>) -> StalePass {
+    let mut ended = StalePass::default();
     for socket in sockets {
         match destroy(socket) {
             Ok(()) => ended.destroyed += 1,
@@ -209,16 +247,17 @@ fn open() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?)
 }
 
-fn destroy_request(stale: &StaleSocket) -> DestroyRequest {
+fn diag_request(kind: u16, stale: &StaleSocket) -> DiagRequest {
     // An MPTCP subflow is an ordinary TCP socket to sock_diag.
     let protocol = match stale.protocol as i32 {
         libc::IPPROTO_MPTCP => Protocol::Tcp as u8,
         other => other as u8,
     };
-    DestroyRequest {
-        length: size_of::<DestroyRequest>() as u32,
-        kind: SOCK_DESTROY,
-        flags: NLM_F_REQUEST | NLM_F_ACK,
+    DiagRequest {
+        length: size_of::<DiagRequest>() as u32,
+        kind,
+        // What is asked for is an answer by itself.
+        flags: if kind == SOCK_DESTROY { NLM_F_REQUEST | NLM_F_ACK } else { NLM_F_REQUEST },
         family: stale.family as u8,
         protocol,
         states: u32::MAX,
@@ -243,8 +282,25 @@ fn diag_address(family: u16, address: [u8; 16]) -> [u8; 16] {
     diag
 }
 
+/// The inode of a UDP socket, by which the descriptors of processes name it.
+fn inode_of(netlink: &OwnedFd, socket: &StaleSocket) -> io::Result<u64> {
+    let mut request = diag_request(SOCK_DIAG_BY_FAMILY, socket);
+    // "For historical reasons" (net/ipv4/udp_diag.c).
+    std::mem::swap(&mut request.source, &mut request.destination);
+    std::mem::swap(&mut request.source_port_be, &mut request.destination_port_be);
+    send(netlink.as_raw_fd(), bytemuck::bytes_of(&request), MsgFlags::empty())?;
+    let mut answer = [0u8; 1024];
+    let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    let kind = answer.get(4..6).map(|b| u16::from_ne_bytes([b[0], b[1]]));
+    let inode = answer[..length].get(DIAG_INODE..).and_then(|rest| rest.first_chunk());
+    match inode.filter(|_| kind == Some(SOCK_DIAG_BY_FAMILY)) {
+        Some(inode) => Ok(u32::from_ne_bytes(*inode).into()),
+        None => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
 /// Sends one request and waits for its acknowledgement.
-fn request(netlink: &OwnedFd, request: &DestroyRequest) -> io::Result<()> {
+fn request(netlink: &OwnedFd, request: &DiagRequest) -> io::Result<()> {
     send(netlink.as_raw_fd(), bytemuck::bytes_of(request), MsgFlags::empty())?;
     let mut answer = [0u8; 1024];
     let length = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
@@ -269,7 +325,7 @@ pub fn can_destroy() -> bool {
         backend_port_be: 1u16.to_be_bytes(),
         ..Zeroable::zeroed()
     };
-    let result = open().and_then(|netlink| request(&netlink, &destroy_request(&nobody)));
+    let result = open().and_then(|netlink| request(&netlink, &diag_request(SOCK_DESTROY, &nobody)));
     result.is_err_and(|e| e.raw_os_error() == Some(libc::ENOENT))
 }
 
@@ -286,6 +342,6 @@ mod tests {
             Some(error) => Err(io::Error::from_raw_os_error(error)),
             None => Ok(()),
         });
-        assert_eq!(ended, Ended { destroyed: 1, failed: 1 });
+        assert_eq!(ended, StalePass { destroyed: 1, failed: 1, ..StalePass::default() });
     }
 }

@@ -128,7 +128,10 @@ impl<'a> Applier<'a> {
         let service_of = |row: Option<Frontend>| row.map(|f| f.service_id);
         let changes_hands = |(key, row): &(FrontendKey, _)| service_of(frontends.applied(*key)) != service_of(*row);
         let mut datagrams = rows.iter().filter(|(key, _)| key.protocol != Protocol::Tcp as u8);
-        let changed_hands = datagrams.any(changes_hands);
+        let changed_hands = datagrams.clone().any(changes_hands);
+        let serves = |row: Option<Frontend>| row.is_some_and(|f| f.inside.count > 0);
+        let served = datagrams.any(|(key, row)| serves(*row) && !serves(frontends.applied(*key)));
+        self.report.datagram_frontends_served |= served;
         self.put(MapName::Frontends, |t| &mut t.frontends, rows);
         self.close_frontends();
         if changed_hands {

@@ -28,6 +28,8 @@ pub struct SyncReport {
     pub backends_gone: Vec<(Protocol, SocketAddrx)>,
     /// A UDP frontend is new or became another Service port's: sockets connected through it before are stale.
     pub datagram_frontends_changed_hands: bool,
+    /// A UDP frontend has an endpoint, and had none before: sockets may have been connected to it without one.
+    pub datagram_frontends_served: bool,
     /// [`super::Core::health_checks`] has something else to say.
     pub health_checks_changed: bool,
     /// Every Service was compiled: the first sync, or the node's zone is another.

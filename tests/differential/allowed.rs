@@ -12,7 +12,7 @@ pub struct Difference {
     pub applies: fn(&Cell, &Spec, &Outcome, &Outcome) -> bool,
 }
 
-pub const DIFFERENCES: [Difference; 9] = [
+pub const DIFFERENCES: [Difference; 8] = [
     Difference {
         reason: "policy Cluster: an endpoint on the node that packets come in at sees the client (better)",
         applies: |cell, spec, kubelane, iptables| {
@@ -53,14 +53,6 @@ pub const DIFFERENCES: [Difference; 9] = [
         applies: |cell, _, kubelane, iptables| {
             let is_failure = matches!(iptables, Outcome::Refused | Outcome::Dropped);
             cell.target == Target::Loopback && cell.is_ipv6 && matches!(kubelane, Outcome::Answered(_)) && is_failure
-        },
-    },
-    Difference {
-        reason: "policy Local, no endpoint here: a pod's datagram fails with EPERM, as a host's does",
-        applies: |cell, spec, kubelane, iptables| {
-            let is_pods = cell.is_udp && !cell.is_of_host() && !cell.is_of_packets();
-            let is_local = cell.target == Target::ClusterIp && spec.internal_local && is_pods;
-            is_local && (kubelane, iptables) == (&Outcome::Denied, &Outcome::Dropped)
         },
     },
     Difference {

@@ -59,6 +59,16 @@ impl<'a> Daemon<'a> {
         Daemon::start_program(lab, node, &kubelane_binary()?, arguments)
     }
 
+    /// As [`Daemon::start`], without this capability: "sys_ptrace".
+    pub fn start_without(lab: &'a Lab, node: &str, manifests: &Path, capability: &str) -> anyhow::Result<Daemon<'a>> {
+        let source = format!("dir:{}", manifests.display());
+        let (kubelane, bounds) = (kubelane_binary()?.display().to_string(), format!("-{capability}"));
+        let arguments = arguments(lab.node(node), &["--source", &source], &[]);
+        let words = ["--bounding-set", &bounds, &kubelane];
+        let all: Vec<&str> = words.into_iter().chain(arguments.iter().map(String::as_str)).collect();
+        Daemon::start_program(lab, node, Path::new("/usr/bin/setpriv"), &all)
+    }
+
     /// As [`Daemon::start_as`], where `program` is another binary, or becomes the daemon.
     pub fn start_program(lab: &'a Lab, node: &str, program: &Path, arguments: &[&str]) -> anyhow::Result<Daemon<'a>> {
         let began = Instant::now();
