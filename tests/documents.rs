@@ -79,9 +79,9 @@ fn named_flags(text: &str) -> BTreeSet<String> {
 
 /// The long flags of a command and their visible aliases.
 fn flags_of(command: &clap::Command) -> BTreeSet<String> {
-    let aliases = |arg: &clap::Arg| arg.get_visible_aliases().unwrap_or_default();
-    let names = command.get_arguments().flat_map(|arg| arg.get_long().into_iter().chain(aliases(arg)));
-    names.map(|name| format!("--{name}")).filter(|name| name != "--help").collect()
+    let mut names: Vec<&str> = command.get_arguments().filter_map(clap::Arg::get_long).collect();
+    names.extend(command.get_arguments().filter_map(clap::Arg::get_visible_aliases).flatten());
+    names.into_iter().map(|name| format!("--{name}")).filter(|name| name != "--help").collect()
 }
 
 fn command_line() -> clap::Command {
