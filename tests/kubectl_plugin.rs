@@ -124,8 +124,8 @@ fn what_makes_no_sense_is_refused_with_what_would() {
     for (arguments, code, expected) in [
         (&["get", "svc"][..], 2, "which node? --node NAME or --all-nodes; kubelane runs on: node1 node2"),
         (&["--node", "node9", "get", "svc"], 1, "no kubelane runs on the node node9; it runs on: node1 node2"),
-        (&["--node", "node1", "--all-nodes", "get", "svc"], 2, "do not go together"),
-        (&["--frobnicate", "get"], 2, "--frobnicate is not known here"),
+        (&["--node", "node1", "--all-nodes", "get", "svc"], 2, "cannot be used together"),
+        (&["--frobnicate", "get"], 2, "unknown flag --frobnicate"),
         (&["--timeout", "soon", "get"], 2, "--timeout: expected seconds"),
         (&["--node"], 2, "--node needs a value"),
         (&[], 2, "Usage:"),

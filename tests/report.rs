@@ -76,7 +76,7 @@ fn the_archive_has_what_a_bug_report_needs_and_redacted_no_name_or_address_of_th
         ("arguments.txt", "--hostname-override\nnode1\n"),
         (
             "warnings.txt",
-            "Service default/paycheck: port sctp-secret: SCTP is served to packets, from outside and of pods",
+            "Service default/paycheck: port sctp-secret: SCTP is served for packets of pods and from outside",
         ),
         ("log.txt", "first sync"),
         ("metrics.txt", "kubelane_services 1"),
