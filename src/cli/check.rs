@@ -189,7 +189,7 @@ fn cgroup(wanted: Option<&Path>) -> Finding {
         }
         Ok(cgroup) => Finding::warn(
             WHAT,
-            format!("{} is not the root of the hierarchy: processes elsewhere are not served", cgroup.path.display()),
+            format!("{} is not the root of the hierarchy: processes outside it are not served", cgroup.path.display()),
             "in a container: mount the host's /sys/fs/cgroup and name it with --cgroup",
         ),
         Err(error) => Finding::fail(WHAT, format!("{error:#}"), ""),

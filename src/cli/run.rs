@@ -55,7 +55,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
     let cgroup = host::find_cgroup(flags.node.cgroup.as_deref())?;
     if !cgroup.is_root && flags.node.cgroup.is_none() {
         warn!(
-            "{} is not the root of the cgroup2 hierarchy: processes elsewhere are not served; in a container, mount \
+            "{} is not the root of the cgroup2 hierarchy: processes outside it are not served; in a container, mount \
              the host's /sys/fs/cgroup and name it with --cgroup",
             cgroup.path.display()
         );

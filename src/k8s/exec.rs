@@ -88,7 +88,8 @@ fn command(name: &str, exec: &ExecConfig) -> anyhow::Result<Command> {
     ensure!(!is_always, "the credential plugin {name} is interactive, which a daemon does not support");
     let mut spec = json!({"interactive": false});
     if exec.provide_cluster_info {
-        spec["cluster"] = serde_json::to_value(exec.cluster.as_ref().context("exec: no cluster to tell of")?)?;
+        spec["cluster"] =
+            serde_json::to_value(exec.cluster.as_ref().context("exec: no cluster information for the plugin")?)?;
     }
     let info = json!({"apiVersion": exec.api_version, "kind": "ExecCredential", "spec": spec});
     let mut command = Command::new(name);

@@ -33,9 +33,9 @@ pub fn compare(found: &Found, told: Option<(&Service, &Port)>, is_outside: bool)
         said.push(format!("{key}: the kernel has it as {here}, the daemon as {there}"));
     }
     if (found.row.flags ^ frontend.flags) & FRONTEND_SOURCE_RANGES != 0 {
-        let has = |flags: u32| if flags & FRONTEND_SOURCE_RANGES != 0 { "asks" } else { "does not ask" };
+        let has = |flags: u32| if flags & FRONTEND_SOURCE_RANGES != 0 { "checks" } else { "does not check" };
         let (here, there) = (has(found.row.flags), has(frontend.flags));
-        said.push(format!("{key}: the kernel {here} for source ranges, the daemon {there}"));
+        said.push(format!("{key}: the kernel {here} source ranges, the daemon {there}"));
     }
     if found.row.affinity_seconds != service.affinity_seconds {
         let (here, there) = (found.row.affinity_seconds, service.affinity_seconds);

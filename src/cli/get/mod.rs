@@ -167,7 +167,7 @@ impl GetFlags {
         let refuse = |text: &str| Err(UsageError(text.to_owned()));
         match (&self.output, self.what) {
             (Some(Output::Ipvsadm), what) if what != What::Services => refuse("-o ipvsadm is for services only"),
-            (Some(Output::Ipvsadm), _) if self.watch => refuse("-o ipvsadm does not go with --watch"),
+            (Some(Output::Ipvsadm), _) if self.watch => refuse("-o ipvsadm cannot be used with --watch"),
             (Some(Output::Name | Output::JsonPath(_)), What::Status) => {
                 refuse("`get status` supports -o json, yaml and wide")
             }
@@ -186,7 +186,7 @@ impl GetFlags {
                 refuse("flows and affinities are printed as they are read, in no order: --sort-by does not apply")
             }
             _ if self.watch && is_streamed => refuse("flows and affinities cannot be watched: run the command again"),
-            _ if self.watch && self.sort_by.is_some() => refuse("--watch and --sort-by do not go together"),
+            _ if self.watch && self.sort_by.is_some() => refuse("--watch and --sort-by cannot be used together"),
             (Some(Output::Yaml | Output::JsonPath(_) | Output::Name), _) if self.watch => {
                 refuse("--watch shows a table (or -o wide), or -o json with one object per line")
             }
