@@ -41,7 +41,7 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["--cluster-cidr=10.0.0.1"], &["--cluster-cidr", "10.0.0.1", "CIDRs"]),
         (&["--bind-address=here"], &["--bind-address", "here"]),
         (&["--masquerade-all=perhaps"], &["--masquerade-all", "perhaps"]),
-        (&["--forward-through", "tunnel"], &["--forward-through", "tunnel", "redirect and stack"]),
+        (&["--forward-through", "tunnel"], &["--forward-through", "tunnel", "redirect or stack"]),
         (&["--conntrack-tcp-timeout-established=721h"], &["--conntrack-tcp-timeout-established", "721h", "1s to 720h"]),
         (&["--conntrack-udp-timeout", "100ms"], &["--conntrack-udp-timeout", "100ms", "1s to 720h"]),
         (&["--conntrack-udp-timeout-stream=soon"], &["--conntrack-udp-timeout-stream", "soon", "30s"]),
@@ -60,7 +60,7 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
         (&["explain"], &["DEST"]),
         (&["report", "--seconds", "0"], &["--seconds", "1..=600"]),
         (&["completion", "tcsh"], &["SHELL", "tcsh", "bash, zsh, fish"]),
-        (&["man", "nothing"], &["no subcommand \"nothing\""]),
+        (&["man", "nothing"], &["unknown subcommand \"nothing\""]),
         (&["explain", "web"], &["DEST", "web", "IP:PORT", "svc/NAMESPACE/NAME"]),
         (&["explain", "10.96.0.1:80/icmp"], &["DEST", "/tcp, /udp or /sctp"]),
         (&["explain", "10.96.0.1:80", "--from", "web"], &["--from", "a pod's IP address", "outside:IP"]),
@@ -96,7 +96,7 @@ fn what_cannot_be_done_ends_with_1_and_names_the_cause() {
         (kubelane(&["explain", "10.96.0.1:80", "--pin-path", missing.to_str().unwrap()]), "the daemon has not run"),
         (
             kubelane(&["explain", "10.96.0.1:80", "--pin-path", other.to_str().unwrap()]),
-            "is of map ABI v1, and this binary",
+            "has map ABI v1, and this binary",
         ),
     ];
     for (output, expected) in table {
@@ -134,9 +134,9 @@ fn a_field_of_the_configuration_that_cannot_be_followed_is_named_before_anything
     let path = directory.path().join("config.conf");
     let header = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
     let table = [
-        ("ipvs: rr", "ipvs: an object is expected"),
-        ("conntrack: {udpTimeout: 5ms}", "conntrack.udpTimeout: \"5ms\" is not allowed: 1s to 720h is expected"),
-        ("mode: userspace", "mode: \"userspace\" is not allowed: allowed are iptables, ipvs, nftables"),
+        ("ipvs: rr", "ipvs: expected an object"),
+        ("conntrack: {udpTimeout: 5ms}", "conntrack.udpTimeout: \"5ms\" is not valid: expected 1s to 720h"),
+        ("mode: userspace", "mode: \"userspace\" is not valid: expected one of iptables, ipvs, nftables"),
         ("nodePortAddresses: [10.0.0.1]", "nodePortAddresses: \"10.0.0.1\" is not a CIDR"),
     ];
     for (body, expected) in table {
@@ -159,10 +159,18 @@ fn kube_proxys_cleanup_flag_is_the_cleanup_subcommand() {
     for command in [&["--cleanup"][..], &["--cleanup=true", "--proxy-mode=ipvs"], &["run", "--cleanup"]] {
         let output = kubelane(&[command, &pins].concat());
         assert_eq!(output.status.code(), Some(0), "{command:?}: {}", text(&output.stderr));
-        assert!(text(&output.stdout).starts_with("nothing of kubelane below "), "{}", text(&output.stdout));
+        assert!(
+            text(&output.stdout).starts_with("nothing to remove: no kubelane state below "),
+            "{}",
+            text(&output.stdout)
+        );
     }
     let not = kubelane(&[&["--cleanup=false"], &pins[..]].concat());
-    assert!(not.status.code() == Some(2) && text(&not.stderr).contains("--source is needed"), "{}", text(&not.stderr));
+    assert!(
+        not.status.code() == Some(2) && text(&not.stderr).contains("--source is required"),
+        "{}",
+        text(&not.stderr)
+    );
 }
 
 #[test]
@@ -251,5 +259,9 @@ fn version_and_an_empty_cleanup_succeed() {
     let nothing = directory.path().join("nothing");
     let cleanup = kubelane(&["cleanup", "--pin-path", nothing.to_str().unwrap()]);
     assert_eq!(cleanup.status.code(), Some(0));
-    assert!(text(&cleanup.stdout).starts_with("nothing of kubelane below "), "{}", text(&cleanup.stdout));
+    assert!(
+        text(&cleanup.stdout).starts_with("nothing to remove: no kubelane state below "),
+        "{}",
+        text(&cleanup.stdout)
+    );
 }

@@ -190,7 +190,7 @@ fn a_daemon_is_started_asked_stopped_started_again_and_cleaned_up() {
     assert_eq!(refused.status.code(), Some(1));
     assert!(text(&refused.stderr).contains("a running kubelane holds"), "{}", text(&refused.stderr));
     assert_eq!(daemon.terminate().code(), Some(0));
-    assert!(world.log().contains("SIGTERM") && world.log().contains("go on serving"), "{}", world.log());
+    assert!(world.log().contains("SIGTERM") && world.log().contains("continue to serve"), "{}", world.log());
 
     let services = text(&world.ask(&["get", "services"]).stdout);
     let expected =
@@ -294,13 +294,13 @@ fn a_configuration_that_kube_proxy_would_read_is_read_with_one_warning_that_name
     daemon.wait_ready();
     assert_eq!(daemon.terminate().code(), Some(0));
     let log = world.log();
-    let told: Vec<&str> = log.lines().filter(|line| line.contains("not as they should be")).collect();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("these settings are malformed")).collect();
     assert_eq!(told.len(), 1, "{log}");
     let expected = "--devices (given twice: the last one counts), --v (given twice: the last one counts), a byte-order \
                     mark at the beginning (skipped), conntrack.udpTimeout (given twice: the last one counts), metadata \
                     (unknown field), ipvs.schedular (unknown field)";
     assert!(told[0].contains("WARN") && told[0].ends_with(expected), "{}", told[0]);
-    let ignored = log.lines().find(|line| line.contains("have no meaning here")).unwrap();
+    let ignored = log.lines().find(|line| line.contains("have no effect here")).unwrap();
     assert!(ignored.ends_with("are ignored: mode"), "{ignored}");
 
     let check = world.ask(&["check", "--config", &config]);

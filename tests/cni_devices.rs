@@ -164,7 +164,7 @@ fn addresses(device: &str, own: [&str; 2]) -> Vec<String> {
 }
 
 fn wait_until_attached(daemon: &Daemon<'_>, device: &str) {
-    let line = format!("packets of this device are looked at from now on device=\"{device}\"");
+    let line = format!("attached to this device device=\"{device}\"");
     assert!(eventually(PATIENCE, || daemon.log().contains(&line)), "{device} was not found; {}", daemon.log());
 }
 

@@ -236,7 +236,8 @@ fn a_datapath_that_loses_connections_is_not_ready_and_says_why() {
     let arguments = ["run", "--hostname-override=node1", "--source", &source, "--cgroup", &cgroup, "--pin-path", &pins];
     let daemon = Daemon::spawn_as(&cluster.lab, "node1", &arguments).unwrap();
     let readyz = || daemon.health("/readyz").unwrap_or_default();
-    let expected = "not ready: a connection through the datapath failed: to 192.0.0.8:10256: nothing came in 2 s";
+    let expected =
+        "not ready: a connection through the datapath failed: to 192.0.0.8:10256: nothing arrived within 2 s";
     assert!(eventually(PATIENCE, || readyz().contains(expected)), "{}; {}", readyz(), daemon.log());
     assert!(daemon.health("/healthz").unwrap().starts_with("HTTP/1.1 200"), "what is programmed serves");
     assert_eq!(

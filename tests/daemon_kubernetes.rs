@@ -72,7 +72,7 @@ fn the_arguments_and_files_that_kubeadm_made_for_kube_proxy_are_enough() {
     assert_eq!(daemon.metric("kubelane_services").unwrap(), 17.0, "the recorded Services and echo");
     assert_eq!(names(&site.ask(10)), ["a", "b"]);
     let log = site.log();
-    let told: Vec<&str> = log.lines().filter(|line| line.contains("have no meaning here")).collect();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("have no effect here")).collect();
     assert!(told.len() == 1 && told[0].ends_with("ignored: --ipvs-scheduler, clusterCIDR, mode"), "{told:?}");
 }
 
@@ -197,13 +197,13 @@ fn check_asks_the_api_server_for_an_answer_rights_and_the_time() {
 
     site.server.set_token("another");
     let (lines, well) = checked(&site, &kubeconfig);
-    assert!(!well && lines.len() == 1 && lines[0].contains("does not know us (401 Unauthorized)"), "{lines:#?}");
+    assert!(!well && lines.len() == 1 && lines[0].contains("rejects the credentials (401 Unauthorized)"), "{lines:#?}");
     let (lines, well) = checked(&site, &["--kubeconfig", "/nowhere/kubeconfig"]);
     assert!(!well && lines[0].starts_with("FAIL") && lines[0].contains("/nowhere/kubeconfig"), "{lines:#?}");
     let (lines, well) = checked(&site, &["--master", "http://127.0.0.1:9"]);
     assert!(!well && lines[0].contains("cannot be reached"), "{lines:#?}");
     let (lines, _) = checked(&site, &[]);
-    assert!(lines[0].starts_with("warn") && lines[0].contains("nothing says where it is"), "{lines:#?}");
+    assert!(lines[0].starts_with("warn") && lines[0].contains("its address is not given"), "{lines:#?}");
 }
 
 /// The plugin is asked for credentials with the first request, and has not answered when the signal comes.

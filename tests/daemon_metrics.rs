@@ -1,4 +1,4 @@
-//! What Prometheus gets from the daemon: readable to its own parser, as README says, and true.
+//! What Prometheus gets from the daemon: readable to its own parser, as docs/REFERENCE.md says, and true.
 #![cfg(feature = "lab")]
 
 mod apiserver;
@@ -48,10 +48,10 @@ fn exposed(text: &str) -> Families {
     families
 }
 
-/// The table of README.md: `name` | type | `label`, `label` | meaning.
+/// The table of docs/REFERENCE.md: `name` | type | `label`, `label` | meaning.
 fn documented() -> Families {
-    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
-    let rows = readme
+    let reference = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/REFERENCE.md")).unwrap();
+    let rows = reference
         .lines()
         .filter(|line| ["| `kubeproxy_", "| `kubelane_", "| `process_"].iter().any(|start| line.starts_with(start)));
     let row = |line: &str| {
@@ -110,7 +110,7 @@ fn prometheus_reads_all_of_it_and_minds_nothing_but_a_name_of_kube_proxys() {
 }
 
 #[test]
-fn readme_lists_every_metric_with_its_type_and_labels() {
+fn the_reference_lists_every_metric_with_its_type_and_labels() {
     let Some(site) = Site::or_skip() else { return };
     assert_eq!(exposed(&exposition(&busy(&site))), documented());
 }

@@ -155,14 +155,14 @@ fn each_endpoint_that_is_left_out_has_its_reason_and_each_failure_its_remedy() {
     assert_eq!(out(16), because(&[("b", "terminating"), ("c", "notReady")]));
     let text = |number: u8, port: u16| run(node, &["--from", "node", &vip(number, port)[0].to_string()]);
     for (number, port, expected) in [
-        (10, 99, "the cluster IP is that of Service default/plain, which has 80/TCP, 90/TCP, 91/TCP, 53/UDP"),
+        (10, 99, "the cluster IP belongs to Service default/plain, which has 80/TCP, 90/TCP, 91/TCP, 53/UDP"),
         (11, 90, "kubectl -n default get endpointslices -l kubernetes.io/service-name=empty"),
         (12, 90, "internalTrafficPolicy is Local: endpoints of this node"),
-        (13, 90, "no endpoint of default/nowhere is on this node, but some are elsewhere"),
+        (13, 90, "no endpoint of default/nowhere is on this node, but other nodes have some"),
         (14, 90, "hints are followed: endpoints for zone z1"),
-        (15, 90, "no endpoint is ready: those serve that terminate and still answer"),
+        (15, 90, "no endpoint is ready: terminating endpoints that still serve are used"),
         (16, 90, "the only one"),
-        (17, 90, "by client, 600 s; this one is not remembered"),
+        (17, 90, "by client, 600 s; this client has no entry"),
     ] {
         let told = text(number, port);
         assert!(told.contains(expected), "{expected:?} is not in\n{told}");
@@ -269,7 +269,7 @@ fn a_daemon_that_is_gone_is_said_to_be_and_the_next_one_answers() {
     let with = view(node, "node", &to);
     daemon.kill();
     let told = run(node, &["--from", "node", &to]);
-    assert!(told.contains("The daemon does not answer: this is from the maps alone"), "{told}");
+    assert!(told.contains("The daemon does not answer: this comes from the maps alone"), "{told}");
     assert!(!told.contains("agree"), "{told}");
     let without = view(node, "node", &to);
     for field in ["verdict", "service", "kinds", "affinity", "next"] {
@@ -396,9 +396,9 @@ fn the_daemons_socket_is_roots_alone_and_minds_no_nonsense() {
         stream.read_to_string(&mut answer).unwrap();
         answer
     };
-    assert!(say(b"{\"version\":999,\"about\":\"daemon\"}\n").contains("questions of version 999 are not understood"));
-    assert!(say(b"what?\n").contains("the question cannot be read"));
-    assert!(say(&[b'x'; 100_000][..4096]).contains("the question cannot be read"));
+    assert!(say(b"{\"version\":999,\"about\":\"daemon\"}\n").contains("requests of version 999 are not supported"));
+    assert!(say(b"what?\n").contains("cannot parse the request"));
+    assert!(say(&[b'x'; 100_000][..4096]).contains("cannot parse the request"));
     let silent: Vec<UnixStream> = (0..3).map(|_| UnixStream::connect(&socket).unwrap()).collect();
     assert!(say(b"{\"version\":1,\"about\":\"daemon\"}\n").contains("\"node\":\"node1\""));
     drop(silent);

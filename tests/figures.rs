@@ -195,7 +195,7 @@ fn git(arguments: &[&str]) -> Option<String> {
 /// changed it last.
 fn before_the_last_change(now: &Figures) -> Option<Figures> {
     const PATH: &str = "benches/FIGURES.md";
-    let commits = git(&["log", "--max-count=2", "--format=%H", "--", PATH])?;
+    let commits = git(&["log", "--format=%H", "--", PATH])?;
     let versions = commits.lines().filter_map(|commit| git(&["show", &format!("{commit}:{PATH}")]));
     let mut parsed = versions.filter_map(|text| Figures::parse(&text).ok());
     parsed.find(|version| version != now)

@@ -158,13 +158,13 @@ fn services_are_ordered_named_and_cut_as_kubectl_does_it() {
     let shown = text(node, &["services", "-o", template]);
     assert_eq!(shown, "both 10.96.0.10:90\nboth [fd96::a]:90\nfar 10.96.0.11:90\nfar [fd96::b]:90\n");
     for (arguments, expected) in [
-        (&["flows", "--sort-by", ".client"][..], "--sort-by is not for them"),
+        (&["flows", "--sort-by", ".client"][..], "--sort-by does not apply"),
         (&["backends", "-o", "ipvsadm"], "-o ipvsadm is for services only"),
         (&["flows", "--watch"], "cannot be watched"),
-        (&["status", "-n", "default"], "the status is one"),
+        (&["status", "-n", "default"], "`get status` is a single record"),
         (&["services", "-n", "x", "-A"], "cannot be used with"),
         (&["services", "-o", "jsonpath={.items"], "a { without its }"),
-        (&["services", "--sort-by", "a["], "no JSONPath"),
+        (&["services", "--sort-by", "a["], "not a JSONPath"),
         (&["services", "--service", "web"], "NAMESPACE/NAME"),
     ] {
         let output = run(node, arguments);

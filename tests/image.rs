@@ -400,7 +400,7 @@ fn without_a_bpf_file_system_on_the_host_the_daemon_does_not_hide_one_in_its_con
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(
-        said.contains("no BPF file system at /sys/fs/bpf, and one mounted in this container would end with it"),
+        said.contains("no BPF file system at /sys/fs/bpf, and one mounted in this container would disappear with it"),
         "{said}"
     );
 }

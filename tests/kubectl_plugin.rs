@@ -98,7 +98,7 @@ fn one_node_or_all_of_them_are_asked_and_those_that_fail_are_named() {
     assert_eq!((all.len(), &all[1]["items"][0]["name"]), (2, &json!("web")));
 
     let (code, _, errors) = ask(&["--node", "node1", "get", "services", "-o", "xml"]);
-    assert!(code == Some(2) && errors.contains("allowed are json"), "{errors}");
+    assert!(code == Some(2) && errors.contains("expected json"), "{errors}");
     for daemon in daemons {
         daemon.kill();
     }
@@ -124,9 +124,9 @@ fn what_makes_no_sense_is_refused_with_what_would() {
     for (arguments, code, expected) in [
         (&["get", "svc"][..], 2, "which node? --node NAME or --all-nodes; kubelane runs on: node1 node2"),
         (&["--node", "node9", "get", "svc"], 1, "no kubelane runs on the node node9; it runs on: node1 node2"),
-        (&["--node", "node1", "--all-nodes", "get", "svc"], 2, "do not go together"),
-        (&["--frobnicate", "get"], 2, "--frobnicate is not known here"),
-        (&["--timeout", "soon", "get"], 2, "--timeout: allowed are seconds"),
+        (&["--node", "node1", "--all-nodes", "get", "svc"], 2, "cannot be used together"),
+        (&["--frobnicate", "get"], 2, "unknown flag --frobnicate"),
+        (&["--timeout", "soon", "get"], 2, "--timeout: expected seconds"),
         (&["--node"], 2, "--node needs a value"),
         (&[], 2, "Usage:"),
     ] {

@@ -1,6 +1,6 @@
 //! `manifests/`: that every object is one that Kubernetes knows, field by field; that overlays and components apply;
-//! and that what they say of the daemon (arguments, ports, capabilities, paths, rights) is what the daemon and README
-//! say.
+//! and that what they say of the daemon (arguments, ports, capabilities, paths, rights) is what the daemon and
+//! docs/REFERENCE.md say.
 
 mod kustomize;
 mod support;
@@ -114,10 +114,10 @@ fn capabilities(container: &Container) -> BTreeSet<String> {
     capabilities.add.iter().flatten().map(|name| format!("CAP_{name}")).collect()
 }
 
-/// Those in the first column of README's table.
-fn capabilities_of_readme() -> BTreeSet<String> {
-    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    let (_, table) = readme.split_once("| capability | without it |\n").expect("README has the table");
+/// Those in the first column of the table in docs/REFERENCE.md.
+fn documented_capabilities() -> BTreeSet<String> {
+    let reference = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/REFERENCE.md")).unwrap();
+    let (_, table) = reference.split_once("| capability | without it |\n").expect("the reference has the table");
     let rows = table.lines().take_while(|line| line.starts_with('|'));
     let first_columns = rows.filter_map(|row| row.split('|').nth(1).map(str::to_owned)).collect::<String>();
     first_columns.split('`').filter(|word| word.starts_with("CAP_")).map(str::to_owned).collect()
@@ -261,8 +261,8 @@ fn the_ports_are_the_defaults_of_the_flags_and_the_probes_ask_the_health_port() 
 }
 
 #[test]
-fn the_container_has_the_capabilities_of_readmes_table_and_no_more() {
-    let expected = capabilities_of_readme();
+fn the_container_has_the_documented_capabilities_and_no_more() {
+    let expected = documented_capabilities();
     assert!(expected.len() > 3, "{expected:?}");
     let base = pod(&kustomize::build(&manifests().join("base")));
     let cleanup: Job = strict(&kustomize::documents(&manifests().join(JOBS[1]))[0]);

@@ -221,8 +221,8 @@ fn a_full_map_is_warned_of_with_its_remedy_and_the_rest_goes_on() {
         report.warnings,
         [Warning {
             subject: "Service default/b".into(),
-            message: "endpoints beyond 1 of each port are left out: they are more than this Service's share of the maps; \
-                      ask for less, or stop kubelane, run `kubelane cleanup`, and start it with a higher --max-endpoints"
+            message: "endpoints beyond 1 of each port are left out: they exceed this Service's quota of the maps; use \
+                      fewer, or stop kubelane, run `kubelane cleanup`, and start it with a higher --max-endpoints"
                 .into(),
         }]
     );

@@ -71,12 +71,12 @@ fn the_archive_has_what_a_bug_report_needs_and_redacted_no_name_or_address_of_th
     let (directory, plain) = made(node, &[]);
     assert!(directory.starts_with("kubelane-report-") && directory.ends_with('Z'), "{directory}");
     assert_eq!(plain.keys().collect::<Vec<_>>(), FILES);
-    assert!(!plain.values().any(|text| text.contains("could not be had")), "{plain:#?}");
+    assert!(!plain.values().any(|text| text.contains("could not be collected")), "{plain:#?}");
     for (file, expected) in [
         ("arguments.txt", "--hostname-override\nnode1\n"),
         (
             "warnings.txt",
-            "Service default/paycheck: port sctp-secret: SCTP is served to packets, from outside and of pods",
+            "Service default/paycheck: port sctp-secret: SCTP is served for packets of pods and from outside",
         ),
         ("log.txt", "first sync"),
         ("metrics.txt", "kubelane_services 1"),
@@ -111,7 +111,7 @@ fn the_archive_has_what_a_bug_report_needs_and_redacted_no_name_or_address_of_th
 
     daemon.kill();
     let (_, without) = made(node, &[]);
-    assert_eq!(without["log.txt"], "This could not be had: no daemon answers\n");
+    assert_eq!(without["log.txt"], "This could not be collected: no daemon answers\n");
     assert_eq!(without["services.json"], plain["services.json"]);
 }
 
@@ -127,7 +127,7 @@ fn there_is_an_archive_whatever_is_missing_and_it_goes_over_no_file() {
     let written = std::fs::read(&archive).unwrap();
     let (_, files) = unpack(&written);
     assert_eq!(files.keys().collect::<Vec<_>>(), FILES);
-    assert!(files["services.json"].starts_with("This could not be had: no kubelane state below"));
+    assert!(files["services.json"].starts_with("This could not be collected: no kubelane state below"));
     use std::os::unix::fs::PermissionsExt as _;
     assert_eq!(std::fs::metadata(&archive).unwrap().permissions().mode() & 0o777, 0o600);
     let (precious, link) = (directory.path().join("precious"), directory.path().join("link"));

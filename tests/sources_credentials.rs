@@ -220,7 +220,7 @@ async fn a_certificate_that_is_not_trusted_is_named_with_the_reason() {
     let at = serve_tls(&server, directory.path()).await;
     kubeconfig(directory.path(), at, stranger, json!({}));
     let told = trouble(directory.path()).await;
-    let expected = "the API server's certificate is not trusted: the certificate of \"CN=server\", issued by \"CN=authority\", is signed by no authority that is trusted here";
+    let expected = "the API server's certificate is not trusted: the certificate of \"CN=server\", issued by \"CN=authority\", is not signed by an authority that is trusted here";
     assert_eq!(told, expected);
     let mut other_name = authority.clone();
     other_name["tls-server-name"] = json!("api.example");

@@ -358,7 +358,7 @@ async fn a_directory_that_is_made_again_is_followed() {
     while source.status.services.connected() {
         source.seen.settle(&mut source.changes, Duration::from_millis(20)).await;
     }
-    assert_eq!(source.ip("default/a"), "10.0.0.1", "what it said stays in force while it is away");
+    assert_eq!(source.ip("default/a"), "10.0.0.1", "its last content stays in force while it is away");
     fs::create_dir(&source.directory).unwrap();
     source.write("b.yaml", &service("b", "10.0.0.2"));
     source.until("the new directory", |s| s.services.contains_key("default/b") && s.services.len() == 1).await;

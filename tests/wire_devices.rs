@@ -123,7 +123,7 @@ fn somebody_elses_filter_in_our_place_is_not_replaced() {
     let mut datapath = Datapath::open(&other.settings()).unwrap();
     datapath.devices().use_clsact();
     let error = format!("{:#}", datapath.devices().attach(&device(uplink)).unwrap_err());
-    assert!(error.contains("somebody else"), "{error}");
+    assert!(error.contains("another program's filter"), "{error}");
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn links_that_somebody_detaches_or_unpins_are_put_back_and_told() {
         assert!(eventually(PATIENCE, || links(node).join(name).exists()), "{name}: {}", daemon.log());
         assert!(is_asked_by_pods(&cluster), "{name}: {}", daemon.log());
     }
-    assert!(daemon.log().contains("was taken off the cgroup"), "{}", daemon.log());
+    assert!(daemon.log().contains("from the cgroup, or removed its pin: attached again"), "{}", daemon.log());
     assert!(eventually(PATIENCE, || restored(&daemon) == 4.0), "{}", daemon.log());
     if !has_tcx(node) {
         return;
@@ -94,7 +94,7 @@ fn links_that_somebody_detaches_or_unpins_are_put_back_and_told() {
         assert!(eventually(PATIENCE, || answers(&cluster) == [true; 2]), "{direction}: {}", daemon.log());
     }
     assert!(eventually(PATIENCE, || restored(&daemon) == 8.0), "{}", daemon.log());
-    assert!(daemon.log().contains("was taken off device eth0"), "{}", daemon.log());
+    assert!(daemon.log().contains("program from device eth0"), "{}", daemon.log());
     assert!(eventually(PATIENCE, || daemon.health("/readyz").unwrap().ends_with("\r\n\r\nok\n")), "{}", daemon.log());
 }
 

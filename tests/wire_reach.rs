@@ -95,20 +95,24 @@ fn packets_that_something_keeps_from_the_programs_are_told_of_once_with_a_remedy
     };
     node.host.inside(attach).unwrap();
     let daemon = cluster.start();
-    let told = "device eth0: IPv4 and IPv6 packets that come in do not get to kubelane's program";
+    let told = "device eth0: ingress IPv4 and IPv6 packets do not reach kubelane's program";
     assert!(eventually(PATIENCE, || daemon.log().contains(told)), "{}", daemon.log());
     let ready = daemon.health("/readyz").unwrap();
     assert!(ready.starts_with("HTTP/1.1 200") && ready.contains(told), "{ready}");
     let unserved = r#"kubelane_unserved{reason="packets_kept_away"}"#;
     assert_eq!(daemon.metric(unserved).unwrap(), 1.0);
     assert_eq!(daemon.log().matches(told).count(), 1, "{}", daemon.log());
-    let cut_off = "eth0: packets that come in do not get to kubelane's program -> look at";
+    let cut_off = "eth0: ingress packets do not reach kubelane's program -> look at";
     assert!(check(&cluster, &[]).contains(cut_off), "{}", check(&cluster, &[]));
 
     node.host.ip(&["link set dev eth0 xdpgeneric off"]).unwrap();
     // The daemon tries again when its devices change, too.
     node.host.ip(&["address add 172.31.0.111/24 dev eth0", "address del 172.31.0.11/24 dev eth0"]).unwrap();
-    assert!(eventually(PATIENCE, || daemon.log().contains("resolved: IPv4 and IPv6 packets")), "{}", daemon.log());
+    assert!(
+        eventually(PATIENCE, || daemon.log().contains("resolved: ingress IPv4 and IPv6 packets")),
+        "{}",
+        daemon.log()
+    );
     assert!(daemon.health("/readyz").unwrap().ends_with("ok\n"), "{}", daemon.health("/readyz").unwrap());
     let fine = check(&cluster, &[]);
     assert!(fine.contains("outside     eth0; not cbr0, though it has addresses\n"), "{fine}");
@@ -127,7 +131,7 @@ fn a_node_without_a_device_that_faces_outwards_says_so() {
     let Some(cluster) = Cluster::with_node_port_or_skip(NODE_PORT) else { return };
     let manifests = &cluster.manifests.dir;
     let daemon = Daemon::start_with(&cluster.lab, "node1", manifests, &["--devices", "enp*"]).unwrap();
-    let told = "no device faces outwards, or is matched by --devices";
+    let told = "there is no external device, or none matches --devices";
     assert!(
         eventually(PATIENCE, || daemon.health("/readyz").is_ok_and(|said| said.contains(told))),
         "{}",
@@ -135,5 +139,5 @@ fn a_node_without_a_device_that_faces_outwards_says_so() {
     );
     assert_eq!(daemon.metric("kubelane_unserved{reason=\"no_device\"").unwrap(), 1.0);
     let said = check(&cluster, &["--devices", "enp*"]);
-    assert!(said.contains("none: nobody outside is served -> name devices with --devices"), "{said}");
+    assert!(said.contains("none: clients outside are not served -> name devices with --devices"), "{said}");
 }

@@ -32,8 +32,8 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<
         Ok(listener) => listener,
         Err(error) => {
             warn!(
-                "`kubelane explain` will answer from the maps alone: {error:#}; give the daemon a {DIRECTORY} that it \
-                 can write to"
+                "`kubelane explain` will answer from the maps alone: {error:#}; make {DIRECTORY} writable for the \
+                 daemon"
             );
             return std::future::pending().await;
         }
@@ -45,7 +45,7 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<
             Ok((stream, _)) => stream,
             Err(error) => {
                 // No more open files, most likely.
-                debug!("a question cannot be taken: {error}");
+                debug!("cannot accept a request on the daemon's socket: {error}");
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 continue;
             }
@@ -54,8 +54,8 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<
         tokio::spawn(async move {
             match tokio::time::timeout(PATIENCE, answer(stream, worker, &metrics)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => debug!("a question was not answered: {error:#}"),
-                Err(_) => debug!("whoever asked went silent"),
+                Ok(Err(error)) => debug!("cannot answer a request on the daemon's socket: {error:#}"),
+                Err(_) => debug!("the client stopped sending"),
             }
             drop(place);
         });
@@ -87,7 +87,7 @@ fn make_socket(pin_path: &Path) -> anyhow::Result<UnixListener> {
         .with_context(|| format!("making {DIRECTORY}"))?;
     let path = sockets_path(pin_path).with_context(|| format!("looking into {}", pin_path.display()))?;
     let fresh = path.with_extension("new");
-    let named = || format!("making the socket {}", path.display());
+    let named = || format!("creating the socket {}", path.display());
     match fs::remove_file(&fresh) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).with_context(named),
         _ => {}
@@ -116,26 +116,26 @@ fn sweep(own: &Path) {
 
 async fn answer(mut stream: UnixStream, worker: mpsc::Sender<Request>, metrics: &Metrics) -> anyhow::Result<()> {
     // The file's mode says the same, but a directory that others may write to would let them replace the file.
-    let asker = stream.peer_cred().context("asking who asks")?.uid();
-    anyhow::ensure!(asker == 0, "user {asker} asks, and only root is answered");
+    let asker = stream.peer_cred().context("reading the client's credentials")?.uid();
+    anyhow::ensure!(asker == 0, "the client is user {asker}, and only root may ask");
     let (read, mut write) = stream.split();
     let mut line = String::new();
-    BufReader::new(read.take(QUESTION_MAX as u64)).read_line(&mut line).await.context("reading a question")?;
+    BufReader::new(read.take(QUESTION_MAX as u64)).read_line(&mut line).await.context("reading a request")?;
     let answer = match serde_json::from_str::<Question>(&line) {
         Ok(question) if question == Question { version: VERSION, about: About::Metrics } => match metrics.text() {
             Ok(metrics) => Answer { metrics, ..Answer::new() },
-            Err(error) => refusal(format!("the metrics cannot be read: {error:#}")),
+            Err(error) => refusal(format!("cannot read the metrics: {error:#}")),
         },
         Ok(question) if question.version == VERSION => {
             let (reply, answer) = oneshot::channel();
             worker.send(Request::Explain(question.about, reply)).await.context("the worker ended")?;
             answer.await.context("the worker ended")?
         }
-        Ok(question) => refusal(format!("questions of version {} are not understood", question.version)),
-        Err(error) => refusal(format!("the question cannot be read: {error}")),
+        Ok(question) => refusal(format!("requests of version {} are not supported", question.version)),
+        Err(error) => refusal(format!("cannot parse the request: {error}")),
     };
     let text = tokio::task::spawn_blocking(move || serde_json::to_vec(&answer)).await??;
-    write.write_all(&text).await.context("writing an answer")?;
+    write.write_all(&text).await.context("writing a response")?;
     Ok(())
 }
 

@@ -40,11 +40,11 @@ pub async fn run(mut maps: impl MapIo + Send + 'static, worker: mpsc::Sender<Req
                 (maps, different)
             });
             let different;
-            (maps, different) = compared.await.context("an audit broke off")?;
+            (maps, different) = compared.await.context("an audit failed")?;
             match different {
                 Ok(keys) if keys.is_empty() => {}
                 Ok(keys) => worker.send(Request::Correct(map, keys)).await.context("the worker ended")?,
-                Err(reason) => error = Some(format!("the map {} cannot be audited: {reason}", map.as_str())),
+                Err(reason) => error = Some(format!("cannot audit the map {}: {reason}", map.as_str())),
             }
         }
         if let Some(error) = error.as_ref().filter(|error| told.as_ref() != Some(*error)) {

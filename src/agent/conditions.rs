@@ -79,7 +79,7 @@ impl Conditions {
             [("cgroup", cgroup), ("device", device)].map(|(place, n)| (vec![place.to_owned()], n as f64)).into()
         };
         const RESTORED: &str =
-            "Times that programs were put back which somebody had taken off their hook, by its place";
+            "Programs attached again after another process had detached them, by place (cgroup, device)";
         metrics.read_counters("kubelane_attachments_restored_total", RESTORED, &["place"], counters)?;
         Ok(conditions)
     }

@@ -27,7 +27,7 @@ pub async fn set(wanted: HostConntrack) -> (&'static str, anyhow::Result<()>) {
     let exists = |directory: &&str| Path::new(directory).exists();
     let directory = PathBuf::from(DIRECTORIES.into_iter().find(exists).unwrap_or(DIRECTORIES[1])).join("netfilter");
     while !directory.join("nf_conntrack_max").exists() {
-        debug!("the host's connection tracking is not loaded: nothing to set");
+        debug!("the host's connection tracking is not loaded: nothing to configure");
         sleep(LOOK).await;
     }
     for (name, value) in sysctls(&wanted) {
@@ -79,9 +79,10 @@ fn tell(name: &str, value: u32, result: Result<Option<u32>, Refusal>) {
         Err(Refusal { is, error }) => {
             let is = is.map_or_else(|| "unknown".to_owned(), |is| is.to_string());
             warn!(
-                "net.netfilter.{name} stays as it is ({is}; {value} wanted, as kube-proxy has it): {error}; set it on the \
-                 node (/etc/sysctl.d), or let the container write to the node's sysctls (manifests/base: the mount \
-                 /host/proc/sys/net), or leave it alone with 0 for the flag of this value (--conntrack-...)"
+                "net.netfilter.{name} stays at {is}; kubelane could not set it to {value}, as kube-proxy does: \
+                 {error}; set it on the node (/etc/sysctl.d), let the container write to the node's sysctls \
+                 (manifests/base: the mount /host/proc/sys/net), or set the flag of this value (--conntrack-...) to \
+                 0 to leave it alone"
             );
         }
     }

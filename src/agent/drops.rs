@@ -18,70 +18,71 @@ const EVERY: Duration = Duration::from_secs(2);
 const REMEDIES: [(&str, &str); 14] = [
     (
         "failed_backend_missing",
-        "this should never be: start the daemon again, which repairs its maps, and report it with the output of \
+        "this should never happen: restart the daemon, which repairs its maps, and report it with the output of \
          `kubelane get backends -o yaml`",
     ),
     (
         "failed_storage",
-        "such a socket is not ended when its backend goes, and getpeername() shows it the pod: raise the sysctl \
-         net.core.optmem_max, and look for what uses up the node's memory",
+        "such a socket is not destroyed when its backend is removed, and getpeername() returns the pod: raise the \
+         sysctl net.core.optmem_max, and find out what uses up the node's memory",
     ),
     (
         "flow_table_full",
-        "these flows go on, but new ones may push them out: see in kubelane_flows which protocol has so many, where its \
-         clients are, and spread them over more nodes; shorter timeouts (--conntrack-tcp-timeout-established, \
-         --conntrack-udp-timeout-stream) make room, too",
+        "these flows continue, but new ones may evict them: kubelane_flows shows which protocol has so many; spread \
+         its clients over more nodes, or use shorter timeouts (--conntrack-tcp-timeout-established, \
+         --conntrack-udp-timeout-stream)",
     ),
     (
         "flow_pushed_out",
-        "flows begin faster than they are completed: a flood of SYNs or of datagrams, or a backend that does not answer. \
-         Established connections are not touched; look where the packets come from",
+        "flows begin faster than they are completed: a flood of SYNs or datagrams, or a backend that does not \
+         answer. Established connections are not affected; find out where the packets come from",
     ),
     (
         "dropped_martian",
-        "packets from outside have sources that this device cannot have: forged ones, or answers would go another way \
-         than requests come (`ip route get` with the client's address); net.ipv4.conf.DEVICE.rp_filter=2 allows the \
-         latter, as for the host itself",
+        "packets from outside have source addresses that are impossible on this device: they are forged, or replies \
+         would leave by another device than requests arrive on (`ip route get` with the client's address); \
+         net.ipv4.conf.DEVICE.rp_filter=2 allows the latter, as for the host itself",
     ),
     (
         "snat_reclaimed",
-        "connections to one backend on another node come faster than they are completed, or than its TIME_WAIT ends: a \
-         flood, a backend that does not answer, or one that closes hundreds of connections a second itself; more endpoints or externalTrafficPolicy Local take the load off these ports",
+        "connections to one backend on another node begin faster than they are completed, or than its TIME_WAIT \
+         ends: a flood, a backend that does not answer, or one that closes hundreds of connections a second itself; \
+         add endpoints, or use externalTrafficPolicy Local",
     ),
     (
         "dropped_snat_exhausted",
         "one backend on another node has a connection from every port of this node: add endpoints, use \
          externalTrafficPolicy Local, or widen the range by narrowing the sysctl net.ipv4.ip_local_port_range to \
-         `32768 60999` and starting the daemon again",
+         `32768 60999` and restarting the daemon",
     ),
     (
         "dropped_snat_source",
-        "answers to that address would not be seen: find it with `ip route get` and the backend's address, and name the \
-         device that has it with --devices, or take `src` out of the route",
+        "replies to that address would not pass kubelane's programs: find it with `ip route get` and the backend's \
+         address, and name the device that has it with --devices, or remove `src` from the route",
     ),
     (
         "dropped_no_route",
-        "ask `ip route get` with the backends' addresses (`kubelane get backends`) and with the client's, and look \
-         whether the CNI is up",
+        "run `ip route get` with the backends' addresses (`kubelane get backends`) and with the client's, and check \
+         that the CNI is up",
     ),
     (
         "dropped_forwarding_off",
         "traffic from outside reaches no pod on another node: sysctl -w net.ipv4.conf.all.forwarding=1; sysctl -w \
-         net.ipv6.conf.all.forwarding=1, in /etc/sysctl.d as well; if `all` says 1, the device's own is 0",
+         net.ipv6.conf.all.forwarding=1, in /etc/sysctl.d as well; if `all` is 1, the device's own setting is 0",
     ),
     (
         "dropped_answer_limit",
-        "whoever gets no answer waits for its time-out instead of failing at once: kubelane_datapath_verdicts_total says \
-         what is answered (refused_no_endpoint, icmp_too_big, icmp_ttl_exceeded); look for a client that tries thousands \
-         of times a second",
+        "clients that get no ICMP error wait for their timeout instead of failing at once: \
+         kubelane_datapath_verdicts_total shows which errors are sent (refused_no_endpoint, icmp_too_big, \
+         icmp_ttl_exceeded); look for a client that tries thousands of times a second",
     ),
     (
         LASTING,
-        "a node or gateway does not answer to ARP or neighbour discovery, and what is sent there is lost: `ip neigh` says \
-         which (FAILED, INCOMPLETE), `ip route get` with the backends' addresses why it is asked",
+        "a node or gateway does not answer ARP or neighbour discovery, and packets sent there are lost: `ip neigh` \
+         shows which (FAILED, INCOMPLETE), `ip route get` with the backends' addresses why it is used",
     ),
-    ("dropped_flow_table", "look for what uses up the node's memory"),
-    ("dropped_rewrite", "look for what uses up the node's memory"),
+    ("dropped_flow_table", "find out what uses up the node's memory"),
+    ("dropped_rewrite", "find out what uses up the node's memory"),
 ];
 
 /// Every next hop is unknown for a moment: told of only when it came up in so many looks in a row.
@@ -168,7 +169,7 @@ pub async fn watch(maps: Maps) -> anyhow::Result<()> {
             (Err(error), _) => {
                 let error = format!("{error:#}");
                 if told.as_ref() != Some(&error) {
-                    tracing::warn!("the datapath's counters cannot be read: {error}; trying again");
+                    tracing::warn!("cannot read the datapath's counters: {error}; trying again");
                     told = Some(error);
                 }
             }

@@ -43,13 +43,13 @@ pub async fn collect(flows: FlowCollector, usage: MapUsage, metrics: Arc<Metrics
             (passes, result)
         });
         let result;
-        (passes, result) = work.await.context("the collection of ended flows broke off")?;
+        (passes, result) = work.await.context("collecting ended flows failed")?;
         if result.as_ref().is_ok_and(is_behind) {
             ticks.reset_immediately();
         }
         let error = result.err().map(|error| format!("{error:#}"));
         if let Some(error) = error.as_ref().filter(|error| told.as_ref() != Some(*error)) {
-            tracing::warn!("ended flows cannot be taken away, or maps not be counted: {error}; trying again");
+            tracing::warn!("cannot remove ended flows or count map entries: {error}; trying again");
         }
         told = error;
     }

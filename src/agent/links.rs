@@ -19,8 +19,9 @@ use crate::bpf::SocketHooks;
 const EVERY: Duration = Duration::from_secs(2);
 
 /// What to do about somebody who undoes an attachment again and again.
-pub const CONTEST_REMEDY: &str = "somebody undoes this again and again, so that it is left as it is for now: find out who (`bpftool link`, \
-     `bpftool net`; agents for networking, observability and security) and stop that; it is tried again every ten minutes";
+pub const CONTEST_REMEDY: &str = "another process undoes this again and again, so kubelane leaves it alone for now: \
+    find out which (`bpftool link`, `bpftool net`; agents for networking, observability and security) and stop it; \
+    kubelane tries again every ten minutes";
 
 /// Runs for ever.
 ///
@@ -33,7 +34,7 @@ pub async fn watch(hooks: SocketHooks, worker: mpsc::Sender<Request>, conditions
     loop {
         ticks.tick().await;
         let error = look(&hooks, &mut contests, &conditions, Instant::now().into_std()).err();
-        let error = error.map(|error| format!("the programs on the cgroup cannot be looked at: {error:#}"));
+        let error = error.map(|error| format!("cannot inspect the programs on the cgroup: {error:#}"));
         if let Some(error) = error.as_ref().filter(|error| told.as_ref() != Some(*error)) {
             warn!("{error}; trying again");
         }
@@ -65,7 +66,7 @@ fn look(
             Verdict::PutBack => match hooks.restore(name) {
                 Ok(()) => {
                     contests.put_back(name, now);
-                    warn!("{subject} was taken off the cgroup, or its pin removed, by somebody else: put back");
+                    warn!("another process detached {subject} from the cgroup, or removed its pin: attached again");
                     conditions.restored(Place::Cgroup);
                 }
                 Err(error) => conditions.holds(&subject, Reason::NotAttached, &format!("{error:#}")),

@@ -141,7 +141,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let mut worker = Worker::new(core, maps, Wire::new(devices).telling(conditions, listeners), inputs)?;
     tokio::select! {
         signal = signals.next() => {
-            info!("{signal}: the daemon ends; programs stay attached and go on serving (`kubelane cleanup` removes them)");
+            info!("{signal}: the daemon exits; its programs stay attached and continue to serve (`kubelane cleanup` removes them)");
             Ok(())
         }
         ended = parts.join_next() => Err(why(ended)),
@@ -258,10 +258,10 @@ fn attend(
 /// The reason for the daemon's end, from the part that ended first. None of them ever should.
 fn why(ended: Option<Result<(&'static str, anyhow::Result<()>), tokio::task::JoinError>>) -> anyhow::Error {
     match ended {
-        Some(Ok((part, Ok(())))) => anyhow!("{part}: ended, though it never should; the daemon has to start again"),
+        Some(Ok((part, Ok(())))) => anyhow!("{part}: ended unexpectedly; the daemon must be restarted"),
         Some(Ok((part, Err(error)))) => error.context(format!("{part} failed")),
-        Some(Err(error)) => anyhow!("a part of the daemon broke off: {error}"),
-        None => anyhow!("the source ended and said nothing"),
+        Some(Err(error)) => anyhow!("a task of the daemon failed: {error}"),
+        None => anyhow!("the source ended without an error"),
     }
 }
 
@@ -270,14 +270,14 @@ fn register_counters(metrics: &Metrics, pin_path: &Path) -> anyhow::Result<()> {
     let maps = Mutex::new(Maps::open(pin_path)?);
     let read = move || -> Vec<Sample> {
         let counters = maps.lock().unwrap_or_else(PoisonError::into_inner).read_counters().unwrap_or_else(|error| {
-            warn!("the datapath's counters cannot be read: {error:#}");
+            warn!("cannot read the datapath's counters: {error:#}");
             Vec::new()
         });
         counters.into_iter().map(|(verdict, count)| (vec![verdict.to_owned()], count as f64)).collect()
     };
     let meanings: Vec<String> =
         abi::counter::NAMES.iter().map(|(name, meaning)| format!("{name}: {meaning}")).collect();
-    let help = format!("What the datapath decided. {}", meanings.join("; "));
+    let help = format!("Decisions of the datapath. {}", meanings.join("; "));
     metrics.read_counters("kubelane_datapath_verdicts_total", &help, &["verdict"], read)
 }
 
@@ -291,7 +291,7 @@ fn register_watches(metrics: &Metrics, status: &Arc<SourceStatus>) -> anyhow::Re
     };
     metrics.read_gauges(
         "kubelane_source_connected",
-        "1 while the last thing heard of the source was not an error, by kind",
+        "1 if the last response from the source was not an error, by kind",
         &["kind"],
         read(status, |watch| f64::from(u8::from(watch.connected()))),
     )?;
@@ -352,7 +352,7 @@ mod tests {
     async fn the_end_of_any_part_is_a_failure_that_names_it() {
         type Part = fn() -> anyhow::Result<()>;
         let table: [(Part, &str); 3] = [
-            (|| Ok(()), "--source: ended, though it never should"),
+            (|| Ok(()), "--source: ended unexpectedly"),
             (|| Err(anyhow!("the directory is gone")), "--source failed: the directory is gone"),
             (|| panic!("index out of bounds"), "index out of bounds"),
         ];

@@ -54,11 +54,11 @@ struct Sums {
 pub async fn watch(pin_path: PathBuf, metrics: Arc<Metrics>, by_service: ByService) -> anyhow::Result<()> {
     let most = Arc::new(AtomicU64::new(0));
     let (read, room) = (Arc::clone(&most), bpf::snat_ports() as f64);
-    const USED: &str = "Source ports in use towards the backend on another node that has the most";
+    const USED: &str = "Source ports in use towards the backend on another node that uses the most";
     metrics.read_gauges("kubelane_snat_ports_used", USED, &[], move || {
         vec![(vec![], read.load(Ordering::Relaxed) as f64)]
     })?;
-    const ROOM: &str = "Source ports that there are towards each backend on another node";
+    const ROOM: &str = "Source ports available towards each backend on another node";
     metrics.read_gauges("kubelane_snat_ports_capacity", ROOM, &[], move || vec![(vec![], room)])?;
     let mut told = None;
     let mut ticks = interval(EVERY);
@@ -66,7 +66,7 @@ pub async fn watch(pin_path: PathBuf, metrics: Arc<Metrics>, by_service: ByServi
     loop {
         ticks.tick().await;
         let pins = pin_path.clone();
-        match tokio::task::spawn_blocking(move || walk(&pins)).await.context("a walk over the flows broke off")? {
+        match tokio::task::spawn_blocking(move || walk(&pins)).await.context("counting flows failed")? {
             Ok((counts, ports)) => {
                 by_service.set(counts);
                 most.store(ports, Ordering::Relaxed);

@@ -101,7 +101,7 @@ async fn probe(worker: &mpsc::Sender<Request>) -> anyhow::Result<String> {
         ask(worker, Some(Trial { frontend, listener: listener.local_addr()? })).await?;
         let result = tokio::time::timeout(PATIENCE, exchange(&listener, frontend)).await;
         ask(worker, None).await?;
-        let within = || format!("to {frontend}: nothing came in {} s", PATIENCE.as_secs());
+        let within = || format!("to {frontend}: nothing arrived within {} s", PATIENCE.as_secs());
         result.with_context(within)?.with_context(|| format!("to {frontend}"))?;
         passed.push(if frontend.is_ipv4() { "IPv4" } else { "IPv6" });
     }

@@ -22,16 +22,17 @@ const EVERY: Duration = Duration::from_secs(60);
 const TIMES: u32 = 3;
 
 const NODE: &str = "this node";
-const NO_DEVICE: &str = "no device faces outwards, or is matched by --devices: NodePorts and load balancer addresses are \
-                         served to nobody outside; name the devices with --devices (`ip address` lists them)";
-const LINK_LAYER: &str = "NodePorts and load balancer addresses are not served to clients behind it; have them come in by \
-                          another device of the node (`kubelane check` lists those that are looked at)";
+const NO_DEVICE: &str = "there is no external device, or none matches --devices: NodePorts and load balancer \
+    addresses are not served to clients outside; name the devices with --devices (`ip address` lists them)";
+const LINK_LAYER: &str = "NodePorts and load balancer addresses are not served to clients behind it; direct them to \
+    another device of the node (`kubelane check` lists the devices in use)";
 
 fn kept_away(name: &str, families: &str) -> String {
     format!(
-        "{families} packets that come in do not get to kubelane's program, so that NodePorts and load balancer addresses \
-         are not served there: something before it takes them; look for an XDP program (`ip link show dev {name}`), other \
-         programs (`bpftool net`) and, before Linux 6.6, filters with a lower pref (`tc filter show dev {name} ingress`)"
+        "ingress {families} packets do not reach kubelane's program, so NodePorts and load balancer addresses are \
+         not served there: something ahead of it takes them; look for an XDP program (`ip link show dev {name}`), \
+         other programs (`bpftool net`) and, before Linux 6.6, filters with a lower pref (`tc filter show dev \
+         {name} ingress`)"
     )
 }
 
@@ -66,9 +67,9 @@ pub async fn watch(
         for (device, name) in devices {
             let trial = Arc::clone(&trial);
             let outcome = tokio::task::spawn_blocking(move || missing(&trial, &device)).await;
-            match outcome.context("a trial broke off")? {
+            match outcome.context("a trial failed")? {
                 Ok(families) => told.tried(&name, &families),
-                Err(error) => debug!(device = name, "no packet can be sent through the program: {error:#}"),
+                Err(error) => debug!(device = name, "cannot send a packet through the program: {error:#}"),
             }
         }
     }

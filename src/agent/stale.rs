@@ -70,7 +70,7 @@ impl StaleSocketPasses {
             self.request(false);
         }
         let Some(running) = &mut self.running else { return std::future::pending().await };
-        let result = running.await.context("the search for sockets of removed backends broke off").flatten();
+        let result = running.await.context("searching for sockets of removed backends failed").flatten();
         self.running = None;
         let is_whole = match result {
             Ok(pass) => {
@@ -78,7 +78,7 @@ impl StaleSocketPasses {
                 pass.failed == 0
             }
             Err(error) => {
-                tracing::warn!("sockets of removed backends were not ended: {error:#}; trying again");
+                tracing::warn!("cannot destroy sockets of removed backends: {error:#}; trying again");
                 false
             }
         };
@@ -95,10 +95,15 @@ impl StaleSocketPasses {
 
     fn report(&mut self, pass: StalePass) {
         const REMEDY: &str =
-            "share the host's PID namespace and have CAP_SYS_ADMIN and CAP_SYS_PTRACE, or its /run/netns";
+            "run in the host's PID namespace with CAP_SYS_ADMIN and CAP_SYS_PTRACE, or mount the host's /run/netns";
         let StalePass { found, reconnected, destroyed, failed, unreachable, hidden } = pass;
         if failed > 0 {
-            tracing::warn!(found, destroyed, failed, "some sockets of removed backends were not ended; trying again");
+            tracing::warn!(
+                found,
+                destroyed,
+                failed,
+                "some sockets of removed backends could not be destroyed; trying again"
+            );
         }
         if unreachable > 0 {
             tracing::warn!(
@@ -108,12 +113,17 @@ impl StaleSocketPasses {
                 "some sockets of removed backends are in network namespaces that cannot be found or entered: {REMEDY}"
             );
         } else if found > 0 {
-            tracing::info!(found, reconnected, destroyed, "sockets that did not go where their Service is");
+            tracing::info!(
+                found,
+                reconnected,
+                destroyed,
+                "UDP sockets without a backend were reconnected, or sockets destroyed"
+            );
         }
         if hidden > 0 && !std::mem::replace(&mut self.told, true) {
             tracing::warn!(
                 hidden,
-                "sockets of removed backends may be in network namespaces that cannot be looked at: {REMEDY}"
+                "sockets of removed backends may be in network namespaces that cannot be inspected: {REMEDY}"
             );
         }
     }

@@ -62,14 +62,14 @@ impl TrialRows {
         let rows = TrialRows { frontend };
         let Some(Failure { error, .. }) = failures.pop() else { return Ok(rows) };
         rows.remove(maps);
-        Err(error).context("the kernel did not take the trial's rows")
+        Err(error).context("the kernel rejected the map entries of the test connection")
     }
 
     pub fn remove(self, maps: &mut dyn MapIo) {
         let mut failures = maps.delete(MapName::Frontends, bytes_of(&self.frontend), 1);
         failures.extend(maps.write(MapName::Backends, bytes_of(&BACKEND_ID), bytes_of(&Backend::default()), 1));
         for failure in failures {
-            warn!("a row of the datapath's trial stays behind: {}; the next start removes it", failure.error);
+            warn!("a map entry of the test connection was left behind: {}; the next start removes it", failure.error);
         }
     }
 }
@@ -79,6 +79,6 @@ fn empty_slot(maps: &mut dyn MapIo) -> anyhow::Result<u32> {
     let last = maps.capacity(MapName::Slots).saturating_sub(1);
     // This row alone: to read all millions of them took longer than everything else after the first sync.
     let is_used = maps.read(MapName::Slots, &last.to_ne_bytes()).context("reading the last slot")?.is_some();
-    ensure!(!is_used, "the map of slots is full: no row is left for the trial; see --max-endpoints");
+    ensure!(!is_used, "the map slots is full: no entry is left for the test connection; see --max-endpoints");
     Ok(last)
 }

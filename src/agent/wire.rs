@@ -109,9 +109,9 @@ impl<'d> Wire<'d> {
         for (index, name) in self.leaving(&wanted) {
             match self.hooks.detach(index) {
                 Ok(()) if self.attached.get(&index).is_some_and(|(device, _)| is_of_pod(device)) => {
-                    debug!(device = name, index, "packets of this pod's device are no longer looked at");
+                    debug!(device = name, index, "detached from this pod's device");
                 }
-                Ok(()) => info!(device = name, index, "packets of this device are no longer looked at"),
+                Ok(()) => info!(device = name, index, "detached from this device"),
                 Err(error) => drop(failures.insert(index, (name.clone(), format!("{error:#}")))),
             }
             self.attached.remove(&index);
@@ -155,7 +155,7 @@ impl<'d> Wire<'d> {
                     leaving.extend(indices.into_iter().map(|index| (index, format!("interface {index}"))));
                     self.adopted = true;
                 }
-                Err(error) => warn!("devices of an earlier daemon cannot be listed: {error:#}; trying again"),
+                Err(error) => warn!("cannot list the devices of an earlier daemon: {error:#}; trying again"),
             }
         }
         let wanted: BTreeSet<u32> = wanted.iter().map(|(device, _)| device.index).collect();
@@ -166,8 +166,8 @@ impl<'d> Wire<'d> {
     }
 
     fn note(&mut self, failures: BTreeMap<u32, (String, String)>, now: Instant) {
-        const REMEDY: &str = "NodePorts and load balancer addresses are not served there (trying again; if the device \
-                              should be left alone, name the others with --devices)";
+        const REMEDY: &str = "NodePorts and load balancer addresses are not served there; trying again (to leave \
+            this device alone, name the others with --devices)";
         let over = self.failures.iter().filter(|(index, _)| !failures.contains_key(index));
         over.for_each(|(_, name)| self.conditions.over(&subject(name), Reason::NotAttached));
         for (name, error) in failures.values() {
@@ -194,7 +194,7 @@ impl<'d> Wire<'d> {
     fn put_right(&mut self, faults: &[Fault], name: &str, now: Instant) {
         self.contests.put_back(&subject(name), now);
         self.conditions.restored(Place::Device);
-        warn!("{}: put right", describe(faults, name));
+        warn!("{}: repaired", describe(faults, name));
     }
 
     /// Puts back what somebody has taken off the devices, or put others before.
@@ -283,8 +283,8 @@ fn is_gone(error: &anyhow::Error) -> bool {
 fn tell(device: &Device, name: &str, known: bool, how: Attached) {
     let index = device.index;
     match how {
-        _ if is_of_pod(device) => debug!(device = name, index, "packets of this pod's device are looked at"),
-        Attached::New => info!(device = name, index, "packets of this device are looked at from now on"),
+        _ if is_of_pod(device) => debug!(device = name, index, "attached to this pod's device"),
+        Attached::New => info!(device = name, index, "attached to this device"),
         Attached::Replaced if known => debug!(device = name, index, "the device's addresses changed"),
         Attached::Replaced => info!(device = name, index, "took over this device from an earlier daemon"),
     }
@@ -296,15 +296,15 @@ fn subject(name: &str) -> String {
 
 fn describe(faults: &[Fault], name: &str) -> String {
     let packets = |direction: &Direction| match direction {
-        Direction::In => "that come in",
-        Direction::Out => "that leave",
+        Direction::In => "ingress",
+        Direction::Out => "egress",
     };
     let describe = |fault: &Fault| match fault {
         Fault::Detached(direction) => {
-            format!("the program for packets {} was taken off device {name}", packets(direction))
+            format!("another process detached the {} program from device {name}", packets(direction))
         }
         Fault::Overtaken(direction, others) => {
-            format!("{} came before the program for packets {} on device {name}", others.join(", "), packets(direction))
+            format!("{} was attached ahead of the {} program on device {name}", others.join(", "), packets(direction))
         }
     };
     faults.iter().map(describe).collect::<Vec<_>>().join(", ")

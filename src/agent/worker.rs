@@ -92,7 +92,7 @@ impl<'m> Worker<'m> {
                 frontends = found.frontends,
                 backends = found.backends,
                 unusable = found.unusable,
-                "took over the state of an earlier daemon; it serves"
+                "took over the state of an earlier daemon, which continues to be served"
             );
         }
         Ok(Worker {
@@ -173,12 +173,12 @@ impl<'m> Worker<'m> {
         match self.core.correct(map, &keys, self.maps) {
             Ok(0) => false,
             Ok(rows) => {
-                warn!(map = map.as_str(), rows, "somebody else has changed these rows: writing them again");
+                warn!(map = map.as_str(), rows, "another process has changed these map entries: writing them again");
                 self.inputs.app.metrics.drifted(map.as_str(), rows as u64);
                 true
             }
             Err(error) => {
-                warn!("rows that an audit found different cannot be read: {error:#}");
+                warn!("cannot read the entries that an audit found changed: {error:#}");
                 true
             }
         }
@@ -272,7 +272,7 @@ impl<'m> Worker<'m> {
         }
         let late = now >= *self.node_deadline.get_or_insert(now + NODE_GRACE);
         if late {
-            warn!("this node's Node object could not be read in {} s: going on without it", NODE_GRACE.as_secs());
+            warn!("this node's Node object could not be read within {} s: continuing without it", NODE_GRACE.as_secs());
         }
         late
     }
@@ -287,14 +287,14 @@ impl<'m> Worker<'m> {
         }
         if report.waits {
             self.inputs.app.health.update_waits(now);
-            self.inputs.app.health.not_ready("the kernel does not take every row; see the log");
+            self.inputs.app.health.not_ready("the kernel rejects some map entries; see the log");
         } else {
             self.inputs.app.health.up_to_date(SystemTime::now());
             self.inputs.app.metrics.up_to_date(SystemTime::now());
         }
         if let Some((map, error)) = report.failures.first().filter(|_| tell) {
             let failed = report.failures.len();
-            warn!(failed, "the kernel did not take {failed} rows (map {}: {error}); trying again", map.as_str());
+            warn!(failed, "the kernel rejected {failed} map entries (map {}: {error}); trying again", map.as_str());
         }
         self.tell(report);
         let datagrams = |gone: &(Protocol, _)| gone.0 == Protocol::Udp;

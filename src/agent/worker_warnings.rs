@@ -41,7 +41,7 @@ impl WarningLog {
             let lines = std::mem::take(&mut self.left_out);
             warn!(
                 lines,
-                "lines about objects are left out, there are too many; kubelane_warnings counts all that hold"
+                "too many warnings about objects: some lines are left out; kubelane_warnings counts all active warnings"
             );
         }
     }

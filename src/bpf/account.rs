@@ -26,7 +26,9 @@ pub struct MapMemory {
 /// When nothing is pinned there, or a map cannot be opened.
 pub fn map_memory(pin_path: &Path) -> Result<Vec<MapMemory>> {
     let pins = pinned::children(&pinned::maps_directory(pin_path))?;
-    pins.iter().map(|pin| read(pin).with_context(|| format!("cannot read what {} takes up", pin.display()))).collect()
+    pins.iter()
+        .map(|pin| read(pin).with_context(|| format!("cannot read the memory use of {}", pin.display())))
+        .collect()
 }
 
 fn read(pin: &Path) -> Result<MapMemory> {

@@ -134,7 +134,7 @@ impl SocketHooks {
         link::pin(new.as_fd(), &pin)?;
         // A link that only loses its last reference is taken off its hook later, by a worker of the kernel's.
         if let Some((former, _)) = former {
-            former.detach().with_context(|| format!("cannot detach the former link of {}", pin.display()))?;
+            former.detach().with_context(|| format!("cannot detach the previous link of {}", pin.display()))?;
         }
         Ok(Attached::New)
     }

@@ -164,7 +164,7 @@ impl Devices {
                 Method::Tcx => hook::tcx_fault(program, device.index, direction, &self.links),
                 Method::Clsact => hook::filter_fault(program, device.index, direction, &self.links),
             };
-            faults.extend(fault.with_context(|| format!("cannot look at device {}", device.index))?);
+            faults.extend(fault.with_context(|| format!("cannot inspect device {}", device.index))?);
         }
         Ok(faults)
     }

@@ -290,7 +290,7 @@ impl Table {
 fn remove(program: &OwnedFd, keys: &[FlowKey]) -> Result<usize> {
     let mut input = vec![0u8; COLLECT_HEAD as usize];
     input.extend_from_slice(bytemuck::cast_slice(keys));
-    let (removed, ..) = test_run(program.as_fd(), &input, &[], &mut [], 1).context("cannot take away ended flows")?;
+    let (removed, ..) = test_run(program.as_fd(), &input, &[], &mut [], 1).context("cannot remove ended flows")?;
     Ok(removed as usize)
 }
 

@@ -94,7 +94,7 @@ pub(super) fn attach_tcx(program: BorrowedFd<'_>, index: u32, direction: Directi
     link::pin(new.as_fd(), &path)?;
     // For this moment both see packets; what the first has translated is no Service's to the second.
     let Some((former, _)) = former else { return Ok(Attached::New) };
-    former.detach().with_context(|| format!("cannot detach the former link of {}", path.display()))?;
+    former.detach().with_context(|| format!("cannot detach the previous link of {}", path.display()))?;
     Ok(Attached::Replaced)
 }
 
@@ -222,7 +222,7 @@ pub(super) fn attach_filter(
             Some(running) if link::is_program(running, program)? => return Ok(Attached::Replaced),
             Some(_) => {
                 let _ = fs::remove_file(&path);
-                bail!("a filter of somebody else has priority {FILTER_PRIORITY} and handle {FILTER_HANDLE:#x}");
+                bail!("another program's filter has priority {FILTER_PRIORITY} and handle {FILTER_HANDLE:#x}");
             }
         }
     }

@@ -133,7 +133,7 @@ impl Datapath {
         }
         let skeleton = uninterrupted(|| skeleton.load()).with_context(|| {
             format!(
-                "the kernel did not take the BPF object (see the lines above; `kubelane check` names what is missing, and if the maps in {} are of another make, `kubelane cleanup` removes them)",
+                "the kernel rejected the BPF object (see the lines above; `kubelane check` names what is missing; if the maps in {} have another layout, `kubelane cleanup` removes them)",
                 settings.pin_path.display()
             )
         })?;
@@ -235,7 +235,7 @@ pub(super) fn btf_stand_in() -> Result<Option<EmptyBtf>> {
     if probe::has_kernel_btf() {
         return Ok(None);
     }
-    EmptyBtf::new().map(Some).context("cannot make a file in memory")
+    EmptyBtf::new().map(Some).context("cannot create a file in memory")
 }
 
 /// Loads programs with every signal held back from this thread: while one waits for it the verifier gives up (EAGAIN), and
@@ -356,7 +356,7 @@ fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
     let pinned = MapHandle::from_pinned_path(pin).with_context(|| format!("cannot open {}", pin.display()))?;
     if pinned.max_entries() != wanted {
         tracing::warn!(
-            "{} keeps its capacity of {} rows ({wanted} asked for): --max-services, --max-endpoints and --max-source-ranges take effect when the maps are created, after `kubelane cleanup`",
+            "{} keeps its capacity of {} entries ({wanted} requested): --max-services, --max-endpoints and --max-source-ranges take effect when the maps are created, after `kubelane cleanup`",
             pin.display(),
             pinned.max_entries()
         );
@@ -366,7 +366,7 @@ fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
 
 fn attach_iterators(skeleton: &KubelaneSkel<'_>, search: SocketSearch, own_only: bool) -> Result<Option<StaleSockets>> {
     let (progs, origins) = (&skeleton.progs, skeleton.maps.socket_origins.as_fd());
-    let why = "cannot make the socket iterator";
+    let why = "cannot create the socket iterator";
     let stale = match search {
         SocketSearch::Origins => Iterators::Origins(progs.find_stale_sockets.attach_iter(origins).context(why)?),
         SocketSearch::Namespaces => Iterators::Namespaces {

@@ -98,7 +98,7 @@ impl PacketTrial {
         let (result, ..) = test_run(program.as_fd(), &frame, &[], &mut [], 1)?;
         // 1: it was not received (NET_RX_DROP), which is what the trial is about.
         let error = result as i32;
-        ensure!(error >= 0, "putting a packet on device {}: {}", device.index, io::Error::from_raw_os_error(-error));
+        ensure!(error >= 0, "injecting a packet on device {}: {}", device.index, io::Error::from_raw_os_error(-error));
         for _ in 0..LOOKS {
             if self.fragments.lookup(&key, MapFlags::ANY).context("reading fragments")?.is_some() {
                 let _ = self.fragments.delete(&key);

@@ -43,8 +43,8 @@ pub fn expect_state(pin_path: &Path) -> Result<()> {
     let name = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     match others.last().map(name) {
         Some(other) => bail!(
-            "the state below {at} is of map ABI {other}, and this binary reads v{ABI_VERSION} only: use the binary of \
-             the daemon that made it"
+            "the state below {at} has map ABI {other}, and this binary reads v{ABI_VERSION} only: use the binary of \
+             the daemon that created it"
         ),
         None => bail!("no kubelane state below {at}: the daemon has not run with this --pin-path, or was cleaned up"),
     }
@@ -83,8 +83,8 @@ fn mount_bpffs(pin_path: &Path) -> Result<()> {
     }
     if has_own_mounts() {
         bail!(
-            "the node has no BPF file system at {BPFFS}, and one mounted in this container would end with it: on the \
-             node, mount -t bpf bpf {BPFFS} (systemd does at boot)"
+            "the node has no BPF file system at {BPFFS}, and one mounted in this container would disappear with it: \
+             run `mount -t bpf bpf {BPFFS}` on the node (systemd does so at boot)"
         );
     }
     nix::mount::mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), Some("mode=0700"))

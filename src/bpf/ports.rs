@@ -24,7 +24,7 @@ pub(super) fn private_ranges() -> [RangeInclusive<u16>; 2] {
     let mut gaps = gaps(&local).into_iter();
     let longest = gaps.next().unwrap_or_else(|| {
         tracing::warn!(
-            "{SYSCTL} ({} {}) leaves no room for the source ports of forwarded connections: {}-{} are used, and may meet the node's own; narrow the sysctl to 32768 60999",
+            "{SYSCTL} ({} {}) leaves no room for the source ports of forwarded connections: {}-{} are used, and may collide with the node's own; narrow the sysctl to 32768 60999",
             local.start(),
             local.end(),
             LAST_RESORT.start(),

@@ -180,7 +180,7 @@ fn settle_in_each(links: &[&Link], own_only: bool) -> StalePass {
 }
 
 fn tell(error: &anyhow::Error) {
-    tracing::warn!("sockets of removed backends were not ended in a network namespace: {error:#}");
+    tracing::warn!("cannot destroy sockets of removed backends in a network namespace: {error:#}");
 }
 
 fn read_stale(iterator: &Link) -> Result<Vec<StaleSocket>> {
@@ -307,7 +307,10 @@ fn request(netlink: &OwnedFd, request: &DiagRequest) -> io::Result<()> {
     // struct nlmsghdr is 16 bytes, then comes struct nlmsgerr with a negative errno or 0.
     let kind = answer.get(4..6).map(|b| u16::from_ne_bytes([b[0], b[1]]));
     if length < 20 || kind != Some(NLMSG_ERROR) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "sock_diag gave an answer that is no acknowledgement"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "sock_diag answered with something other than an acknowledgement",
+        ));
     }
     match i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]) {
         0 => Ok(()),

@@ -64,7 +64,7 @@ pub fn verify_all() -> Result<Vec<VerifiedProgram>> {
         Err(error) => {
             let refused = logs.rfind(|(_, log)| !log.is_empty());
             let (name, log) = refused.unwrap_or_else(|| ("nothing".into(), String::new()));
-            Err(error).with_context(|| format!("the kernel did not take the BPF object; last seen: {name}\n{log}"))
+            Err(error).with_context(|| format!("the kernel rejected the BPF object; last seen: {name}\n{log}"))
         }
     }
 }

@@ -23,7 +23,7 @@ pub fn bind_address(text: &str, default_port: u16) -> Result<BindAddress, String
         bare.parse::<IpAddr>().ok().map(|ip| SocketAddr::new(ip, default_port))
     };
     let address = text.parse().ok().or_else(any).or_else(alone);
-    let address = address.ok_or("allowed are IP:PORT, [IPv6]:PORT, IP, :PORT, or \"\" for none")?;
+    let address = address.ok_or("expected IP:PORT, [IPv6]:PORT, IP, :PORT, or \"\" for none")?;
     Ok(BindAddress(Some(address).filter(|a| a.port() != 0)))
 }
 

@@ -17,8 +17,7 @@ use crate::netdev::{DeviceSelection, IPVS_DEVICE};
 use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG, listen};
 
 /// kubelane serves the sockets of the node; what comes from outside is kube-proxy's for as long as it runs.
-const KUBE_PROXY_REMEDY: &str =
-    "fine beside a running kube-proxy, which serves traffic from outside; without one, run `kube-proxy --cleanup`";
+const KUBE_PROXY_REMEDY: &str = "fine while kube-proxy runs; once it is gone for good, run `kube-proxy --cleanup`";
 
 /// How a condition stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,19 +114,19 @@ pub fn text(mut flags: CheckFlags) -> anyhow::Result<(String, bool)> {
 
 /// Says nothing of a file that is as it should be, and of none.
 fn configuration(file: &ConfigFile) -> Option<Finding> {
-    const REMEDY: &str = "mend the file; the daemon reads it as kube-proxy does";
+    const REMEDY: &str = "correct the file; the daemon reads it as kube-proxy does";
     (!file.odd.is_empty()).then(|| Finding::warn("configuration file", file.odd.join(", "), REMEDY))
 }
 
 fn privileges(own: Privileges) -> Finding {
     const WHAT: &str = "privileges";
-    const REMEDY: &str = "run as root, or give kubelane the capabilities";
+    const REMEDY: &str = "run as root, or add the capabilities";
     let missing = own.missing();
     if !missing.is_empty() {
         return Finding::fail(WHAT, format!("missing {}", missing.join(", ")), REMEDY);
     }
     if !own.has_sys_admin() {
-        let detail = "no CAP_SYS_ADMIN: sockets of pods whose backend is gone cannot be ended";
+        let detail = "no CAP_SYS_ADMIN: sockets of pods whose backend is gone cannot be destroyed";
         return Finding::warn(WHAT, detail, REMEDY);
     }
     Finding::ok(WHAT, "CAP_SYS_ADMIN and CAP_NET_ADMIN")
@@ -190,7 +189,7 @@ fn cgroup(wanted: Option<&Path>) -> Finding {
         }
         Ok(cgroup) => Finding::warn(
             WHAT,
-            format!("{} is not the root of the hierarchy: processes elsewhere are not served", cgroup.path.display()),
+            format!("{} is not the root of the hierarchy: processes outside it are not served", cgroup.path.display()),
             "in a container: mount the host's /sys/fs/cgroup and name it with --cgroup",
         ),
         Err(error) => Finding::fail(WHAT, format!("{error:#}"), ""),
@@ -218,8 +217,8 @@ fn port(what: &'static str, flag: &str, address: Option<SocketAddr>, hard: bool)
     let Some(address) = address else { return Finding::ok(what, format!("off ({flag})")) };
     let Err(error) = listen(address) else { return Finding::ok(what, format!("{address} is free")) };
     let (without, later) = match hard {
-        true => ("the daemon ends (--bind-address-hard-fail)", ""),
-        false => ("Services are served without it", ", and it is taken when it is free"),
+        true => ("the daemon exits (--bind-address-hard-fail)", ""),
+        false => ("Services are served without it", ", and the daemon binds it when it is free"),
     };
     let (detail, remedy) = match listener_on(address.port()) {
         Some(process) if process.starts_with("kubelane ") => (
@@ -288,7 +287,7 @@ fn own_pins(pin_path: &Path) -> Finding {
     }
     let others = fs::read_dir(pin_path).is_ok_and(|mut entries| entries.next().is_some());
     if others {
-        return Finding::warn(WHAT, format!("{path} has another version's"), "`kubelane run` replaces it");
+        return Finding::warn(WHAT, format!("{path} has the state of another version"), "`kubelane run` replaces it");
     }
     Finding::ok(WHAT, format!("none in {path}"))
 }
@@ -327,7 +326,7 @@ mod tests {
         // The test runner's own name begins with "kubelane", too, but not with the daemon's.
         assert!(taken.level == Level::Warn && taken.detail.contains(&pid), "{taken}");
         let hard = port("health port", HEALTHZ_FLAG, Some(address), true);
-        assert!(hard.level == Level::Fail && hard.detail.contains("the daemon ends"), "{hard}");
+        assert!(hard.level == Level::Fail && hard.detail.contains("the daemon exits"), "{hard}");
         drop(listener);
         assert_eq!(port("health port", HEALTHZ_FLAG, Some(address), true).level, Level::Ok);
         assert_eq!(port("health port", HEALTHZ_FLAG, None, true).level, Level::Ok);

@@ -131,7 +131,7 @@ impl ConfigFile {
         for (field, expected) in [("apiVersion", API_VERSION), ("kind", KIND)] {
             let found = mapping.get(field).and_then(Value::as_str).unwrap_or_default();
             if found != expected {
-                return Err(format!("{field} {found:?} is not allowed: {expected} is expected"));
+                return Err(format!("{field} {found:?} is not valid: expected {expected}"));
             }
         }
         let mut config = ConfigFile { odd, ..ConfigFile::default() };
@@ -147,7 +147,7 @@ impl ConfigFile {
                 None => match value {
                     Value::Mapping(inner) if is_section(&path) => self.walk(&path, inner)?,
                     Value::Null if is_section(&path) => {}
-                    _ if is_section(&path) => return Err(format!("{path}: an object is expected")),
+                    _ if is_section(&path) => return Err(format!("{path}: expected an object")),
                     _ => self.odd.push(format!("{path} (unknown field)")),
                 },
             }
@@ -171,7 +171,7 @@ impl ConfigFile {
         match path {
             "clientConnection.kubeconfig" => self.kubeconfig = Some(text.into()),
             "bindAddress" => {
-                let bad = |_| format!("{text:?} is not allowed: an IP address is expected");
+                let bad = |_| format!("{text:?} is not valid: expected an IP address");
                 self.bind_address = Some(text.parse().map_err(bad)?);
             }
             "bindAddressHardFail" => self.bind_address_hard_fail = Some(true),
@@ -242,12 +242,12 @@ fn gate_list(gates: &Mapping) -> Result<String, String> {
 
 /// In the file, "" is the default: there, port 0 is the only way to turn a server off.
 fn address(text: &str, default_port: u16) -> Result<BindAddress, String> {
-    bind_address(text, default_port).map_err(|allowed| format!("{text:?} is not allowed: {allowed}"))
+    bind_address(text, default_port).map_err(|allowed| format!("{text:?} is not valid: {allowed}"))
 }
 
 fn integer(text: &str, least: i64, most: i64) -> Result<i64, String> {
     let number = text.parse().ok().filter(|number| (least..=most).contains(number));
-    number.ok_or_else(|| format!("{text} is not allowed: {least} to {most} is expected"))
+    number.ok_or_else(|| format!("{text} is not valid: expected {least} to {most}"))
 }
 
 fn is_section(path: &str) -> bool {

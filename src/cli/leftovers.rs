@@ -75,11 +75,11 @@ pub fn routes_loopback() -> bool {
 }
 
 /// What [`routes_loopback`] means.
-pub const LOOPBACK_IS_ROUTED: &str = "net.ipv4.conf.all.route_localnet is on, as kube-proxy sets it: without its rules, hosts \
-                                      on the same network reach what listens on 127.0.0.1 here (CVE-2020-8558)";
+pub const LOOPBACK_IS_ROUTED: &str = "net.ipv4.conf.all.route_localnet is on, as kube-proxy sets it: without its \
+    rules, hosts on the same network can reach what listens on 127.0.0.1 here (CVE-2020-8558)";
 /// What to do about it.
-pub const LOOPBACK_REMEDY: &str = "kubelane does not need it; where kube-proxy has gone for good: sysctl -w \
-                                   net.ipv4.conf.all.route_localnet=0, and look for it in /etc/sysctl.d";
+pub const LOOPBACK_REMEDY: &str = "kubelane does not need it; if kube-proxy is gone for good: sysctl -w \
+    net.ipv4.conf.all.route_localnet=0, and remove it from /etc/sysctl.d";
 
 /// $PATH, and the directories of administrators' tools, which are not in everybody's.
 fn search_path() -> OsString {

@@ -94,7 +94,7 @@ impl<'de> Visitor<'de> for Place<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut mapping = Mapping::new();
         while let Some(key) = entries.next_key::<Value>()? {
-            let name = name(&key).ok_or_else(|| A::Error::custom("a field's name is no text"))?;
+            let name = name(&key).ok_or_else(|| A::Error::custom("a field name is not a string"))?;
             let path = below(self.path, &name);
             let value = entries.next_value_seed(Place { path: &path, odd: self.odd })?;
             if mapping.insert(name.into(), value).is_some() {

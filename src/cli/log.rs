@@ -49,7 +49,7 @@ pub fn start(flags: LogFlags) -> anyhow::Result<()> {
         LogFormat::Human => builder.with_ansi(has_colours).try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_target(true).try_init(),
     };
-    result.map_err(|error| anyhow::anyhow!("setting the log up: {error}"))
+    result.map_err(|error| anyhow::anyhow!("setting up the log: {error}"))
 }
 
 /// Libraries speak only when asked for everything: kube logs each request at debug, and repeats each failed one, which

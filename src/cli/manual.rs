@@ -39,7 +39,7 @@ pub fn man(flags: &ManFlags) -> Result<()> {
         None => &all,
         Some(name) => {
             let found = all.find_subcommand(name);
-            found.ok_or_else(|| UsageError(format!("there is no subcommand {name:?}: see `kubelane --help`")))?
+            found.ok_or_else(|| UsageError(format!("unknown subcommand {name:?}: see `kubelane --help`")))?
         }
     };
     print(page(command)?)
@@ -63,10 +63,10 @@ fn page(command: &clap::Command) -> Result<Vec<u8>> {
     let mut page = Vec::new();
     let source = concat!("kubelane ", env!("CARGO_PKG_VERSION"));
     let man = Man::new(command.clone()).title(title(command)).section("8").source(source).manual("kubelane");
-    man.render(&mut page).context("making a manual page")?;
+    man.render(&mut page).context("rendering a manual page")?;
     Ok(page)
 }
 
 fn print(text: Vec<u8>) -> Result<()> {
-    super::print(&String::from_utf8(text).context("what was made is not UTF-8")?)
+    super::print(&String::from_utf8(text).context("the output is not UTF-8")?)
 }

@@ -162,7 +162,7 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
     }
     let mut text: String = removed.iter().map(|what| format!("removed {what}\n")).collect();
     text += &match removed.len() {
-        0 => format!("nothing of kubelane below {}\n", pin_path.display()),
+        0 => format!("nothing to remove: no kubelane state below {}\n", pin_path.display()),
         n => format!("{n} removed: kubelane is gone from {}\n", pin_path.display()),
     };
     if leftovers::routes_loopback() {

@@ -9,7 +9,7 @@ use crate::model::{Family, Ipx};
 use crate::netdev::{self, DeviceSelection, Layer, NetDevice, Network};
 
 const NAME_THEM: &str = "name devices with --devices (`ip address` lists them)";
-const OTHER_DEVICE: &str = "have clients come in by one of the other devices";
+const OTHER_DEVICE: &str = "direct clients to one of the other devices";
 const LOOK: &str = "look at `ip link` (XDP programs), `bpftool net`, and `tc filter show dev DEVICE ingress`";
 
 /// Devices, and each thing that is wrong with its remedy.
@@ -30,10 +30,10 @@ pub fn outward(selection: &DeviceSelection, pin_path: &Path) -> anyhow::Result<O
     let unserved = selection.unserved(&network.devices);
     let mut troubles: Vec<(String, &'static str)> = unserved
         .iter()
-        .map(|device| (format!("nobody is served behind {}: {}", device.name, device.why), OTHER_DEVICE))
+        .map(|device| (format!("clients behind {} are not served: {}", device.name, device.why), OTHER_DEVICE))
         .collect();
     if chosen.is_empty() {
-        troubles.push(("none: nobody outside is served".to_owned(), NAME_THEM));
+        troubles.push(("none: clients outside are not served".to_owned(), NAME_THEM));
     }
     let trial = PacketTrial::open(pin_path).ok();
     for device in &chosen {
@@ -62,12 +62,12 @@ fn in_the_way(device: &NetDevice, trial: Option<&PacketTrial>) -> Vec<String> {
         // Without tcx there is no such list.
         let before = programs_before_ours(device.index, direction).unwrap_or_default();
         if !before.is_empty() {
-            found.push(format!("{}: {} come before kubelane's program", device.name, before.join(", ")));
+            found.push(format!("{}: {} run before kubelane's program", device.name, before.join(", ")));
         }
     }
     let outcomes = trial.and_then(|trial| trial.run(&as_attached(device)).ok()).unwrap_or_default();
     if outcomes.iter().any(|(_, arrived)| !arrived) {
-        found.push(format!("{}: packets that come in do not get to kubelane's program", device.name));
+        found.push(format!("{}: ingress packets do not reach kubelane's program", device.name));
     }
     found
 }

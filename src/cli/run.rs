@@ -30,10 +30,10 @@ pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
     let source = choose_source(&flags.source, in_cluster())?;
     log::start(flags.log).map_err(|error| UsageError(format!("{error:#}")))?;
     if !odd.is_empty() {
-        warn!("these settings are not as they should be, and are read as kube-proxy reads them: {}", odd.join(", "));
+        warn!("these settings are malformed, and are read as kube-proxy reads them: {}", odd.join(", "));
     }
     if !ignored.is_empty() {
-        warn!("these settings have no meaning here and are ignored: {}", ignored.join(", "));
+        warn!("these settings have no effect here and are ignored: {}", ignored.join(", "));
     }
     if let Some(score) = flags.oom_score_adj {
         adjust_oom_score(score);
@@ -55,7 +55,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
     let cgroup = host::find_cgroup(flags.node.cgroup.as_deref())?;
     if !cgroup.is_root && flags.node.cgroup.is_none() {
         warn!(
-            "{} is not the root of the cgroup2 hierarchy: processes elsewhere are not served; in a container, mount \
+            "{} is not the root of the cgroup2 hierarchy: processes outside it are not served; in a container, mount \
              the host's /sys/fs/cgroup and name it with --cgroup",
             cgroup.path.display()
         );
@@ -105,7 +105,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
 /// Not being able to is no reason not to serve; a lower score takes CAP_SYS_RESOURCE.
 fn adjust_oom_score(score: i16) {
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", score.to_string()) {
-        warn!("--oom-score-adj {score}: {error}; going on with the score that this process was started with");
+        warn!("--oom-score-adj {score}: {error}; keeping the score that this process was started with");
     }
 }
 
@@ -114,7 +114,7 @@ fn allow_many_files() {
     let raised =
         getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
     if let Err(error) = raised {
-        warn!("the limit of open files stays as it was: {error}");
+        warn!("cannot raise the limit of open files: {error}");
     }
 }
 
@@ -131,13 +131,13 @@ pub(super) fn choose_source(flags: &SourceFlags, in_cluster: bool) -> Result<Sou
     match &flags.source {
         Some(Source::Kubernetes) => Ok(kubernetes()),
         Some(Source::Directory(_)) if to_api_server => {
-            Err(UsageError("--kubeconfig and --master have no meaning with --source dir:PATH".to_owned()))
+            Err(UsageError("--kubeconfig and --master cannot be used with --source dir:PATH".to_owned()))
         }
         Some(Source::Directory(path)) => Ok(SourceSettings::Directory(path.clone())),
         None if to_api_server || in_cluster => Ok(kubernetes()),
         None => Err(UsageError(
-            "--source is needed outside a cluster: allowed are `kubernetes` (with --kubeconfig FILE or --master URL) \
-             and `dir:PATH`"
+            "--source is required outside a cluster: `kubernetes` (with --kubeconfig FILE or --master URL) or \
+             `dir:PATH`"
                 .to_owned(),
         )),
     }

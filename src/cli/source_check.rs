@@ -28,7 +28,7 @@ pub(super) fn findings(flags: &SourceFlags) -> Vec<Finding> {
             match inquiry {
                 Ok(inquiry) => of_server(inquiry),
                 Err(error) => {
-                    vec![Finding::fail(SERVER, format!("{error:#}"), "mend the kubeconfig, or name another one")]
+                    vec![Finding::fail(SERVER, format!("{error:#}"), "correct the kubeconfig, or name another one")]
                 }
             }
         }
@@ -37,7 +37,7 @@ pub(super) fn findings(flags: &SourceFlags) -> Vec<Finding> {
         }
         Err(_) => vec![Finding::warn(
             SERVER,
-            "not asked: nothing says where it is",
+            "not checked: its address is not given",
             "give the daemon's --config, --kubeconfig, --master or --source",
         )],
     }
@@ -47,7 +47,9 @@ fn directory(path: &Path) -> Finding {
     const WHAT: &str = "directory of manifests";
     match path.is_dir() {
         true => Finding::ok(WHAT, path.display().to_string()),
-        false => Finding::fail(WHAT, format!("{} is not a directory", path.display()), "make it, or name another one"),
+        false => {
+            Finding::fail(WHAT, format!("{} is not a directory", path.display()), "create it, or name another one")
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! Flags that say how traffic from the wire is treated, and what the host's connection tracking is set to: kube-proxy's
-//! own names where it has them.
+//! Flags for traffic from outside and for the host's connection tracking. They have kube-proxy's own names where it has
+//! them.
 
 use std::time::Duration;
 
@@ -12,28 +12,28 @@ use crate::model::{ClientSource, FlowTimeouts, ForwardThrough, HostConntrack, Ma
 #[derive(Args, Clone, Copy, Debug, Default)]
 #[command(next_help_heading = "Traffic from outside")]
 pub struct TrafficFlags {
-    /// How packets to backends on other nodes leave: by `redirect`, straight out of the route's device, or through the
+    /// How packets to backends on other nodes leave: by `redirect`, straight through the route's device, or through the
     /// host's `stack`, where its firewall sees them
     ///
     /// [default: redirect]
     #[arg(long, value_name = "HOW")]
     pub forward_through: Option<ForwardThrough>,
 
-    /// Whom a backend on the node that is asked sees under externalTrafficPolicy Cluster: the `client`, or the `node`, as
-    /// with kube-proxy (for pods whose default route leads elsewhere, or network policies that admit node addresses only).
-    /// The annotation kubelane.io/cluster-policy-source of a Service says it for that one
+    /// Source address that a backend on the node sees under externalTrafficPolicy Cluster: the `client`'s, or the
+    /// `node`'s, as with kube-proxy (for pods whose default route leads elsewhere, or network policies that admit node
+    /// addresses only). The annotation kubelane.io/cluster-policy-source sets it for one Service
     ///
     /// [default: client]
     #[arg(long, value_name = "WHO")]
     pub cluster_policy_source: Option<ClientSource>,
 
-    /// Hide the clients of packets to cluster IPs behind the node, too. (Sockets that are translated when they connect
-    /// are not hidden; see --socket-lb)
+    /// Also masquerade packets to cluster IPs. (Sockets that are translated when they connect are not masqueraded; see
+    /// --socket-lb)
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_parser = boolean)]
     pub masquerade_all: Option<bool>,
 
-    /// Serve cluster IPs to clients outside as well, for those whose routers lead the Service network to nodes
+    /// Also serve cluster IPs to clients outside, whose routers route the Service network to nodes
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     #[arg(value_parser = boolean)]
     pub external_cluster_ip: Option<bool>,
@@ -51,16 +51,16 @@ pub struct TrafficFlags {
     pub table: TableFlags,
 }
 
-/// The size of the host's table of connections (net.netfilter.nf_conntrack_max), which is raised where it is smaller.
+/// The size of the host's connection tracking table (net.netfilter.nf_conntrack_max), which is raised if it is smaller.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableFlags {
-    /// Connections for each processor that the host's connection tracking has room for; 0 leaves it as it is
+    /// Size of the host's connection tracking table, per processor; 0 leaves the table as it is
     ///
     /// [default: 32768]
     #[arg(long = "conntrack-max-per-core", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i32::MAX as i64))]
     pub max_per_core: Option<u32>,
 
-    /// The same for all processors together at least
+    /// Minimum size of that table
     ///
     /// [default: 131072]
     #[arg(long = "conntrack-min", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i32::MAX as i64))]
@@ -75,30 +75,31 @@ impl TableFlags {
     }
 }
 
-/// What was said of [`FlowTimeouts`], in flags or in the configuration file, and of the node's sysctls of the same names:
-/// zero is the default for flows, and leaves the sysctl as it is.
+/// What was said of [`FlowTimeouts`], in flags or in the configuration file, and of the node's sysctls of the same
+/// names: zero is the default for flows, and leaves the sysctl as it is.
 #[derive(Args, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TimeoutFlags {
-    /// How long an established TCP flow is kept in silence, 1s to 720h; 0: the default. This and the next sysctl
-    /// (net.netfilter.nf_conntrack_tcp_timeout_established, _close_wait) are raised to it, but for 0
+    /// Idle timeout of an established TCP flow, 1s to 720h; 0 means the default. The sysctls of this flag and the next
+    /// (net.netfilter.nf_conntrack_tcp_timeout_established, _close_wait) are raised to it, unless it is 0
     ///
     /// [default: 24h]
     #[arg(long = "conntrack-tcp-timeout-established", value_name = "DURATION", value_parser = timeout)]
     pub tcp_established: Option<Duration>,
 
-    /// The same for a TCP flow that one end has closed
+    /// Idle timeout of a TCP flow that one end has closed
     ///
     /// [default: 1h]
     #[arg(long = "conntrack-tcp-timeout-close-wait", value_name = "DURATION", value_parser = timeout)]
     pub tcp_close_wait: Option<Duration>,
 
-    /// The same for a UDP flow without a reply; the sysctls of this and the next are raised only when it is given
+    /// Idle timeout of a UDP flow without a reply. The sysctls of this flag and the next are raised only if they are
+    /// given
     ///
     /// [default: 30s]
     #[arg(long = "conntrack-udp-timeout", value_name = "DURATION", value_parser = timeout)]
     pub udp: Option<Duration>,
 
-    /// The same for a UDP flow with replies
+    /// Idle timeout of a UDP flow with replies
     ///
     /// [default: 120s]
     #[arg(long = "conntrack-udp-timeout-stream", value_name = "DURATION", value_parser = timeout)]

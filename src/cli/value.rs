@@ -51,21 +51,21 @@ impl Sort {
             Sort::Gates => text.is_empty() || text.split(',').all(gate),
             Sort::OneOf(allowed) => text.is_empty() || allowed.contains(&text),
         };
-        if fits { Ok(()) } else { Err(format!("{text:?} is not allowed: {}", self.allowed())) }
+        if fits { Ok(()) } else { Err(format!("{text:?} is not valid: {}", self.allowed())) }
     }
 
     /// Says what is allowed.
     pub fn allowed(self) -> String {
         match self {
-            Sort::Text => "a text is expected".to_owned(),
-            Sort::Bool => "true or false is expected".to_owned(),
-            Sort::Number => "a number is expected".to_owned(),
-            Sort::Duration => "a duration such as 30s, 1m30s or 2h22m is expected".to_owned(),
-            Sort::Cidrs => "CIDRs separated by commas are expected".to_owned(),
-            Sort::CidrList => "a list of CIDRs is expected".to_owned(),
-            Sort::List => "a list is expected".to_owned(),
-            Sort::Gates => "NAME=true or NAME=false is expected".to_owned(),
-            Sort::OneOf(allowed) => format!("allowed are {}", allowed.join(", ")),
+            Sort::Text => "expected a text".to_owned(),
+            Sort::Bool => "expected true or false".to_owned(),
+            Sort::Number => "expected a number".to_owned(),
+            Sort::Duration => "expected a duration such as 30s, 1m30s or 2h22m".to_owned(),
+            Sort::Cidrs => "expected CIDRs separated by commas".to_owned(),
+            Sort::CidrList => "expected a list of CIDRs".to_owned(),
+            Sort::List => "expected a list".to_owned(),
+            Sort::Gates => "expected NAME=true or NAME=false".to_owned(),
+            Sort::OneOf(allowed) => format!("expected one of {}", allowed.join(", ")),
         }
     }
 }
@@ -99,7 +99,7 @@ pub fn timeout(text: &str) -> Result<Duration, String> {
     let signed = text.parse::<jiff::SignedDuration>().ok();
     let timeout = signed.and_then(|signed| Duration::try_from(signed).ok());
     let fits = |timeout: &Duration| (FlowTimeouts::LEAST..=FlowTimeouts::MOST).contains(timeout);
-    timeout.filter(fits).ok_or_else(|| format!("{text:?} is not allowed: 1s to 720h is expected, or 0 for the default"))
+    timeout.filter(fits).ok_or_else(|| format!("{text:?} is not valid: expected 1s to 720h, or 0 for the default"))
 }
 
 /// Whether a duration is nothing: 0, 0s.
@@ -131,7 +131,7 @@ mod tests {
                 assert!(error.contains(&format!("{text:?}")), "{error}");
             }
         }
-        assert!(MODES.check("x").unwrap_err().ends_with("allowed are iptables, ipvs, nftables"));
+        assert!(MODES.check("x").unwrap_err().ends_with("expected one of iptables, ipvs, nftables"));
         assert!(is_zero_duration("0s") && is_zero_duration("0") && !is_zero_duration("1ms"));
         assert!(["1", "t", "TRUE"].iter().all(|on| boolean(on) == Ok(true)) && boolean("F") == Ok(false));
         assert!(boolean("yes").unwrap_err().contains("true or false"));
@@ -144,7 +144,7 @@ mod tests {
             assert_eq!(timeout(text), Ok(Duration::from_secs(seconds)), "{text}");
         }
         for bad in ["999ms", "-1s", "720h0m1s", "-720h", "99999999h"] {
-            assert!(timeout(bad).unwrap_err().ends_with("1s to 720h is expected, or 0 for the default"), "{bad}");
+            assert!(timeout(bad).unwrap_err().ends_with("expected 1s to 720h, or 0 for the default"), "{bad}");
         }
         assert!(timeout("soon").unwrap_err().contains("a duration such as 30s"));
     }

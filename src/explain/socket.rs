@@ -41,12 +41,14 @@ pub fn ask(pin_path: &Path, about: About) -> Result<Option<Answer>> {
     };
     let text = exchange(&mut stream, &Question { version: VERSION, about })
         .with_context(|| format!("asking the daemon at {}", path.display()))?;
-    let head: Head = serde_json::from_slice(&text).context("the daemon's answer cannot be read")?;
+    let head: Head = serde_json::from_slice(&text).context("cannot read the daemon's response")?;
     if head.version != VERSION {
         let (theirs, ours) = (head.release, env!("CARGO_PKG_VERSION"));
-        bail!("the daemon is kubelane {theirs}, and answers in another way than {ours} asks: use its own binary");
+        bail!(
+            "the daemon is kubelane {theirs}, whose protocol differs from that of {ours}: use the daemon's own binary"
+        );
     }
-    let answer: Answer = serde_json::from_slice(&text).context("the daemon's answer cannot be read")?;
+    let answer: Answer = serde_json::from_slice(&text).context("cannot read the daemon's response")?;
     match answer.error {
         Some(error) => bail!("the daemon cannot answer: {error}"),
         None => Ok(Some(answer)),
@@ -66,6 +68,6 @@ fn exchange(stream: &mut UnixStream, question: &Question) -> Result<Vec<u8>> {
     stream.write_all((serde_json::to_string(question)? + "\n").as_bytes())?;
     let mut text = Vec::new();
     stream.read_to_end(&mut text).with_context(|| format!("no answer within {} s", PATIENCE.as_secs()))?;
-    anyhow::ensure!(!text.is_empty(), "it hung up: only root is answered");
+    anyhow::ensure!(!text.is_empty(), "the daemon closed the connection: only root may ask");
     Ok(text)
 }

@@ -218,7 +218,7 @@ impl Source {
         for (_, state) in self.status.all() {
             state.failed("the directory is gone");
         }
-        warn!(%directory, "the directory is gone: what it said stays in force until it is back");
+        warn!(%directory, "the directory is gone: its last content stays in force until it is back");
     }
 
     fn reachable(&self) {

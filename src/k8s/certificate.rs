@@ -129,7 +129,7 @@ fn judge_root(root: &CertificateDer<'_>, name: &ServerName<'_>, now: UnixTime) -
 fn describe(certificate: &CertificateDer<'_>) -> String {
     match X509Certificate::from_der(certificate) {
         Ok((_, parsed)) => format!("the certificate of \"{}\", issued by \"{}\",", parsed.subject(), parsed.issuer()),
-        Err(_) => "something that is no certificate".to_owned(),
+        Err(_) => "something that is not a certificate".to_owned(),
     }
 }
 
@@ -152,7 +152,7 @@ fn reason(error: &CertificateError, certificate: &CertificateDer<'_>) -> String 
             format!("is not for {}, but for {}", expected.to_str(), names())
         }
         NotValidForName => format!("is not for this server, but for {}", names()),
-        UnknownIssuer => "is signed by no authority that is trusted here".to_owned(),
+        UnknownIssuer => "is not signed by an authority that is trusted here".to_owned(),
         InvalidPurpose => "is not for servers".to_owned(),
         other => format!("cannot be used: {other}"),
     }

@@ -65,7 +65,7 @@ pub fn client(config: &kube::Config) -> anyhow::Result<kube::Client> {
                 None => build(config, socks),
             }
         }
-        _ => bail!("{}: allowed are http, https and socks5", name()),
+        _ => bail!("{}: expected http, https or socks5", name()),
     }
 }
 

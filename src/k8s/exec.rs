@@ -69,7 +69,7 @@ pub async fn run(exec: &ExecConfig) -> anyhow::Result<Credential> {
         let said: String = said.trim().chars().take(LONGEST).collect();
         bail!("the credential plugin {name} failed ({}): {said}", output.status);
     }
-    let text = || format!("the credential plugin {name} printed something else than an ExecCredential");
+    let text = || format!("the credential plugin {name} did not print an ExecCredential");
     let printed: Output = serde_json::from_slice(&output.stdout).with_context(text)?;
     let credential = printed.status.ok_or_else(|| anyhow!("{}: it has no status", text()))?;
     let has_identity = credential.client_certificate_data.is_some() && credential.client_key_data.is_some();
@@ -85,10 +85,11 @@ fn started(name: &str, exec: &ExecConfig) -> String {
 
 fn command(name: &str, exec: &ExecConfig) -> anyhow::Result<Command> {
     let is_always = exec.interactive_mode == Some(ExecInteractiveMode::Always);
-    ensure!(!is_always, "the credential plugin {name} wants to talk with people, and a daemon has none");
+    ensure!(!is_always, "the credential plugin {name} is interactive, which a daemon does not support");
     let mut spec = json!({"interactive": false});
     if exec.provide_cluster_info {
-        spec["cluster"] = serde_json::to_value(exec.cluster.as_ref().context("exec: no cluster to tell of")?)?;
+        spec["cluster"] =
+            serde_json::to_value(exec.cluster.as_ref().context("exec: no cluster information for the plugin")?)?;
     }
     let info = json!({"apiVersion": exec.api_version, "kind": "ExecCredential", "spec": spec});
     let mut command = Command::new(name);

@@ -86,8 +86,7 @@ fn make(mut config: kube::Config) -> anyhow::Result<Made> {
 }
 
 fn header(token: &str) -> anyhow::Result<HeaderValue> {
-    let mut value =
-        HeaderValue::try_from(format!("Bearer {token}")).context("the token has characters that no token has")?;
+    let mut value = HeaderValue::try_from(format!("Bearer {token}")).context("the token has invalid characters")?;
     value.set_sensitive(true);
     Ok(value)
 }
@@ -99,7 +98,7 @@ impl Renewing {
         match (renewed, &self.made) {
             (Ok(made), known) => {
                 if known.as_ref().is_some_and(|known| known.fingerprint != made.fingerprint) {
-                    info!("credentials for the API server have changed on disk: the new ones are used");
+                    info!("credentials for the API server have changed on disk: using the new ones");
                 }
                 self.problem = None;
                 self.made = Some(made.clone());
@@ -109,7 +108,7 @@ impl Renewing {
             (Err(error), Some(known)) => {
                 let (known, problem) = (known.clone(), format!("{error:#}"));
                 if self.problem.as_ref() != Some(&problem) {
-                    warn!("credentials for the API server cannot be renewed; the old ones stay: {problem}");
+                    warn!("cannot renew the credentials for the API server; keeping the old ones: {problem}");
                 }
                 self.problem = Some(problem);
                 Ok(known)

@@ -26,7 +26,7 @@ pub async fn run(client: kube::Client, node: String, key: String, mut tainted: w
         match remove(&client, &node, &key).await {
             Ok(removed) => {
                 if removed > 0 {
-                    info!(taint = key, removed, "the startup taint is off the Node");
+                    info!(taint = key, removed, "removed the startup taint from the Node");
                 }
                 (backoff, told) = (Backoff::default(), None);
                 // Until the watch has seen it.
@@ -64,7 +64,7 @@ async fn remove(client: &kube::Client, node: &str, key: &str) -> anyhow::Result<
             bail!("403 Forbidden: {}; the account needs get and patch on nodes", status.message)
         }
         // A taint that is not where it was read: somebody else changed the list.
-        Err(error) => Err(error).context("changing the Node"),
+        Err(error) => Err(error).context("patching the Node"),
     }
 }
 

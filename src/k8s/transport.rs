@@ -100,11 +100,11 @@ fn impatient(
                 (Ok(bytes), (Instant::now() + LIST_SILENCE, 0))
             }
             Ok(Some(Ok(_))) => {
-                let error = format!("the answer comes too slowly: less than {LIST_LEAST} bytes in {seconds} s");
+                let error = format!("the response is too slow: less than {LIST_LEAST} bytes in {seconds} s");
                 (Err(error.into()), (end, received))
             }
             Ok(Some(Err(error))) => (Err(error), (end, received)),
-            Err(_) => (Err(format!("the answer broke off: nothing for {seconds} s").into()), (end, received)),
+            Err(_) => (Err(format!("the response stalled: nothing for {seconds} s").into()), (end, received)),
         };
         Some((chunk, (body, window)))
     })
@@ -142,7 +142,7 @@ fn watched(
                 return None;
             }
             Err(()) => {
-                tracing::debug!("watch silent for {} s: opening it again", WATCH_SILENCE.as_secs());
+                tracing::debug!("no data on the watch for {} s: opening it again", WATCH_SILENCE.as_secs());
                 watch.ended(None);
                 return None;
             }
@@ -179,7 +179,10 @@ impl Watch {
         pace.not_before = Some(Instant::now() + pace.backoff.next());
         let problem = "the API server sends too slowly";
         if self.state.failed(problem) {
-            warn!("{problem}: one object took longer than {} s; retrying; what is programmed goes on", LINE.as_secs());
+            warn!(
+                "{problem}: one object took longer than {} s; retrying; what is programmed continues to be served",
+                LINE.as_secs()
+            );
         }
     }
 
@@ -202,7 +205,7 @@ impl Watch {
         let problem = "watches end as soon as they are opened";
         if self.state.failed(problem) {
             let error = error.map(|e| e.to_string()).unwrap_or_default();
-            warn!(error, "{problem}; retrying: look at the API server and at proxies in front of it");
+            warn!(error, "{problem}; retrying: check the API server and the proxies in front of it");
         }
     }
 }

@@ -49,12 +49,12 @@ pub fn explain(error: &Error) -> Trouble {
     let code = code(error);
     let (what, remedy) = match code {
         Some(401) => (
-            "the API server does not know us (401 Unauthorized)",
+            "the API server rejects the credentials (401 Unauthorized)",
             "check the service account token or the kubeconfig's credentials",
         ),
         Some(403) => (
             "the API server forbids the watch (403 Forbidden)",
-            "apply manifests/base/rbac.yaml: kubelane has to list and watch services, endpointslices.discovery.k8s.io and nodes",
+            "apply manifests/base/rbac.yaml: kubelane must list and watch services, endpointslices.discovery.k8s.io and nodes",
         ),
         Some(404) => (
             "the API server does not have this resource (404 Not Found)",
@@ -64,8 +64,8 @@ pub fn explain(error: &Error) -> Trouble {
             "the API server refuses the request (400 Bad Request)",
             "the server is too old or is not a Kubernetes API server",
         ),
-        Some(429) => ("the API server is overloaded (429 Too Many Requests)", "it will be asked less often"),
-        Some(500..) => ("the API server fails (5xx)", "look at its logs, and at etcd"),
+        Some(429) => ("the API server is overloaded (429 Too Many Requests)", "kubelane sends fewer requests"),
+        Some(500..) => ("the API server fails (5xx)", "check its logs, and etcd"),
         _ => transport(error),
     };
     Trouble { what: what.to_owned(), detail: detail(error), remedy }
@@ -83,17 +83,17 @@ fn of_tls(error: &Error) -> Option<Trouble> {
                 rustls::CertificateError::Other(rustls::OtherError(why)) => why.to_string(),
                 other => other.to_string(),
             },
-            "compare it with the kubeconfig's certificate-authority and server, and look at this machine's clock",
+            "compare it with the kubeconfig's certificate-authority and server, and check this machine's clock",
         ),
         error @ rustls::Error::AlertReceived(_) => trouble(
-            "the API server refuses our TLS",
+            "the API server refuses the TLS connection",
             error.to_string(),
-            "check the kubeconfig's client-certificate: is it signed by an authority that the server knows, and still valid?",
+            "check that the kubeconfig's client-certificate is signed by an authority that the server knows, and still valid",
         ),
         error => trouble(
-            "no TLS with the API server",
+            "cannot set up TLS with the API server",
             error.to_string(),
-            "is its address that of an API server, with https?",
+            "check that the address is that of an API server, with https",
         ),
     }
 }
@@ -134,16 +134,18 @@ fn code(error: &Error) -> Option<u16> {
 fn transport(error: &Error) -> (&'static str, &'static str) {
     match error {
         Error::NoResourceVersion => {
-            ("an object without a resourceVersion arrived", "the server is not a Kubernetes API server")
+            ("received an object without a resourceVersion", "the server is not a Kubernetes API server")
         }
         Error::InitialListFailed(kube::Error::SerdeError(_)) | Error::WatchFailed(kube::Error::SerdeError(_)) => {
-            ("the API server's answer cannot be read", "look at proxies in front of the API server")
+            ("cannot read the API server's response", "check the proxies in front of the API server")
         }
         Error::InitialListFailed(kube::Error::Auth(_)) | Error::WatchStartFailed(kube::Error::Auth(_)) => {
             ("no credentials for the API server", "check the service account token or the kubeconfig's credentials")
         }
-        Error::WatchFailed(_) => ("the watch broke off", "look at the network between this node and the API server"),
-        _ => ("the API server cannot be reached", "check its address, and the network between this node and it"),
+        Error::WatchFailed(_) => {
+            ("the watch was interrupted", "check the network between this node and the API server")
+        }
+        _ => ("the API server cannot be reached", "check its address, and the network between it and this node"),
     }
 }
 

@@ -167,7 +167,7 @@ impl Watch {
             if self.state.failed("the API server forbids the watch for now (403 Forbidden)") {
                 info!(
                     kind = W::PLURAL,
-                    "the API server forbids the watch, as one does that has just started; retrying"
+                    "the API server forbids the watch, as servers do just after they start; retrying"
                 );
             }
         } else if self.state.failed(&trouble.what) {

@@ -76,7 +76,7 @@ impl FromStr for SocketLb {
         match text {
             "all" => Ok(SocketLb::All),
             "host" => Ok(SocketLb::Host),
-            _ => Err("allowed are all and host"),
+            _ => Err("expected all or host"),
         }
     }
 }
@@ -98,7 +98,7 @@ impl FromStr for ClientSource {
         match text {
             "client" => Ok(ClientSource::Client),
             "node" => Ok(ClientSource::Node),
-            _ => Err("allowed are client and node"),
+            _ => Err("expected client or node"),
         }
     }
 }
@@ -119,7 +119,7 @@ impl FromStr for ForwardThrough {
         match text {
             "redirect" => Ok(ForwardThrough::Redirect),
             "stack" => Ok(ForwardThrough::Stack),
-            _ => Err("allowed are redirect and stack"),
+            _ => Err("expected redirect or stack"),
         }
     }
 }

@@ -112,15 +112,15 @@ pub fn compile(service: &Service, slices: &[&Slice], context: Context) -> Compil
         }
         if port.protocol == Protocol::Sctp {
             warnings.push(format!(
-                "port {}: SCTP is served to packets, from outside and of pods, but not to the node's own sockets, for which \
-                 the kernel has no hook; and only where the endpoints' port is the one that is asked for, since its \
-                 checksum rules out another",
+                "port {}: SCTP is served for packets of pods and from outside if the endpoints have the Service's \
+                 port (its checksum rules out another), but not for the node's own sockets, for which the kernel \
+                 has no hook",
                 port_label(port)
             ));
         }
         if let Some(others) = names_beside(service, port, slices) {
             warnings.push(format!(
-                "Service port {}: no EndpointSlice has a {} port of that name, but {others}, which the Service does not have",
+                "Service port {}: no EndpointSlice has a {} port of that name; they have {others}, which the Service does not have",
                 port_label(port),
                 port.protocol.as_str()
             ));

@@ -402,16 +402,15 @@ fn what_is_odd_is_named() {
         (
             &named,
             &[slice(&[("http", Protocol::Tcp, 8080), ("amdin", Protocol::Tcp, 81)], "10.1.0.1")][..],
-            "Service port admin: no EndpointSlice has a TCP port of that name, but \"amdin\" (TCP), which the Service does \
-             not have",
+            "Service port admin: no EndpointSlice has a TCP port of that name; they have \"amdin\" (TCP), which the \
+             Service does not have",
         ),
         (&twice, &[http("10.1.0.1")], "port http: another port has this name already: left out"),
         (
             &sctp,
             &[sctp_slice],
-            "port 5000: SCTP is served to packets, from outside and of pods, but not to the node's own sockets, for \
-             which the kernel has no hook; and only where the endpoints' port is the one that is asked for, since its \
-             checksum rules out another",
+            "port 5000: SCTP is served for packets of pods and from outside if the endpoints have the Service's port \
+             (its checksum rules out another), but not for the node's own sockets, for which the kernel has no hook",
         ),
     ] {
         let warning = Warning { subject: "Service default/web".into(), message: message.into() };

@@ -99,7 +99,7 @@ fn node_port_rows(service: &Service, ports: &[ServicePort]) -> usize {
 
 fn says(what: &str, flag: &str) -> String {
     format!(
-        "{what} are left out: they are more than this Service's share of the maps; ask for less, or stop kubelane, run \
+        "{what} are left out: they exceed this Service's quota of the maps; use fewer, or stop kubelane, run \
          `kubelane cleanup`, and start it with a higher {flag}"
     )
 }

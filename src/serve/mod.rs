@@ -67,11 +67,13 @@ pub fn bind(flag: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     listen(address).and_then(TcpListener::from_std).map_err(|error| {
         let remedy = match error.kind() {
             io::ErrorKind::AddrInUse => {
-                "is kube-proxy or another kubelane running? `kubelane check` names the process; \
-                 stop it, or give another port or \"\" (off)"
+                "is kube-proxy or another kubelane running? `kubelane check` names the process; stop it, or use \
+                 another port or \"\" (off)"
             }
-            io::ErrorKind::AddrNotAvailable => "no device here has this address; give one of this node's, or 0.0.0.0",
-            _ => "give another address, or \"\" (off)",
+            io::ErrorKind::AddrNotAvailable => {
+                "no device of this node has this address; use one of the node's addresses, or 0.0.0.0"
+            }
+            _ => "use another address, or \"\" (off)",
         };
         anyhow!("{flag}: cannot listen on {address}: {error}; {remedy}")
     })
@@ -100,7 +102,7 @@ pub async fn run(server: Server, limits: Arc<Limits>) {
             Err(error) => {
                 let error = error.to_string();
                 if told.as_ref() != Some(&error) {
-                    warn!("{error}. Services are served nevertheless, and it is tried again");
+                    warn!("{error}. Services are served nevertheless; trying again");
                     told = Some(error);
                 }
             }
@@ -204,6 +206,6 @@ mod tests {
     #[tokio::test]
     async fn an_address_that_the_node_does_not_have_is_not_blamed_on_another_process() {
         let error = format!("{:#}", bind("--metrics-bind-address", ([192, 0, 2, 1], 1).into()).unwrap_err());
-        assert!(error.contains("no device here has this address") && !error.contains("kube-proxy"), "{error}");
+        assert!(error.contains("no device of this node has this address") && !error.contains("kube-proxy"), "{error}");
     }
 }

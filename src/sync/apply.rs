@@ -234,7 +234,7 @@ impl<'a> Applier<'a> {
                 true => vec![Warning {
                     subject: format!("map {name}"),
                     message: format!(
-                        "full at {} rows: what does not fit is not served; {remedy}",
+                        "full at {} entries: what does not fit is not served; {remedy}",
                         self.io.capacity(map)
                     ),
                 }],

@@ -21,7 +21,7 @@ pub fn compare(found: &Found, told: Option<(&Service, &Port)>, is_outside: bool)
     let at: SocketAddr = SocketAddr::new(key.ip.to_ip(), key.port);
     let wanted = told.and_then(|(service, port)| Some((service, port, port.frontends.iter().find(|f| f.at == at)?)));
     let Some((service, port, frontend)) = wanted else {
-        return vec![format!("{key}: the kernel has it for {name}, and the daemon knows of no such frontend")];
+        return vec![format!("{key}: the kernel has it for {name}, and the daemon has no such frontend")];
     };
     let mut said = Vec::new();
     if let Some(owner) = &frontend.owner {
@@ -33,9 +33,9 @@ pub fn compare(found: &Found, told: Option<(&Service, &Port)>, is_outside: bool)
         said.push(format!("{key}: the kernel has it as {here}, the daemon as {there}"));
     }
     if (found.row.flags ^ frontend.flags) & FRONTEND_SOURCE_RANGES != 0 {
-        let has = |flags: u32| if flags & FRONTEND_SOURCE_RANGES != 0 { "asks" } else { "does not ask" };
+        let has = |flags: u32| if flags & FRONTEND_SOURCE_RANGES != 0 { "checks" } else { "does not check" };
         let (here, there) = (has(found.row.flags), has(frontend.flags));
-        said.push(format!("{key}: the kernel {here} for source ranges, the daemon {there}"));
+        said.push(format!("{key}: the kernel {here} source ranges, the daemon {there}"));
     }
     if found.row.affinity_seconds != service.affinity_seconds {
         let (here, there) = (found.row.affinity_seconds, service.affinity_seconds);
@@ -54,7 +54,7 @@ fn pools(key: &SocketAddrx, found: &Found, told: &Frontend, is_outside: bool) ->
     (!same).then(|| {
         let text = |pool: Pool| {
             let when_empty = if pool.drops { "drops" } else { "refuses" };
-            format!("the {:?} set, which {when_empty} when it is empty", pool.set)
+            format!("the {:?} pool, which {when_empty} when it is empty", pool.set)
         };
         format!("{key}: the kernel uses {}; the daemon {}", text(kernel), text(wanted))
     })

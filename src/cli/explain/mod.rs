@@ -98,7 +98,7 @@ fn explain(flags: &ExplainFlags, live: &Live, pin_path: &Path) -> anyhow::Result
         explanation.disagreements.extend(missing(live, flags, answer)?);
     }
     if clients.iter().any(|(client, _)| matches!(client, Client::Packet(_))) && kernel::Kernel::devices(live)? == 0 {
-        explanation.notes.push("no device of this node has the programs that meet packets from outside".to_owned());
+        explanation.notes.push("no device of this node has the programs for packets from outside".to_owned());
     }
     Ok(explanation)
 }
@@ -278,16 +278,16 @@ fn pod(ip: IpAddr, notes: &mut Vec<String>) -> (Client, String) {
         0 => {
             let hint = match hidden {
                 0 => String::new(),
-                n => format!(" ({n} network namespaces could not be looked into)"),
+                n => format!(" ({n} network namespaces could not be inspected)"),
             };
             notes.push(format!(
-                "no network namespace of this node has the address {ip}{hint}: if the pod is on another node, ask there; \
-                 this is what a pod on this node gets"
+                "no network namespace of this node has the address {ip}{hint}: if the pod is on another node, run \
+                 this there; this is what a pod on this node gets"
             ));
         }
         1 if clients[0].cookie.is_none() => {
             notes.push(
-                "this kernel (before 5.14) does not tell network namespaces apart: affinity is not known".to_owned(),
+                "this kernel (before 5.14) does not distinguish network namespaces: affinity is not known".to_owned(),
             );
         }
         1 => {}

@@ -29,9 +29,9 @@ pub fn text(explanation: &Explanation) -> String {
         text.push('\n');
     }
     match &explanation.daemon {
-        None => put(&mut text, "The daemon does not answer: this is from the maps alone, which lack some reasons."),
+        None => put(&mut text, "The daemon does not answer: this comes from the maps alone, which lack some reasons."),
         Some(daemon) if !daemon.is_ready => put(&mut text, "The daemon has not listed all Services yet."),
-        Some(daemon) if daemon.waits => put(&mut text, "The daemon has changes that the kernel has not taken yet."),
+        Some(daemon) if daemon.waits => put(&mut text, "The daemon has changes that are not in the kernel yet."),
         Some(_) => {}
     }
     let unserved = explanation.daemon.iter().filter_map(|daemon| daemon.unserved.as_ref());
@@ -79,9 +79,9 @@ fn body(view: &View) -> String {
 fn affinity(known: &Affinity) -> String {
     let seconds = known.seconds;
     match (&known.backend, known.left_seconds) {
-        (Some(backend), Some(left)) => format!("by client, {seconds} s; this one has {backend} for {left} s more"),
-        _ if known.is_known_client => format!("by client, {seconds} s; this one is not remembered"),
-        _ => format!("by client, {seconds} s; --from tells of one"),
+        (Some(backend), Some(left)) => format!("by client, {seconds} s; this client has {backend} for {left} s more"),
+        _ if known.is_known_client => format!("by client, {seconds} s; this client has no entry"),
+        _ => format!("by client, {seconds} s; --from looks up a client"),
     }
 }
 

@@ -45,8 +45,8 @@ impl FromStr for Target {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ALLOWED: &str = "allowed are IP:PORT, [IPv6]:PORT, either with /tcp, /udp or /sctp, and \
-                               svc/NAMESPACE/NAME, with or without :PORT";
+        const ALLOWED: &str = "expected IP:PORT or [IPv6]:PORT, either with /tcp, /udp or /sctp, or \
+            svc/NAMESPACE/NAME, with or without :PORT";
         let words: Vec<&str> = text.split('/').collect();
         match words[..] {
             ["svc" | "service" | "services", namespace, name] if !namespace.is_empty() && !name.is_empty() => {
@@ -77,7 +77,7 @@ impl FromStr for Asker {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ALLOWED: &str = "allowed are a pod's IP address, `node`, `outside`, and outside:IP";
+        const ALLOWED: &str = "expected a pod's IP address, `node`, `outside` or outside:IP";
         let ip = |text: &str| text.parse::<IpAddr>().map(|ip| Ipx::from(ip).to_ip()).map_err(|_| ALLOWED);
         match (text, text.strip_prefix("outside:")) {
             ("node", _) => Ok(Asker::Node),

@@ -5,7 +5,7 @@ use super::view::Asked;
 use crate::explain::{Choice, Daemon, Hints, HintsIgnored, LeftOut, Policy, Port, Service, Transport};
 use crate::model::Protocol;
 
-pub const FALLBACK: &str = "no endpoint is ready: those serve that terminate and still answer";
+pub const FALLBACK: &str = "no endpoint is ready: terminating endpoints that still serve are used";
 
 /// As the counters of the datapath name it, where it counts.
 pub fn label(reason: Reason) -> &'static str {
@@ -32,7 +32,7 @@ pub fn policy(set: Policy, is_outside: bool, has_cluster_ip: bool) -> String {
         Policy::Local => format!("{field} is Local: endpoints of this node"),
         Policy::Cluster if is_outside || has_cluster_ip => format!("{field} is Cluster: endpoints of all nodes"),
         Policy::Cluster => {
-            "clients on this node have the endpoints of all nodes, whatever externalTrafficPolicy is".to_owned()
+            "clients on this node use the endpoints of all nodes, whatever externalTrafficPolicy is".to_owned()
         }
     }
 }
@@ -44,7 +44,7 @@ pub fn choice(set: Policy, choice: &Choice, daemon: Option<&Daemon>, has_endpoin
         return has_endpoints.then(|| match set {
             Policy::Cluster => FALLBACK.to_owned(),
             Policy::Local => {
-                "no endpoint of this node is ready: those serve that terminate and still answer".to_owned()
+                "no endpoint of this node is ready: terminating endpoints that still serve are used".to_owned()
             }
         });
     }
@@ -55,9 +55,7 @@ pub fn choice(set: Policy, choice: &Choice, daemon: Option<&Daemon>, has_endpoin
         Hints::None => None,
         Hints::Nodes => Some(format!("hints are followed: endpoints for node {node}")),
         Hints::Zones => Some(format!("hints are followed: endpoints for zone {zone}")),
-        Hints::Ignored(HintsIgnored::SomeHaveNone) => {
-            Some("hints are ignored: some ready endpoint has none".to_owned())
-        }
+        Hints::Ignored(HintsIgnored::SomeHaveNone) => Some("hints are ignored: a ready endpoint has none".to_owned()),
         Hints::Ignored(HintsIgnored::NoneIsForHere) => {
             Some(format!("hints are ignored: none is for node {node} or its zone ({zone})"))
         }
@@ -77,7 +75,7 @@ pub fn left_out(reason: LeftOut, port: &Port) -> String {
                 if port.name.is_empty() { "without a name".to_owned() } else { format!("named {:?}", port.name) };
             format!("its EndpointSlice has no {} port {name}", transport(port.protocol))
         }
-        LeftOut::BeyondShare => "more than the Service's share of the maps has room for".to_owned(),
+        LeftOut::BeyondShare => "exceeds the Service's quota of the maps".to_owned(),
     }
 }
 
@@ -96,7 +94,7 @@ pub fn next(asked: &Asked) -> String {
             match (remembered, seats) {
                 (Some(known), _) => format!("{}, as before (affinity)", known.at),
                 (None, [only]) => format!("{}, the only one", only.at),
-                (None, many) => format!("one of {}, by chance", many.len()),
+                (None, many) => format!("one of {}, at random", many.len()),
             }
         }
         Verdict::Refused(_) if is_outside => "refused: ICMP port unreachable".to_owned(),
@@ -106,7 +104,7 @@ pub fn next(asked: &Asked) -> String {
             "dropped: ETIMEDOUT at once (EPERM before Linux 5.18)".to_owned()
         }
         Verdict::Dropped(_) => "dropped: EPERM".to_owned(),
-        Verdict::Untouched(_) => format!("left alone: it goes to {} as it is, wherever that leads", asked.to),
+        Verdict::Untouched(_) => format!("left alone: it goes to {} unchanged", asked.to),
     }
 }
 
@@ -118,21 +116,21 @@ pub fn remedy(reason: Reason, asked: &Asked) -> Option<String> {
     Some(match reason {
         Reason::UnknownPort => unknown_port(asked),
         Reason::NoEndpoint => format!(
-            "no endpoint is ready, nor serving while it terminates: kubectl -n {namespace} get endpointslices -l \
-             kubernetes.io/service-name={bare}; look at the Service's selector and at the pods' readiness"
+            "no endpoint is ready, or terminating and still serving: kubectl -n {namespace} get endpointslices -l \
+             kubernetes.io/service-name={bare}; check the Service's selector and the pods' readiness"
         ),
         Reason::NoLocalEndpoint => format!(
-            "the traffic policy is Local and no endpoint of {service} is on this node, but some are elsewhere: ask a node \
-             that has one (load balancers do, by the health check), or set the policy to Cluster"
+            "the traffic policy is Local and no endpoint of {service} is on this node, but other nodes have some: \
+             connect to one of these (load balancers do, by the health check), or set the policy to Cluster"
         ),
-        Reason::SourceRange => "spec.loadBalancerSourceRanges has no range with this client: add one, or ask from \
-                                an address that it has"
+        Reason::SourceRange => "spec.loadBalancerSourceRanges has no range with this client: add one, or connect \
+            from an address in a range"
             .to_owned(),
         Reason::SctpPort => {
             "SCTP's checksum rules out another port: give the endpoints the Service's own port".to_owned()
         }
         Reason::SctpSocket => {
-            "the kernel has no hook for SCTP sockets of this node: ask from a pod, or from outside".to_owned()
+            "the kernel has no hook for SCTP sockets of this node: connect from a pod, or from outside".to_owned()
         }
         Reason::NoService => no_service(asked),
         Reason::ClusterIpOutside => {
@@ -140,16 +138,15 @@ pub fn remedy(reason: Reason, asked: &Asked) -> Option<String> {
                                      external IP"
                 .to_owned()
         }
-        Reason::LoopbackInPod => "in a pod, loopback is the pod itself: ask an address of the node".to_owned(),
-        Reason::LoopbackOutside => "loopback is never reached from outside: ask an address of the node".to_owned(),
+        Reason::LoopbackInPod => "in a pod, loopback is the pod itself: use an address of the node".to_owned(),
+        Reason::LoopbackOutside => "loopback cannot be reached from outside: use an address of the node".to_owned(),
         Reason::NotMarked => {
-            "the programs' first look (map wire_filter) does not know it, though its frontend is there: \
-                              start the daemon again, and report this with `kubelane report`"
+            "the programs' filter (map wire_filter) lacks it, although its frontend exists: restart the daemon, and \
+             report this with `kubelane report`"
                 .to_owned()
         }
         Reason::BackendMissing => {
-            "no slot of the pool leads to a backend: this should never be; start the daemon again, \
-                                   and report this"
+            "no slot of the pool leads to a backend: this should never happen; restart the daemon, and report this"
                 .to_owned()
         }
     })
@@ -162,8 +159,11 @@ fn unknown_port(asked: &Asked) -> String {
         format!("Service {}/{}, which has {}", service.namespace, service.name, ports.join(", "))
     };
     match asked.others.first() {
-        Some(service) => format!("the cluster IP is that of {}: ask one of these", has(service)),
-        None => "the cluster IP is a Service's, but not with this port: see `kubelane get services`".to_owned(),
+        Some(service) => format!("the cluster IP belongs to {}: use one of these", has(service)),
+        None => {
+            "the cluster IP belongs to a Service, but the Service does not have this port: see `kubelane get services`"
+                .to_owned()
+        }
     }
 }
 
@@ -171,7 +171,7 @@ fn no_service(asked: &Asked) -> String {
     let left_alone = |service: &&Service| service.left_alone.contains(&asked.to.at.ip.to_ip());
     if let Some(service) = asked.others.iter().find(left_alone) {
         return format!(
-            "it is a cluster IP of Service {}/{}, but a device of this node has it (a node-local DNS cache): that answers",
+            "it is a cluster IP of Service {}/{}, but a device of this node has the address (a node-local DNS cache), and answers",
             service.namespace, service.name
         );
     }

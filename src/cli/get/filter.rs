@@ -17,7 +17,7 @@ impl FromStr for ServiceFilter {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ALLOWED: &str = "allowed is NAMESPACE/NAME, with or without :PORT";
+        const ALLOWED: &str = "expected NAMESPACE/NAME, with or without :PORT";
         let (namespace, rest) = text.split_once('/').ok_or(ALLOWED)?;
         let (name, port) = rest.split_once(':').map_or((rest, None), |(name, port)| (name, Some(port.to_owned())));
         if namespace.is_empty() || name.is_empty() || name.contains('/') {

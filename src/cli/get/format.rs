@@ -22,7 +22,7 @@ impl FromStr for Output {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        const ALLOWED: &str = "allowed are json, yaml, wide, name, jsonpath=TEMPLATE and (of services) ipvsadm";
+        const ALLOWED: &str = "expected json, yaml, wide, name, jsonpath=TEMPLATE or (for services) ipvsadm";
         match (text, text.strip_prefix("jsonpath=")) {
             ("json", _) => Ok(Output::Json),
             ("yaml", _) => Ok(Output::Yaml),

@@ -17,7 +17,7 @@ pub fn count(connections: &mut Connections, flow: &FlowRecord) {
 
 /// A NodePort is a virtual service at each of `addresses`, as it is in IPVS.
 pub fn text(frontends: &[FrontendRecord], addresses: &[IpAddr], connections: &Connections) -> String {
-    let mut text = format!("kubelane {}, in the manner of IP Virtual Server\n", env!("CARGO_PKG_VERSION"));
+    let mut text = format!("kubelane {}, in the format of ipvsadm\n", env!("CARGO_PKG_VERSION"));
     text += "Prot LocalAddress:Port Scheduler Flags\n";
     text += "  -> RemoteAddress:Port           Forward Weight ActiveConn InActConn\n";
     for frontend in frontends {

@@ -35,7 +35,7 @@ impl FromStr for Path {
                 None => format!("$.{path}"),
             },
         };
-        JsonPath::parse(&path).map(Path).map_err(|error| format!("{text:?} is no JSONPath (RFC 9535): {error}"))
+        JsonPath::parse(&path).map(Path).map_err(|error| format!("{text:?} is not a JSONPath (RFC 9535): {error}"))
     }
 }
 
@@ -112,7 +112,7 @@ fn quoted(text: &str) -> Result<String, String> {
         Some(inner) => format!("\"{}\"", inner.replace('"', "\\\"")),
         None => text.to_owned(),
     };
-    serde_json::from_str(&json).map_err(|_| format!("{text} is no quoted text"))
+    serde_json::from_str(&json).map_err(|_| format!("{text} is not a quoted string"))
 }
 
 impl Template {

@@ -167,28 +167,28 @@ impl GetFlags {
         let refuse = |text: &str| Err(UsageError(text.to_owned()));
         match (&self.output, self.what) {
             (Some(Output::Ipvsadm), what) if what != What::Services => refuse("-o ipvsadm is for services only"),
-            (Some(Output::Ipvsadm), _) if self.watch => refuse("-o ipvsadm does not go with --watch"),
+            (Some(Output::Ipvsadm), _) if self.watch => refuse("-o ipvsadm cannot be used with --watch"),
             (Some(Output::Name | Output::JsonPath(_)), What::Status) => {
-                refuse("of the status, -o is json, yaml or wide")
+                refuse("`get status` supports -o json, yaml and wide")
             }
             (Some(Output::JsonPath(_)), _) if is_streamed => {
-                refuse("flows and affinities are written as they are read, and jsonpath needs all of them: use -o json")
+                refuse("flows and affinities are printed as they are read, and jsonpath needs all of them: use -o json")
             }
             (_, What::Status) if has_filter || self.watch || self.sort_by.is_some() => {
-                refuse("the status is one: it has no filter, order or watch")
+                refuse("`get status` is a single record: it has no filter, order or watch")
             }
             (_, What::Devices | What::Node)
                 if self.namespace.is_some() || self.name.is_some() || self.service.is_some() =>
             {
-                refuse("nodes and devices are no Service's")
+                refuse("nodes and devices do not belong to a Service")
             }
             _ if self.sort_by.is_some() && is_streamed => {
-                refuse("flows and affinities are written as they are read, in no order: --sort-by is not for them")
+                refuse("flows and affinities are printed as they are read, in no order: --sort-by does not apply")
             }
-            _ if self.watch && is_streamed => refuse("flows and affinities cannot be watched: ask again"),
-            _ if self.watch && self.sort_by.is_some() => refuse("--watch and --sort-by do not go together"),
+            _ if self.watch && is_streamed => refuse("flows and affinities cannot be watched: run the command again"),
+            _ if self.watch && self.sort_by.is_some() => refuse("--watch and --sort-by cannot be used together"),
             (Some(Output::Yaml | Output::JsonPath(_) | Output::Name), _) if self.watch => {
-                refuse("--watch shows a table (or -o wide), or -o json with one object a line")
+                refuse("--watch shows a table (or -o wide), or -o json with one object per line")
             }
             _ => Ok(()),
         }

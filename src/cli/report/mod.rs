@@ -60,7 +60,7 @@ pub fn run(flags: ReportFlags) -> Result<()> {
     }
     // Never over a file that is there, nor through a link that somebody has put there.
     let file = File::options().write(true).create_new(true).mode(0o600).open(&path);
-    let file = file.with_context(|| format!("cannot make {}", path.display()))?;
+    let file = file.with_context(|| format!("cannot create {}", path.display()))?;
     let written = archive(file, &name, &parts, time).with_context(|| format!("writing {}", path.display()));
     if written.is_err() {
         let _ = std::fs::remove_file(&path);
@@ -110,7 +110,7 @@ fn collect(flags: &ReportFlags) -> Vec<Part> {
 }
 
 fn or_why(part: Result<String>) -> String {
-    part.unwrap_or_else(|error| format!("This could not be had: {}\n", chain(error.as_ref())))
+    part.unwrap_or_else(|error| format!("This could not be collected: {}\n", chain(error.as_ref())))
 }
 
 fn json(what: &impl Serialize) -> Result<String> {

@@ -46,7 +46,7 @@ fn record(service: &wire::Service, converter: &mut Converter, notes: &mut Notes)
     }
     let cluster_ips = cluster_ips(spec, notes);
     if cluster_ips.is_empty() {
-        notes.add("it has no usable cluster IP (and nobody here allocates one): the Service is not served".into());
+        notes.add("it has no usable cluster IP (and kubelane allocates none): the Service is not served".into());
         return None;
     }
     let families = Families::of(&cluster_ips);
@@ -150,7 +150,7 @@ fn ports(wire: &[wire::ServicePort], converter: &mut Converter, notes: &mut Note
             }
         };
         if ports.iter().any(|p| p.port == port && p.protocol == protocol) {
-            notes.add(format!("port {name:?}: {port}/{} is there twice: the first one is served", protocol.as_str()));
+            notes.add(format!("port {name:?}: {port}/{} appears twice: the first one is served", protocol.as_str()));
             continue;
         }
         let node_port = match nonzero(&entry.node_port).map(parse::port).transpose() {
@@ -215,7 +215,7 @@ fn source_ranges(texts: &[String], notes: &mut Notes) -> Vec<IpRange> {
         match parse::cidr(text) {
             Ok(range) if ranges.contains(&range) => {}
             Ok(range) => ranges.push(range),
-            Err(problem) => notes.add(format!("source range {problem}: it lets nobody in")),
+            Err(problem) => notes.add(format!("source range {problem}: it admits no client")),
         }
     }
     if ranges.is_empty() && texts.iter().any(|t| !t.trim().is_empty()) {

@@ -51,28 +51,28 @@ pub struct KubeProxy {
 impl KubeProxy {
     pub fn new(registry: &Registry) -> prometheus::Result<Self> {
         let syncs = |name: &str, help: &str| histogram(registry, name, help, sync_buckets());
-        let seconds = "Unix time of the last sync after which nothing was waiting";
-        let queued = "Unix time when a change last came";
+        let seconds = "Unix time of the last sync that left nothing pending";
+        let queued = "Unix time at which a change was last received";
         let changes = |kind: &str, what: &str| -> prometheus::Result<(IntCounter, IntGauge)> {
             let name = |end: &str| format!("kubeproxy_sync_proxy_rules_{kind}_changes_{end}");
-            let total = counter(registry, &name("total"), &format!("{what} that came, changed or went"))?;
+            let total = counter(registry, &name("total"), &format!("{what} added, changed or deleted"))?;
             let pending = int_gauge(registry, &name("pending"), &format!("Changes of {what} not in the kernel yet"))?;
             Ok((total, pending))
         };
         Ok(KubeProxy {
-            sync_seconds: syncs("kubeproxy_sync_proxy_rules_duration_seconds", "Time that a sync took")?,
+            sync_seconds: syncs("kubeproxy_sync_proxy_rules_duration_seconds", "Duration of a sync")?,
             full_sync_seconds: syncs(
                 "kubeproxy_sync_full_proxy_rules_duration_seconds",
-                "Time that a sync of all Services took: the first one, and those after a change of the node's zone",
+                "Duration of a sync of all Services: the first one, and those after a change of the node's zone",
             )?,
             partial_sync_seconds: syncs(
                 "kubeproxy_sync_partial_proxy_rules_duration_seconds",
-                "Time that a sync of the Services that changed took",
+                "Duration of a sync of the Services that changed",
             )?,
             programming_seconds: histogram(
                 registry,
                 "kubeproxy_network_programming_duration_seconds",
-                "Time from the change of endpoints, as their slice is annotated, until it was in the kernel",
+                "Time from a change of endpoints, according to their slice's annotation, until it was in the kernel",
                 programming_buckets(),
             )?,
             last_sync: by_family(registry, "kubeproxy_sync_proxy_rules_last_timestamp_seconds", seconds)?,
@@ -82,11 +82,11 @@ impl KubeProxy {
             no_local_endpoints: gauges(
                 registry,
                 "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
-                "Service ports with a traffic policy of Local (internal or external), and endpoints on other nodes only",
+                "Service ports with traffic policy Local (internal or external) whose endpoints are all on other nodes",
                 &["ip_family", "traffic_policy"],
             )?,
-            healthz: counters(registry, "kubeproxy_proxy_healthz_total", "Answers of /healthz, by code", &["code"])?,
-            livez: counters(registry, "kubeproxy_proxy_livez_total", "Answers of /livez, by code", &["code"])?,
+            healthz: counters(registry, "kubeproxy_proxy_healthz_total", "Responses of /healthz, by code", &["code"])?,
+            livez: counters(registry, "kubeproxy_proxy_livez_total", "Responses of /livez, by code", &["code"])?,
         })
     }
 
