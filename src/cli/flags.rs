@@ -197,8 +197,8 @@ pub struct RunFlags {
     #[command(flatten)]
     pub traffic: TrafficFlags,
 
-    /// Also destroy TCP sockets when their backend is removed, so that clients reconnect at once (UDP sockets always
-    /// are)
+    /// Also destroy TCP sockets when their backend is removed, so that clients reconnect at once (UDP sockets are
+    /// reconnected by the daemon)
     #[arg(long, help_heading = "Node")]
     pub destroy_tcp_sockets: bool,
 
