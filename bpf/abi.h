@@ -108,7 +108,8 @@ enum counter {
 	COUNTER_HANDED_TO_STACK = 35, /* to or from a backend elsewhere, through the host's stack */
 	COUNTER_REFUSED_LOOPBACK_SOURCE = 36, /* refused: loopback NodePort, from a socket that loopback holds fast */
 	COUNTER_FLOW_POD = 37, /* new flow of a pod's packets */
-	COUNTER_MAX = 38,
+	COUNTER_DROPPED_POD_QUOTA = 38, /* dropped: the pod begins more flows that nobody answers than it may */
+	COUNTER_MAX = 39,
 };
 
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
@@ -195,6 +196,14 @@ struct pod_device {
 	struct address ip6;
 	__u8 gateway[6]; /* the link address at which pods reach this node: the device's own, or that of its bridge */
 	__u16 zero;
+	__u32 second; /* of `openings` */
+	__s32 openings; /* flows that began in that second, less those that were answered in it */
+};
+
+/* What a pod may begin in a second, see service.h. */
+enum pod_quota {
+	POD_OPENINGS = 8192, /* flows that nobody has answered */
+	POD_REFUSAL = 32, /* an ICMP error counts as so many of them */
 };
 
 /* Is a source looked for in the routing table (RFC 3704)? */
@@ -405,7 +414,7 @@ _Static_assert(sizeof(struct affinity_key) == 24, "affinity_key");
 _Static_assert(sizeof(struct affinity) == 16, "affinity");
 _Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
 _Static_assert(sizeof(struct device) == 40, "device");
-_Static_assert(sizeof(struct pod_device) == 40, "pod_device");
+_Static_assert(sizeof(struct pod_device) == 48, "pod_device");
 _Static_assert(sizeof(struct flow_key) == 40, "flow_key");
 _Static_assert(sizeof(struct flow_key4) == 16, "flow_key4");
 _Static_assert(sizeof(struct flow) == 56, "flow");

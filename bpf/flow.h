@@ -398,6 +398,19 @@ static __always_inline int flow_is_farewell(const struct packet *packet, const s
 	return !(packet->tcp_flags & TCP_SYN) && sequence_is_near(packet->sequence, flow->sequence);
 }
 
+/* Answered: the flow is none that fills the quota of the pod which has begun it. */
+static __always_inline void flow_give_back_quota(const struct flow *reply)
+{
+	__u32 interface = reply->generation_or_interface;
+	struct pod_device *device;
+
+	if (!config.has_pod_devices)
+		return;
+	device = bpf_map_lookup_elem(&pod_devices, &interface);
+	if (device)
+		__sync_fetch_and_add(&device->openings, -1);
+}
+
 /* The same of a reply. */
 static __always_inline int flow_attend_reply(struct scratch *given, struct flow *flow, const struct flow *request)
 {
@@ -421,6 +434,7 @@ static __always_inline int flow_attend_reply(struct scratch *given, struct flow 
 			flow->backend_or_first = packet->sequence;
 		if (!(packet->tcp_flags & TCP_RST))
 			set = FLOW_PROVED;
+		flow_give_back_quota(flow);
 	} else if (flow_is_closed(request->state, flow->state) && !flow_is_farewell(packet, flow)) {
 		/* From now on the flow must be answered anew: the other connection's numbers may be near. */
 		if (packet->tcp_flags & TCP_SYN)

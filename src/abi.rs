@@ -196,6 +196,10 @@ pub struct PodDevice {
     /// The link address at which pods reach the node.
     pub gateway: [u8; 6],
     pub zero: u16,
+    /// Of the programs: the second of `openings`.
+    pub second: u32,
+    /// Of the programs: flows that began in that second, less those that were answered in it.
+    pub openings: i32,
 }
 
 /// The ends of a packet.
@@ -432,7 +436,7 @@ const _: () = {
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<Affinity>() == 16);
     assert!(size_of::<DeviceAddresses>() == 40);
-    assert!(size_of::<PodDevice>() == 40);
+    assert!(size_of::<PodDevice>() == 48);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<FlowKey4>() == 16);
     assert!(size_of::<Flow>() == 56);

@@ -326,8 +326,9 @@ fn each_packet_moves_its_own_counters_and_no_others() {
 const FLOODED: &str = "dropped_answer_limit";
 /// Counters that tests of their own move: `FLOODED`, those of a full table, of a ring that went round, of a flow that
 /// another processor is just replacing, of IP options, of the host's stack, and of pods (tests/packet_pods.rs).
-const ELSEWHERE: [&str; 8] = [
+const ELSEWHERE: [&str; 9] = [
     "flow_pod",
+    "dropped_pod_quota",
     "handed_to_stack",
     FLOODED,
     "dropped_flow_table",

@@ -4,6 +4,7 @@
 
 mod wire;
 
+use kubelane::abi::pod_quota::{POD_OPENINGS, POD_REFUSAL};
 use kubelane::abi::{Frontend, Pool, address_flag, frontend_flag, pool_empty, pool_member};
 use kubelane::model::Protocol;
 use wire::errors::{assert_error, error};
@@ -167,6 +168,58 @@ fn node_ports_and_load_balancers_serve_pods_from_the_inside_pool() {
             assert_eq!(node.uplink_in(&other).0, DROP, "outside nobody is left");
             node.forget_flows();
         }
+    }
+}
+
+const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// What becomes of packets in one second of the programs' clock, in which the pod has begun so many flows already.
+fn after_openings<T>(node: &mut Node, openings: u32, mut packets: impl FnMut(&mut Node) -> T) -> T {
+    loop {
+        let second = node.fill_pod_quota(GATEWAY, openings);
+        let result = packets(node);
+        if node.pod_quota().0 == second {
+            return result;
+        }
+    }
+}
+
+/// Openings and ICMP errors have limits on each processor, which one pod alone must not use up.
+#[test]
+fn a_pod_that_floods_uses_up_its_own_quota_and_nobody_elses() {
+    let mut node = node();
+    serve(&mut node, CLUSTER4, 80, Protocol::Tcp, LOCAL4, frontend_flag::FRONTEND_CLUSTER_IP);
+    node.frontend(CLUSTER4, 81, Protocol::Tcp, &[]);
+    node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[1]);
+    let mut next = 1;
+    let mut ask = |node: &mut Node, port: u16| {
+        next += 1;
+        let syn = tcp((POD4, next), (CLUSTER4, port), SYN);
+        let ((action, _), counted) = node.counted(|n| n.pod_in(&syn));
+        assert_eq!(action == DROP, counted == [("dropped_pod_quota", 1)].into(), "{counted:?}");
+        (action == DROP).then_some(next)
+    };
+    let dropped = after_openings(&mut node, POD_OPENINGS - 2, |n| [80, 80, 80, 81].map(|port| ask(n, port).is_some()));
+    assert_eq!(dropped, [false, false, true, true]);
+    let refusals =
+        after_openings(&mut node, POD_OPENINGS - 2 * POD_REFUSAL, |n| [81, 81, 81].map(|p| ask(n, p).is_some()));
+    assert_eq!(refusals, [false, false, true], "an ICMP error weighs more");
+    // What is answered is none that fills it.
+    let openings = after_openings(&mut node, POD_OPENINGS - 1, |n| {
+        let last = (tcp((POD4, 50_000), (CLUSTER4, 80), SYN), answer(Protocol::Tcp, (LOCAL4, 8080), (POD4, 50_000)));
+        let before = n.pod_in(&last.0).0;
+        n.pod_out(&last.1);
+        (before, n.pod_quota().1)
+    });
+    assert_eq!(openings.1, POD_OPENINGS as i32 - 1);
+    // Clients outside are served all the same, and the pod itself in the next second.
+    let outside = tcp((CLIENT4, 5000), (NODE4, 30080), SYN);
+    let counted = after_openings(&mut node, POD_OPENINGS, |n| n.counted(|n| n.uplink_in(&outside)).1);
+    assert!(counted.is_empty() || counted == [("flow_local", 1)].into(), "{counted:?}");
+    node.fill_pod_quota(GATEWAY, POD_OPENINGS);
+    let later = std::time::Instant::now() + std::time::Duration::from_secs(3);
+    while ask(&mut node, 80).is_some() {
+        assert!(std::time::Instant::now() < later, "the quota is a second's");
     }
 }
 

@@ -15,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_secs(2);
 
 /// The counters that call for somebody, and what that somebody should do.
-const REMEDIES: [(&str, &str); 14] = [
+const REMEDIES: [(&str, &str); 15] = [
     (
         "failed_backend_missing",
         "this should never happen: restart the daemon, which repairs its maps, and report it with the output of \
@@ -36,6 +36,11 @@ const REMEDIES: [(&str, &str); 14] = [
         "flow_pushed_out",
         "flows begin faster than they are completed: a flood of SYNs or datagrams, or a backend that does not \
          answer. Established connections are not affected; find out where the packets come from",
+    ),
+    (
+        "dropped_pod_quota",
+        "a pod begins thousands of connections a second that nobody answers, or asks a Service without endpoints as \
+         often: a flood. Other pods are not affected; tc -s on pods' devices, or the pods' own logs, show which it is",
     ),
     (
         "dropped_martian",

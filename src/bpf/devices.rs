@@ -207,7 +207,7 @@ impl Devices {
             write(&self.outward_rows, "devices", device.index, bytemuck::bytes_of(&row))?;
             return forget(&self.pod_rows, "pod_devices", device.index);
         };
-        let row = PodDevice { ip4, ip6, gateway, zero: 0 };
+        let row = PodDevice { ip4, ip6, gateway, ..bytemuck::Zeroable::zeroed() };
         write(&self.pod_rows, "pod_devices", device.index, bytemuck::bytes_of(&row))?;
         forget(&self.outward_rows, "devices", device.index)
     }

@@ -49,7 +49,16 @@ same_layout!(
     service_id = service_id,
     address = address
 );
-same_layout!(types::pod_device, abi::PodDevice, ip4 = ip4, ip6 = ip6, gateway = gateway, zero = zero);
+same_layout!(
+    types::pod_device,
+    abi::PodDevice,
+    ip4 = ip4,
+    ip6 = ip6,
+    gateway = gateway,
+    zero = zero,
+    second = second,
+    openings = openings
+);
 same_layout!(types::affinity_key, abi::AffinityKey, client = client, service_id = service_id, kind = kind);
 same_layout!(types::affinity, abi::Affinity, backend_id = backend_id, generation = generation, used_ns = used_ns);
 same_layout!(types::device, abi::DeviceAddresses, ip4 = ip4, ip6 = ip6, is_bare = is_bare, rp_filter = rp_filter);

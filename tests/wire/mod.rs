@@ -281,9 +281,28 @@ impl Node {
     /// What attaching to the pods' device notes.
     pub fn note_pod_device(&self, gateway: [u8; 6], ip4: &str, ip6: &str) {
         let [ip4, ip6] = [ip4, ip6].map(|ip| ip.parse::<Ipx>().unwrap().0);
-        let row = PodDevice { ip4, ip6, gateway, zero: 0 };
+        let row = PodDevice { ip4, ip6, gateway, ..bytemuck::Zeroable::zeroed() };
         let index = interface_index(PODS);
         self.pinned("pod_devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
+    }
+
+    /// The same; and the pod has begun so many flows in the second that is returned, which is now.
+    pub fn fill_pod_quota(&self, gateway: [u8; 6], openings: u32) -> u32 {
+        self.note_pod_device(gateway, NODE4, NODE6);
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
+        let second = now.tv_sec() as u32 & flow_state::FLOW_SECOND_MASK;
+        let (map, index) = (self.pinned("pod_devices"), interface_index(PODS).to_ne_bytes());
+        let row = map.lookup(&index, MapFlags::ANY).unwrap().unwrap();
+        let row = PodDevice { second, openings: openings as i32, ..bytemuck::pod_read_unaligned(&row) };
+        map.update(&index, bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
+        second
+    }
+
+    /// The second that the pod's quota is of, and what it has begun in it.
+    pub fn pod_quota(&self) -> (u32, i32) {
+        let row = self.pinned("pod_devices").lookup(&interface_index(PODS).to_ne_bytes(), MapFlags::ANY);
+        let row: PodDevice = bytemuck::pod_read_unaligned(&row.unwrap().unwrap());
+        (row.second, row.openings)
     }
 
     /// What rows and flows would leave: packets to these addresses and ports, and from these ports, are looked at.
