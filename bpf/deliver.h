@@ -42,6 +42,11 @@ __noinline int deliver_options_are_refused(hook_context *ctx)
 	return offset > l4;
 }
 
+static __always_inline int deliver_has_refused_options(hook_context *ctx, const struct packet *packet)
+{
+	return !packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) && deliver_options_are_refused(ctx);
+}
+
 static __always_inline int deliver_route(hook_context *ctx, struct scratch *given, struct packet *packet,
 					 const struct ends *ends)
 {
@@ -77,10 +82,6 @@ static __always_inline int deliver_routed(hook_context *ctx, struct scratch *giv
 	struct packet *packet = &given->packet;
 	int verdict = VERDICT_HAND_OVER;
 
-	if (!packet->is_ip6 && packet->l4 != packet->l3 + sizeof(struct iphdr) && deliver_options_are_refused(ctx)) {
-		count(COUNTER_DROPPED_OPTIONS);
-		return VERDICT_DROP;
-	}
 	if (flow_way(given->flow.state) == WAY_ROUTED && !stack_is_asked_for(packet))
 		verdict = deliver_route(ctx, given, packet, &given->flow.ends);
 	if (verdict == VERDICT_HAND_OVER)
@@ -104,6 +105,10 @@ static __always_inline int deliver_packet(hook_context *ctx, const enum hook hoo
 	given->rewrite_mode = REWRITE_HOST;
 	if (!deliver_is_possible(given->flow.state, from_pod))
 		return VERDICT_PASS;
+	if (flow_way(given->flow.state) != WAY_STACK && deliver_has_refused_options(ctx, &given->packet)) {
+		count(COUNTER_DROPPED_OPTIONS);
+		return VERDICT_DROP;
+	}
 	if (flow_hides_client(given->flow.state)) {
 		verdict = deliver_routed(ctx, given);
 		if (verdict == VERDICT_CONTINUE)

@@ -6,7 +6,7 @@ mod wire;
 use kubelane::abi::rp_filter::{RP_FILTER_LOOSE, RP_FILTER_OFF, RP_FILTER_STRICT};
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
-use wire::frame::{ACK, FIN, RST, SYN, checksum, tcp, udp};
+use wire::frame::{ACK, FIN, RST, SYN, tcp, udp, with_options};
 use wire::{CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, VIP4};
 
 /// Ports with a backend here, elsewhere, and none.
@@ -208,24 +208,12 @@ fn the_reverse_path_is_looked_for_where_the_device_asks_for_it() {
 #[test]
 fn a_source_route_is_refused_and_other_options_pass() {
     let mut node = node(Protocol::Udp);
-    let with_options = |port: u16, options: &[u8]| {
-        let plain = udp((CLIENT4, port), (NODE4, ELSEWHERE), b"?").bytes();
-        let (header, rest) = plain[14..].split_at(20);
-        let mut header = [header, options].concat();
-        header[0] = 0x40 | (header.len() / 4) as u8;
-        let total = (header.len() + rest.len()) as u16;
-        header[2..4].copy_from_slice(&total.to_be_bytes());
-        header[10..12].fill(0);
-        let sum = checksum(&[&header]);
-        header[10..12].copy_from_slice(&sum.to_be_bytes());
-        [&plain[..14], &header, rest].concat()
-    };
     let lsrr = [1, 0x83, 7, 4, 10, 0, 0, 254];
     let ssrr = [0x89, 7, 4, 10, 0, 0, 254, 0];
     let record_route = [7, 7, 4, 0, 0, 0, 0, 0];
     let broken = [7, 0, 0x83, 7, 4, 0, 0, 0];
     for (port, options, passes) in [(1, lsrr, false), (2, ssrr, false), (3, record_route, true), (4, broken, false)] {
-        let frame = with_options(port, &options);
+        let frame = with_options(&udp((CLIENT4, port), (NODE4, ELSEWHERE), b"?").bytes(), &options);
         let (outcome, moved) = node.counted(|n| n.raw(Direction::In, n.uplink, &frame));
         assert_eq!(outcome.action, if passes { REDIRECT } else { DROP }, "{options:?}");
         assert_eq!(moved.contains_key("dropped_options"), !passes, "{options:?}: {moved:?}");

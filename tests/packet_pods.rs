@@ -8,7 +8,7 @@ use kubelane::abi::pod_quota::{POD_OPENINGS, POD_REFUSAL};
 use kubelane::abi::{Frontend, Pool, address_flag, frontend_flag, pool_empty, pool_member};
 use kubelane::model::Protocol;
 use wire::errors::{assert_error, error};
-use wire::frame::{ACK, FIN, Frame, Inside, RST, SYN, ip, parse, sctp, tcp, udp};
+use wire::frame::{ACK, FIN, Frame, Inside, RST, SYN, ip, parse, sctp, tcp, udp, with_options};
 use wire::{CLIENT4, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, VIP4, VIP6};
 
 const CLUSTER4: &str = "10.96.0.10";
@@ -149,6 +149,19 @@ fn a_pod_that_asks_for_itself_sees_the_node_and_both_directions_are_sent_back_to
             assert_eq!(node.uplink_in(&answer).0, PASS);
         }
     }
+}
+
+/// What is sent back meets no stack of this node's, which would refuse it.
+#[test]
+fn a_pod_that_asks_for_itself_by_a_source_route_is_dropped() {
+    let mut node = node();
+    serve(&mut node, CLUSTER4, 80, Protocol::Tcp, LOCAL4, frontend_flag::FRONTEND_CLUSTER_IP);
+    let syn = tcp((LOCAL4, 40_000), (CLUSTER4, 80), SYN).bytes();
+    let record_route = with_options(&syn, &[7, 7, 4, 0, 0, 0, 0, 0]);
+    assert_eq!(node.pod_in_bytes(&record_route).0, REDIRECT);
+    let source_route = with_options(&syn, &[0x83, 7, 4, 10, 0, 0, 254, 0]);
+    let ((action, _), counted) = node.counted(|n| n.pod_in_bytes(&source_route));
+    assert_eq!((action, counted), (DROP, [("dropped_options", 1)].into()));
 }
 
 #[test]

@@ -303,6 +303,19 @@ pub fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
+/// A frame of IPv4 with these options (RFC 791) behind its header.
+pub fn with_options(frame: &[u8], options: &[u8]) -> Vec<u8> {
+    let (header, rest) = frame[14..].split_at(20);
+    let mut header = [header, options].concat();
+    header[0] = 0x40 | (header.len() / 4) as u8;
+    let total = (header.len() + rest.len()) as u16;
+    header[2..4].copy_from_slice(&total.to_be_bytes());
+    header[10..12].fill(0);
+    let sum = checksum(&[&header]);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    [&frame[..14], &header, rest].concat()
+}
+
 /// RFC 9260, appendix A, bit by bit.
 fn crc32c(bytes: &[u8]) -> u32 {
     let step = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
