@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use kubelane::abi::epoch::EPOCH_ROUTES;
-use kubelane::bpf::run::{Outcome, run_from, run_marked};
+use kubelane::bpf::run::{Outcome, run_from, run_marked, run_pod};
 use kubelane::bpf::{Direction, FlowCollector};
 use libbpf_rs::{MapCore, MapFlags};
 use wire::{Node, interface_index, ip_command, set_sysctl};
@@ -25,13 +25,16 @@ const SNAT_PORTS: u16 = 28_976;
 const UPLINK: u32 = 2;
 const TUNNEL: u32 = 3;
 const PODS: u32 = 4;
+/// Those of pods: two ports of a bridge, and one with a route of its own.
+const PODS_DEVICES: std::ops::RangeInclusive<u32> = 6..=8;
+const VETH: u32 = 8;
 
 /// The programs give a hundred answers in a tenth of a second, which one input alone does not use up.
 const ANSWERS: u32 = 50;
 const ANSWERS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Tables that a world begins without.
-const TABLES: [&str; 10] = [
+const TABLES: [&str; 11] = [
     "addresses",
     "affinities",
     "flows4",
@@ -41,6 +44,7 @@ const TABLES: [&str; 10] = [
     "handed",
     "new_affinities",
     "outgoing",
+    "pod_devices",
     "source_ranges",
 ];
 
@@ -54,6 +58,10 @@ fn files(directory: &Path, ending: &str) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = entries.filter(|path| path.to_str().unwrap().ends_with(ending)).collect();
     files.sort();
     files
+}
+
+fn name_of_pods(interface: u32) -> String {
+    format!("pods{interface}")
 }
 
 /// What the harness did with all inputs, line by line.
@@ -110,6 +118,18 @@ impl Replay {
         ] {
             ip_command(&format!("{family} route add {kind} {place}"));
         }
+        for interface in PODS_DEVICES {
+            // Their link addresses are the harness's.
+            let name = name_of_pods(interface);
+            ip_command(&format!(
+                "link add {name} address 02:00:00:00:00:{:02x} type veth peer name {name}-far",
+                0x10 + interface
+            ));
+            ip_command(&format!("link set {name} up"));
+            ip_command(&format!("link set {name}-far up"));
+        }
+        ip_command(&format!("route add 10.1.0.7 dev {}", name_of_pods(VETH)));
+        ip_command(&format!("-6 route add fd01::7 dev {}", name_of_pods(VETH)));
         let collector = node.datapath.flow_collector().unwrap();
         Replay {
             node,
@@ -151,7 +171,8 @@ impl Replay {
         match number {
             UPLINK => self.node.uplink,
             TUNNEL => self.node.tunnel,
-            PODS => interface_index("pods0"),
+            PODS => interface_index(wire::PODS),
+            _ if PODS_DEVICES.contains(&number) => interface_index(&name_of_pods(number)),
             _ => number,
         }
     }
@@ -160,12 +181,16 @@ impl Replay {
         if map == "epochs" && key == EPOCH_ROUTES.to_ne_bytes() {
             return self.advance_epoch();
         }
+        if map == "pod_devices" {
+            let interface = self.interface(u32::from_ne_bytes(key.try_into().unwrap()));
+            return self.node.pinned(map).update(&interface.to_ne_bytes(), value, MapFlags::ANY).unwrap();
+        }
         self.node.pinned(map).update(key, value, MapFlags::ANY).unwrap();
     }
 
     fn pass(&mut self, kind: &str, index: usize) {
-        let at = if kind == "address" { index } else { 65_536 + index };
-        self.filter[at] = 1;
+        let base = ["address", "port", "service"].iter().position(|known| *known == kind).unwrap();
+        self.filter[base * 65_536 + index] = 1;
         self.filter_is_new = true;
     }
 
@@ -181,6 +206,7 @@ impl Replay {
         let devices = self.node.datapath.devices();
         let outcome = match direction {
             "in" => run_marked(devices, Direction::In, &frame, interface, mark, 1),
+            "pod" => run_pod(devices, &frame, interface, 1),
             _ => run_from(devices, Direction::Out, &frame, from, interface),
         };
         let outcome = outcome.unwrap_or_else(|e| panic!("{e:#}: {}", words[3]));

@@ -15,6 +15,14 @@ static void put32(__u8 *at, __u32 value)
 	put16(at + 2, value);
 }
 
+void put_link(struct frame *frame)
+{
+	if (!frame->l3)
+		return;
+	memcpy(frame->bytes, "\x02\0\0\0\0\x01\x02\0\0\0\0\x02", 12);
+	put16(frame->bytes + 12, frame->protocol);
+}
+
 /* The transport's bytes; answers how many. */
 static __u32 put_transport(__u8 *at, const struct content *content)
 {
@@ -160,8 +168,5 @@ void build(struct frame *frame, const struct content *content, const struct reci
 		aim_at_zero(frame, content, &view);
 	if (content->unchecked && content->pair.protocol == PROTO_UDP)
 		memset(ip + header + offset, 0, 2);
-	if (frame->l3) {
-		memcpy(frame->bytes, "\x02\0\0\0\0\x01\x02\0\0\0\0\x02", 12);
-		put16(frame->bytes + 12, frame->protocol);
-	}
+	put_link(frame);
 }

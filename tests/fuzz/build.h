@@ -21,6 +21,8 @@ struct content {
 
 /* In network order. */
 void put16(__u8 *at, __u32 value);
+/* The link header of a frame for an outward device, if it has one. */
+void put_link(struct frame *frame);
 /* Writes the packet, with right checksums; of the recipe: its options, and what is odd about its sums. */
 void build(struct frame *frame, const struct content *content, const struct recipe *recipe);
 

@@ -29,6 +29,15 @@ static void allow_addresses(struct mask *mask, const struct view *view, __u32 l3
 	allow(mask, l3 + 10, 10);
 }
 
+/* A frame that goes back to where it came from. */
+static void check_stations(const struct step *step)
+{
+	const __u8 *in = step->in.bytes, *out = step->out.bytes;
+
+	if (memcmp(out, in + 6, 6) || memcmp(out + 6, in, 6) || memcmp(out + 12, in + 12, 2))
+		fail(step, "sent back to another station");
+}
+
 static void compare(const struct step *step, const struct mask *mask)
 {
 	const struct frame *in = &step->in, *out = &step->out;
@@ -36,7 +45,9 @@ static void compare(const struct step *step, const struct mask *mask)
 	/* A device without link headers gets one before its packet is sent on. */
 	if (in->length - in->l3 != out->length - out->l3)
 		fail(step, "another length");
-	if (in->l3 == out->l3 && memcmp(in->bytes, out->bytes, in->l3))
+	if (is_sent_back(step))
+		check_stations(step);
+	else if (in->l3 == out->l3 && memcmp(in->bytes, out->bytes, in->l3))
 		fail(step, "another link header");
 	for (__u32 i = 0; i < in->length - in->l3; i++)
 		if (!mask->may[i] && in->bytes[in->l3 + i] != out->bytes[out->l3 + i])
@@ -51,7 +62,7 @@ static __u8 ttl_of(const struct frame *frame)
 /* Forwarded here: one hop less. A packet that leaves has been forwarded already. */
 static int is_hop(const struct step *step)
 {
-	return step->effects.action == TC_ACT_REDIRECT && step->program < OUT_ETHERNET;
+	return step->effects.action == TC_ACT_REDIRECT && step->program < IN_POD;
 }
 
 static void check_ttl(const struct step *step)
@@ -176,7 +187,7 @@ void check_error_rewritten(const struct step *step)
 static void check_answer_kind(const struct step *step, const __u8 *message)
 {
 	static const __u8 kinds[2][3][2] = {{{3, 3}, {11, 0}, {3, 4}}, {{1, 4}, {3, 0}, {2, 0}}};
-	int which = counted(COUNTER_REFUSED_NO_ENDPOINT) ? 0 : counted(COUNTER_ICMP_TTL_EXCEEDED) ? 1 : 2;
+	int which = counted(COUNTER_ICMP_TTL_EXCEEDED) ? 1 : counted(COUNTER_ICMP_TOO_BIG) ? 2 : 0;
 	__u32 mtu = (__u32)message[4] << 24 | message[5] << 16 | message[6] << 8 | message[7];
 
 	if (memcmp(message, kinds[step->before.is_ip6][which], 2))
@@ -189,14 +200,10 @@ static void check_answer_kind(const struct step *step, const __u8 *message)
 
 static void check_answer_way(const struct step *step)
 {
-	const struct frame *in = &step->in, *out = &step->out;
-
-	if (step->effects.redirect != in->interface)
+	if (step->effects.redirect != step->in.interface)
 		fail(step, "an answer by another way");
-	if (!in->l3)
-		return;
-	if (memcmp(out->bytes, in->bytes + 6, 6) || memcmp(out->bytes + 6, in->bytes, 6))
-		fail(step, "an answer to another station");
+	if (step->in.l3)
+		check_stations(step);
 }
 
 /* An ICMP error in the place of the packet. */

@@ -28,10 +28,10 @@ void choice_reset(void)
 	affinity_count = own_count = 0;
 }
 
-static int is_backend_of(const struct service *service, const struct end *end)
+static int is_backend_of(const struct service *service, const struct end *end, int from_pod)
 {
 	for (int i = 0; i < service->count; i++)
-		if (!service->backends[i].gone && end_equal(&service->backends[i].end, end))
+		if (world_offers(service, i, from_pod) && end_equal(&service->backends[i].end, end))
 			return 1;
 	return 0;
 }
@@ -66,17 +66,21 @@ static void check_seen_elsewhere(const struct step *step, const struct pair *aft
 }
 
 /* RFC 1812 5.3.7, RFC 4291: what no single host has, or may send with through a router; and what is the node's own. */
-int is_odd_source(const struct step *step)
+int is_odd_address(const __u8 address[16])
 {
-	const __u8 *source = step->before.pair.from.address, *ip4 = source + 12;
 	static const __u8 none[15];
 
-	if (route_of(source).way == WAY_HERE)
+	if (route_of(address).way == WAY_HERE)
 		return 1;
-	if (!step->before.is_ip6)
-		return !ip4[0] || ip4[0] == 127 || ip4[0] >= 224;
-	return source[0] == 0xff || (source[0] == 0xfe && (source[1] & 0xc0) == 0x80) ||
-	       (!memcmp(source, none, 15) && source[15] <= 1);
+	if (address_is_v4(address))
+		return !address[12] || address[12] == 127 || address[12] >= 224;
+	return address[0] == 0xff || (address[0] == 0xfe && (address[1] & 0xc0) == 0x80) ||
+	       (!memcmp(address, none, 15) && address[15] <= 1);
+}
+
+int is_odd_source(const struct step *step)
+{
+	return is_odd_address(step->before.pair.from.address);
 }
 
 /* What the host's stack would not forward. */
@@ -92,7 +96,28 @@ static void check_source(const struct step *step)
 		fail(step, "a source that fails rp_filter is sent on");
 }
 
-/* A backend here sees the client, or, where it is the client itself, the Service. */
+/* Who is not to be seen has the node's address, that of the device, and a port of the private range. */
+static void check_seen_hidden(const struct step *step, const struct pair *after, const __u8 *address)
+{
+	const struct pair *before = &step->before.pair;
+
+	if (memcmp(after->from.address, address, 16))
+		fail(step, "a backend sees another address than the node's");
+	if (before->protocol == PROTO_SCTP ? after->from.port != before->from.port : !is_private_port(after->from.port))
+		fail(step, "a hidden client with a port of others");
+}
+
+/* A pod that asks for itself sees the node, or where that has no address there, the Service. */
+static void check_seen_itself(const struct step *step, const struct pair *after)
+{
+	__u8 own[16];
+
+	if (!world_own_address(step->in.interface, step->before.is_ip6, own))
+		memcpy(own, step->before.pair.to.address, 16);
+	check_seen_hidden(step, after, own);
+}
+
+/* A backend here, and any of a pod's, sees the client, or, where it is the client itself, the Service. */
 static void check_seen_here(const struct step *step, const struct pair *after)
 {
 	const struct pair *before = &step->before.pair;
@@ -102,7 +127,7 @@ static void check_seen_here(const struct step *step, const struct pair *after)
 	if (memcmp(after->from.address, expected, 16))
 		fail(step, "a backend here sees somebody else as its client");
 	if (after->from.port != before->from.port && !is_private_port(after->from.port) &&
-	    !(before->protocol == PROTO_UDP && is_moved_port(after->from.port)))
+	    !(before->protocol == PROTO_UDP && is_moved_port(after->from.port) && step->program != IN_POD))
 		fail(step, "a source port outside the private range");
 	if (after->from.port != before->from.port && before->protocol == PROTO_SCTP)
 		fail(step, "SCTP with another source port");
@@ -114,13 +139,14 @@ static void check_affinity(const struct step *step, const struct service *servic
 	const __u8 *client = step->before.pair.from.address;
 	struct remembered *known = affinities;
 
-	if (!service->affine || service->moved)
+	if (!service->affine || service->owner != service)
 		return;
 	while (known < affinities + affinity_count && (known->service != service || memcmp(known->client, client, 16)))
 		known++;
 	if (known == affinities + affinity_count)
 		affinity_count++;
-	else if (node.now_ns - known->when_ns < 10000000000000ULL && is_backend_of(service, &known->backend) &&
+	else if (node.now_ns - known->when_ns < 10000000000000ULL &&
+		 is_backend_of(service, &known->backend, step->program == IN_POD) &&
 		 !end_equal(&known->backend, backend) && !step->effects.failures)
 		fail(step, "a client that is remembered is given another backend");
 	*known = (struct remembered){.service = service, .backend = *backend, .when_ns = node.now_ns};
@@ -158,7 +184,7 @@ void choice_note_own(const struct step *step)
 
 	if (step->program < OUT_ETHERNET || step->effects.failures || step->in.from != 0 || step->in.vlan_present ||
 	    view->extensions > EXTENSIONS_FOLLOWED || view->shape != SHAPE_WHOLE ||
-	    !world_service(&view->pair.from, view->pair.protocol))
+	    world_is_cluster_ip(view->pair.from.address) || !world_service(&view->pair.from, view->pair.protocol, 0))
 		return;
 	for (int i = 0; i < own_count; i++) {
 		struct pair known = pair_reversed(&own[i]);
@@ -169,32 +195,70 @@ void choice_note_own(const struct step *step)
 	own[own_count++] = pair_reversed(&view->pair);
 }
 
+/* The stack leads pods' packets to their backends, wherever these are. */
+enum conduct choice_conduct(const struct step *step, const struct pair *seen)
+{
+	int from_pod = step->program == IN_POD;
+	__u8 own[16];
+
+	if (from_pod && !memcmp(seen->to.address, step->before.pair.from.address, 16))
+		return CONDUCT_BACK;
+	if (!from_pod && !world_is_here(seen->to.address))
+		return CONDUCT_ROUTED;
+	/* A node that forwards nothing is asked by its own sockets only, which see the client anyhow. */
+	if (!world.hides || (!from_pod && !node.forwarding))
+		return CONDUCT_STACK;
+	return world_own_address(step->in.interface, step->before.is_ip6, own) ? CONDUCT_HALVES : CONDUCT_STACK;
+}
+
+void choice_complete(const struct step *step, struct pair *half)
+{
+	enum conduct conduct = choice_conduct(step, half);
+	struct hop hop = route_of(half->to.address);
+
+	if (step->effects.action == TC_ACT_REDIRECT)
+		return;
+	if (conduct == CONDUCT_ROUTED)
+		memcpy(half->from.address, hop.source, 16);
+	else if (conduct == CONDUCT_HALVES)
+		world_own_address(step->in.interface, step->before.is_ip6, half->from.address);
+}
+
 static void check_way_of_backend(const struct step *step, const struct pair *seen)
 {
-	struct hop hop = route_of(seen->to.address);
+	__u8 own[16];
 
-	if (hop.way == WAY_NONE)
+	if (step->program != IN_POD && route_of(seen->to.address).way == WAY_NONE)
 		fail(step, "sent where no route leads");
-	if (world_is_here(seen->to.address)) {
-		if (step->effects.action == TC_ACT_REDIRECT)
-			fail(step, "to a backend here, past the host's stack");
-		check_seen_here(step, seen);
+	switch (choice_conduct(step, seen)) {
+	case CONDUCT_BACK:
+		check_seen_itself(step, seen);
 		return;
+	case CONDUCT_ROUTED:
+		check_source(step);
+		check_seen_elsewhere(step, seen);
+		return;
+	case CONDUCT_HALVES:
+		world_own_address(step->in.interface, step->before.is_ip6, own);
+		check_seen_hidden(step, seen, own);
+		return;
+	case CONDUCT_STACK:
+		check_seen_here(step, seen);
 	}
-	check_source(step);
-	check_seen_elsewhere(step, seen);
 }
 
 void check_choice(const struct step *step, const struct pair *seen)
 {
 	const struct pair *before = &step->before.pair;
-	const struct service *service = world_service(&before->to, before->protocol);
+	const struct service *service = service_asked(step);
 
 	if (!service || step->program >= OUT_ETHERNET)
 		fail(step, "rewritten, and no connection of a Service's client");
-	if (!is_backend_of(service, &seen->to))
+	if (step->program == IN_POD && !world_is_for_node(&step->in))
+		fail(step, "a frame for another gateway begins a flow");
+	if (!is_backend_of(service, &seen->to, step->program == IN_POD))
 		fail(step, "sent to what is no backend of the Service");
-	if (!world_allows(service, before->from.address))
+	if (!world_allows(service, &before->to, before->from.address))
 		fail(step, "served, though it is outside the ranges");
 	if (step->before.flags & FLAG_RST && before->protocol == PROTO_TCP)
 		fail(step, "a reset begins a flow");

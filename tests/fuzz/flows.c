@@ -3,6 +3,8 @@
  * Who talks to whom, as the packets that came out tell: each connection of a client to a Service, the backend that it was
  * given, and the ends that the backend sees. Every other packet that is rewritten has to belong to one of them.
  */
+#include <arpa/inet.h>
+#include <stdio.h>
 #include <string.h>
 #include <linux/pkt_cls.h>
 #include "../../bpf/abi.h"
@@ -10,15 +12,27 @@
 
 enum {
 	CONVERSATIONS = 4 * STEPS,
-	MAPPINGS = 5,
-	DIRECTION_IN = 0,
-	DIRECTION_OUT = 1,
+	MAPPINGS = 6,
+	/* Where a packet is met. */
+	MET_WIRE = 1,
+	MET_POD = 2,
+	MET_IN = MET_WIRE | MET_POD,
+	MET_OUT = 4,
+};
+
+/* What becomes of it. */
+enum fate {
+	FATE_PASSED,
+	FATE_SENT, /* by its route */
+	FATE_SENT_BACK,
+	FATE_LEAVES, /* as it was to, or by its route */
 };
 
 struct conversation {
 	struct pair request; /* the client to the Service */
 	struct pair seen; /* what the backend sees */
-	int routed;
+	enum conduct conduct;
+	__u32 interface; /* where the client's packets come in */
 	/* Another has its client's port, or its place towards the backend. What was handed to the stack for it meanwhile
 	 * is still known on its way out. */
 	int is_former;
@@ -26,8 +40,10 @@ struct conversation {
 
 /* One way of a packet: where it is met, from what it becomes what. */
 struct mapping {
-	int direction;
+	int met;
+	enum fate fate;
 	struct pair from, to;
+	int is_handed; /* the second half of what the stack was handed */
 };
 
 /* The first piece of a datagram, with its ports. */
@@ -54,19 +70,37 @@ static struct pair half_request(const struct conversation *known)
 	return half;
 }
 
-static void list_mappings(const struct conversation *known, struct mapping list[MAPPINGS], int *length)
+/* Its requests come first, then its answers. Answers how many. */
+static int list_mappings(const struct conversation *known, struct mapping list[MAPPINGS])
 {
-	struct pair half = half_request(known), back = pair_reversed(&known->request);
+	struct pair half = half_request(known), half_back = pair_reversed(&half), answer = pair_reversed(&known->seen);
+	struct pair back = pair_reversed(&known->request);
+	struct mapping halves[4] = {
+		{MET_IN, FATE_PASSED, known->request, half, 0},
+		{MET_IN, FATE_PASSED, answer, half_back, 0},
+		{MET_OUT, FATE_PASSED, half, known->seen, 1},
+		{MET_OUT, FATE_PASSED, half_back, back, 1},
+	};
 
-	list[0] = (struct mapping){DIRECTION_IN, known->request, known->seen};
-	list[1] = (struct mapping){known->routed ? DIRECTION_IN : DIRECTION_OUT, pair_reversed(&known->seen), back};
-	*length = 2;
-	if (!known->routed)
-		return;
-	list[2] = (struct mapping){DIRECTION_IN, known->request, half};
-	list[3] = (struct mapping){DIRECTION_OUT, half, known->seen};
-	list[4] = (struct mapping){DIRECTION_OUT, pair_reversed(&half), back};
-	*length = 5;
+	switch (known->conduct) {
+	case CONDUCT_STACK:
+		list[0] = (struct mapping){MET_IN, FATE_PASSED, known->request, known->seen, 0};
+		list[1] = (struct mapping){MET_OUT, FATE_LEAVES, answer, back, 0};
+		return 2;
+	case CONDUCT_BACK:
+		list[0] = (struct mapping){MET_POD, FATE_SENT_BACK, known->request, known->seen, 0};
+		list[1] = (struct mapping){MET_POD, FATE_SENT_BACK, answer, back, 0};
+		return 2;
+	case CONDUCT_ROUTED:
+		list[0] = (struct mapping){MET_WIRE, FATE_SENT, known->request, known->seen, 0};
+		list[1] = (struct mapping){MET_WIRE, FATE_SENT, answer, back, 0};
+		memcpy(list + 2, halves, sizeof(halves));
+		list[2].met = list[3].met = MET_WIRE;
+		return 6;
+	case CONDUCT_HALVES:
+		memcpy(list, halves, sizeof(halves));
+	}
+	return 4;
 }
 
 /* `ports`: the packet has them; a later piece of a datagram has none. */
@@ -78,43 +112,45 @@ static int is_pair(const struct pair *known, const struct pair *seen, int ports)
 	       !memcmp(known->to.address, seen->to.address, 16);
 }
 
-/* Replies that go through the stack become the half of what the client asked for. */
-static int is_half_reply(const struct conversation *known, const struct pair *from, const struct pair *to, int to_ports)
+int is_sent_back(const struct step *step)
 {
-	struct pair half = half_request(known), reply = pair_reversed(&known->seen);
-	struct pair expected = pair_reversed(&half);
+	return step->effects.action == TC_ACT_REDIRECT && step->program == IN_POD;
+}
 
-	return known->routed && pair_equal(from, &reply) && is_pair(&expected, to, to_ports);
+static int is_met(const struct mapping *mapping, const struct step *step)
+{
+	if (step->program >= OUT_ETHERNET)
+		return mapping->met & MET_OUT;
+	return mapping->met & (step->program == IN_POD ? MET_POD : MET_WIRE);
+}
+
+static int is_fate(enum fate fate, const struct step *step)
+{
+	if (step->effects.action != TC_ACT_REDIRECT)
+		return fate == FATE_PASSED || fate == FATE_LEAVES;
+	if (is_sent_back(step))
+		return fate == FATE_SENT_BACK;
+	return fate == FATE_SENT || fate == FATE_LEAVES;
 }
 
 /* `from_ports`, `to_ports`: whether these pairs have them. */
-static struct conversation *find_mapping(int direction, const struct pair *from, const struct pair *to, int from_ports,
-					 int to_ports, struct mapping *found)
+static struct conversation *find_mapping(const struct step *step, const struct pair *from, const struct pair *to,
+					 int from_ports, int to_ports, struct mapping *found)
 {
 	for (int i = count - 1; i >= 0; i--) {
 		struct mapping list[MAPPINGS];
-		int length;
+		int length = list_mappings(&conversations[i], list);
 
-		list_mappings(&conversations[i], list, &length);
-		for (int m = conversations[i].is_former ? 3 : 0; m < length; m++) {
-			if (list[m].direction != direction || !is_pair(&list[m].from, from, from_ports) ||
+		for (int m = 0; m < length; m++) {
+			if ((conversations[i].is_former && !list[m].is_handed) || !is_met(&list[m], step) ||
+			    !is_fate(list[m].fate, step) || !is_pair(&list[m].from, from, from_ports) ||
 			    !is_pair(&list[m].to, to, to_ports))
 				continue;
 			*found = list[m];
 			return &conversations[i];
 		}
-		if (direction == DIRECTION_IN && !conversations[i].is_former &&
-		    is_half_reply(&conversations[i], from, to, to_ports)) {
-			*found = (struct mapping){direction, *from, *to};
-			return &conversations[i];
-		}
 	}
 	return NULL;
-}
-
-static int direction_of(const struct step *step)
-{
-	return step->program >= OUT_ETHERNET ? DIRECTION_OUT : DIRECTION_IN;
 }
 
 int flows_know(const struct step *step)
@@ -127,9 +163,8 @@ int flows_know(const struct step *step)
 		asked = pair_reversed(&quoted.pair);
 	for (int i = 0; i < count; i++) {
 		struct mapping list[MAPPINGS];
-		int length;
+		int length = list_mappings(&conversations[i], list);
 
-		list_mappings(&conversations[i], list, &length);
 		for (int m = 0; m < length; m++)
 			if (is_pair(&list[m].from, &asked, ports))
 				return 1;
@@ -137,7 +172,7 @@ int flows_know(const struct step *step)
 	return 0;
 }
 
-static void note(const struct step *step, const struct pair *seen, int routed)
+static struct conversation *note(const struct step *step, const struct pair *seen)
 {
 	for (int i = 0; i < count; i++)
 		if (pair_equal(&conversations[i].request, &step->before.pair) ||
@@ -148,28 +183,67 @@ static void note(const struct step *step, const struct pair *seen, int routed)
 	conversations[count++] = (struct conversation){
 		.request = step->before.pair,
 		.seen = *seen,
-		.routed = routed,
+		.conduct = choice_conduct(step, seen),
+		.interface = step->in.interface,
 	};
+	return &conversations[count - 1];
+}
+
+static void print_pair(const struct pair *pair)
+{
+	const struct end *ends[2] = {&pair->from, &pair->to};
+	char text[INET6_ADDRSTRLEN];
+
+	for (int i = 0; i < 2; i++) {
+		inet_ntop(AF_INET6, ends[i]->address, text, sizeof(text));
+		fprintf(stderr, " [%s]:%u", text, ntohs(ends[i]->port));
+	}
+}
+
+void flows_print(void)
+{
+	for (int i = 0; i < count; i++) {
+		fprintf(stderr, "connection by %u, conduct %u%s:", conversations[i].interface, conversations[i].conduct,
+			conversations[i].is_former ? ", former" : "");
+		print_pair(&conversations[i].request);
+		fputs(" ->", stderr);
+		print_pair(&conversations[i].seen);
+		fputc('\n', stderr);
+	}
 }
 
 static int has_begun(void)
 {
-	return counted(COUNTER_FLOW_LOCAL) || counted(COUNTER_FLOW_REMOTE);
+	return counted(COUNTER_FLOW_LOCAL) || counted(COUNTER_FLOW_REMOTE) || counted(COUNTER_FLOW_POD);
 }
 
 /* What the packet became may be half of what the backend will see: the row has all of it. */
-static void begin(const struct step *step)
+static void begin(const struct step *step, int is_rewritten)
 {
-	struct pair seen = step->after.pair;
+	struct pair seen;
 
-	/* It may be the very one that it pushes out, if it began before with the same ends, in the same second. */
-	if (!table_find(&step->before.pair, &seen)) {
-		if (!counted(COUNTER_FLOW_PUSHED_OUT))
-			fail(step, "a flow that is counted and not there");
+	if (table_find(&step->before.pair, &seen)) {
+		check_choice(step, &seen);
+		note(step, &seen);
 		return;
 	}
+	if (!counted(COUNTER_FLOW_PUSHED_OUT))
+		fail(step, "a flow that is counted and not there");
+	/* It is the very one that it pushes out: it began before with the same ends, in the same second. But its packet may
+	 * be in the stack. */
+	if (!is_rewritten)
+		return;
+	seen = step->after.pair;
+	choice_complete(step, &seen);
 	check_choice(step, &seen);
-	note(step, &seen, !world_is_here(seen.to.address));
+	note(step, &seen)->is_former = 1;
+}
+
+/* Back to the pod, by the device that it came in by. */
+static void check_way_back(const struct step *step)
+{
+	if (step->effects.redirect_is_neigh || step->effects.redirect != step->in.interface)
+		fail(step, "sent back by another way");
 }
 
 /* Sent on: by the way that its new destination has. */
@@ -179,6 +253,10 @@ static void check_way(const struct step *step)
 	const struct bpf_redir_neigh *next = &step->effects.next;
 	__u8 address[16] = {};
 
+	if (is_sent_back(step)) {
+		check_way_back(step);
+		return;
+	}
 	if (hop.way != WAY_FOUND || !step->effects.redirect_is_neigh || step->effects.redirect != hop.interface)
 		fail(step, "sent on by another way than the route's");
 	if (step->before.total > hop.mtu && !step->in.gso_size && step->program < OUT_ETHERNET)
@@ -218,7 +296,7 @@ static void check_options(const struct step *step)
 }
 
 /* A later piece goes where the ports of its first one lead. */
-static void follow_piece(const struct step *step, int direction)
+static void follow_piece(const struct step *step)
 {
 	struct pair from = step->before.pair;
 	struct mapping found;
@@ -227,7 +305,7 @@ static void follow_piece(const struct step *step, int direction)
 		if (pieces[i].id != step->before.id || !is_pair(&pieces[i].pair, &step->before.pair, 0))
 			continue;
 		from = pieces[i].pair;
-		if (find_mapping(direction, &from, &step->after.pair, 1, 0, &found))
+		if (find_mapping(step, &from, &step->after.pair, 1, 0, &found))
 			return;
 	}
 	fail(step, "a piece that goes elsewhere than its first one");
@@ -243,24 +321,40 @@ void flows_note_piece(const struct step *step)
 	pieces[piece_count++] = (struct first_piece){step->before.pair, step->before.id};
 }
 
+/* A reply leaves by the device that its client's packets come in by; else by the route to the client. */
+static void check_way_out(const struct step *step, const struct conversation *known, const struct mapping *mapping)
+{
+	const __u8 *client = known->request.from.address;
+	struct hop hop = route_of(client);
+
+	if (mapping->fate != FATE_LEAVES || step->effects.action == TC_ACT_REDIRECT ||
+	    step->in.interface == known->interface || !node.forwarding || step->before.total > 1380 ||
+	    step->in.gso_size || is_odd_address(client) || hop.way != WAY_FOUND)
+		return;
+	if (hop.interface != step->in.interface)
+		fail(step, "a reply leaves by another device than its client's");
+}
+
 void flows_follow(const struct step *step)
 {
-	int ports = step->before.shape != SHAPE_PIECE, direction = direction_of(step);
+	const struct conversation *known;
 	struct mapping found;
 
 	if (step->effects.action == TC_ACT_REDIRECT) {
 		check_way(step);
-		if (step->before.has_options && direction == DIRECTION_IN)
+		if (step->before.has_options && step->program < OUT_ETHERNET)
 			check_options(step);
 	}
-	if (!ports) {
-		follow_piece(step, direction);
+	if (step->before.shape == SHAPE_PIECE) {
+		follow_piece(step);
 		return;
 	}
 	if (has_begun())
-		begin(step);
-	if (!find_mapping(direction, &step->before.pair, &step->after.pair, 1, 1, &found) &&
-	    !counted(COUNTER_FLOW_PUSHED_OUT))
+		begin(step, 1);
+	known = find_mapping(step, &step->before.pair, &step->after.pair, 1, 1, &found);
+	if (known)
+		check_way_out(step, known, &found);
+	else if (!counted(COUNTER_FLOW_PUSHED_OUT))
 		fail(step, "rewritten, and of no connection with a Service");
 }
 
@@ -268,7 +362,7 @@ void flows_follow(const struct step *step)
 void flows_follow_dropped(const struct step *step)
 {
 	if (has_begun())
-		begin(step);
+		begin(step, 0);
 }
 
 void flows_follow_error(const struct step *step)
@@ -283,7 +377,7 @@ void flows_follow_error(const struct step *step)
 		fail(step, "an error that is translated and not counted");
 	if (step->effects.action == TC_ACT_REDIRECT)
 		check_way(step);
-	if (!find_mapping(direction_of(step), &from, &to, 1, 1, &found))
+	if (!find_mapping(step, &from, &to, 1, 1, &found))
 		fail(step, "an error about nobody's packet");
 	if (memcmp(step->before.pair.to.address, before.pair.from.address, 16))
 		fail(step, "an error to somebody who did not send what it quotes");
@@ -305,71 +399,86 @@ static int is_plain(const struct step *step, const struct service *service)
 	struct native_map *outgoing = map_named("outgoing");
 	const void *value;
 
-	return node.forwarding && !known_socket_count && !map_next(outgoing, NULL, &value) && !service->moved &&
-	       step->before.total <= 1380 && !is_odd_source(step) &&
-	       route_of(step->before.pair.from.address).interface == UPLINK;
+	if (known_socket_count || map_next(outgoing, NULL, &value) || (service && service->owner != service))
+		return 0;
+	return step->program == IN_POD || (node.forwarding && step->before.total <= 1380 && !is_odd_source(step) &&
+					   route_of(step->before.pair.from.address).interface == UPLINK);
 }
 
-static int living(const struct service *service)
+static int offered(const struct service *service, int from_pod)
 {
 	int number = 0;
 
 	for (int i = 0; i < service->count; i++)
-		number += !service->backends[i].gone;
+		number += world_offers(service, i, from_pod);
 	return number;
+}
+
+/* Which the backend would not be looked at for. */
+static int is_source_strange(const struct step *step)
+{
+	return counted(COUNTER_DROPPED_SNAT_SOURCE) && world.tunnel_is_strange && step->program != IN_POD;
 }
 
 static void expect_request(const struct step *step, const struct service *service)
 {
-	int special = service->kind == KIND_SPECIAL ? (int)world.special : -1;
+	int special = service->kind == KIND_SPECIAL ? (int)world.special : -1, from_pod = step->program == IN_POD;
 
-	if (!world_allows(service, step->before.pair.from.address)) {
+	if (!world_allows(service, &step->before.pair.to, step->before.pair.from.address)) {
 		if (!counted(COUNTER_DROPPED_SOURCE_RANGE))
 			fail(step, "a client outside the ranges is not turned away");
 		return;
 	}
-	if (!living(service)) {
+	if (!offered(service, from_pod)) {
 		if (!counted(special == SPECIAL_DROP ? COUNTER_DROPPED_NO_LOCAL_ENDPOINT : COUNTER_REFUSED_NO_ENDPOINT))
 			fail(step, "a Service without endpoints is not refused");
 		return;
 	}
-	if (special == SPECIAL_NO_ROUTE && !counted(COUNTER_DROPPED_NO_ROUTE))
-		fail(step, "a backend without a route is not counted");
 	if (special == SPECIAL_NO_BACKEND && !counted(COUNTER_FAILED_BACKEND_MISSING))
 		fail(step, "a missing backend is not counted");
-	if (special == SPECIAL_NO_ROUTE || special == SPECIAL_NO_BACKEND)
+	if (special == SPECIAL_NO_ROUTE && !from_pod && !counted(COUNTER_DROPPED_NO_ROUTE))
+		fail(step, "a backend without a route is not counted");
+	if ((special == SPECIAL_NO_ROUTE && !from_pod) || special == SPECIAL_NO_BACKEND)
 		return;
 	if (special == SPECIAL_OTHER_PORT && service->protocol == PROTO_SCTP) {
 		if (!counted(COUNTER_DROPPED_SCTP_PORT))
 			fail(step, "SCTP to another port is not dropped");
 		return;
 	}
-	if (is_same(step) && !counted(COUNTER_DROPPED_SNAT_EXHAUSTED))
+	if (is_same(step) && !counted(COUNTER_DROPPED_SNAT_EXHAUSTED) && !is_source_strange(step))
 		fail(step, "a request that is not served");
+}
+
+/* The answer to what a client was given comes back, if the table has it so. 0: the packet is none. */
+static int expect_answer(const struct step *step)
+{
+	for (int i = 0; i < count; i++) {
+		struct mapping list[MAPPINGS];
+		struct pair request = conversations[i].request;
+
+		list_mappings(&conversations[i], list);
+		if (conversations[i].is_former || !pair_equal(&list[1].from, &step->before.pair))
+			continue;
+		if (is_met(&list[1], step) && node.forwarding && route_of(request.from.address).way == WAY_FOUND &&
+		    step->before.total <= 1380 && table_wants_answer(&request, &step->before) && is_same(step))
+			fail(step, "an answer that does not come back");
+		return 1;
+	}
+	return 0;
 }
 
 /* A client's first packet is served; the backend's answer to it comes back. */
 void flows_expect(const struct step *step)
 {
-	const struct service *service = world_service(&step->before.pair.to, step->before.pair.protocol);
-	struct pair request;
-	struct mapping list[MAPPINGS];
-	int length;
+	const struct service *service = service_asked(step);
 
-	for (int i = 0; i < count; i++) {
-		list_mappings(&conversations[i], list, &length);
-		request = conversations[i].request;
-		if (conversations[i].is_former || !pair_equal(&list[1].from, &step->before.pair))
-			continue;
-		if (list[1].direction == direction_of(step) && node.forwarding &&
-		    route_of(request.from.address).way == WAY_FOUND && step->before.total <= 1380 &&
-		    table_wants_answer(&request, &step->before) && is_same(step))
-			fail(step, "an answer that does not come back");
-		return;
-	}
-	if (!service || step->program >= OUT_ETHERNET || flows_know(step) || !is_plain(step, service))
+	if (expect_answer(step) || step->program >= OUT_ETHERNET || flows_know(step) || !is_plain(step, service))
 		return;
 	if (step->before.pair.protocol == PROTO_TCP && step->before.flags != FLAG_SYN)
 		return;
-	expect_request(step, service);
+	if (service)
+		expect_request(step, service);
+	else if (step->program == IN_POD && world_is_cluster_ip(step->before.pair.to.address) &&
+		 !counted(COUNTER_REFUSED_UNKNOWN_PORT))
+		fail(step, "a port that no Service has is not refused");
 }

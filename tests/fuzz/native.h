@@ -14,8 +14,11 @@ enum {
 	/* Interfaces of the node. */
 	UPLINK = 2,
 	TUNNEL = 3,
-	PODS = 4,
-	BARE = 5,
+	PODS = 4, /* a bridge, with two ports for pods */
+	BARE = 5, /* a tunnel without link headers */
+	PORT_A = 6,
+	PORT_B = 7,
+	VETH = 8, /* of a pod that has a route of its own */
 };
 
 struct native_map {
@@ -43,15 +46,16 @@ struct native_program {
 enum program {
 	IN_ETHERNET = 0,
 	IN_BARE = 1,
-	OUT_ETHERNET = 2,
-	OUT_BARE = 3,
-	COLLECT = 4,
+	IN_POD = 2,
+	OUT_ETHERNET = 3, /* this one and the next: what leaves */
+	OUT_BARE = 4,
+	COLLECT = 5,
 };
 
 extern const struct native_program native_programs[];
 
 struct native_map *native_maps(int *count);
-void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __u32 flows);
+void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __u32 flows, int external_cluster_ips);
 
 /* maps.c */
 void maps_open(void);

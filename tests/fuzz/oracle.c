@@ -50,9 +50,15 @@ static void print_steps(void)
 void fail(const struct step *step, const char *what)
 {
 	print_steps();
+	flows_print();
 	fprintf(stderr, "WRONG: %s\nstep %d of %s, action %d, redirect to %u, failures %d\n", what, step_count,
 		native_programs[step->program].name, step->effects.action, step->effects.redirect,
 		step->effects.failures);
+	fprintf(stderr,
+		"forwarding %d, special %u, through the stack %d, hides %d, external %d, own %u, unknown %d, "
+		"local %d and %d, strange %d\n",
+		node.forwarding, world.special, world.through_stack, world.hides, world.external, world.pods_own,
+		world.pods_unknown, world.inside_local, world.outside_local, world.tunnel_is_strange);
 	print_frame("in", &step->in);
 	print_frame("out", &step->out);
 	for (__u32 i = 0; i < COUNTER_MAX; i++)
@@ -84,8 +90,8 @@ void oracle_before(void)
 /* Reasons for which the sender hears of it, if it can be told. */
 static __u64 counted_answers(void)
 {
-	return counted(COUNTER_REFUSED_NO_ENDPOINT) + counted(COUNTER_ICMP_TTL_EXCEEDED) +
-	       counted(COUNTER_ICMP_TOO_BIG);
+	return counted(COUNTER_REFUSED_NO_ENDPOINT) + counted(COUNTER_REFUSED_UNKNOWN_PORT) +
+	       counted(COUNTER_ICMP_TTL_EXCEEDED) + counted(COUNTER_ICMP_TOO_BIG);
 }
 
 /* Reasons for which nobody hears of it. */
@@ -110,7 +116,12 @@ static int is_same(const struct step *step)
 	return step->in.length == step->out.length && !memcmp(step->in.bytes, step->out.bytes, step->in.length);
 }
 
-static int is_served_address(const __u8 address[16])
+struct service *service_asked(const struct step *step)
+{
+	return world_service(&step->before.pair.to, step->before.pair.protocol, step->program == IN_POD);
+}
+
+static int is_served_address(const __u8 address[16], int from_pod)
 {
 	static const char *const ours[] = {"10.0.0.1", "10.244.0.1", "192.0.2.80",
 					   "fd00::1",  "fd44::1",    "2001:db8:80::80"};
@@ -121,6 +132,22 @@ static int is_served_address(const __u8 address[16])
 		if (!memcmp(own, address, 16))
 			return 1;
 	}
+	return (from_pod || world.external) && world_is_cluster_ip(address);
+}
+
+/* What a pod sends to another gateway belongs to nobody here. */
+static int is_for_others(const struct step *step)
+{
+	return step->program == IN_POD && !world_is_for_node(&step->in);
+}
+
+static int is_somebodys(const struct step *step)
+{
+	const struct pair *pair = &step->before.pair;
+	const __u8 *service = step->program >= OUT_ETHERNET ? pair->from.address : pair->to.address;
+
+	if (!is_served_address(service, step->program == IN_POD) || is_for_others(step))
+		return !flows_know(step);
 	return 0;
 }
 
@@ -128,22 +155,21 @@ static int is_served_address(const __u8 address[16])
 static void check_drop(const struct step *step)
 {
 	__u64 reasons = counted_drops() + counted_answers();
-	int leaves = step->program >= OUT_ETHERNET;
 
 	if (reasons != 1)
 		fail(step, reasons ? "a drop with more than one reason" : "a drop that is not counted");
 	if (counted(COUNTER_DROPPED_ANSWER_LIMIT) && !counted_answers())
 		fail(step, "a limit of answers, where none was due");
-	if (!step->effects.failures &&
-	    !is_served_address(leaves ? step->before.pair.from.address : step->before.pair.to.address) &&
-	    !flows_know(step))
+	if (!step->effects.failures && is_somebodys(step))
 		fail(step, "a drop of somebody else's packet");
 	if (counted(COUNTER_DROPPED_SOURCE_RANGE)) {
-		const struct service *service = world_service(&step->before.pair.to, step->before.pair.protocol);
+		const struct service *service = service_asked(step);
 
-		if (!service || world_allows(service, step->before.pair.from.address))
+		if (!service || world_allows(service, &step->before.pair.to, step->before.pair.from.address))
 			fail(step, "turned away, though it is in the range");
 	}
+	if (counted(COUNTER_DROPPED_SNAT_SOURCE) && !world.tunnel_is_strange)
+		fail(step, "dropped for a source that is the node's");
 	if (step->effects.failures)
 		return;
 	if (counted(COUNTER_DROPPED_REWRITE) || counted(COUNTER_DROPPED_FLOW_TABLE) ||
@@ -193,6 +219,8 @@ static void check_passed(struct step *step)
 static void check_sent(struct step *step)
 {
 	if (counted_answers() == 1 && !counted_drops()) {
+		if (is_for_others(step))
+			fail(step, "an answer in the place of another gateway's");
 		check_answer(step);
 		flows_follow_dropped(step);
 		return;

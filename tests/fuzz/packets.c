@@ -29,11 +29,26 @@ static const char *const clients[][FAMILIES] = {
 	{"10.0.0.1", "fd00::1"},
 	{"255.255.255.255", "fe80::1"},
 	{"10.9.0.7", "fd09::7"},
+	{"192.0.2.80", "2001:db8:80::80"},
+	{"10.96.0.1", "fd96::1"},
+	{"10.244.0.1", "fd44::1"},
+	{"10.1.0.5", "fd01::5"},
+	{"10.1.0.7", "fd01::7"},
+	{"10.1.0.9", "fd01::9"},
+};
+
+/* The last one is no backend. */
+static const char *const pods[][FAMILIES] = {
+	{"10.1.0.5", "fd01::5"},
+	{"10.1.0.6", "fd01::6"},
+	{"10.1.0.7", "fd01::7"},
+	{"10.1.0.9", "fd01::9"},
 };
 
 enum {
 	CLIENTS = sizeof(clients) / sizeof(clients[0]),
 	USUAL_CLIENTS = 3,
+	PODS_HERE = sizeof(pods) / sizeof(pods[0]),
 };
 
 /* An earlier step whose packet can be read; NULL: none. */
@@ -63,15 +78,32 @@ static __u8 flags_of(const struct recipe *recipe, __u8 usual)
 	return recipe->flags & 0x80 ? recipe->flags & 0x3f : usual;
 }
 
+/* What `recipe->device` says besides. */
+enum {
+	DEVICE_PODS = 0x40, /* by a pod's */
+	DEVICE_CLUSTER_IP = 0x20, /* a request for the cluster IP */
+	DEVICE_NO_PORT = 0x10, /* of which no Service has that port */
+};
+
+static const char *client_of(const struct recipe *recipe, int is_ip6)
+{
+	if (recipe->actor >= 224)
+		return clients[recipe->actor % CLIENTS][is_ip6];
+	if (recipe->device & DEVICE_PODS)
+		return pods[recipe->actor % PODS_HERE][is_ip6];
+	return clients[recipe->actor % USUAL_CLIENTS][is_ip6];
+}
+
 static int make_request(const struct recipe *recipe, struct content *content)
 {
 	const struct service *service = &world.services[recipe->service % SERVICES];
-	__u32 client = recipe->actor < 224 ? recipe->actor % USUAL_CLIENTS : recipe->actor % CLIENTS;
 
 	content->is_ip6 = service->is_ip6;
 	content->pair.protocol = service->protocol;
-	content->pair.to = service->end;
-	address_of(clients[client][service->is_ip6], content->pair.from.address);
+	content->pair.to = recipe->device & DEVICE_CLUSTER_IP ? service->cluster_ip : service->end;
+	if ((recipe->device & DEVICE_CLUSTER_IP) && (recipe->device & DEVICE_NO_PORT))
+		content->pair.to.port = htons(83);
+	address_of(client_of(recipe, service->is_ip6), content->pair.from.address);
 	content->pair.from.port = htons(recipe->port < 250 ? 5000 + recipe->port % 4 : 8080);
 	if (recipe->port == 255)
 		content->pair.from.port = service->end.port;
@@ -169,10 +201,7 @@ static void make_raw(const struct recipe *recipe, struct frame *frame)
 	if (recipe->actor & 2)
 		memcpy(ip + (is_ip6 ? 24 : 16), service->end.address + (is_ip6 ? 0 : 12), is_ip6 ? 16 : 4);
 	frame->length = frame->l3 + length;
-	if (frame->l3) {
-		memcpy(frame->bytes, "\x02\0\0\0\0\x01\x02\0\0\0\0\x02", 12);
-		put16(frame->bytes + 12, frame->protocol);
-	}
+	put_link(frame);
 }
 
 /* Keys of flows that are there, and of some that are not. */
@@ -221,29 +250,62 @@ static int make_onward(const struct recipe *recipe, struct step *step)
 	return 1;
 }
 
-/* The device by which the packet would come, or leave, and so the program. */
-static void choose_device(const struct recipe *recipe, struct step *step, const struct pair *pair, enum order order)
+/* By which device a pod's packet comes in, whatever it says. */
+static __u32 pod_device_of(const struct recipe *recipe, const struct pair *pair)
 {
-	struct hop from = route_of(pair->from.address), to = route_of(pair->to.address);
-	struct frame *frame = &step->in;
+	__u32 interface = world_device(pair->from.address);
+
+	return is_pod_device(interface) ? interface : PORT_A + recipe->id % 3;
+}
+
+/* By which device the packet would come in, or leave; answers whether it leaves. */
+static int find_device(const struct recipe *recipe, struct frame *frame, const struct pair *pair, enum order order)
+{
+	const struct step *step = order == ORDER_AGAIN ? earlier(recipe->actor) : NULL;
 	int leaves = order == ORDER_ONWARD || order == ORDER_OWN ||
 		     (order != ORDER_REQUEST && world_is_here(pair->from.address));
 
-	frame->interface = leaves ? to.interface : from.interface;
+	if (step) {
+		frame->interface = step->in.interface;
+		frame->from = step->in.from;
+		return step->program >= OUT_ETHERNET;
+	}
+	if (order != ORDER_ONWARD && order != ORDER_OWN && (recipe->device & DEVICE_PODS)) {
+		frame->interface = pod_device_of(recipe, pair);
+		return 0;
+	}
+	frame->interface = world_device(leaves ? pair->to.address : pair->from.address);
 	if (order == ORDER_REQUEST && frame->interface != UPLINK && frame->interface != TUNNEL)
 		frame->interface = UPLINK;
+	return leaves;
+}
+
+static enum program program_of(__u32 interface, int leaves)
+{
+	if (leaves)
+		return interface == BARE ? OUT_BARE : OUT_ETHERNET;
+	if (is_pod_device(interface))
+		return IN_POD;
+	return interface == BARE ? IN_BARE : IN_ETHERNET;
+}
+
+/* The device, and so the program. */
+static void choose_device(const struct recipe *recipe, struct step *step, const struct pair *pair, enum order order)
+{
+	static const __u8 others[8] = {UPLINK, TUNNEL, PORT_A, BARE, PORT_B, VETH, UPLINK, TUNNEL};
+	struct frame *frame = &step->in;
+	int leaves = find_device(recipe, frame, pair, order);
+
 	if (recipe->device & 0x80) {
 		leaves ^= recipe->device & 1;
-		frame->interface = UPLINK + (recipe->device >> 1 & 3);
+		frame->interface = others[recipe->device >> 1 & 7];
 	}
-	/* Programs are on outward devices only. */
-	if (frame->interface != TUNNEL && frame->interface != BARE)
+	/* Programs are on outward devices and pods' only. */
+	if (frame->interface != TUNNEL && frame->interface != BARE && !is_pod_device(frame->interface))
 		frame->interface = UPLINK;
 	if (trace && frame->interface == BARE)
 		frame->interface = TUNNEL;
-	step->program = leaves ? OUT_ETHERNET : IN_ETHERNET;
-	if (frame->interface == BARE)
-		step->program++;
+	step->program = program_of(frame->interface, leaves);
 	frame->l3 = native_programs[step->program].l3;
 	frame->pkt_type = 0;
 	if (leaves)
@@ -253,29 +315,40 @@ static void choose_device(const struct recipe *recipe, struct step *step, const 
 }
 
 /* A packet that was passed on may leave by a device with another link header than the one that it came in by. */
-static void fit_link(struct frame *frame)
+static void fit_link(struct frame *frame, __u32 had)
 {
-	__u32 had = frame->bytes[0] == 2 ? 14 : 0;
-
 	if (had == frame->l3)
 		return;
 	frame->length = frame->length + frame->l3 - had;
 	memmove(frame->bytes + frame->l3, frame->bytes + had, frame->length - frame->l3);
-	if (!frame->l3)
-		return;
-	memcpy(frame->bytes, "\x02\0\0\0\0\x01\x02\0\0\0\0\x02", 12);
-	put16(frame->bytes + 12, frame->protocol);
+	put_link(frame);
+}
+
+/* A pod's frame: mostly to its gateway. Answers whether it is. The kernel knows of each frame whether it is its device's. */
+static int set_stations(const struct recipe *recipe, struct frame *frame)
+{
+	static const __u8 strangers[2][6] = {{2, 0, 0, 0, 0, 9}, {0xff, 0xff, 0xff, 0xff, 0xff, 0xff}};
+	const __u8 *to = world_gateway(frame->interface);
+
+	if (recipe->link >= 240)
+		to = recipe->link % 3 < 2 ? strangers[recipe->link % 3] : world_station(frame->interface);
+	memcpy(frame->bytes, to, 6);
+	memcpy(frame->bytes + 6, "\x02\0\0\0\x01", 5);
+	frame->bytes[11] = frame->interface;
+	frame->pkt_type = to == strangers[1] ? 1 : memcmp(to, world_station(frame->interface), 6) ? 3 : 0;
+	return world_is_for_node(frame);
 }
 
 /* Everything about the packet that is not in its bytes. Those that the kernel cannot be told of are not in a trace. */
-static int set_link(const struct recipe *recipe, struct frame *frame, int leaves)
+static int set_link(const struct recipe *recipe, struct frame *frame, enum program program)
 {
+	int is_wire = program == IN_ETHERNET || program == IN_BARE;
 	int is_usual = 1;
 
-	frame->mark = recipe->link == 201 && !(trace && leaves) ? 7 : 0;
+	frame->mark = recipe->link == 201 && (!trace || is_wire) ? 7 : 0;
 	if (trace)
 		return 1;
-	if (!leaves && recipe->link >= 240) {
+	if (is_wire && recipe->link >= 240) {
 		frame->pkt_type = 1 + recipe->link % 3;
 		is_usual = 0;
 	}
@@ -367,6 +440,7 @@ int packet_make(const struct recipe *recipe, struct step *step)
 	struct content content = {};
 	struct frame *frame = &step->in;
 	int is_usual, is_regular, is_distorted;
+	__u32 had;
 
 	memset(step, 0, sizeof(*step));
 	if (order == ORDER_COLLECT) {
@@ -382,14 +456,17 @@ int packet_make(const struct recipe *recipe, struct step *step)
 		return 0;
 	}
 	set_content(recipe, &content);
+	had = frame->l3;
 	choose_device(recipe, step, &content.pair, order);
 	if (order == ORDER_ONWARD)
-		fit_link(frame);
-	is_usual = set_link(recipe, frame, step->program >= OUT_ETHERNET);
+		fit_link(frame, had);
+	is_usual = set_link(recipe, frame, step->program);
 	if (order == ORDER_RAW)
 		make_raw(recipe, frame);
 	else if (order != ORDER_ONWARD)
 		build(frame, &content, recipe);
+	if (step->program == IN_POD && order != ORDER_ONWARD)
+		is_usual &= set_stations(recipe, frame);
 	is_regular = content.piece == SHAPE_WHOLE && !content.options && content.ttl > 2 && !recipe->numbers;
 	is_distorted = distort(recipe, frame) || order == ORDER_ONWARD || content.unchecked;
 	step->is_proper = !is_distorted && is_usual && is_regular && !(recipe->device & 0x80) &&

@@ -33,11 +33,9 @@ static struct native_map maps[] = {
 };
 
 const struct native_program native_programs[] = {
-	{"wire_in_ethernet", wire_in_ethernet, 14},
-	{"wire_in_bare", wire_in_bare, 0},
-	{"wire_out_ethernet", wire_out_ethernet, 14},
-	{"wire_out_bare", wire_out_bare, 0},
-	{"flow_collect", flow_collect, 0},
+	{"wire_in_ethernet", wire_in_ethernet, 14}, {"wire_in_bare", wire_in_bare, 0},
+	{"pod_in_ethernet", pod_in_ethernet, 14},   {"wire_out_ethernet", wire_out_ethernet, 14},
+	{"wire_out_bare", wire_out_bare, 0},	    {"flow_collect", flow_collect, 0},
 };
 
 struct native_map *native_maps(int *count)
@@ -47,7 +45,7 @@ struct native_map *native_maps(int *count)
 }
 
 /* The configuration is read-only for the programs. */
-void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __u32 flows)
+void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __u32 flows, int external_cluster_ips)
 {
 	size_t page = sysconf(_SC_PAGESIZE);
 	char *from = (char *)((unsigned long)&config / page * page);
@@ -63,4 +61,6 @@ void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __
 	writable->flows_tcp = flows;
 	writable->flows_other = flows;
 	writable->counts_services = 1;
+	writable->has_pod_devices = 1;
+	writable->external_cluster_ips = external_cluster_ips;
 }

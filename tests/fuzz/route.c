@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * The node around the packet: its routing table and neighbours, its sockets, the clock, chance. The table is the one of
- * tests/wire/mod.rs, whose namespaces the same packets are replayed in, and a tunnel without link headers besides. What
- * bpf_fib_lookup() answers, and in which order it asks, is that of net/core/filter.c.
+ * tests/wire/mod.rs, whose namespaces the same packets are replayed in, and besides a tunnel without link headers and a
+ * pod with a route of its own. What bpf_fib_lookup() answers, and in which order it asks, is that of net/core/filter.c.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -45,6 +45,7 @@ static const struct route_row rows[] = {
 	{MAPPED "\x0a\x00\x00\x00", 120, WAY_FOUND, UPLINK, 1500, NULL, MAPPED "\x0a\x00\x00\x01", 0},
 	{MAPPED "\x0a\xf4\x00\x00", 112, WAY_FOUND, TUNNEL, 1450, NULL, MAPPED "\x0a\xf4\x00\x01", 0},
 	{MAPPED "\x0a\x01\x00\x00", 112, WAY_FOUND, PODS, 1500, NULL, MAPPED "\x0a\x00\x00\x01", 0},
+	{MAPPED "\x0a\x01\x00\x07", 128, WAY_FOUND, VETH, 1500, NULL, MAPPED "\x0a\x00\x00\x01", 0},
 	{MAPPED "\x0a\x4d\x00\x00", 112, WAY_FOUND, BARE, 1400, NULL, MAPPED "\x0a\xf4\x00\x01", 0},
 	{MAPPED "\x0a\x09\x00\x00", 112, WAY_NONE, 0, 0, NULL, NULL, BPF_FIB_LKUP_RET_UNREACHABLE},
 	{MAPPED "\x0a\x0a\x00\x00", 112, WAY_NONE, 0, 0, NULL, NULL, BPF_FIB_LKUP_RET_BLACKHOLE},
@@ -58,6 +59,8 @@ static const struct route_row rows[] = {
 	{"\xfd\x00\0\0\0\0\0\0", 64, WAY_FOUND, UPLINK, 1500, NULL, "\xfd\x00\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 0},
 	{"\xfd\x44\0\0", 32, WAY_FOUND, TUNNEL, 1450, NULL, "\xfd\x44\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 0},
 	{"\xfd\x01\0\0\0\0\0\0", 64, WAY_FOUND, PODS, 1500, NULL, "\xfd\x00\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 0},
+	{"\xfd\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\x07", 128, WAY_FOUND, VETH, 1500, NULL,
+	 "\xfd\x00\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 0},
 	{"\xfd\x4d\0\0", 32, WAY_FOUND, BARE, 1400, NULL, "\xfd\x44\0\0\0\0\0\0\0\0\0\0\0\0\0\x01", 0},
 	{"\xfd\x09\0\0", 32, WAY_NONE, 0, 0, NULL, NULL, BPF_FIB_LKUP_RET_UNREACHABLE},
 	{"\xfd\x0a\0\0", 32, WAY_NONE, 0, 0, NULL, NULL, BPF_FIB_LKUP_RET_BLACKHOLE},
@@ -66,7 +69,7 @@ static const struct route_row rows[] = {
 };
 
 enum {
-	DEFAULT4 = 11,
+	DEFAULT4 = 12,
 	DEFAULT6 = sizeof(rows) / sizeof(rows[0]) - 1,
 };
 
@@ -143,7 +146,7 @@ long bpf_fib_lookup(void *context, struct bpf_fib_lookup *asked, int size, __u32
 		abort();
 	if (flags & ~(node.is_old ? 0 : LOOKUP_SRC | LOOKUP_MARK))
 		return -EINVAL;
-	if (asked->ifindex < UPLINK || asked->ifindex > BARE)
+	if (asked->ifindex < UPLINK || asked->ifindex > VETH)
 		return -ENODEV;
 	asked_addresses(asked, source, destination);
 	if (is_ip6 && (is_strict(source) || is_strict(destination)))

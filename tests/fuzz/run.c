@@ -12,7 +12,7 @@ void run_open(__u16 snat_first, __u16 snat_ports)
 	maps_open();
 	skb_open();
 	world_open(snat_first, snat_ports);
-	native_configure(snat_first, snat_ports, 0, 1000);
+	native_configure(snat_first, snat_ports, 0, 1000, 0);
 }
 
 enum {
@@ -26,6 +26,13 @@ static void print_frame(const struct frame *frame)
 		fprintf(trace, "%02x", frame->bytes[i]);
 }
 
+static const char *direction_of(enum program program)
+{
+	if (program >= OUT_ETHERNET)
+		return "out";
+	return program == IN_POD ? "pod" : "in";
+}
+
 static void trace_step(const struct step *step)
 {
 	if (!trace)
@@ -34,8 +41,8 @@ static void trace_step(const struct step *step)
 		fprintf(trace, "collect\n");
 		return;
 	}
-	fprintf(trace, "run %s %u %u %u ", step->program == IN_ETHERNET ? "in" : "out", step->in.interface,
-		step->program == IN_ETHERNET ? 0 : step->in.from, step->in.mark);
+	fprintf(trace, "run %s %u %u %u ", direction_of(step->program), step->in.interface,
+		step->program >= OUT_ETHERNET ? step->in.from : 0, step->in.mark);
 	print_frame(&step->in);
 	fprintf(trace, " %d ", step->effects.action);
 	print_frame(&step->out);

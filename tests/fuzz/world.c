@@ -21,8 +21,17 @@ static const char *const backends[KINDS][BACKENDS_EACH][FAMILIES] = {
 	{{"10.1.0.5", "fd01::5"}, {"10.244.1.5", "fd44::1:5"}, {"10.1.0.6", "fd01::6"}},
 };
 
-static struct native_map *frontends, *slots, *backend_rows, *addresses, *ranges, *devices, *epochs, *limits, *filters,
-	*counters, *flows4, *flows6;
+/* Pods of this node that have a device to themselves; those of PORT_B are all others of the bridge. */
+static const struct {
+	const char *address[FAMILIES];
+	__u32 interface;
+} pods[] = {
+	{{"10.1.0.5", "fd01::5"}, PORT_A},
+	{{"10.1.0.7", "fd01::7"}, VETH},
+};
+
+static struct native_map *frontends, *slots, *backend_rows, *addresses, *ranges, *devices, *pod_devices, *epochs,
+	*limits, *filters, *counters, *flows4, *flows6;
 
 void address_of(const char *text, __u8 to[16])
 {
@@ -68,6 +77,7 @@ void world_open(__u16 snat_first, __u16 snat_ports)
 	addresses = map_named("addresses");
 	ranges = map_named("source_ranges");
 	devices = map_named("devices");
+	pod_devices = map_named("pod_devices");
 	epochs = map_named("epochs");
 	limits = map_named("flow_limits");
 	filters = map_named("wire_filter");
@@ -76,8 +86,8 @@ void world_open(__u16 snat_first, __u16 snat_ports)
 	flows6 = map_named("flows6");
 }
 
-/* As src/abi.rs has it. */
-static void pass_address(const __u8 address[16])
+/* As src/abi.rs and src/bpf/filter.rs have it. */
+static void pass_address(const __u8 address[16], __u32 roles)
 {
 	static const __u32 factors[4] = {0x85ebca6b, 0xc2b2ae35, 0x27d4eb2f, 0x9e3779b1};
 	__u32 zero = 0, sum = 0, word;
@@ -87,9 +97,16 @@ static void pass_address(const __u8 address[16])
 		memcpy(&word, address + 4 * i, 4);
 		sum += word * factors[i];
 	}
-	filter->addresses[sum >> 16] = 1;
-	if (trace)
-		fprintf(trace, "pass address %u\n", sum >> 16);
+	if (roles & (ADDRESS_NODE | ADDRESS_LOCAL | ADDRESS_SERVICE_VIP)) {
+		filter->addresses[sum >> 16] = 1;
+		if (trace)
+			fprintf(trace, "pass address %u\n", sum >> 16);
+	}
+	if (roles & (ADDRESS_CLUSTER_IP | ADDRESS_SERVICE_VIP)) {
+		filter->sockets[sum >> 16] = SOCKET_FILTER_SERVICE;
+		if (trace)
+			fprintf(trace, "pass service %u\n", sum >> 16);
+	}
 }
 
 static void pass_port(__be16 port)
@@ -107,7 +124,7 @@ static void add_address(const char *text, __u32 roles)
 	__u8 address[16];
 
 	address_of(text, address);
-	pass_address(address);
+	pass_address(address, roles);
 	write_row(addresses, address, &roles);
 }
 
@@ -122,6 +139,57 @@ static void add_device(__u32 interface, const char *ip4, const char *ip6, int is
 		abort();
 }
 
+const __u8 *world_station(__u32 interface)
+{
+	static __u8 station[6] = {2};
+
+	station[5] = interface < PORT_A ? 1 : 0x10 + interface;
+	return station;
+}
+
+/* Pods behind a bridge reach the node at the bridge's link address. */
+const __u8 *world_gateway(__u32 interface)
+{
+	static const __u8 bridge[6] = {2, 0, 0, 0, 0, 0xb0};
+
+	return interface == VETH ? world_station(interface) : bridge;
+}
+
+int world_own_address(__u32 interface, int is_ip6, __u8 own[16])
+{
+	const char *const *text = interface == UPLINK ? node_address : tunnel_address;
+
+	if (is_pod_device(interface)) {
+		if (world.pods_unknown || world.pods_own == OWN_NONE || world.pods_own == OWN_STRANGE)
+			return 0;
+		text = world.pods_own == OWN_NODE ? node_address : tunnel_address;
+	}
+	address_of(text[is_ip6], own);
+	return text == node_address || !world.tunnel_is_strange;
+}
+
+static void add_pod_device(__u32 interface)
+{
+	static const char *const own[][FAMILIES] = {
+		[OWN_NODE] = {"10.0.0.1", "fd00::1"},
+		[OWN_TUNNEL] = {"10.244.0.1", "fd44::1"},
+		[OWN_NONE] = {"::", "::"},
+		[OWN_STRANGE] = {"10.1.0.1", "fd01::1"},
+	};
+	struct pod_device row = {};
+
+	address_of(own[world.pods_own][0], row.ip4.bytes);
+	address_of(own[world.pods_own][1], row.ip6.bytes);
+	memcpy(row.gateway, world_gateway(interface), sizeof(row.gateway));
+	write_row(pod_devices, &interface, &row);
+}
+
+static void add_pod_devices(void)
+{
+	for (__u32 interface = PORT_A; interface <= VETH && !world.pods_unknown; interface++)
+		add_pod_device(interface);
+}
+
 static void make_node(void)
 {
 	const struct flow_limits set = {60, 86400, 3600, 10, 60, 10, 30, 120};
@@ -129,6 +197,7 @@ static void make_node(void)
 	add_device(UPLINK, node_address[0], node_address[1], 0);
 	add_device(TUNNEL, tunnel_address[0], tunnel_address[1], 0);
 	add_device(BARE, tunnel_address[0], tunnel_address[1], 1);
+	add_pod_devices();
 	for (int family = 0; family < FAMILIES; family++) {
 		add_address(node_address[family], ADDRESS_NODE | ADDRESS_LOCAL);
 		add_address(tunnel_address[family], ADDRESS_LOCAL);
@@ -173,7 +242,7 @@ static void write_backend(const struct service *service, int index)
 	struct backend row = {
 		.port = known->end.port,
 		.state = known->gone ? BACKEND_GONE : BACKEND_ACTIVE,
-		.pools = known->gone ? 0 : POOL_CLUSTER,
+		.pools = known->gone ? 0 : POOL_CLUSTER | (index == service->count - 1 ? POOL_LOCAL : 0),
 		.generation = 1,
 		.service_id = 1 + (service - world.services),
 		.protocol = service->protocol,
@@ -184,41 +253,72 @@ static void write_backend(const struct service *service, int index)
 	write_row(backend_rows, &id, &row);
 }
 
-static __u32 flags_of(const struct service *service)
+static __u32 flags_of(const struct service *service, int is_cluster_ip)
 {
+	__u32 hides = world.hides ? FRONTEND_SOURCE_NODE : 0;
+
+	if (is_cluster_ip)
+		return FRONTEND_CLUSTER_IP | hides;
 	if (service->kind == KIND_NODE_PORT)
-		return FRONTEND_NODE_PORT;
-	if (!service->is_served)
-		return FRONTEND_CLUSTER_IP;
-	return FRONTEND_LOAD_BALANCER | (service->is_ranged ? FRONTEND_SOURCE_RANGES : 0);
+		return FRONTEND_NODE_PORT | hides;
+	return FRONTEND_LOAD_BALANCER | (service->is_ranged ? FRONTEND_SOURCE_RANGES : 0) | hides;
+}
+
+int world_offers(const struct service *service, int index, int from_pod)
+{
+	int is_local = from_pod ? world.inside_local : world.outside_local;
+
+	return !service->backends[index].gone && (!is_local || index == service->count - 1);
 }
 
 /* The pool has the backends that are there, in order. `owner`: whose they are. */
-static void write_frontend(const struct service *service, const struct service *owner)
+static struct pool make_pool(const struct service *service, const struct service *owner, int from_pod)
 {
-	__u32 base = (owner - world.services) * BACKENDS_EACH;
-	struct frontend_key key = {.port = service->end.port, .protocol = service->protocol};
-	struct frontend row = {
-		.service_id = 1 + (owner - world.services),
-		.flags = flags_of(service),
-		.affinity_seconds = service->affine ? 10800 : 0,
-		.outside = {.base = base, .member = POOL_CLUSTER},
+	struct pool pool = {
+		.base = ((owner - world.services) + from_pod * SERVICES) * BACKENDS_EACH,
+		.member = (from_pod ? world.inside_local : world.outside_local) ? POOL_LOCAL : POOL_CLUSTER,
 	};
 
 	for (int i = 0; i < owner->count; i++)
-		if (!owner->backends[i].gone)
-			write_number(slots, base + row.outside.count++,
+		if (world_offers(owner, i, from_pod))
+			write_number(slots, pool.base + pool.count++,
 				     world.special == SPECIAL_NO_BACKEND && owner->kind == KIND_SPECIAL
 					     ? 1000
 					     : backend_id(owner, i));
 	if (service->kind == KIND_SPECIAL && world.special == SPECIAL_DROP)
-		row.outside.on_empty = EMPTY_DROP;
-	memcpy(key.address.bytes, service->end.address, 16);
+		pool.on_empty = EMPTY_DROP;
+	return pool;
+}
+
+static void write_end(const struct service *service, const struct end *end, const struct frontend *row)
+{
+	struct frontend_key key = {.port = end->port, .protocol = service->protocol};
+
+	memcpy(key.address.bytes, end->address, 16);
 	/* A NodePort has the wildcard address of its family. */
-	if (service->kind == KIND_NODE_PORT)
+	if (row->flags & FRONTEND_NODE_PORT)
 		memset(key.address.bytes + (service->is_ip6 ? 0 : 12), 0, service->is_ip6 ? 16 : 4);
-	pass_port(key.port);
-	write_row(frontends, &key, &row);
+	if (!(row->flags & FRONTEND_CLUSTER_IP))
+		pass_port(key.port);
+	write_row(frontends, &key, row);
+}
+
+static void write_frontend(const struct service *service)
+{
+	const struct service *owner = service->owner;
+	struct frontend row = {
+		.service_id = 1 + (owner - world.services),
+		.flags = flags_of(service, 1),
+		.affinity_seconds = service->affine ? 10800 : 0,
+		.inside = make_pool(service, owner, 1),
+		.outside = make_pool(service, owner, 0),
+	};
+
+	write_end(service, &service->cluster_ip, &row);
+	if (!service->is_served)
+		return;
+	row.flags = flags_of(service, 0);
+	write_end(service, &service->end, &row);
 }
 
 static void make_service(struct service *service, int index, const __u8 *bytes)
@@ -232,16 +332,19 @@ static void make_service(struct service *service, int index, const __u8 *bytes)
 	service->kind = index / (FAMILIES * PROTOCOLS);
 	service->end.port = htons(ports[service->kind]);
 	service->is_served = 1;
+	service->owner = service;
 	service->affine = !!(bytes[0] & 64);
 	address_of(service->kind == KIND_NODE_PORT ? node_address[service->is_ip6] : vip[service->is_ip6],
 		   service->end.address);
+	service->cluster_ip.port = service->end.port;
+	address_of(cluster_ip[service->is_ip6], service->cluster_ip.address);
 	/* What chance would choose, a trace's world has only one of. */
 	service->count = trace ? 1 : count;
 	if (service->kind == KIND_SPECIAL) {
 		service->is_ranged = world.special == SPECIAL_RANGED;
 		service->is_served = world.special != SPECIAL_CLUSTER_IP;
 		if (!service->is_served)
-			address_of(cluster_ip[service->is_ip6], service->end.address);
+			service->end = service->cluster_ip;
 		if (world.special == SPECIAL_REFUSE || world.special == SPECIAL_DROP)
 			service->count = 0;
 	}
@@ -251,7 +354,7 @@ static void make_service(struct service *service, int index, const __u8 *bytes)
 			      &service->backends[i].end);
 		write_backend(service, i);
 	}
-	write_frontend(service, service);
+	write_frontend(service);
 }
 
 /* Clients of this range only, by family. */
@@ -290,6 +393,13 @@ void world_make(const __u8 bytes[WORLD_BYTES])
 	world.rp_filter = bytes[0] % 4 % 3;
 	world.through_stack = !!(bytes[0] & 4);
 	world.by_ports = !!(bytes[0] & 8);
+	world.hides = !!(bytes[4] & 16);
+	world.external = !trace && (bytes[4] & 32);
+	world.pods_own = bytes[4] >> 6;
+	world.inside_local = !!(bytes[5] & 8);
+	world.pods_unknown = !trace && (bytes[5] & 16);
+	world.outside_local = !!(bytes[5] & 32);
+	world.tunnel_is_strange = 0;
 	world.changes = 0;
 	node.is_rerouted = 0;
 	node.is_old = !trace && (bytes[4] & 8);
@@ -301,7 +411,7 @@ void world_make(const __u8 bytes[WORLD_BYTES])
 		fprintf(trace, "world\n");
 	else
 		native_configure(world.snat_first, bytes[4] & 1 ? 4 : world.snat_ports, !!(bytes[4] & 2),
-				 bytes[4] & 4 ? 1 : 1000);
+				 bytes[4] & 4 ? 1 : 1000, world.external);
 	make_node();
 	for (int i = 0; i < SERVICES; i++) {
 		make_service(&world.services[i], i, bytes);
@@ -329,10 +439,17 @@ static void turn_ring(void)
 	}
 }
 
+static void advance_routes(void)
+{
+	__u32 index = EPOCH_ROUTES, *epoch = map_lookup(epochs, &index);
+
+	write_number(epochs, EPOCH_ROUTES, *epoch + 1);
+}
+
 void world_change(__u8 what, __u8 which)
 {
 	struct service *service = &world.services[which % SERVICES], *other;
-	__u32 index = EPOCH_HANDS, *hands = map_lookup(epochs, &index), *epoch;
+	__u32 index = EPOCH_HANDS, *hands = map_lookup(epochs, &index);
 
 	if (what < CHANGE_FIRST) {
 		if (!trace)
@@ -340,23 +457,25 @@ void world_change(__u8 what, __u8 which)
 		return;
 	}
 	world.changes++;
-	switch (what & 3) {
+	switch (what & 7) {
 	case 0: /* A backend goes, or comes back. */
-		if (!service->count || service->moved)
+		if (!service->count || service->owner != service)
 			return;
-		service->backends[0].gone = !service->backends[0].gone;
-		if (service->backends[0].gone)
-			write_frontend(service, service);
-		write_backend(service, 0);
-		if (!service->backends[0].gone)
-			write_frontend(service, service);
+		index = which / SERVICES % service->count;
+		service->backends[index].gone = !service->backends[index].gone;
+		if (service->backends[index].gone)
+			write_frontend(service);
+		write_backend(service, index);
+		if (!service->backends[index].gone)
+			write_frontend(service);
 		return;
 	case 1: /* The destination becomes another Service's, of the same family and protocol. */
 		other = &world.services[which % (FAMILIES * PROTOCOLS)];
-		if (service->kind == KIND_SPECIAL || service->kind == KIND_HERE || service->moved || other->moved)
+		if (service->kind == KIND_SPECIAL || service->kind == KIND_HERE || service->owner != service ||
+		    other->owner != other)
 			return;
-		service->moved = 1;
-		write_frontend(service, other);
+		service->owner = other;
+		write_frontend(service);
 		memcpy(service->backends, other->backends, sizeof(service->backends));
 		service->count = other->count;
 		write_number(epochs, EPOCH_HANDS, *hands + 1);
@@ -365,11 +484,30 @@ void world_change(__u8 what, __u8 which)
 		world.through_stack = !world.through_stack;
 		write_number(epochs, EPOCH_THROUGH_STACK, world.through_stack);
 		return;
-	default:
+	case 3:
 		node.is_rerouted = !trace && !node.is_rerouted;
-		index = EPOCH_ROUTES;
-		epoch = map_lookup(epochs, &index);
-		write_number(epochs, EPOCH_ROUTES, *epoch + 1);
+		advance_routes();
+		return;
+	case 4: /* Backends see the node as their client from now on, or no longer. */
+		world.hides = !world.hides;
+		for (int i = 0; i < SERVICES; i++)
+			write_frontend(&world.services[i]);
+		return;
+	case 5:
+		world.pods_own = (world.pods_own + 1) & 3;
+		add_pod_devices();
+		return;
+	case 6:
+		node.forwarding = trace ? node.forwarding : !node.forwarding;
+		advance_routes();
+		return;
+	default:
+		if (trace)
+			return;
+		world.tunnel_is_strange = !world.tunnel_is_strange;
+		for (int family = 0; family < FAMILIES; family++)
+			add_address(tunnel_address[family], world.tunnel_is_strange ? 0 : ADDRESS_LOCAL);
+		advance_routes();
 	}
 }
 
@@ -399,20 +537,26 @@ void world_age(__u32 seconds)
 	fprintf(trace, "age %u\n", seconds);
 }
 
-struct service *world_service(const struct end *end, __u8 protocol)
+struct service *world_service(const struct end *end, __u8 protocol, int from_pod)
 {
-	for (int i = 0; i < SERVICES; i++)
-		if (world.services[i].is_served && world.services[i].protocol == protocol &&
-		    end_equal(&world.services[i].end, end))
-			return &world.services[i];
+	for (int i = 0; i < SERVICES; i++) {
+		struct service *service = &world.services[i];
+
+		if (service->protocol != protocol)
+			continue;
+		if (service->is_served && end_equal(&service->end, end))
+			return service;
+		if ((from_pod || world.external) && end_equal(&service->cluster_ip, end))
+			return service;
+	}
 	return NULL;
 }
 
-int world_allows(const struct service *service, const __u8 client[16])
+int world_allows(const struct service *service, const struct end *end, const __u8 client[16])
 {
 	__u8 range[16];
 
-	if (!service->is_ranged)
+	if (!service->is_ranged || end_equal(&service->cluster_ip, end))
 		return 1;
 	address_of(service->is_ip6 ? "2001:db8::" : "198.51.100.0", range);
 	if (service->is_ip6)
@@ -424,7 +568,38 @@ int world_is_here(const __u8 address[16])
 {
 	struct hop hop = route_of(address);
 
-	return hop.way == WAY_HERE || (hop.way == WAY_FOUND && hop.interface == PODS);
+	return hop.way == WAY_HERE || (hop.way == WAY_FOUND && (hop.interface == PODS || hop.interface == VETH));
+}
+
+int world_is_cluster_ip(const __u8 address[16])
+{
+	__u8 own[16];
+
+	address_of(cluster_ip[!address_is_v4(address)], own);
+	return !memcmp(own, address, 16);
+}
+
+int is_pod_device(__u32 interface)
+{
+	return interface >= PORT_A && interface <= VETH;
+}
+
+__u32 world_device(const __u8 address[16])
+{
+	struct hop hop = route_of(address);
+	__u8 pod[16];
+
+	for (unsigned int i = 0; i < sizeof(pods) / sizeof(pods[0]); i++) {
+		address_of(pods[i].address[!address_is_v4(address)], pod);
+		if (!memcmp(pod, address, 16))
+			return pods[i].interface;
+	}
+	return hop.way == WAY_FOUND && hop.interface == PODS ? PORT_B : hop.interface;
+}
+
+int world_is_for_node(const struct frame *frame)
+{
+	return !frame->pkt_type || (!world.pods_unknown && !memcmp(frame->bytes, world_gateway(frame->interface), 6));
 }
 
 __u64 world_counter(__u32 index)

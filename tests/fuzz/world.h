@@ -8,6 +8,7 @@
 
 #include <stdio.h>
 #include "inet.h"
+#include "native.h"
 
 enum {
 	FAMILIES = 2,
@@ -48,6 +49,7 @@ struct known_backend {
 
 struct service {
 	struct end end; /* of a NodePort: the node's own address */
+	struct end cluster_ip; /* which serves pods; SPECIAL_CLUSTER_IP has no other end */
 	__u8 protocol;
 	int is_ip6;
 	enum service_kind kind;
@@ -55,13 +57,27 @@ struct service {
 	int is_served; /* to the wire */
 	int is_ranged;
 	int affine;
-	int moved; /* another Service has its frontend */
+	const struct service *owner; /* who has its frontend: itself, or the Service that it was moved to */
 	struct known_backend backends[BACKENDS_EACH];
+};
+
+/* The node's address that hides pods from their backends, as the rows of pods' devices say. */
+enum pods_own {
+	OWN_NODE,
+	OWN_TUNNEL,
+	OWN_NONE,
+	OWN_STRANGE, /* an address at which nothing is looked at */
 };
 
 struct world {
 	struct service services[SERVICES];
 	enum special special;
+	enum pods_own pods_own;
+	int pods_unknown; /* their devices have no rows */
+	int hides; /* backends see the node as their client (--masquerade-all) */
+	int tunnel_is_strange; /* nothing is looked at that comes to the tunnel's address */
+	int external; /* cluster IPs serve the wire as well */
+	int inside_local, outside_local; /* pools of policy Local have the last backend of each Service only */
 	int rp_filter, through_stack, by_ports;
 	__u16 snat_first, snat_ports;
 	int changes; /* of anything, since the beginning */
@@ -79,11 +95,24 @@ void world_make(const __u8 bytes[WORLD_BYTES]);
 void world_change(__u8 what, __u8 which);
 /* So many seconds pass. */
 void world_age(__u32 seconds);
-/* The Service that serves this end to the wire; NULL: none. */
-struct service *world_service(const struct end *end, __u8 protocol);
-/* May the client have this Service? */
-int world_allows(const struct service *service, const __u8 client[16]);
+/* The Service that serves this end to the wire or, `from_pod`, to pods; NULL: none. */
+struct service *world_service(const struct end *end, __u8 protocol, int from_pod);
+/* May the client have this Service by this end of it? */
+int world_allows(const struct service *service, const struct end *end, const __u8 client[16]);
+/* Is this backend one for who asks? */
+int world_offers(const struct service *service, int index, int from_pod);
 int world_is_here(const __u8 address[16]);
+int world_is_cluster_ip(const __u8 address[16]);
+int is_pod_device(__u32 interface);
+/* The device by which packets from and to this address go: a pod's, or the route's. */
+__u32 world_device(const __u8 address[16]);
+/* Link addresses: of a device, and the one at which its pods reach the node. */
+const __u8 *world_station(__u32 interface);
+const __u8 *world_gateway(__u32 interface);
+/* Does this frame of a pod's go to the node? */
+int world_is_for_node(const struct frame *frame);
+/* The address that hides clients whose packets come in there; 0: they are not hidden. */
+int world_own_address(__u32 interface, int is_ip6, __u8 own[16]);
 /* From text. */
 void address_of(const char *text, __u8 to[16]);
 __u64 world_counter(__u32 index);
