@@ -133,6 +133,14 @@ static void check_seen_here(const struct step *step, const struct pair *after)
 		fail(step, "SCTP with another source port");
 }
 
+/* Where a call failed no flow may have begun, and its client be remembered with the backend that it would have had. */
+void choice_forget(const struct step *step)
+{
+	for (int i = 0; i < affinity_count; i++)
+		if (!memcmp(affinities[i].client, step->before.pair.from.address, 16))
+			affinities[i].when_ns = 0;
+}
+
 /* With session affinity a client has the same backend for three hours, as long as it is there. */
 static void check_affinity(const struct step *step, const struct service *service, const struct end *backend)
 {
@@ -145,7 +153,7 @@ static void check_affinity(const struct step *step, const struct service *servic
 		known++;
 	if (known == affinities + affinity_count)
 		affinity_count++;
-	else if (node.now_ns - known->when_ns < 10000000000000ULL &&
+	else if (known->when_ns && node.now_ns - known->when_ns < 10000000000000ULL &&
 		 is_backend_of(service, &known->backend, step->program == IN_POD) &&
 		 !end_equal(&known->backend, backend) && !step->effects.failures)
 		fail(step, "a client that is remembered is given another backend");

@@ -262,6 +262,8 @@ void oracle_after(struct step *step)
 	default:
 		fail(step, "an action that is not ours");
 	}
+	if (step->effects.failures)
+		choice_forget(step);
 	if (step->is_proper && !step->effects.failures)
 		flows_expect(step);
 }

@@ -56,6 +56,7 @@ enum conduct choice_conduct(const struct step *step, const struct pair *seen);
 void check_choice(const struct step *step, const struct pair *seen);
 /* From what a request became when it came in to what the backend sees. */
 void choice_complete(const struct step *step, struct pair *half);
+void choice_forget(const struct step *step);
 int is_odd_address(const __u8 address[16]);
 int is_odd_source(const struct step *step);
 /* A packet that left as it was. */
