@@ -250,7 +250,7 @@ static void check_way_of_backend(const struct step *step, const struct pair *see
 		world_own_address(step->in.interface, step->before.is_ip6, own);
 		check_seen_hidden(step, seen, own);
 		return;
-	case CONDUCT_STACK:
+	default:
 		check_seen_here(step, seen);
 	}
 }

@@ -33,6 +33,7 @@ struct conversation {
 	struct pair seen; /* what the backend sees */
 	enum conduct conduct;
 	__u32 interface; /* where the client's packets come in */
+	int is_handed; /* a request went into the stack, to leave with another source */
 	/* Another has its client's port, or its place towards the backend. What was handed to the stack for it meanwhile
 	 * is still known on its way out. */
 	int is_former;
@@ -51,6 +52,17 @@ struct first_piece {
 	struct pair pair;
 	__u32 id;
 };
+
+/* What happened to whom, so that libFuzzer looks for all of it, though it may be no new way through the programs. */
+enum reached {
+	REACHED_WHOLE,
+	REACHED_PIECE,
+	REACHED_ERROR,
+	REACHED_EXPECTED, /* a packet that had to be translated */
+	REACHED_MAX,
+};
+
+__attribute__((section("__libfuzzer_extra_counters"), used)) static __u8 reached[CONDUCTS][MAPPINGS][REACHED_MAX];
 
 static struct conversation conversations[CONVERSATIONS];
 static struct first_piece pieces[STEPS];
@@ -97,7 +109,7 @@ static int list_mappings(const struct conversation *known, struct mapping list[M
 		memcpy(list + 2, halves, sizeof(halves));
 		list[2].met = list[3].met = MET_WIRE;
 		return 6;
-	case CONDUCT_HALVES:
+	default:
 		memcpy(list, halves, sizeof(halves));
 	}
 	return 4;
@@ -133,6 +145,19 @@ static int is_fate(enum fate fate, const struct step *step)
 	return fate == FATE_SENT || fate == FATE_LEAVES;
 }
 
+static void note_reached(const struct step *step, struct conversation *known, int mapping)
+{
+	enum reached what = REACHED_WHOLE;
+
+	if (step->before.shape == SHAPE_ERROR)
+		what = REACHED_ERROR;
+	else if (step->before.shape != SHAPE_WHOLE)
+		what = REACHED_PIECE;
+	reached[known->conduct][mapping][what] = 1;
+	if (known->conduct == CONDUCT_HALVES && !mapping && what == REACHED_WHOLE)
+		known->is_handed = 1;
+}
+
 /* `from_ports`, `to_ports`: whether these pairs have them. */
 static struct conversation *find_mapping(const struct step *step, const struct pair *from, const struct pair *to,
 					 int from_ports, int to_ports, struct mapping *found)
@@ -147,6 +172,7 @@ static struct conversation *find_mapping(const struct step *step, const struct p
 			    !is_pair(&list[m].to, to, to_ports))
 				continue;
 			*found = list[m];
+			note_reached(step, &conversations[i], m);
 			return &conversations[i];
 		}
 	}
@@ -327,8 +353,15 @@ static void check_way_out(const struct step *step, const struct conversation *kn
 	const __u8 *client = known->request.from.address;
 	struct hop hop = route_of(client);
 
-	if (mapping->fate != FATE_LEAVES || step->effects.action == TC_ACT_REDIRECT ||
-	    step->in.interface == known->interface || !node.forwarding || step->before.total > 1380 ||
+	if (mapping->fate != FATE_LEAVES)
+		return;
+	if (step->effects.action == TC_ACT_REDIRECT) {
+		/* A pod that came back to itself by the wire is reached by its route. */
+		if (step->in.interface == known->interface && memcmp(client, known->seen.to.address, 16))
+			fail(step, "a reply is taken from its client's device");
+		return;
+	}
+	if (step->in.interface == known->interface || !node.forwarding || step->before.total > 1380 ||
 	    step->in.gso_size || is_odd_address(client) || hop.way != WAY_FOUND)
 		return;
 	if (hop.interface != step->in.interface)
@@ -455,13 +488,22 @@ static int expect_answer(const struct step *step)
 	for (int i = 0; i < count; i++) {
 		struct mapping list[MAPPINGS];
 		struct pair request = conversations[i].request;
+		int length = list_mappings(&conversations[i], list), which = 1;
 
-		list_mappings(&conversations[i], list);
-		if (conversations[i].is_former || !pair_equal(&list[1].from, &step->before.pair))
+		/* A backend that is the node itself sees its client, and answers it. */
+		if (conversations[i].is_handed && pair_equal(&list[length - 1].from, &step->before.pair))
+			which = length - 1;
+		else if (!pair_equal(&list[1].from, &step->before.pair))
 			continue;
-		if (is_met(&list[1], step) && node.forwarding && route_of(request.from.address).way == WAY_FOUND &&
-		    step->before.total <= 1380 && table_wants_answer(&request, &step->before) && is_same(step))
+		if (conversations[i].is_former)
+			continue;
+		if (!is_met(&list[which], step) || !node.forwarding ||
+		    route_of(request.from.address).way != WAY_FOUND || step->before.total > 1380 ||
+		    (which == 1 && !table_wants_answer(&request, &step->before)))
+			return 1;
+		if (is_same(step))
 			fail(step, "an answer that does not come back");
+		reached[conversations[i].conduct][which][REACHED_EXPECTED] = 1;
 		return 1;
 	}
 	return 0;

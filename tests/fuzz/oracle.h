@@ -48,6 +48,7 @@ enum conduct {
 	CONDUCT_ROUTED, /* sent on at once, both when they come in; or by halves, where the stack is asked for */
 	CONDUCT_BACK, /* sent back to the pod that they came from, both */
 	CONDUCT_HALVES, /* by the host's stack, half translated */
+	CONDUCTS,
 };
 
 /* choice.c: what a Service's client is given. `seen`: what the backend sees. */

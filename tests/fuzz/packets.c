@@ -3,7 +3,7 @@
 #include <string.h>
 #include "../../bpf/abi.h"
 #include "build.h"
-#include "packets.h"
+#include "oracle.h"
 #include "world.h"
 
 enum {
@@ -261,11 +261,16 @@ static __u32 pod_device_of(const struct recipe *recipe, const struct pair *pair)
 /* By which device the packet would come in, or leave; answers whether it leaves. */
 static int find_device(const struct recipe *recipe, struct frame *frame, const struct pair *pair, enum order order)
 {
-	const struct step *step = order == ORDER_AGAIN ? earlier(recipe->actor) : NULL;
+	const struct step *step = order == ORDER_AGAIN || order == ORDER_ANSWER ? earlier(recipe->actor) : NULL;
 	int leaves = order == ORDER_ONWARD || order == ORDER_OWN ||
 		     (order != ORDER_REQUEST && world_is_here(pair->from.address));
 
-	if (step) {
+	/* To what has left the node, or was sent back, an answer comes in there. To what was passed on it may be as it leaves. */
+	if (order == ORDER_ANSWER && (step->program >= OUT_ETHERNET || is_sent_back(step))) {
+		frame->interface = step->in.interface;
+		return 0;
+	}
+	if (order == ORDER_AGAIN) {
 		frame->interface = step->in.interface;
 		frame->from = step->in.from;
 		return step->program >= OUT_ETHERNET;
