@@ -143,6 +143,12 @@ static int make_again(const struct recipe *recipe, struct content *content)
 	return 1;
 }
 
+/* An error that the node itself has made. */
+static int is_by_node(const struct recipe *recipe)
+{
+	return (recipe->service & 3) == 2;
+}
+
 /* From a router on the way, from the packet's destination, or from this node. */
 static int make_error(const struct recipe *recipe, struct content *content)
 {
@@ -158,7 +164,7 @@ static int make_error(const struct recipe *recipe, struct content *content)
 	content->pair.from = step->after.pair.to;
 	if (recipe->service & 1)
 		address_of(content->is_ip6 ? "2001:db8:9::9" : "203.0.113.99", content->pair.from.address);
-	else if (recipe->service & 2)
+	else if (is_by_node(recipe))
 		address_of(content->is_ip6 ? "fd00::1" : "10.0.0.1", content->pair.from.address);
 	content->error_type = types[content->is_ip6][recipe->service >> 2 & 3];
 	content->error_code = recipe->service >> 4 & 7;
@@ -258,15 +264,21 @@ static __u32 pod_device_of(const struct recipe *recipe, const struct pair *pair)
 	return is_pod_device(interface) ? interface : PORT_A + recipe->id % 3;
 }
 
+static int has_earlier(enum order order)
+{
+	return order == ORDER_AGAIN || order == ORDER_ANSWER || order == ORDER_ERROR;
+}
+
 /* By which device the packet would come in, or leave; answers whether it leaves. */
 static int find_device(const struct recipe *recipe, struct frame *frame, const struct pair *pair, enum order order)
 {
-	const struct step *step = order == ORDER_AGAIN || order == ORDER_ANSWER ? earlier(recipe->actor) : NULL;
+	const struct step *step = has_earlier(order) ? earlier(recipe->actor) : NULL;
 	int leaves = order == ORDER_ONWARD || order == ORDER_OWN ||
 		     (order != ORDER_REQUEST && world_is_here(pair->from.address));
 
 	/* To what has left the node, or was sent back, an answer comes in there. To what was passed on it may be as it leaves. */
-	if (order == ORDER_ANSWER && (step->program >= OUT_ETHERNET || is_sent_back(step))) {
+	if ((order == ORDER_ANSWER || (order == ORDER_ERROR && !is_by_node(recipe))) &&
+	    (step->program >= OUT_ETHERNET || is_sent_back(step))) {
 		frame->interface = step->in.interface;
 		return 0;
 	}
