@@ -82,20 +82,26 @@ static __always_inline int stack_is_asked_for(const struct packet *packet)
 	return least && packet->segment >= least && (least == 1 || !packet->is_ip6);
 }
 
-/* Is the flow still there that these new ends were noted for? A row of `handed` outlives it. The flow's row of the other
- * direction leads back to whom the packet is from. */
-static __always_inline int stack_has_flow(struct scratch *given)
+/* Is the flow still there that scratch.flow was noted for, with the ends of scratch.backend_ends in the stack? A row of
+ * `handed` outlives it. The flow's row of the other direction leads back to whom the packet is from; that of the requests
+ * also has the port that the backend answers to. Global, so that it is verified once. */
+__noinline int stack_has_flow(hook_context *ctx, __u32 protocol)
 {
+	struct scratch *given = scratch();
 	const struct flow *other;
 
-	flow_key_reverse(&given->reply, &given->flow.ends, given->packet.tuple.protocol);
+	if (!given || !ctx)
+		return 0;
+	flow_key_reverse(&given->reply, &given->flow.ends, protocol);
 	other = flow_find(&given->reply);
-	return other && !(other->state & FLOW_ENDING) &&
-	       address_equal(&other->ends.destination, &given->packet.tuple.ends.source);
+	if (!other || (other->state & FLOW_ENDING) ||
+	    !address_equal(&other->ends.destination, &given->backend_ends.source))
+		return 0;
+	return (other->state & FLOW_REPLY) || other->ends.source_port == given->backend_ends.destination_port;
 }
 
 /* A packet that leaves: the second half of its new ends, in scratch.flow. 0: it was not handed over. */
-static __always_inline int stack_recall(struct scratch *given)
+static __always_inline int stack_recall(hook_context *ctx, struct scratch *given)
 {
 	struct flow *row = bpf_map_lookup_elem(&handed, &given->packet.tuple);
 
@@ -104,8 +110,9 @@ static __always_inline int stack_recall(struct scratch *given)
 	given->flow = *row;
 	given->addresses =
 		checksum_change(&given->packet.tuple.ends, &given->flow.ends.source, &given->flow.ends.destination);
+	given->backend_ends = given->packet.tuple.ends;
 	return ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends) == given->flow.change &&
-	       stack_has_flow(given);
+	       stack_has_flow(ctx, given->packet.tuple.protocol);
 }
 
 #endif

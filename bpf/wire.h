@@ -56,19 +56,22 @@ static __always_inline int wire_packet(hook_context *ctx, struct scratch *given,
 
 /* An ICMP error is about a packet that went the other way: the flow is that of its answer. Copies its row. Those that the
  * host's stack makes are about packets as it saw them. */
-static __always_inline int flow_of_quoted(struct scratch *given, int at_egress)
+static __always_inline int flow_of_quoted(hook_context *ctx, struct scratch *given, int at_egress)
 {
-	struct flow *flow;
+	struct flow *flow, *half = (void *)0;
 
 	flow_key_reverse(&given->reply, &given->quoted.tuple.ends, given->quoted.tuple.protocol);
 	flow = flow_find(&given->reply);
 	if (!flow && at_egress)
-		flow = bpf_map_lookup_elem(&handed, &given->reply);
+		flow = half = bpf_map_lookup_elem(&handed, &given->reply);
 	if (!flow)
 		return 0;
 	given->flow = *flow;
-	return flow_is_at_egress(given->flow.state) == at_egress &&
-	       ends_change(&given->reply.ends, &given->flow.ends) == given->flow.change;
+	if (flow_is_at_egress(given->flow.state) != at_egress ||
+	    ends_change(&given->reply.ends, &given->flow.ends) != given->flow.change)
+		return 0;
+	given->backend_ends = given->reply.ends;
+	return !half || stack_has_flow(ctx, given->reply.protocol);
 }
 
 /* Translates and sends on an ICMP error. Answers a verdict. */
@@ -85,7 +88,7 @@ __noinline int wire_error(hook_context *ctx, __u32 at_egress)
 	if (!packet_parse_quoted(ctx, quoted) ||
 	    !address_equal(&error->tuple.ends.destination, &quoted->tuple.ends.source))
 		return VERDICT_PASS;
-	return flow_of_quoted(given, at_egress) ? deliver_error(ctx, given) : VERDICT_PASS;
+	return flow_of_quoted(ctx, given, at_egress) ? deliver_error(ctx, given) : VERDICT_PASS;
 }
 
 /* What the program answers. */
@@ -235,7 +238,7 @@ static __always_inline int wire_out(hook_context *ctx, __u32 l3, __u32 is_ip6)
 		return VERDICT_DROP;
 	}
 	if (recall != RECALL_SERVES) {
-		if (!stack_recall(given)) {
+		if (!stack_recall(ctx, given)) {
 			owner_note(ctx);
 			return VERDICT_PASS;
 		}

@@ -326,3 +326,26 @@ fn a_client_is_hidden_from_a_backend_on_this_node_by_halves() {
         assert_eq!(node.flow_rows(), (2, 0));
     }
 }
+
+/// What was noted for its hidden flow stays, and the request's row leads to the same pod again.
+#[test]
+fn a_client_that_is_hidden_no_longer_has_the_answers_to_its_own_connections_to_the_pod() {
+    for ([_, _, here, _, own], client) in FAMILIES.into_iter().zip([CLIENT4, wire::CLIENT6]) {
+        let mut node = Node::new();
+        let mut collector = node.datapath.flow_collector().unwrap();
+        node.backend(1, here, 8080, Protocol::Tcp, true);
+        let wildcard = if here == LOCAL4 { "0.0.0.0" } else { "::" };
+        let row = node.frontend(wildcard, 30080, Protocol::Tcp, &[1]);
+        let flags = row.flags | frontend_flag::FRONTEND_SOURCE_NODE;
+        node.frontend_row(wildcard, 30080, Protocol::Tcp, &Frontend { flags, ..row });
+        let syn = tcp((client, 40_000), (own, 30080), SYN);
+        let port = node.uplink_in(&syn).1.ports().0;
+        assert_ne!(port, 40_000);
+        node.let_flows_rest(100_000);
+        collector.collect(usize::MAX / 4).unwrap();
+        node.frontend_row(wildcard, 30080, Protocol::Tcp, &row);
+        assert_eq!(node.uplink_in(&syn).1, syn.with_ends((client, 40_000), (here, 8080)));
+        let answer = tcp((here, 8080), (client, port), SYN | ACK).numbered(7000, 1001);
+        assert_eq!(node.uplink_out(&answer), (PASS, answer));
+    }
+}

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use kubelane::bpf::{Direction, ThroughStack, probe};
 use kubelane::model::Protocol;
+use wire::errors::{assert_error, error};
 use wire::frame::{ACK, FIN, Frame, Inside, SYN, may_fragment, parse, parse_packet, tcp, udp};
 use wire::{
     CLIENT4, CLIENT6, DROP, LOCAL4, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, TUNNEL_MTU, TUNNEL4, TUNNEL6,
@@ -455,10 +456,14 @@ fn a_packet_with_the_ends_of_a_flow_that_went_through_the_stack_and_is_gone_leav
             assert_eq!(half.destination.to_string(), remote);
             let (_, whole) = node.tunnel_out(&half.clone());
             assert_eq!(whole.source.to_string(), tunnel);
+            // This node's own error about it, as its stack saw it.
+            let about = error(service, &half, 60, 1400);
+            assert_error(&node.uplink_out(&about).1, (service, client), from, to, 1400);
             node.let_flows_rest(100_000);
             collector.collect(usize::MAX / 4).unwrap();
             let (action, left) = node.tunnel_out(&half);
             assert_eq!((action, left), (PASS, half), "{protocol:?} from {client}");
+            assert_eq!(node.uplink_out(&about), (PASS, about), "an error, {protocol:?} from {client}");
         }
     }
 }
