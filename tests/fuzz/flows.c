@@ -167,9 +167,8 @@ static struct conversation *find_mapping(const struct step *step, const struct p
 		int length = list_mappings(&conversations[i], list);
 
 		for (int m = 0; m < length; m++) {
-			if ((conversations[i].is_former && !list[m].is_handed) || !is_met(&list[m], step) ||
-			    !is_fate(list[m].fate, step) || !is_pair(&list[m].from, from, from_ports) ||
-			    !is_pair(&list[m].to, to, to_ports))
+			if (conversations[i].is_former || !is_met(&list[m], step) || !is_fate(list[m].fate, step) ||
+			    !is_pair(&list[m].from, from, from_ports) || !is_pair(&list[m].to, to, to_ports))
 				continue;
 			*found = list[m];
 			note_reached(step, &conversations[i], m);
@@ -482,6 +481,13 @@ static void expect_request(const struct step *step, const struct service *servic
 		fail(step, "a request that is not served");
 }
 
+static int is_in_table(const struct conversation *known)
+{
+	struct pair becomes;
+
+	return table_find(&known->request, &becomes) && pair_equal(&becomes, &known->seen);
+}
+
 /* The answer to what a client was given comes back, if the table has it so. 0: the packet is none. */
 static int expect_answer(const struct step *step)
 {
@@ -499,7 +505,7 @@ static int expect_answer(const struct step *step)
 			continue;
 		if (!is_met(&list[which], step) || !node.forwarding ||
 		    route_of(request.from.address).way != WAY_FOUND || step->before.total > 1380 ||
-		    (which == 1 && !table_wants_answer(&request, &step->before)))
+		    !(which == 1 ? table_wants_answer(&request, &step->before) : is_in_table(&conversations[i])))
 			return 1;
 		if (is_same(step))
 			fail(step, "an answer that does not come back");
