@@ -520,7 +520,8 @@ void flows_expect(const struct step *step)
 {
 	const struct service *service = service_asked(step);
 
-	if (expect_answer(step) || step->program >= OUT_ETHERNET || flows_know(step) || !is_plain(step, service))
+	if (counted(COUNTER_DROPPED_POD_QUOTA) || expect_answer(step) || step->program >= OUT_ETHERNET ||
+	    flows_know(step) || !is_plain(step, service))
 		return;
 	if (step->before.pair.protocol == PROTO_TCP && step->before.flags != FLAG_SYN)
 		return;

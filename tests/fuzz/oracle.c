@@ -8,6 +8,10 @@
 #include "oracle.h"
 
 static __u64 counters_before[COUNTER_MAX];
+/* The most that a pod's device may have asked for in this second, or in the one before: the programs' clock is of ticks. */
+static struct {
+	__u64 second, asked;
+} quotas[VETH + 1];
 
 static void print_frame(const char *name, const struct frame *frame)
 {
@@ -77,6 +81,7 @@ void oracle_reset(void)
 	flows_reset();
 	choice_reset();
 	table_reset();
+	memset(quotas, 0, sizeof(quotas));
 	step_count = 0;
 }
 
@@ -102,7 +107,7 @@ static __u64 counted_drops(void)
 		COUNTER_DROPPED_SNAT_SOURCE,	   COUNTER_DROPPED_NO_ROUTE,	  COUNTER_DROPPED_FORWARDING_OFF,
 		COUNTER_DROPPED_FRAGMENT,	   COUNTER_DROPPED_UNKNOWN_RESET, COUNTER_DROPPED_FLOW_TABLE,
 		COUNTER_DROPPED_REWRITE,	   COUNTER_DROPPED_SCTP_PORT,	  COUNTER_DROPPED_FLOW_CHANGING,
-		COUNTER_DROPPED_MARTIAN,	   COUNTER_DROPPED_OPTIONS,
+		COUNTER_DROPPED_MARTIAN,	   COUNTER_DROPPED_OPTIONS,	  COUNTER_DROPPED_POD_QUOTA,
 	};
 	__u64 drops = 0;
 
@@ -168,6 +173,9 @@ static void check_drop(const struct step *step)
 		if (!service || world_allows(service, &step->before.pair.to, step->before.pair.from.address))
 			fail(step, "turned away, though it is in the range");
 	}
+	if (counted(COUNTER_DROPPED_POD_QUOTA) &&
+	    (step->program != IN_POD || quotas[step->in.interface].asked < POD_OPENINGS))
+		fail(step, "dropped by a quota that is not used up");
 	if (counted(COUNTER_DROPPED_SNAT_SOURCE) && !world.tunnel_is_strange)
 		fail(step, "dropped for a source that is the node's");
 	if (step->effects.failures)
@@ -230,6 +238,18 @@ static void check_sent(struct step *step)
 	check_passed(step);
 }
 
+static void note_asked(const struct step *step)
+{
+	__u64 second = node.now_ns / 1000000000;
+
+	if (step->program != IN_POD)
+		return;
+	if (quotas[step->in.interface].second + 1 < second)
+		quotas[step->in.interface].asked = 0;
+	quotas[step->in.interface].second = second;
+	quotas[step->in.interface].asked += counted_answers() ? POD_REFUSAL : 1;
+}
+
 void oracle_after(struct step *step)
 {
 	if (locks_held())
@@ -262,6 +282,7 @@ void oracle_after(struct step *step)
 	default:
 		fail(step, "an action that is not ours");
 	}
+	note_asked(step);
 	if (step->effects.failures)
 		choice_forget(step);
 	if (step->is_proper && !step->effects.failures)

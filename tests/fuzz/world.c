@@ -11,23 +11,14 @@ FILE *trace;
 
 static const __u8 protocols[PROTOCOLS] = {PROTO_TCP, PROTO_UDP, PROTO_SCTP};
 static const char *const vip[FAMILIES] = {"192.0.2.80", "2001:db8:80::80"};
-static const char *const node_address[FAMILIES] = {"10.0.0.1", "fd00::1"};
-static const char *const tunnel_address[FAMILIES] = {"10.244.0.1", "fd44::1"};
+const char *const node_address[FAMILIES] = {"10.0.0.1", "fd00::1"};
+const char *const tunnel_address[FAMILIES] = {"10.244.0.1", "fd44::1"};
 static const char *const cluster_ip[FAMILIES] = {"10.96.0.1", "fd96::1"};
 static const char *const backends[KINDS][BACKENDS_EACH][FAMILIES] = {
 	{{"10.1.0.5", "fd01::5"}, {"10.1.0.6", "fd01::6"}, {"10.1.0.7", "fd01::7"}},
 	{{"10.244.1.5", "fd44::1:5"}, {"10.244.1.6", "fd44::1:6"}, {"10.0.0.9", "fd00::9"}},
 	{{"10.1.0.5", "fd01::5"}, {"10.244.1.5", "fd44::1:5"}, {"10.77.0.5", "fd4d::5"}},
 	{{"10.1.0.5", "fd01::5"}, {"10.244.1.5", "fd44::1:5"}, {"10.1.0.6", "fd01::6"}},
-};
-
-/* Pods of this node that have a device to themselves; those of PORT_B are all others of the bridge. */
-static const struct {
-	const char *address[FAMILIES];
-	__u32 interface;
-} pods[] = {
-	{{"10.1.0.5", "fd01::5"}, PORT_A},
-	{{"10.1.0.7", "fd01::7"}, VETH},
 };
 
 static struct native_map *frontends, *slots, *backend_rows, *addresses, *ranges, *devices, *pod_devices, *epochs,
@@ -137,35 +128,6 @@ static void add_device(__u32 interface, const char *ip4, const char *ip6, int is
 	address_of(ip6, device.ip6.bytes);
 	if (map_update(devices, &interface, &device, BPF_ANY))
 		abort();
-}
-
-const __u8 *world_station(__u32 interface)
-{
-	static __u8 station[6] = {2};
-
-	station[5] = interface < PORT_A ? 1 : 0x10 + interface;
-	return station;
-}
-
-/* Pods behind a bridge reach the node at the bridge's link address. */
-const __u8 *world_gateway(__u32 interface)
-{
-	static const __u8 bridge[6] = {2, 0, 0, 0, 0, 0xb0};
-
-	return interface == VETH ? world_station(interface) : bridge;
-}
-
-int world_own_address(__u32 interface, int is_ip6, __u8 own[16])
-{
-	const char *const *text = interface == UPLINK ? node_address : tunnel_address;
-
-	if (is_pod_device(interface)) {
-		if (world.pods_unknown || world.pods_own == OWN_NONE || world.pods_own == OWN_STRANGE)
-			return 0;
-		text = world.pods_own == OWN_NODE ? node_address : tunnel_address;
-	}
-	address_of(text[is_ip6], own);
-	return text == node_address || !world.tunnel_is_strange;
 }
 
 static void add_pod_device(__u32 interface)
@@ -577,29 +539,6 @@ int world_is_cluster_ip(const __u8 address[16])
 
 	address_of(cluster_ip[!address_is_v4(address)], own);
 	return !memcmp(own, address, 16);
-}
-
-int is_pod_device(__u32 interface)
-{
-	return interface >= PORT_A && interface <= VETH;
-}
-
-__u32 world_device(const __u8 address[16])
-{
-	struct hop hop = route_of(address);
-	__u8 pod[16];
-
-	for (unsigned int i = 0; i < sizeof(pods) / sizeof(pods[0]); i++) {
-		address_of(pods[i].address[!address_is_v4(address)], pod);
-		if (!memcmp(pod, address, 16))
-			return pods[i].interface;
-	}
-	return hop.way == WAY_FOUND && hop.interface == PODS ? PORT_B : hop.interface;
-}
-
-int world_is_for_node(const struct frame *frame)
-{
-	return !frame->pkt_type || (!world.pods_unknown && !memcmp(frame->bytes, world_gateway(frame->interface), 6));
 }
 
 __u64 world_counter(__u32 index)

@@ -84,6 +84,7 @@ struct world {
 };
 
 extern struct world world;
+extern const char *const node_address[FAMILIES], *const tunnel_address[FAMILIES];
 
 /* A trace says what has to be written into the kernel's maps for the same world. NULL: none. In one, nothing depends on
  * chance or on this machine: pools of one backend, no sockets, no failures. */
@@ -103,6 +104,7 @@ int world_allows(const struct service *service, const struct end *end, const __u
 int world_offers(const struct service *service, int index, int from_pod);
 int world_is_here(const __u8 address[16]);
 int world_is_cluster_ip(const __u8 address[16]);
+/* pods.c */
 int is_pod_device(__u32 interface);
 /* The device by which packets from and to this address go: a pod's, or the route's. */
 __u32 world_device(const __u8 address[16]);
