@@ -16,6 +16,8 @@ struct remembered {
 	__u8 client[16];
 	struct end backend;
 	__u64 when_ns;
+	int from_pod;
+	int is_mixed; /* it came both from outside and from a pod, whose pools differ: either backend may be remembered */
 };
 
 static struct remembered affinities[REMEMBERED];
@@ -146,18 +148,23 @@ static void check_affinity(const struct step *step, const struct service *servic
 {
 	const __u8 *client = step->before.pair.from.address;
 	struct remembered *known = affinities;
+	int from_pod = step->program == IN_POD;
 
 	if (!service->affine || service->owner != service)
 		return;
 	while (known < affinities + affinity_count && (known->service != service || memcmp(known->client, client, 16)))
 		known++;
 	if (known == affinities + affinity_count)
-		affinity_count++;
-	else if (known->when_ns && node.now_ns - known->when_ns < 10000000000000ULL &&
-		 is_backend_of(service, &known->backend, step->program == IN_POD) &&
-		 !end_equal(&known->backend, backend) && !step->effects.failures)
+		affinities[affinity_count++] = (struct remembered){.from_pod = from_pod};
+	else if (known->from_pod != from_pod && world.inside_local != world.outside_local)
+		known->is_mixed = 1;
+	if (!known->is_mixed && known->when_ns && node.now_ns - known->when_ns < 10000000000000ULL &&
+	    is_backend_of(service, &known->backend, from_pod) && !end_equal(&known->backend, backend) &&
+	    !step->effects.failures)
 		fail(step, "a client that is remembered is given another backend");
-	*known = (struct remembered){.service = service, .backend = *backend, .when_ns = node.now_ns};
+	known->service = service;
+	known->backend = *backend;
+	known->when_ns = node.now_ns;
 	memcpy(known->client, client, 16);
 }
 
