@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use libbpf_rs::Link;
+use serde_json::json;
 
 use support::cluster::{Cluster, all, vip};
 use support::daemon::{Daemon, PATIENCE};
@@ -128,15 +129,15 @@ fn a_tool_that_detaches_again_and_again_is_told_of_once_and_left_its_way() {
     assert_eq!(unserved, 1.0, "{}", daemon.metrics().unwrap());
 }
 
-/// A program that answers [`TC_ACT_OK`] to everything, before all others of a direction of node1's eth0, as agents that
+/// A program that answers [`TC_ACT_OK`] to everything, before all others of a direction of a node's device, as agents that
 /// only watch attach. Gone when dropped.
-fn agent(node: &Node, hook: u32) -> OwnedFd {
+fn agent(node: &Node, device: &str, hook: u32) -> OwnedFd {
     let instructions = [
         libbpf_sys::bpf_insn { code: 0xb7, imm: TC_ACT_OK, ..Default::default() },
         libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
     ];
     let attach = || {
-        let device = nix::net::if_::if_nametoindex("eth0")?;
+        let device = nix::net::if_::if_nametoindex(device)?;
         // SAFETY: the strings end with NULs, the instructions are as many as is said, and options may be null.
         let program = unsafe {
             libbpf_sys::bpf_prog_load(
@@ -175,20 +176,41 @@ fn an_agent_whose_program_came_first_does_not_hide_packets() {
     }
     node.cleanup().unwrap();
     let hooks = [libbpf_sys::BPF_TCX_INGRESS, libbpf_sys::BPF_TCX_EGRESS];
-    let agents = hooks.map(|hook| agent(node, hook));
+    let agents = hooks.map(|hook| agent(node, "eth0", hook));
     let daemon = cluster.start();
     assert!(eventually(PATIENCE, || answers(&cluster) == [true; 2]), "{}", daemon.log());
     drop(agents);
     // One that puts itself before kubelane's while the daemon runs.
-    let agents = hooks.map(|hook| agent(node, hook));
+    let agents = hooks.map(|hook| agent(node, "eth0", hook));
     assert!(eventually(PATIENCE, || answers(&cluster) == [true; 2]), "{}", daemon.log());
     let is_told = || daemon.log().contains("watcher");
     assert!(eventually(PATIENCE, is_told), "{}", daemon.log());
     drop(daemon);
     // One that did so while no daemon ran.
     drop(agents);
-    let _agents = hooks.map(|hook| agent(node, hook));
+    let _agents = hooks.map(|hook| agent(node, "eth0", hook));
     assert_eq!(answers(&cluster), [false; 2]);
     let daemon = cluster.start();
     assert!(eventually(PATIENCE, || answers(&cluster) == [true; 2]), "{}", daemon.log());
+}
+
+/// Pods' devices have filters, which come after all tcx programs.
+#[test]
+fn an_agent_on_a_pods_device_does_not_hide_its_packets() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("one", 1, json!({}), &cluster.ready(&["b"]));
+    let node = cluster.lab.node("node1");
+    let daemon = cluster.start();
+    if !has_tcx(node) {
+        return;
+    }
+    let mut client = cluster.lab.pod_of_packets("client").and_then(|place| place.client()).unwrap();
+    let to = vip(1, 53)[0];
+    assert_eq!(client.ask(Udp4, to, 1), all("b", 1), "{}", daemon.log());
+    let agents = [libbpf_sys::BPF_TCX_INGRESS, libbpf_sys::BPF_TCX_EGRESS].map(|hook| agent(node, "client", hook));
+    assert!(eventually(PATIENCE, || client.ask(Udp4, to, 1) == all("b", 1)), "{}", daemon.log());
+    let is_told = || daemon.log().contains("watcher");
+    assert!(eventually(PATIENCE, is_told), "{}", daemon.log());
+    drop(agents);
+    assert_eq!(client.ask(Udp4, to, 3), all("b", 3), "{}", daemon.log());
 }

@@ -220,6 +220,69 @@ fn a_new_pods_device_is_served_within_milliseconds_and_one_that_goes_leaves_noth
     assert!(waits[10] < Duration::from_millis(50), "{waits:?}");
 }
 
+/// To be deleted at once: one by one, each costs the kernel an RCU grace period.
+const GROUPS: [u32; 2] = [71, 72];
+
+/// Pins of programs on node1's devices.
+fn links(cluster: &Cluster) -> usize {
+    std::fs::read_dir(cluster.lab.node("node1").pin_path.join("v3/links")).map_or(0, Iterator::count)
+}
+
+/// Devices whose other end is in a pod, half of them in each of two groups: lines for `ip`.
+fn pairs(cluster: &Cluster, numbers: std::ops::Range<usize>) -> Vec<String> {
+    let netns = cluster.lab.pod("other").netns().display().to_string();
+    let add = |n| format!("link add many{n} group {} type veth peer name peer{n} netns {netns}", GROUPS[n % 2]);
+    numbers.map(add).collect()
+}
+
+#[test]
+fn five_hundred_pods_are_served_within_a_second_of_the_start() {
+    let Some(cluster) = cluster_or_skip() else { return };
+    put(&cluster, 1, json!({}), &["a"]);
+    let node = cluster.lab.node("node1");
+    let lines = pairs(&cluster, 0..500);
+    node.host.ip(&lines.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+    // Two for each device, two for the uplink and the three pods' each, and those of the cgroup.
+    let daemon = start(&cluster, &[]);
+    let ready = Instant::now();
+    assert!(eventually(PATIENCE, || links(&cluster) >= 1000 + 8), "{} links: {}", links(&cluster), daemon.log());
+    let waited = ready.elapsed();
+    eprintln!("500 pods' devices: ready {:?} after the start, all attached {waited:?} after that", daemon.ready_after);
+    assert!(waited < Duration::from_secs(1), "{waited:?}");
+    // The next daemon adopts them.
+    let all = links(&cluster);
+    drop(daemon);
+    let daemon = start(&cluster, &[]);
+    assert!(!daemon.log().contains("trying again"), "{}", daemon.log());
+    assert_eq!(links(&cluster), all);
+}
+
+#[test]
+fn a_thousand_pods_that_come_and_go_leave_nothing_behind() {
+    let Some(cluster) = cluster_or_skip() else { return };
+    put(&cluster, 1, json!({}), &["a"]);
+    let daemon = start(&cluster, &[]);
+    let node = cluster.lab.node("node1");
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    let (links_before, descriptors_before) = (links(&cluster), descriptors());
+    let began = Instant::now();
+    for round in 0..20 {
+        let numbers = round * 50..(round + 1) * 50;
+        let lines = pairs(&cluster, numbers);
+        node.host.ip(&lines.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+        // Half of them go before anybody can have looked at them.
+        node.host.ip(&[&format!("link del group {}", GROUPS[0])]).unwrap();
+        assert!(eventually(PATIENCE, || links(&cluster) == links_before + 50), "{}: {}", links(&cluster), daemon.log());
+        node.host.ip(&[&format!("link del group {}", GROUPS[1])]).unwrap();
+    }
+    eprintln!("1,000 devices came and went within {:?}", began.elapsed());
+    assert!(eventually(PATIENCE, || links(&cluster) == links_before), "{}: {}", links(&cluster), daemon.log());
+    assert!(eventually(PATIENCE, || descriptors() <= descriptors_before), "{} of {descriptors_before}", descriptors());
+    let left =
+        node.kubelane(&["get", "devices", "-o", "name", "--pin-path", &node.pin_path.display().to_string()]).unwrap();
+    assert!(!left.contains("many"), "{left}");
+}
+
 #[test]
 fn a_restarted_daemon_takes_over_pods_devices_and_one_without_them_lets_go() {
     let Some(cluster) = cluster_or_skip() else { return };

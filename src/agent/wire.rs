@@ -131,8 +131,13 @@ impl<'d> Wire<'d> {
                     }
                     self.attached.insert(index, (device, name));
                 }
-                // Pods come and go; netlink will tell.
-                Err(error) if is_of_pod(&device) && is_gone(&error) => debug!(device = name, "gone: {error:#}"),
+                // Pods come and go; netlink will tell. One of the two programs may have been attached.
+                Err(error) if is_gone(&error) => {
+                    debug!(device = name, "gone: {error:#}");
+                    if let Err(error) = self.hooks.detach(index) {
+                        failures.insert(index, (name, format!("{error:#}")));
+                    }
+                }
                 Err(error) => drop(failures.insert(index, (name, format!("{error:#}")))),
             }
         }
@@ -222,6 +227,7 @@ impl<'d> Wire<'d> {
                             righted.push((faults, name.clone()));
                             continue;
                         }
+                        Err(error) if is_gone(&error) => continue,
                         Err(error) => {
                             faulty.push((*index, faults));
                             error
@@ -233,7 +239,7 @@ impl<'d> Wire<'d> {
                         continue;
                     }
                 },
-                Err(error) if is_of_pod(device) && is_gone(&error) => continue,
+                Err(error) if is_gone(&error) => continue,
                 Err(error) => error,
             };
             failures.insert(*index, (name.clone(), format!("{error:#}")));

@@ -146,7 +146,7 @@ impl Stage {
         let (requests, asked) = mpsc::channel(8);
         let passes = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&passes);
-        let pass = move || {
+        let pass = move |_| {
             count.fetch_add(1, SeqCst);
             Ok(StalePass::default())
         };

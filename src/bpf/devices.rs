@@ -142,25 +142,55 @@ impl Devices {
     pub fn attach(&mut self, device: &Device) -> Result<Attached> {
         self.note(device)?;
         let mut outcome = Attached::Replaced;
+        let method = self.method_for(device).with_context(|| format!("cannot attach to device {}", device.index))?;
         for direction in [Direction::Out, Direction::In] {
             let program = self.program_for(direction, device).as_fd();
-            let attached = match self.method {
+            let attached = match method {
                 Method::Tcx => hook::attach_tcx(program, device.index, direction, &self.links),
                 Method::Clsact => hook::attach_filter(program, device.index, direction, &self.links),
             };
             if attached.with_context(|| format!("cannot attach to device {}", device.index))? == Attached::New {
                 outcome = Attached::New;
             }
+            let other = match method {
+                Method::Tcx => hook::filter_pin(&self.links, device.index, direction),
+                Method::Clsact => hook::tcx_pin(&self.links, device.index, direction),
+            };
+            if other.exists() {
+                hook::remove_pin(&other)?;
+            }
         }
         Ok(outcome)
+    }
+
+    /// A tcx link waits for an RCU grace period while it holds the lock of all network devices (26 ms, measured; a filter
+    /// takes 0.1): with one at each direction of each pod's device a node would start, and pods would come, slowly. So
+    /// pods' devices have filters, unless others' tcx programs come before these.
+    fn method_for(&self, device: &Device) -> Result<Method> {
+        if self.method == Method::Clsact || !matches!(device.role, Role::Pod { .. }) {
+            return Ok(self.method);
+        }
+        for direction in [Direction::Out, Direction::In] {
+            let is_tcx = hook::tcx_pin(&self.links, device.index, direction).exists();
+            if is_tcx || !hook::tcx_programs_of_others(device.index, direction)?.is_empty() {
+                return Ok(Method::Tcx);
+            }
+        }
+        Ok(Method::Clsact)
     }
 
     /// What is no longer as [`Devices::attach`] left it; to attach again puts it right.
     pub fn faults(&self, device: &Device) -> Result<Vec<Fault>> {
         let mut faults = Vec::new();
+        let method = self.method_for(device).with_context(|| format!("cannot inspect device {}", device.index))?;
         for direction in [Direction::Out, Direction::In] {
             let program = self.program_for(direction, device).as_fd();
-            let fault = match self.method {
+            let fault = match method {
+                // Next time it is a link, which comes before all others.
+                Method::Tcx if hook::filter_pin(&self.links, device.index, direction).exists() => {
+                    let others = hook::tcx_programs_of_others(device.index, direction);
+                    others.map(|others| (!others.is_empty()).then_some(Fault::Overtaken(direction, others)))
+                }
                 Method::Tcx => hook::tcx_fault(program, device.index, direction, &self.links),
                 Method::Clsact => hook::filter_fault(program, device.index, direction, &self.links),
             };

@@ -162,10 +162,20 @@ impl TcxPrograms {
 /// When the kernel has no tcx, or the device has gone.
 pub fn programs_before_ours(index: u32, direction: Direction) -> Result<Vec<String>> {
     let mut names = link::program_names(&tcx_programs(index, direction)?.programs);
-    let is_ours = |name: &String| ["wire_in_", "wire_out_", "pod_in_"].iter().any(|ours| name.starts_with(ours));
-    let ours = names.iter().position(is_ours);
+    let ours = names.iter().position(|name| is_ours(name));
     names.truncate(ours.unwrap_or(0));
     Ok(names)
+}
+
+/// Programs of others on a device's tcx hook, which run before any filter.
+pub(super) fn tcx_programs_of_others(index: u32, direction: Direction) -> Result<Vec<String>> {
+    let mut names = link::program_names(&tcx_programs(index, direction)?.programs);
+    names.retain(|name| !is_ours(name));
+    Ok(names)
+}
+
+fn is_ours(name: &str) -> bool {
+    ["wire_in_", "wire_out_", "pod_in_"].iter().any(|ours| name.starts_with(ours))
 }
 
 fn tcx_programs(index: u32, direction: Direction) -> Result<TcxPrograms> {
@@ -211,9 +221,11 @@ pub(super) fn attach_filter(
     let path = filter_pin(links, index, direction);
     let known = path.exists();
     let mut filter = filter(program, index, direction, known);
-    // "Exists" is no failure, the wrapper knows.
-    filter.create().context("cannot create the clsact qdisc")?;
     let running = filter.query().ok();
+    if running.is_none() {
+        // "Exists" is no failure, the wrapper knows.
+        filter.create().context("cannot create the clsact qdisc")?;
+    }
     if !known {
         link::pin(program, &path)?;
         match running {

@@ -225,6 +225,8 @@ impl Datapath {
 
 fn log_libbpf(level: PrintLevel, message: String) {
     match level {
+        // The kernel's words about what is asked of a qdisc, "exists" and "not found" for instance: whoever asks judges.
+        PrintLevel::Warn if message.contains("Kernel error message") => tracing::debug!("{}", message.trim_end()),
         PrintLevel::Warn => tracing::warn!("{}", message.trim_end()),
         _ => tracing::debug!("{}", message.trim_end()),
     }
