@@ -18,7 +18,7 @@ use crate::support::lab::Place;
 use crate::support::process::Process;
 
 /// Ways whose first packet goes through all that a mode has.
-pub const PATHS: [Path; 2] = [Path::ClusterIpRemote, Path::NodePortRemote];
+pub const PATHS: [Path; 3] = [Path::ClusterIpRemote, Path::NodePortRemote, Path::PacketPod];
 
 /// The first source port: the machine chooses from here on.
 const FIRST_PORT: u16 = 32_768;

@@ -155,7 +155,7 @@ impl<'a> Served<'a> {
         match path {
             _ if self.mode.is_plain() => self.lab.pod(target.pod).v4,
             Path::Pod => self.lab.pod(target.pod).v4,
-            Path::ClusterIpRemote | Path::ClusterIpLocal => {
+            Path::ClusterIpRemote | Path::ClusterIpLocal | Path::PacketPod => {
                 let at = TARGETS.iter().position(|other| other.name == target.name);
                 at.map_or(target.cluster_ip, |at| self.cluster_ips[at])
             }

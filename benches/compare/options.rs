@@ -104,7 +104,7 @@ impl Arguments {
     }
 
     pub fn rounds(&self, test: Test) -> usize {
-        let usual = if JUDGED.contains(&test.name) { 18 } else { 8 };
+        let usual = if JUDGED.contains(&test.name) { 16 } else { 7 };
         self.rounds.unwrap_or(if self.quick { 3 } else { usual })
     }
 

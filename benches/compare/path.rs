@@ -20,6 +20,8 @@ pub enum Path {
     NodePortLocal,
     NodePortRemote,
     LoadBalancerIp,
+    /// From a pod whose sockets no program sees, as of a virtual machine.
+    PacketPod,
 }
 
 /// A Service of the comparison: all paths to one pod.
@@ -66,19 +68,20 @@ impl Target {
 }
 
 impl Path {
-    pub const ALL: [Path; 6] = [
+    pub const ALL: [Path; 7] = [
         Path::Pod,
         Path::ClusterIpRemote,
         Path::ClusterIpLocal,
         Path::NodePortLocal,
         Path::NodePortRemote,
         Path::LoadBalancerIp,
+        Path::PacketPod,
     ];
 
     pub fn target(self) -> Target {
         match self {
             Path::ClusterIpLocal | Path::NodePortLocal | Path::LoadBalancerIp => NEAR,
-            Path::Pod | Path::ClusterIpRemote | Path::NodePortRemote => FAR,
+            Path::Pod | Path::ClusterIpRemote | Path::NodePortRemote | Path::PacketPod => FAR,
         }
     }
 
@@ -93,6 +96,7 @@ impl Path {
         match self {
             Path::Pod | Path::ClusterIpRemote | Path::ClusterIpLocal => Ok(lab.pod("client").clone()),
             Path::NodePortLocal | Path::NodePortRemote | Path::LoadBalancerIp => lab.outside_place(),
+            Path::PacketPod => lab.pod_of_packets("client"),
         }
     }
 }
@@ -106,6 +110,7 @@ impl fmt::Display for Path {
             Path::NodePortLocal => "NodePort, pod there",
             Path::NodePortRemote => "NodePort, pod elsewhere",
             Path::LoadBalancerIp => "load balancer IP",
+            Path::PacketPod => "cluster IP by packets",
         })
     }
 }

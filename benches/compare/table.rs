@@ -190,6 +190,7 @@ fn wanted(cell: &Cell) -> Vec<(What, Mode, Target)> {
         Path::ClusterIpRemote | Path::ClusterIpLocal => {
             vec![(Rate, Mode::Direct, AtLeast(if is_crr { 0.97 } else { 0.99 }))]
         }
+        Path::PacketPod if is_crr => vec![(Rate, Mode::Iptables, AtLeast(1.15))],
         _ => Vec::new(),
     }
 }
