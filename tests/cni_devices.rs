@@ -327,3 +327,16 @@ fn a_change_of_rp_filter_is_followed() {
         assert!(eventually(PATIENCE, || known() == expected), "{device} {value}: {}; {}", known(), daemon.log());
     }
 }
+
+#[test]
+fn check_tells_of_pods_whose_device_has_no_end_on_the_node() {
+    let Some(cluster) = cluster() else { return };
+    let (node, pod) = (cluster.lab.node("node1"), cluster.lab.pod("a"));
+    let check = || node.kubelane(&["check", "--pin-path", &node.pin_path.display().to_string()]).unwrap();
+    let netns = pod.netns().display().to_string();
+    node.host.ip(&[&format!("link add mv0 link eth0 netns {netns} type macvlan mode bridge")]).unwrap();
+    assert!(check().contains("devices of pods"), "{}", check());
+    pod.ip(&["link set mv0 up", "route del default", "route add default dev mv0"]).unwrap();
+    let told = check();
+    assert!(told.contains("of kind macvlan -> their sockets are served"), "{told}");
+}

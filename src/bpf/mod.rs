@@ -47,7 +47,7 @@ pub use hook::{Fault, programs_before_ours};
 pub use link::{Attachment, attachments};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
-pub use namespaces::{Client, find_clients, own_cookie};
+pub use namespaces::{Client, find_clients, in_other_namespaces, own_cookie};
 pub use packet_trial::PacketTrial;
 pub use pinned::cleanup;
 pub use ports::snat_ports;

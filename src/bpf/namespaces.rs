@@ -86,6 +86,20 @@ fn is_process(path: &Path) -> bool {
     path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
 }
 
+/// What `work` gives in each network namespace but the calling thread's, and how many could not be looked into.
+pub fn in_other_namespaces<T: Send>(work: impl Fn() -> T + Sync) -> (Vec<T>, usize) {
+    let own = fs::metadata(OWN).map(|metadata| metadata.ino() as u32).ok();
+    let Namespaces { handles, mut hidden } = all();
+    let mut results = Vec::new();
+    for (_, handle) in handles.iter().filter(|(inode, _)| Some(**inode) != own) {
+        match run_inside(handle, &work) {
+            Ok(result) => results.push(result),
+            Err(_) => hidden += 1,
+        }
+    }
+    (results, hidden)
+}
+
 /// A client of Services on this node, as session affinity knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Client {

@@ -10,6 +10,7 @@ use super::flags::CheckFlags;
 use super::host::find_cgroup;
 use super::leftovers::{LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY, kube_proxy_chains, listener_on, routes_loopback};
 use super::outward::{Outward, outward};
+use super::pods::pods;
 use super::source_check as source;
 use crate::bpf::pinned::{BPFFS, abi_directory, is_on_bpffs};
 use crate::bpf::{Privileges, probe};
@@ -90,6 +91,7 @@ pub fn text(mut flags: CheckFlags) -> anyhow::Result<(String, bool)> {
     findings.extend(features(own));
     findings.push(forwarding());
     findings.extend(devices(&flags.devices, pin_path));
+    findings.extend(pod_devices(&flags.devices));
     findings.push(cgroup(flags.node.cgroup.as_deref()));
     findings.push(bpffs(pin_path));
     let hard = flags.node.bind_address_hard_fail.unwrap_or_default();
@@ -176,6 +178,23 @@ fn devices(selection: &DeviceSelection, pin_path: &Path) -> Vec<Finding> {
     match outward(selection, pin_path) {
         Ok(Outward { devices, troubles }) if troubles.is_empty() => vec![Finding::ok(WHAT, devices)],
         Ok(found) => found.troubles.into_iter().map(|(what, remedy)| Finding::warn(WHAT, what, remedy)).collect(),
+        Err(error) => vec![Finding::warn(WHAT, format!("not checked: {error:#}"), "run the check as root")],
+    }
+}
+
+/// Pods without such a device are served, but not all of what they send.
+fn pod_devices(selection: &DeviceSelection) -> Vec<Finding> {
+    const WHAT: &str = "devices of pods";
+    const REMEDY: &str =
+        "their sockets are served; packets of virtual machines, SCTP and loadBalancerSourceRanges are not";
+    match pods(selection) {
+        Ok(pods) if pods.without.is_empty() => vec![Finding::ok(WHAT, pods.devices.to_string())],
+        Ok(pods) => {
+            let without = |(kind, count): (&String, &usize)| format!("{count} of kind {kind}");
+            let kinds = pods.without.iter().map(without).collect::<Vec<_>>().join(", ");
+            let detail = format!("{}; pods without an end on the node: {kinds}", pods.devices);
+            vec![Finding::warn(WHAT, detail, REMEDY)]
+        }
         Err(error) => vec![Finding::warn(WHAT, format!("not checked: {error:#}"), "run the check as root")],
     }
 }

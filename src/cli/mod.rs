@@ -16,6 +16,7 @@ mod log;
 mod manual;
 mod merge;
 mod outward;
+mod pods;
 mod report;
 mod run;
 mod snapshot;
