@@ -21,7 +21,7 @@ use std::path::Path;
 use figures::{Figures, Found, Table, release_line};
 use kubelane::abi::pool_empty;
 use kubelane::bpf::verifier::VerifiedProgram;
-use kubelane::bpf::{probe, verifier};
+use kubelane::bpf::{Search, probe, verifier};
 use kubelane::model::{Family, Ipx, Protocol};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -364,8 +364,10 @@ fn an_unconnected_udp_socket_whose_backend_is_gone_goes_to_a_living_one() {
     });
 }
 
+const BOTH: Search = Search { with_tcp: true, unserved: false };
+
 #[test]
-fn a_connected_socket_whose_backend_is_gone_is_ended_where_the_kernel_can() {
+fn a_connected_socket_whose_backend_is_gone_is_connected_anew_and_a_stream_ended_where_the_kernel_can() {
     on_a_node(|node| {
         let Some(search) = node.datapath().stale_sockets() else {
             assert_eq!(probe::socket_search(), probe::SocketSearch::None);
@@ -378,23 +380,21 @@ fn a_connected_socket_whose_backend_is_gone_is_ended_where_the_kernel_can() {
             let first = ask_udp(&socket).unwrap();
             let mut stream = connect_tcp(to).unwrap();
             ask_tcp(&mut stream).unwrap();
-            assert_eq!(search.destroy(true).unwrap().found, 0, "{to}: every backend lives");
+            assert_eq!(search.settle(BOTH).unwrap().found, 0, "{to}: every backend lives");
 
             let other = *pods.iter().find(|p| **p != first).unwrap();
             node.set_pods(&mut udp, &[other]);
             node.set_pods(&mut tcp, &[]);
-            let pass = search.destroy(false).unwrap();
+            let pass = search.settle(Search::default()).unwrap();
             assert_eq!((pass.found, pass.unreachable), (1, 0), "{to}: UDP only: {pass:?}");
             ask_tcp(&mut stream).unwrap();
+            assert_eq!((pass.reconnected, pass.destroyed), (1, 0), "{to}: {pass:?}");
+            assert_eq!(ask_udp(&socket).unwrap(), other, "{to}");
+            assert_eq!(socket.peer_addr().unwrap(), to);
             if !can_destroy {
                 continue;
             }
-            assert_eq!(pass.destroyed, 1);
-            let error = socket.recv(&mut [0; 64]).unwrap_err();
-            assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED), "{to}");
-            socket.connect(to).unwrap();
-            assert_eq!(ask_udp(&socket).unwrap(), other);
-            assert_eq!(search.destroy(true).unwrap().destroyed, 1, "{to}: TCP as well");
+            assert_eq!(search.settle(BOTH).unwrap().destroyed, 1, "{to}: TCP as well");
             assert_eq!(ask_tcp(&mut stream).unwrap_err().raw_os_error(), Some(libc::ECONNABORTED), "{to}");
         }
     });
