@@ -10,6 +10,7 @@ mod backoff;
 pub mod bpf;
 mod chain;
 pub mod cli;
+mod escape;
 pub mod explain;
 pub mod files;
 pub mod k8s;
@@ -18,6 +19,7 @@ pub mod netdev;
 pub mod objects;
 pub mod plan;
 pub mod serve;
+mod snapshot;
 pub mod sync;
 pub mod table;
 

@@ -4,7 +4,6 @@
 mod address;
 mod check;
 mod config_file;
-mod escape;
 mod explain;
 mod flags;
 mod get;
@@ -18,7 +17,6 @@ mod merge;
 mod outward;
 mod report;
 mod run;
-mod snapshot;
 mod source_check;
 mod status;
 mod table;
@@ -37,7 +35,9 @@ use clap::{ArgAction, CommandFactory as _, Parser as _};
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
 use crate::chain::chain;
+use crate::escape;
 use crate::explain::{DIRECTORY, sockets_path};
+use crate::snapshot;
 use flags::PinFlags;
 pub use flags::{Cli, Command};
 
