@@ -17,6 +17,7 @@ pub mod k8s;
 pub mod model;
 pub mod netdev;
 pub mod objects;
+mod overview;
 pub mod plan;
 pub mod serve;
 mod snapshot;

@@ -33,6 +33,8 @@ Examples:
       kubelane get services -o wide
   Which backend does a pod get from a Service, and why?
       kubelane explain --from 10.244.1.11 10.96.0.80:80
+  Who is busy, and what is refused or dropped?
+      kubelane top
   Remove every trace, after stopping the daemon:
       kubelane cleanup";
 
@@ -65,6 +67,10 @@ pub enum Command {
     /// comes from the live maps; the daemon adds the reasons that are in no map. Disagreements between the two are
     /// reported.
     Explain(ExplainFlags),
+    /// Watch Services, refusals, drops, maps and watches in a terminal
+    ///
+    /// Keys: arrows or j and k move, Enter opens a Service, Esc goes back, / filters, s sorts, p pauses, q quits.
+    Top(TopFlags),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
     /// Refused while a daemon uses the same pin path. Service addresses stop working on this node at once.
@@ -342,6 +348,27 @@ pub struct ExplainFlags {
 
     #[command(flatten)]
     pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct TopFlags {
+    /// Seconds from one look to the next
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=60))]
+    pub interval: u16,
+
+    /// Colours: `auto` (unless NO_COLOR is set), `always` or `never`
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub color: Color,
+
+    #[command(flatten)]
+    pub pins: PinFlags,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Color {
+    Auto,
+    Always,
+    Never,
 }
 
 #[derive(Args, Clone, Debug)]

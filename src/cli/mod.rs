@@ -20,6 +20,7 @@ mod run;
 mod source_check;
 mod status;
 mod table;
+mod top;
 mod traffic;
 mod value;
 
@@ -69,6 +70,7 @@ pub fn main(started: Instant) -> ExitCode {
         Command::Completion(flags) => manual::completion(flags.shell),
         Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),
+        Command::Top(flags) => top::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };
@@ -141,7 +143,8 @@ fn tell(error: &anyhow::Error) {
     if tracing::dispatcher::has_been_set() {
         tracing::error!("{text}");
     } else {
-        eprintln!("error: {}", escape::lines(&text));
+        // A terminal that has gone takes no words any more.
+        let _ = writeln!(io::stderr(), "error: {}", escape::lines(&text));
     }
 }
 
