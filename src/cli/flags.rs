@@ -17,6 +17,7 @@ use super::traffic::TrafficFlags;
 use super::value::boolean;
 use crate::model::SocketLb;
 use crate::netdev::{DeviceSelection, NodePortAddresses, PodDevices};
+use crate::serve::MetricsPage;
 
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
 
@@ -213,6 +214,11 @@ pub struct RunFlags {
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1000))]
     #[arg(help_heading = "Node")]
     pub service_metrics: u16,
+
+    /// Serve a page for browsers at / of --metrics-bind-address. It shows names and addresses of Services to everyone who
+    /// can connect: `auto` (only if that address is a loopback address), `always` or `never`
+    #[arg(long, value_name = "WHEN", default_value = "auto", help_heading = "Node")]
+    pub metrics_page: MetricsPage,
 
     /// Key of a taint that is removed from this node's Node object when the daemon is ready, and not before (needs the
     /// rights to get and patch nodes)

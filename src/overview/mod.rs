@@ -144,6 +144,11 @@ impl Overview {
         rows
     }
 
+    /// How many Service ports there are.
+    pub fn count(&self) -> usize {
+        self.services.len()
+    }
+
     pub fn counts_connections(&self) -> bool {
         self.connections.is_some()
     }

@@ -82,7 +82,7 @@ fn names(rows: &[Row]) -> Vec<String> {
 #[test]
 fn a_service_port_is_shown_by_its_cluster_ip_with_all_its_kinds() {
     let overview = overview();
-    assert_eq!(overview.rows("", Order::Name).len(), 3, "one that has no frontend is on its way in or out");
+    assert_eq!(overview.count(), 3, "one that has no frontend is on its way in or out");
     let rows = overview.rows("web:", Order::Name);
     let port = rows[0].port;
     assert_eq!((port.address.as_str(), port.more_addresses, port.endpoints), ("10.96.0.10:80", 3, 3));
