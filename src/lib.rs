@@ -10,14 +10,17 @@ mod backoff;
 pub mod bpf;
 mod chain;
 pub mod cli;
+mod escape;
 pub mod explain;
 pub mod files;
 pub mod k8s;
 pub mod model;
 pub mod netdev;
 pub mod objects;
+mod overview;
 pub mod plan;
 pub mod serve;
+mod snapshot;
 pub mod sync;
 pub mod table;
 

@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use super::request::Request;
 use crate::explain::{About, Answer, DIRECTORY, QUESTION_MAX, Question, VERSION, sockets_path};
-use crate::serve::Metrics;
+use crate::serve::{Ask, Metrics};
 
 /// Questions at once; others wait.
 const AT_ONCE: usize = 4;
@@ -137,6 +137,18 @@ async fn answer(mut stream: UnixStream, worker: mpsc::Sender<Request>, metrics: 
     let text = tokio::task::spawn_blocking(move || serde_json::to_vec(&answer)).await??;
     write.write_all(&text).await.context("writing a response")?;
     Ok(())
+}
+
+/// The way of the page on the metrics port, which asks in this process.
+pub fn within(worker: mpsc::Sender<Request>) -> Ask {
+    Arc::new(move |about| {
+        let worker = worker.clone();
+        Box::pin(async move {
+            let (reply, answer) = oneshot::channel();
+            worker.send(Request::Explain(about, reply)).await.ok()?;
+            answer.await.ok()
+        })
+    })
 }
 
 fn refusal(error: String) -> Answer {

@@ -43,7 +43,9 @@ use crate::k8s::{self, ApiServer};
 use crate::model::{About, ForwardThrough, HostConntrack, Masquerade, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses, PodDevices};
 use crate::objects::{self, SourceStatus, WatchState};
-use crate::serve::{self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, Sample, Stage};
+use crate::serve::{
+    self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, MetricsPage, Page, Sample, Stage,
+};
 use crate::sync::{Core, CoreSettings};
 use conditions::Conditions;
 use outlets::Outlets;
@@ -69,6 +71,8 @@ pub struct Settings {
     pub healthz: Option<SocketAddr>,
     /// Where metrics are served; `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// Where metrics are served, whether the page is, too.
+    pub metrics_page: MetricsPage,
     /// Whether the daemon ends when one of these addresses cannot be had.
     pub bind_hard_fail: bool,
     pub nodeport_addresses: NodePortAddresses,
@@ -94,7 +98,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
     let limits = Arc::new(Limits::default());
-    let servers = servers(&settings, &app)?;
+    let (asking, requests) = mpsc::channel(1);
+    let servers = servers(&settings, &app, &asking)?;
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
@@ -111,7 +116,6 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         parts.spawn(part(server.flag, serve::run(server, Arc::clone(&limits))));
     }
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
-    let (asking, requests) = mpsc::channel(1);
     watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions, &asking)?;
     let outlets = attend(&mut parts, &settings, &app, limits, source.api_server(), asking)?;
     let (sender, changes) = mpsc::channel(CHANGES_AHEAD);
@@ -155,10 +159,14 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
 
 /// The servers for health and metrics. Where the daemon is to end if an address cannot be had, that is known now, before
 /// anything is attached.
-fn servers(settings: &Settings, app: &App) -> anyhow::Result<Vec<serve::Server>> {
+fn servers(settings: &Settings, app: &App, worker: &mpsc::Sender<Request>) -> anyhow::Result<Vec<serve::Server>> {
+    let page = settings.metrics.filter(|address| settings.metrics_page.is_served_at(*address)).map(|address| {
+        let (pins, ask) = (settings.datapath.pin_path.clone(), ask::within(worker.clone()));
+        Page::new(pins, Arc::clone(&app.metrics), ask, address)
+    });
     let all = [
         (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
-        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone())),
+        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone(), page)),
     ];
     let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
     let server = |(flag, address, router)| {

@@ -17,6 +17,7 @@ use super::traffic::TrafficFlags;
 use super::value::boolean;
 use crate::model::SocketLb;
 use crate::netdev::{DeviceSelection, NodePortAddresses, PodDevices};
+use crate::serve::MetricsPage;
 
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/kubelane";
 
@@ -33,6 +34,8 @@ Examples:
       kubelane get services -o wide
   Which backend does a pod get from a Service, and why?
       kubelane explain --from 10.244.1.11 10.96.0.80:80
+  Who is busy, and what is refused or dropped?
+      kubelane top
   Remove every trace, after stopping the daemon:
       kubelane cleanup";
 
@@ -65,6 +68,10 @@ pub enum Command {
     /// comes from the live maps; the daemon adds the reasons that are in no map. Disagreements between the two are
     /// reported.
     Explain(ExplainFlags),
+    /// Watch Services, refusals, drops, maps and watches in a terminal
+    ///
+    /// Keys: arrows or j and k move, Enter opens a Service, Esc goes back, / filters, s sorts, p pauses, q quits.
+    Top(TopFlags),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
     /// Refused while a daemon uses the same pin path. Service addresses stop working on this node at once.
@@ -208,6 +215,11 @@ pub struct RunFlags {
     #[arg(help_heading = "Node")]
     pub service_metrics: u16,
 
+    /// Serve a page for browsers at / of --metrics-bind-address. It shows names and addresses of Services to everyone who
+    /// can connect: `auto` (only if that address is a loopback address), `always` or `never`
+    #[arg(long, value_name = "WHEN", default_value = "auto", help_heading = "Node")]
+    pub metrics_page: MetricsPage,
+
     /// Key of a taint that is removed from this node's Node object when the daemon is ready, and not before (needs the
     /// rights to get and patch nodes)
     #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new(), help_heading = "Node")]
@@ -342,6 +354,27 @@ pub struct ExplainFlags {
 
     #[command(flatten)]
     pub pins: PinFlags,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct TopFlags {
+    /// Seconds from one look to the next
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=60))]
+    pub interval: u16,
+
+    /// Colours: `auto` (unless NO_COLOR is set), `always` or `never`
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub color: Color,
+
+    #[command(flatten)]
+    pub pins: PinFlags,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Color {
+    Auto,
+    Always,
+    Never,
 }
 
 #[derive(Args, Clone, Debug)]

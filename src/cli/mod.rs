@@ -4,7 +4,6 @@
 mod address;
 mod check;
 mod config_file;
-mod escape;
 mod explain;
 mod flags;
 mod get;
@@ -19,10 +18,10 @@ mod outward;
 mod pods;
 mod report;
 mod run;
-mod snapshot;
 mod source_check;
 mod status;
 mod table;
+mod top;
 mod traffic;
 mod value;
 
@@ -38,7 +37,9 @@ use clap::{ArgAction, CommandFactory as _, Parser as _};
 use crate::abi::abi_version::ABI_VERSION;
 use crate::bpf;
 use crate::chain::chain;
+use crate::escape;
 use crate::explain::{DIRECTORY, sockets_path};
+use crate::snapshot;
 use flags::PinFlags;
 pub use flags::{Cli, Command};
 
@@ -70,6 +71,7 @@ pub fn main(started: Instant) -> ExitCode {
         Command::Completion(flags) => manual::completion(flags.shell),
         Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),
+        Command::Top(flags) => top::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };
@@ -142,7 +144,8 @@ fn tell(error: &anyhow::Error) {
     if tracing::dispatcher::has_been_set() {
         tracing::error!("{text}");
     } else {
-        eprintln!("error: {}", escape::lines(&text));
+        // A terminal that has gone takes no words any more.
+        let _ = writeln!(io::stderr(), "error: {}", escape::lines(&text));
     }
 }
 

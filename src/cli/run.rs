@@ -89,6 +89,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         },
         healthz,
         metrics,
+        metrics_page: flags.metrics_page,
         bind_hard_fail,
         nodeport_addresses,
         devices: flags.devices,

@@ -3,6 +3,7 @@
 
 pub mod recent;
 mod socket;
+pub mod words;
 
 use std::net::{IpAddr, SocketAddr};
 

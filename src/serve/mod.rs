@@ -3,6 +3,7 @@
 mod health;
 mod http;
 mod metrics;
+mod page;
 mod places;
 mod service_health;
 
@@ -24,6 +25,7 @@ pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
 pub use http::listen;
 pub use metrics::{Changes, Metrics, Sample, SyncSample, Totals};
+pub use page::{Ask, MetricsPage, Page};
 pub use places::Limits;
 pub use service_health::{HealthChecks, run as run_service_health};
 
@@ -50,13 +52,14 @@ pub fn health_router(app: App) -> Router {
         .with_state(app)
 }
 
-/// `/metrics`, `/healthz`, `/proxyMode`.
-pub fn metrics_router(app: App) -> Router {
+/// `/metrics`, `/healthz`, `/proxyMode`, and the page at `/`, if there is one.
+pub fn metrics_router(app: App, page: Option<Arc<Page>>) -> Router {
     Router::new()
         .route("/metrics", get(metrics_text))
         .route("/healthz", get(healthz))
         .route("/proxyMode", get(async || "kubelane"))
         .with_state(app)
+        .merge(page::router(page))
 }
 
 /// Listens on `address`.
@@ -167,7 +170,7 @@ mod tests {
     #[tokio::test]
     async fn the_endpoints_answer_as_the_health_says() {
         let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new().unwrap()) };
-        let (health, metrics) = (health_router(app.clone()), metrics_router(app.clone()));
+        let (health, metrics) = (health_router(app.clone()), metrics_router(app.clone(), None));
         assert_eq!(get(&health, "/healthz").await.0, 503);
         assert_eq!(get(&health, "/readyz").await.0, 503);
         assert_eq!(get(&health, "/livez").await.0, 200);
@@ -192,6 +195,8 @@ mod tests {
         assert!(text.contains("kubeproxy_proxy_livez_total{code=\"200\"} 2\n"), "{text}");
         assert_eq!(get(&metrics, "/proxyMode").await.2, "kubelane");
         assert_eq!(get(&health, "/metrics").await.0, 404);
+        let (status, _, text) = get(&metrics, "/").await;
+        assert!(status == 404 && text.contains("--metrics-page"), "{text}");
     }
 
     #[tokio::test]

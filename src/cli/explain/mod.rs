@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde::Serialize;
 
-use super::flags::{ExplainFlags, Format};
+use super::flags::{ExplainFlags, Format, PinFlags};
 use crate::abi::frontend_flag::FRONTEND_NODE_PORT;
 use crate::abi::{Frontend, FrontendKey, backend_flag, backend_state, pool_member};
 use crate::bpf;
@@ -26,9 +26,11 @@ use crate::model::{Ipx, ObjectName, Protocol, SocketAddrx};
 use crate::plan::port::row_name;
 use decide::{Client, Decision, decide, decide_found};
 use kernel::Live;
+pub use render::{Group, groups};
 use target::Destination;
 pub use target::{Asker, Target};
-use view::{Asked, LeftOutEndpoint, View, view};
+pub use view::View;
+use view::{Asked, LeftOutEndpoint, view};
 
 /// A sync may come between a look at the kernel and one at the daemon: what differs is looked at again.
 const SECOND_LOOK: Duration = Duration::from_millis(300);
@@ -65,6 +67,16 @@ pub fn run(flags: &ExplainFlags) -> anyhow::Result<()> {
         Some(Format::Yaml) => super::yaml(&explanation)?,
         None => render::text(&explanation),
     })
+}
+
+/// Of every address of a Service, for everyone who may ask.
+///
+/// # Errors
+/// As for [`run`].
+pub fn of_service(pin_path: &Path, namespace: &str, name: &str) -> anyhow::Result<Explanation> {
+    let target = Target::Service { namespace: namespace.to_owned(), name: name.to_owned(), port: None };
+    let pins = PinFlags { pin_path: pin_path.to_owned() };
+    explain(&ExplainFlags { target, from: None, output: None, pins }, &Live::open(pin_path)?, pin_path)
 }
 
 fn explain(flags: &ExplainFlags, live: &Live, pin_path: &Path) -> anyhow::Result<Explanation> {

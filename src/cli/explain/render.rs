@@ -9,23 +9,34 @@ use crate::cli::escape;
 /// Endpoints that are listed; with more, the rest is a number.
 const LISTED: usize = 20;
 
+/// Views that say the same.
+pub struct Group<'a> {
+    /// Of whom it is said: "TO (KINDS) from FROM".
+    pub headings: Vec<String>,
+    /// Any of them.
+    pub view: &'a View,
+    body: String,
+}
+
+/// In the order of the views.
+pub fn groups(explanation: &Explanation) -> Vec<Group<'_>> {
+    let mut groups: Vec<Group> = Vec::new();
+    for view in &explanation.views {
+        let kinds = if view.kinds.is_empty() { String::new() } else { format!(" ({})", view.kinds.join(", ")) };
+        let (heading, body) = (format!("{}{kinds} from {}", view.to, view.from), body(view));
+        match groups.iter_mut().find(|group| group.body == body) {
+            Some(group) => group.headings.push(heading),
+            None => groups.push(Group { headings: vec![heading], view, body }),
+        }
+    }
+    groups
+}
+
 pub fn text(explanation: &Explanation) -> String {
     let mut text = String::new();
-    let bodies: Vec<String> = explanation.views.iter().map(body).collect();
-    let mut is_told = vec![false; bodies.len()];
-    for (first, body) in bodies.iter().enumerate() {
-        if is_told[first] {
-            continue;
-        }
-        for (other, same) in bodies.iter().enumerate().skip(first) {
-            if same == body {
-                let view = &explanation.views[other];
-                let kinds = if view.kinds.is_empty() { String::new() } else { format!(" ({})", view.kinds.join(", ")) };
-                put(&mut text, &format!("{}{kinds} from {}", view.to, view.from));
-                is_told[other] = true;
-            }
-        }
-        text += body;
+    for group in groups(explanation) {
+        group.headings.iter().for_each(|heading| put(&mut text, heading));
+        text += &group.body;
         text.push('\n');
     }
     match &explanation.daemon {
