@@ -13,6 +13,7 @@ use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::explain::{Asker, Target};
 use super::get::{JsonPath, Output, ServiceFilter, sort_key};
 use super::kube_proxy::KubeProxyFlags;
+use super::monitor::MonitorFlags;
 use super::traffic::TrafficFlags;
 use super::value::boolean;
 use crate::model::SocketLb;
@@ -64,6 +65,10 @@ pub enum Command {
     /// DEST is IP:PORT or [IPv6]:PORT, with /tcp (the default), /udp or /sctp, or svc/NAMESPACE/NAME[:PORT]. It is answered
     /// from the live maps; the daemon adds the reasons that are in no map, and where both disagree, that is said.
     Explain(ExplainFlags),
+    /// Show what happens in the datapath, as it happens: connections, flows, refusals and drops with their reasons
+    ///
+    /// One line an event, until Ctrl-C. It reads, and changes nothing; while nobody listens nothing is told.
+    Monitor(Box<MonitorFlags>),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
     /// Refused while a daemon runs on that pin path. Service addresses stop working on this node at once.

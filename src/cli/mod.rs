@@ -15,6 +15,7 @@ mod lenient_yaml;
 mod log;
 mod manual;
 mod merge;
+mod monitor;
 mod outward;
 mod report;
 mod run;
@@ -69,6 +70,7 @@ pub fn main(started: Instant) -> ExitCode {
         Command::Completion(flags) => manual::completion(flags.shell),
         Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),
+        Command::Monitor(flags) => monitor::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };
