@@ -1,5 +1,5 @@
-//! Compiles bpf/kubelane.bpf.c into a skeleton, and turns the enums of bpf/abi.h into Rust constants, so that the two
-//! sides of the map ABI cannot drift apart.
+//! Compiles bpf/kubelane.bpf.c into a skeleton, and turns the enums of bpf/abi.h and bpf/observe.h into Rust constants, so
+//! that the two sides cannot drift apart.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,9 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
 
-    let header = fs::read_to_string("bpf/abi.h").expect("bpf/abi.h is readable");
-    fs::write(out.join("abi_enums.rs"), rust_enums(&header)).expect("OUT_DIR is writable");
+    let headers = ["bpf/abi.h", "bpf/observe.h"];
+    let rust = headers.map(|path| rust_enums(&fs::read_to_string(path).expect("the headers are readable"), path));
+    fs::write(out.join("abi_enums.rs"), rust.concat()).expect("OUT_DIR is writable");
 
     libbpf_cargo::SkeletonBuilder::new()
         .source("bpf/kubelane.bpf.c")
@@ -40,13 +41,13 @@ fn clang_arguments() -> Vec<String> {
 }
 
 /// `enum name { A = 1, ... };` becomes `pub mod name { pub const A: u32 = 1; ... }`, and `NAMES` for enum counter.
-fn rust_enums(header: &str) -> String {
+fn rust_enums(header: &str, path: &str) -> String {
     let mut rust = String::new();
     for block in header.split("\nenum ").skip(1) {
         let (name, rest) = block.split_once(" {").expect("enum NAME {");
         let (body, _) = rest.split_once("};").expect("enum ends with };");
         let mut names = String::new();
-        let _ = writeln!(rust, "/// `enum {name}` of bpf/abi.h.\npub mod {name} {{");
+        let _ = writeln!(rust, "/// `enum {name}` of {path}.\npub mod {name} {{");
         for line in body.lines().map(str::trim) {
             let Some((constant, value)) = line.split_once(" = ") else { continue };
             let (value, comment) = value.split_once(',').expect("one enumerator a line, ending with a comma");

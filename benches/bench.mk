@@ -2,7 +2,7 @@
 # for those of single packets: check-figures.
 # ARGS goes to the bench: make bench ARGS="--path node-port-remote --rounds 9"
 
-.PHONY: bench bench-quick bench-control bench-api bench-scale bench-netperf bench-packets bench-micro check-figures
+.PHONY: bench bench-quick bench-control bench-api bench-scale bench-netperf bench-packets bench-monitor bench-micro check-figures
 
 bench: setup ## kubelane beside kube-proxy's rules and no proxy: netperf, first connections, plots in target/bench (root, under 20 min)
 	cargo bench --features lab --bench compare -- $(ARGS)
@@ -31,6 +31,9 @@ bench-packets: setup ## Nanoseconds in the packet programs, for each way through
 # Alone on the machine, as far as that can be had: not beside other tests. The dev profile is what they have built.
 check-figures: setup ## Fail if the BPF programs cost a tenth more than benches/FIGURES.md says (root, a minute)
 	cargo bench --profile dev --features lab --bench packets -- --check $(ARGS)
+
+bench-monitor: setup ## What `kubelane monitor` costs connections, and how many events it keeps up with (root, 3 min)
+	cargo bench --features lab --bench monitor -- $(ARGS)
 
 bench-micro: ## Criterion: compile, first sync in memory, one change, parsing
 	cargo bench --bench micro -- $(ARGS)

@@ -22,6 +22,7 @@ static __always_inline struct choice backend_recall(const struct affinity *affin
 		return choice;
 	choice.backend = backend;
 	choice.backend_id = affinity->backend_id;
+	choice.reason = CHOSEN_BY_AFFINITY;
 	return choice;
 }
 

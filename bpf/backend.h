@@ -6,6 +6,7 @@
 struct choice {
 	struct backend *backend;
 	__u32 backend_id;
+	__u32 reason; /* enum choice_reason */
 };
 
 static __always_inline struct backend *backend_get(__u32 id)

@@ -292,6 +292,7 @@ static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int 
 		state = begin_replace(given, request, place);
 		if (state & FLOW_ENDING)
 			return begin_yield(given, place);
+		flow_tell_end(given, REMOVE_REPLACED, &given->former, state, 0);
 		proved = flow_count_of(given->packet.tuple.protocol);
 		if ((state & FLOW_PROVED) && proved)
 			__sync_fetch_and_add(proved, -1);
@@ -353,6 +354,7 @@ static __always_inline void begin_fill(struct scratch *given, const struct choic
 		flow->sequence = packet->sequence;
 	flow->backend_or_first = choice->backend_id;
 	flow->generation_or_interface = choice->backend->generation;
+	given->chosen = choice->reason;
 }
 
 /* Global, for the same reason. VERDICT_CONTINUE: scratch.flow has a backend, and how it is reached. */

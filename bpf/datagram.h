@@ -190,7 +190,7 @@ static __always_inline void datagram_remember(struct bpf_sock *sk, const struct 
 	int is_put;
 
 	if (!table) {
-		count(COUNTER_FAILED_STORAGE);
+		count_often(COUNTER_FAILED_STORAGE);
 		return;
 	}
 	bpf_spin_lock(&table->lock);
@@ -203,7 +203,7 @@ static __always_inline void datagram_remember(struct bpf_sock *sk, const struct 
 		return;
 	more = datagram_more_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!more) {
-		count(COUNTER_FAILED_STORAGE);
+		count_often(COUNTER_FAILED_STORAGE);
 		return;
 	}
 	bpf_spin_lock(&more->lock);

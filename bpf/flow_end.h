@@ -14,13 +14,17 @@ static __always_inline __u32 flow_opening_mark(__u8 protocol, const struct flow 
 	return protocol == IPPROTO_TCP ? request->sequence : reply->backend_or_first;
 }
 
-/* Why a flow is to go. */
-enum removal {
-	REMOVE_OVER = 0, /* silent for longer than it may be, as FLOW_LIMITS_NOW says */
-	REMOVE_OPENING = 1, /* still not proved, and pushed out by others */
-	REMOVE_PLACE = 2, /* closed, or not proved: another wants its place */
-	REMOVE_FREE = 3, /* the same, or silent for longer than it may be, as FLOW_LIMITS_SET says */
-};
+/* Before its rows go: its requests' key is scratch.removed, its ends scratch.removed_ends (of REMOVE_REPLACED the packet's
+ * tuple, and those of scratch.former). `row`: of its requests, which was in the state `request`. */
+static __always_inline void flow_tell_end(struct scratch *given, __u32 why, const struct flow *row, __u32 request,
+					  __u32 reply)
+{
+	given->ended_request = request;
+	given->ended_reply = reply;
+	given->ended_backend = row->backend_or_first;
+	given->ended_generation = row->generation_or_interface;
+	packet_event(EVENT_FLOW_ENDED, why);
+}
 
 static __always_inline int flow_may_go(const struct flow_limits *limits, __u8 protocol, __u32 request, __u32 reply,
 				       __u32 why, __u32 second)
@@ -110,6 +114,7 @@ __noinline int flow_remove(hook_context *ctx, __u32 why)
 	bpf_spin_unlock(&lock->lock);
 	if (state & FLOW_ENDING)
 		return 0;
+	flow_tell_end(given, why, request, state, reply ? reply->state : 0);
 	proved = flow_count_of(given->removed.protocol);
 	if ((state & FLOW_PROVED) && proved)
 		__sync_fetch_and_add(proved, -1);

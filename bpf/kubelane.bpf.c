@@ -5,6 +5,7 @@
  * decision back. The steps are in the headers, in the order in which a destination passes through them:
  *
  *   abi.h        the rows of the maps, shared with the daemon
+ *   observe.h    what those are told who listen
  *   maps.h       the maps
  *   config.h     what is fixed before the object is loaded
  *   count.h      counters: every refusal and drop has one
@@ -15,6 +16,7 @@
  *   affinity.h   the backend that a client had before
  *   origin.h     connected sockets: what was asked for, which backend it got
  *   datagram.h   unconnected sockets: the same, for each destination
+ *   tell.h       telling those who listen, of system calls
  *   socket.h     the verdict on connect() and sendmsg(), the reverse for recvmsg() and getpeername()
  *   stale.h      the iterators that find connected sockets that go where they should not any more
  *
@@ -24,6 +26,7 @@
  *   hook.h       what the kernel lends a packet program: the only place that knows its context
  *   packet.h     bytes -> what has to be known of a packet
  *   scratch.h    what the rare steps work on
+ *   tell_packet.h  the same, of packets
  *   checksum.h   checksums, changed in place
  *   rewrite.h    new ends for a packet
  *   flow.h       the table of flows: states, proof, both directions
@@ -52,6 +55,7 @@
 #include <bpf/bpf_endian.h>
 
 #include "abi.h"
+#include "observe.h"
 #include "maps.h"
 #include "config.h"
 #include "count.h"
@@ -62,11 +66,13 @@
 #include "affinity.h"
 #include "origin.h"
 #include "datagram.h"
+#include "tell.h"
 #include "socket.h"
 #include "verdict.h"
 #include "hook.h"
 #include "packet.h"
 #include "scratch.h"
+#include "tell_packet.h"
 #include "checksum.h"
 #include "rewrite.h"
 #include "flow.h"

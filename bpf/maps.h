@@ -127,6 +127,34 @@ struct {
 	__type(value, __u64);
 } service_connections SEC(".maps");
 
+/* Who listens to events, by slot, and what they have missed; the rings are theirs. See observe.h. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct listening);
+} listening SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, LISTENERS);
+	__type(key, __u32);
+	__type(value, struct listener_state);
+} listener_states SEC(".maps");
+
+/* Listeners choose the size. */
+struct listener_ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, LISTENERS);
+	__type(key, __u32);
+	__array(values, struct listener_ring);
+} listener_rings SEC(".maps");
+
 /* Packets from the wire. */
 
 struct {

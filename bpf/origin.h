@@ -75,7 +75,7 @@ static __always_inline void origin_store(struct bpf_sock *sk, const struct origi
 	if (stored)
 		*stored = *origin;
 	else
-		count(COUNTER_FAILED_STORAGE);
+		count_often(COUNTER_FAILED_STORAGE);
 }
 
 /* The socket now goes somewhere else. Nearly none has a record, which a look-up tells at the cost of a pointer that is

@@ -37,19 +37,21 @@ __noinline __u32 pick_slot(__u32 service_id, __u32 base, __u32 count, __u32 numb
 	return PICK_NONE;
 }
 
-static __always_inline struct choice backend_choice(__u32 id)
+static __always_inline struct choice backend_choice(__u32 id, __u32 reason)
 {
-	return (struct choice){.backend_id = id, .backend = backend_get(id)};
+	return (struct choice){.backend_id = id, .backend = backend_get(id), .reason = reason};
 }
 
 static __always_inline struct choice backend_pick(const struct frontend *frontend, const struct pool *pool)
 {
-	return backend_choice(pick_slot(frontend->service_id, pool->base, pool->count, bpf_get_prandom_u32(), 0));
+	return backend_choice(pick_slot(frontend->service_id, pool->base, pool->count, bpf_get_prandom_u32(), 0),
+			      CHOSEN_BY_CHANCE);
 }
 
 static __always_inline struct choice backend_pick_own(const struct frontend *frontend, const struct pool *pool)
 {
-	return backend_choice(pick_slot(frontend->service_id, pool->base, pool->count, bpf_get_prandom_u32(), 1));
+	return backend_choice(pick_slot(frontend->service_id, pool->base, pool->count, bpf_get_prandom_u32(), 1),
+			      CHOSEN_OWN);
 }
 
 #endif

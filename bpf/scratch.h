@@ -36,6 +36,13 @@ struct scratch {
 	struct flow_key reply; /* the other direction's key */
 	struct flow reply_row; /* and row, of a flow that begins */
 	struct flow former; /* the row, of a flow that has ended, that the packet's new flow replaces */
+	__u32 chosen; /* why its backend: enum choice_reason */
+	__u32 ended_request; /* of a flow that has ended, for those who listen: what its rows said */
+	__u32 ended_reply;
+	__u32 ended_backend;
+	__u32 ended_generation;
+	struct flow_key told_key; /* of an event: the packet's ends, and what they become */
+	struct ends told_ends;
 	__u32 from_pod; /* the packet came in by a pod's device, else by an outward one */
 	__u32 ports_first; /* of the range that a source port is taken from */
 	__u32 ports_count;

@@ -14,22 +14,6 @@ struct request {
 	__u32 translated; /* 1: target was replaced */
 };
 
-/* IPPROTO_MPTCP (262) is newer than some kernels' headers. */
-enum {
-	PROTOCOL_MPTCP = 262,
-	PROTOCOL_UDPLITE = 136,
-};
-
-/* The protocol that Services know it by; 0: not one that has ports of theirs. */
-static __always_inline __u8 request_protocol(__u32 protocol)
-{
-	if (protocol == IPPROTO_TCP || protocol == PROTOCOL_MPTCP)
-		return IPPROTO_TCP;
-	if (protocol == IPPROTO_UDP || protocol == PROTOCOL_UDPLITE)
-		return IPPROTO_UDP;
-	return 0;
-}
-
 static __always_inline void request_from_ip4(struct request *request, struct bpf_sock_addr *ctx)
 {
 	address_set_ip4(&request->target.address, ctx->user_ip4);
@@ -93,13 +77,14 @@ static __always_inline int fail_with(int error)
  * here) must not be refused: a TCP client sees at once the ETIMEDOUT that a dropped SYN would end in, a datagram the
  * EPERM that a drop in the host's own output chain gives.
  */
-static __always_inline int fail_empty(const struct pool *pool, __u8 protocol)
+static __always_inline int fail_empty(struct bpf_sock_addr *ctx, const struct frontend_key *asked,
+				      const struct pool *pool, __u8 protocol)
 {
 	if (pool->on_empty == EMPTY_DROP) {
-		count(COUNTER_DROPPED_NO_LOCAL_ENDPOINT);
+		socket_event(ctx, asked, COUNTER_DROPPED_NO_LOCAL_ENDPOINT, 0, CHOSEN_NONE);
 		return protocol == IPPROTO_TCP ? fail_with(ETIMEDOUT) : 0;
 	}
-	count(COUNTER_REFUSED_NO_ENDPOINT);
+	socket_event(ctx, asked, COUNTER_REFUSED_NO_ENDPOINT, 0, CHOSEN_NONE);
 	return fail_with(ECONNREFUSED);
 }
 
@@ -171,9 +156,16 @@ static __always_inline enum binding request_unbind(struct bpf_sock_addr *ctx)
 	return error ? BINDING_LOOPBACK : BINDING_FREE;
 }
 
-static __always_inline int fail_loopback_source(void)
+/* A cluster IP's port that no Service has. */
+static __always_inline int fail_unknown_port(struct bpf_sock_addr *ctx, const struct frontend_key *asked)
 {
-	count(COUNTER_REFUSED_LOOPBACK_SOURCE);
+	socket_event(ctx, asked, COUNTER_REFUSED_UNKNOWN_PORT, 0, CHOSEN_NONE);
+	return fail_with(ECONNREFUSED);
+}
+
+static __always_inline int fail_loopback_source(struct bpf_sock_addr *ctx, const struct frontend_key *asked)
+{
+	socket_event(ctx, asked, COUNTER_REFUSED_LOOPBACK_SOURCE, 0, CHOSEN_NONE);
 	return fail_with(EADDRNOTAVAIL);
 }
 
@@ -226,16 +218,16 @@ static __always_inline int request_is_barred(struct bpf_sock_addr *ctx, const st
 }
 
 /* As a client outside its ranges sees it: nothing comes back. */
-static __always_inline int fail_barred(__u8 protocol)
+static __always_inline int fail_barred(struct bpf_sock_addr *ctx, const struct frontend_key *asked, __u8 protocol)
 {
-	count(COUNTER_DROPPED_SOURCE_RANGE);
+	socket_event(ctx, asked, COUNTER_DROPPED_SOURCE_RANGE, 0, CHOSEN_NONE);
 	return protocol == IPPROTO_TCP ? fail_with(ETIMEDOUT) : 0;
 }
 
-/* `row` is what a look-up of `key` found. */
-static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, const struct frontend_key *key,
-						    const struct frontend *row, enum binding binding,
-						    const int connects, struct choice *choice)
+/* `row` is what a look-up of `key` found, which is the frontend's of what was asked for. */
+static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, const struct frontend_key *asked,
+						    const struct frontend_key *key, const struct frontend *row,
+						    enum binding binding, const int connects, struct choice *choice)
 {
 	struct frontend frontend;
 
@@ -244,27 +236,28 @@ static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, c
 	if (request_is_left_to_packets(ctx, &frontend))
 		return DECISION_GO_ON;
 	if (request_is_barred(ctx, &frontend))
-		return fail_barred(key->protocol);
+		return fail_barred(ctx, asked, key->protocol);
 	if (!frontend.inside.count && connects && request_waits_for_endpoints(ctx, key))
 		return DECISION_GO_ON;
 	if (!frontend.inside.count)
-		return fail_empty(&frontend.inside, key->protocol);
+		return fail_empty(ctx, asked, &frontend.inside, key->protocol);
 	if (binding == BINDING_LOOPBACK) {
 		if (key->protocol != IPPROTO_TCP)
-			return fail_loopback_source();
+			return fail_loopback_source(ctx, asked);
 		*choice = backend_pick_own(&frontend, &frontend.inside);
-		return choice->backend ? DECISION_CHOSEN : fail_loopback_source();
+		return choice->backend ? DECISION_CHOSEN : fail_loopback_source(ctx, asked);
 	}
 	*choice = request_pick(ctx, &frontend, address_is_ip4(&key->address));
 	if (choice->backend)
 		return DECISION_CHOSEN;
-	count(COUNTER_FAILED_BACKEND_MISSING);
+	socket_event(ctx, asked, COUNTER_FAILED_BACKEND_MISSING, 0, CHOSEN_NONE);
 	return DECISION_GO_ON;
 }
 
 /* 1: go on (translated or not), 0: the system call fails. */
 static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct request *request)
 {
+	const struct frontend_key *asked = &request->target;
 	struct frontend_key key = request->target;
 	struct lookup lookup = request_lookup(ctx, &key);
 	struct bpf_sock *sk = ctx->sk;
@@ -280,22 +273,20 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 			datagram_go_direct(sk, &request->target.address, request->target.port);
 		return 1;
 	}
-	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend) {
-		count(COUNTER_REFUSED_UNKNOWN_PORT);
-		return fail_with(ECONNREFUSED);
-	}
+	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend)
+		return fail_unknown_port(ctx, asked);
 	binding = request_binding(sk, &request->target);
 	if (binding == BINDING_LOOPBACK)
 		binding = request_unbind(ctx);
-	decision = request_choose(ctx, &key, lookup.frontend, binding, 1, &choice);
+	decision = request_choose(ctx, asked, &key, lookup.frontend, binding, 1, &choice);
 	if (decision == DECISION_GO_ON)
 		origin_forget(sk);
 	if (decision != DECISION_CHOSEN)
 		return decision;
 	origin_fill(&origin, &request->target, ctx->protocol, &choice);
+	socket_event(ctx, asked, COUNTER_CONNECT_TRANSLATED, choice.backend_id, choice.reason);
 	origin_store(sk, &origin);
 	request_go_to_backend(request, &origin);
-	count(COUNTER_CONNECT_TRANSLATED);
 	count_service(origin.service_id);
 	return 1;
 }
@@ -303,6 +294,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 /* 1: go on (translated or not), 0: the system call fails. */
 static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request *request)
 {
+	const struct frontend_key *asked = &request->target;
 	struct frontend_key key = request->target;
 	struct lookup lookup = request_lookup(ctx, &key);
 	struct bpf_sock *sk = ctx->sk;
@@ -315,24 +307,24 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 		datagram_go_direct(sk, &request->target.address, request->target.port);
 		return 1;
 	}
-	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend) {
-		count(COUNTER_REFUSED_UNKNOWN_PORT);
-		return fail_with(ECONNREFUSED);
-	}
+	if (lookup.result == LOOKUP_UNKNOWN_PORT || !lookup.frontend)
+		return fail_unknown_port(ctx, asked);
 	service_id = lookup.frontend->service_id;
 	if (!origin_recall(sk, &request->target, service_id, &origin) &&
 	    !datagram_recall(sk, &request->target, service_id, &origin)) {
 		if (request_binding(sk, &request->target) == BINDING_LOOPBACK)
-			return fail_loopback_source();
-		decision = request_choose(ctx, &key, lookup.frontend, BINDING_FREE, 0, &choice);
+			return fail_loopback_source(ctx, asked);
+		decision = request_choose(ctx, asked, &key, lookup.frontend, BINDING_FREE, 0, &choice);
 		if (decision != DECISION_CHOSEN)
 			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);
+		socket_event(ctx, asked, COUNTER_DATAGRAM_TRANSLATED, choice.backend_id, choice.reason);
 		datagram_remember(sk, &origin);
 		count_service(origin.service_id);
+	} else {
+		count_often(COUNTER_DATAGRAM_TRANSLATED);
 	}
 	request_go_to_backend(request, &origin);
-	count(COUNTER_DATAGRAM_TRANSLATED);
 	return 1;
 }
 
@@ -354,7 +346,7 @@ static __always_inline void socket_receive(struct bpf_sock_addr *ctx, struct req
 		request_show_service(request, &record.origin);
 	}
 	if (request->translated)
-		count(COUNTER_REPLY_TRANSLATED);
+		count_often(COUNTER_REPLY_TRANSLATED);
 }
 
 static __always_inline void socket_peer_name(struct bpf_sock_addr *ctx, struct request *request)
@@ -365,7 +357,7 @@ static __always_inline void socket_peer_name(struct bpf_sock_addr *ctx, struct r
 	if (!origin || !origin_is_of_backend(origin, &request->target.address, request->target.port))
 		return;
 	request_show_service(request, origin);
-	count(COUNTER_PEER_TRANSLATED);
+	count_often(COUNTER_PEER_TRANSLATED);
 }
 
 #endif

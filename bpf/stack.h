@@ -70,7 +70,7 @@ __noinline int stack_hand(hook_context *ctx)
 	given->flow.ends = *way;
 	given->addresses = checksum_change(&given->packet.tuple.ends, &way->source, &way->destination);
 	given->flow.change = ports_change(given->addresses, &given->packet.tuple.ends, way);
-	count(COUNTER_HANDED_TO_STACK);
+	count_often(COUNTER_HANDED_TO_STACK);
 	return 0;
 }
 

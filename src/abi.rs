@@ -204,7 +204,7 @@ pub struct PodDevice {
 
 /// The ends of a packet.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
 pub struct Ends {
     pub source: [u8; 16],
     pub destination: [u8; 16],

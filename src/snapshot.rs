@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use anyhow::Context as _;
 use bytemuck::Pod;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::abi::{
     Backend, Frontend, FrontendKey, Pool, ServiceName, backend_flag, backend_state, frontend_flag, pool_empty,
@@ -22,7 +22,7 @@ pub struct Snapshot {
 }
 
 /// A service port's name, in its parts.
-#[derive(Clone, Debug, Serialize, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
 #[serde(rename_all = "camelCase")]
 pub struct PortName {
     pub namespace: String,

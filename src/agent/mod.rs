@@ -10,6 +10,7 @@ mod contest;
 mod drops;
 mod flows;
 mod links;
+mod listeners;
 mod outlets;
 mod outside;
 mod probe;
@@ -209,6 +210,8 @@ fn watch_kernel(
     parts.spawn(async move { ("IPsec policies", routes::follow_policies(reasons).await) });
     let counters = Maps::open(&settings.datapath.pin_path)?;
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
+    let pin_path = settings.datapath.pin_path.clone();
+    parts.spawn(async move { ("listeners", listeners::watch(pin_path).await) });
     let links = links::watch(datapath.socket_hooks(), worker.clone(), conditions.clone());
     parts.spawn(async move { ("attachments", links.await) });
     let (pin_path, asked, shown) = (settings.datapath.pin_path.clone(), worker.clone(), Arc::clone(&app.metrics));

@@ -306,7 +306,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     let shares = FlowShares::new(processors);
     let maps = &mut skeleton.maps;
     // Regions of slots are powers of two, and a pool that moves has two for a moment.
-    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 25] = [
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 28] = [
         ("services", &mut maps.services, Some(services.saturating_mul(2))),
         ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
         ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
@@ -332,6 +332,9 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("ports", &mut maps.ports, None),
         ("wire_filter", &mut maps.wire_filter, None),
         ("epochs", &mut maps.epochs, None),
+        ("listening", &mut maps.listening, None),
+        ("listener_states", &mut maps.listener_states, None),
+        ("listener_rings", &mut maps.listener_rings, None),
     ];
     for (name, map, wanted) in sized {
         let pin = directory.join(name);

@@ -1,6 +1,7 @@
 //! The only door to libbpf and the only `unsafe`: loading, pinning and attaching the BPF object, the kernel maps as a
 //! [`MapIo`](crate::sync::MapIo), probes of kernel features, the programs of outward
-//! devices, the collection of ended flows, the search for sockets whose backend is gone, and what maps take up.
+//! devices, the collection of ended flows, the search for sockets whose backend is gone, what maps take up,
+//! and listening to what happens.
 
 mod account;
 mod attach;
@@ -16,6 +17,7 @@ mod link;
 mod load;
 mod maps;
 pub mod memory;
+mod monitor;
 mod namespaces;
 mod packet_trial;
 pub mod pinned;
@@ -47,7 +49,8 @@ pub use hook::{Fault, programs_before_ours};
 pub use link::{Attachment, attachments};
 pub use load::{Datapath, Settings};
 pub use maps::Maps;
-pub use namespaces::{Client, find_clients, in_other_namespaces, own_cookie};
+pub use monitor::{Event, Listening, Tally, Wanted, sweep_listeners};
+pub use namespaces::{Client, NetworkNamespace, find_clients, in_other_namespaces, look_into, own_cookie};
 pub use packet_trial::PacketTrial;
 pub use pinned::cleanup;
 pub use ports::snat_ports;

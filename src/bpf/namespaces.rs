@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -110,7 +111,7 @@ pub struct Client {
 }
 
 /// The namespaces in which a device has this address (mostly one), and how many could not be looked into.
-pub fn find_clients(ip: std::net::IpAddr) -> (Vec<Client>, usize) {
+pub fn find_clients(ip: IpAddr) -> (Vec<Client>, usize) {
     let own = fs::metadata(OWN).map(|metadata| metadata.ino() as u32).ok();
     let namespaces = all();
     let (mut found, mut hidden) = (Vec::new(), namespaces.hidden);
@@ -125,13 +126,63 @@ pub fn find_clients(ip: std::net::IpAddr) -> (Vec<Client>, usize) {
     (found, hidden)
 }
 
+/// What can be seen of a network namespace from within.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetworkNamespace {
+    /// Without loopback's and those of links.
+    pub addresses: Vec<IpAddr>,
+    /// What the UTS namespace of its processes is called.
+    pub host: Option<String>,
+}
+
+/// The network namespace with this cookie, which `process` was in a moment ago; nothing is known of one that has no handle,
+/// and before 5.14 of none.
+pub fn look_into(cookie: u64, process: u32) -> NetworkNamespace {
+    let of_process = Path::new("/proc").join(process.to_string());
+    if let Some(found) = look_through(&of_process.join("ns/net"), cookie, Some(&of_process.join("ns/uts"))) {
+        return found;
+    }
+    // It has ended; others of the pod may be there.
+    let find = |handle: &PathBuf| look_through(handle, cookie, handle.parent().map(|path| path.join("uts")).as_deref());
+    all().handles.values().find_map(find).unwrap_or_default()
+}
+
+/// `None`: it is another one. `uts`: a handle of the UTS namespace, if there is one.
+fn look_through(handle: &Path, cookie: u64, uts: Option<&Path>) -> Option<NetworkNamespace> {
+    let look = || (own_cookie() == Some(cookie)).then(own_addresses);
+    let addresses = run_inside(handle, look).ok()??;
+    let is_link_local = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    let addresses = addresses.into_iter().filter(|ip| !ip.is_loopback() && !is_link_local(ip)).collect();
+    Some(NetworkNamespace { addresses, host: uts.and_then(host_name) })
+}
+
+/// What a UTS namespace is called.
+fn host_name(uts: &Path) -> Option<String> {
+    let file = File::open(uts).ok()?;
+    let inside = || {
+        setns(file.as_fd(), CloneFlags::CLONE_NEWUTS).ok()?;
+        Some(nix::sys::utsname::uname().ok()?.nodename().to_string_lossy().into_owned())
+    };
+    // A namespace belongs to a thread, and this one ends.
+    std::thread::scope(|scope| scope.spawn(inside).join().ok().flatten())
+}
+
 /// Whether a device of the calling thread's namespace has this address.
-fn has_address(ip: std::net::IpAddr) -> bool {
+fn has_address(ip: IpAddr) -> bool {
+    own_addresses().contains(&ip)
+}
+
+/// Those of the devices of the calling thread's namespace.
+fn own_addresses() -> Vec<IpAddr> {
     let addresses = nix::ifaddrs::getifaddrs().into_iter().flatten().filter_map(|device| device.address);
-    addresses.into_iter().any(|address| {
-        let v4 = address.as_sockaddr_in().map(|address| std::net::IpAddr::V4(address.ip()));
-        v4.or(address.as_sockaddr_in6().map(|address| std::net::IpAddr::V6(address.ip()))) == Some(ip)
-    })
+    let ip = |address: nix::sys::socket::SockaddrStorage| {
+        let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        v4.or(address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+    };
+    addresses.filter_map(ip).collect()
 }
 
 /// What `work` gives inside the namespace, on a thread of its own: a namespace belongs to a thread, and this one ends.

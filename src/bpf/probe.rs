@@ -110,6 +110,13 @@ fn required() -> Vec<Feature> {
             without: "Linux 5.10 or newer is needed",
         },
         Feature {
+            name: "ring buffers",
+            found: has_map(MapType::RingBuf) && has_helper(SOCK_ADDR, libbpf_sys::BPF_FUNC_ringbuf_reserve),
+            required: true,
+            needed_for: "telling `kubelane monitor` what happens",
+            without: "a kernel from 5.8 is needed",
+        },
+        Feature {
             name: "packet programs (TC)",
             found: has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_fib_lookup)
                 && has_helper(ProgramType::SchedCls, libbpf_sys::BPF_FUNC_redirect_neigh)

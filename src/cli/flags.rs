@@ -13,6 +13,7 @@ use super::address::{BindAddress, HEALTHZ_PORT, METRICS_PORT, bind_address};
 use super::explain::{Asker, Target};
 use super::get::{JsonPath, Output, ServiceFilter, sort_key};
 use super::kube_proxy::KubeProxyFlags;
+use super::monitor::MonitorFlags;
 use super::traffic::TrafficFlags;
 use super::value::boolean;
 use crate::model::SocketLb;
@@ -72,6 +73,10 @@ pub enum Command {
     ///
     /// Keys: arrows or j and k move, Enter opens a Service, Esc goes back, / filters, s sorts, p pauses, q quits.
     Top(TopFlags),
+    /// Show what happens in the datapath, as it happens: connections, flows, refusals and drops with their reasons
+    ///
+    /// One line an event, until Ctrl-C. It reads, and changes nothing; while nobody listens nothing is told.
+    Monitor(Box<MonitorFlags>),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
     /// Refused while a daemon uses the same pin path. Service addresses stop working on this node at once.

@@ -14,6 +14,7 @@ mod lenient_yaml;
 mod log;
 mod manual;
 mod merge;
+mod monitor;
 mod outward;
 mod pods;
 mod report;
@@ -72,6 +73,7 @@ pub fn main(started: Instant) -> ExitCode {
         Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),
         Command::Top(flags) => top::run(&flags),
+        Command::Monitor(flags) => monitor::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),
         Command::Version => print(&format!("kubelane {} (map ABI {ABI_VERSION})\n", env!("CARGO_PKG_VERSION"))),
     };

@@ -30,6 +30,7 @@ static struct native_map maps[] = {
 	MAP(wire_filter, 0),	   MAP(epochs, 0),
 	MAP(known_routes, 0),	   MAP(answer_budgets, 0),
 	MAP(scratches, 0),	   MAP(service_connections, 256),
+	MAP(listening, 0),
 };
 
 const struct native_program native_programs[] = {

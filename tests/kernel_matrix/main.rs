@@ -21,7 +21,7 @@ use std::path::Path;
 use figures::{Figures, Found, Table, release_line};
 use kubelane::abi::pool_empty;
 use kubelane::bpf::verifier::VerifiedProgram;
-use kubelane::bpf::{Search, probe, verifier};
+use kubelane::bpf::{Listening, Search, Wanted, probe, verifier};
 use kubelane::model::{Family, Ipx, Protocol};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -142,6 +142,26 @@ fn the_probes_find_what_kernels_of_this_version_have() {
     for (name, since) in [("sources of routes in bpf_fib_lookup", (6, 7)), ("marks in bpf_fib_lookup", (6, 10))] {
         assert!(feature(name) || version < since, "{name} on {release}");
     }
+}
+
+#[test]
+fn who_listens_is_told_of_each_connection_with_its_destination_backend_and_process() {
+    on_a_node(|node| {
+        let all = serve_all(node, Options::default());
+        let wanted = Wanted { numbers: u64::MAX, protocol: 0, from: None, to: None, port: 0, one_in: 1, rate: 0 };
+        let mut listening = Listening::open(node.pin_path(), wanted).unwrap();
+        for (to, pods, _) in &all {
+            drop(connect_tcp(*to).unwrap());
+            let events = listening.read(1000).unwrap();
+            let [event] = events[..] else { panic!("{to}: {events:#?}") };
+            let end = |ip: [u8; 16], port: [u8; 2]| SocketAddr::new(Ipx(ip).to_ip(), u16::from_be_bytes(port));
+            let asked = end(event.asked.destination, event.asked.destination_port_be);
+            assert_eq!(asked, SocketAddr::new(to.ip().to_canonical(), to.port()), "{event:#?}");
+            let backend = end(event.becomes.destination, event.becomes.destination_port_be);
+            assert!(pods.contains(&backend) && event.has_backend == 1, "{to}: {event:#?}");
+            assert_eq!((event.process, event.protocol), (std::process::id(), Protocol::Tcp as u8), "{event:#?}");
+        }
+    });
 }
 
 #[test]

@@ -187,6 +187,10 @@ impl Node {
         Node { settings, datapath, next_backend: 1, next_slot: 0, next_service: 1 }
     }
 
+    pub fn pin_path(&self) -> &Path {
+        &self.settings.pin_path
+    }
+
     pub fn datapath(&mut self) -> &mut Datapath {
         self.datapath.as_mut().expect("the daemon is not stopped")
     }

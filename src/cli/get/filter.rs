@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use super::record::Record;
+use crate::cli::snapshot::PortName;
 
 /// `--service`: NAMESPACE/NAME, with or without :PORT.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,14 @@ impl FromStr for ServiceFilter {
     }
 }
 
+impl ServiceFilter {
+    pub fn is(&self, service: &PortName) -> bool {
+        service.namespace == self.namespace
+            && service.name == self.name
+            && self.port.as_ref().is_none_or(|port| *port == service.port_name)
+    }
+}
+
 /// All that is asked of a row.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
@@ -41,16 +50,9 @@ pub struct Filter {
 impl Filter {
     pub fn takes(&self, record: &dyn Record) -> bool {
         let of = record.service();
-        let service_is = |wanted: &ServiceFilter| {
-            of.is_some_and(|of| {
-                of.namespace == wanted.namespace
-                    && of.name == wanted.name
-                    && wanted.port.as_ref().is_none_or(|port| *port == of.port_name)
-            })
-        };
         self.namespace.as_ref().is_none_or(|wanted| of.is_some_and(|of| of.namespace == *wanted))
             && self.name.as_ref().is_none_or(|wanted| of.is_some_and(|of| of.name == *wanted))
-            && self.service.as_ref().is_none_or(service_is)
+            && self.service.as_ref().is_none_or(|wanted| of.is_some_and(|of| wanted.is(of)))
             && self.address.is_none_or(|wanted| record.addresses().contains(&wanted))
             && self.state.as_ref().is_none_or(|wanted| record.state().eq_ignore_ascii_case(wanted))
     }
