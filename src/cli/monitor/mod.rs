@@ -135,7 +135,7 @@ fn listen(flags: &MonitorFlags, filter: &Filter) -> Result<()> {
     loop {
         if looked.is_none_or(|looked| looked.elapsed() >= LOOK_AROUND) {
             looked = Some(Instant::now());
-            listening.hold()?;
+            listening.hold().context("the state that was listened to has gone")?;
             session.monotonic_zero = monotonic_zero()?;
             session.tell_gaps(&listening)?;
         }

@@ -88,6 +88,7 @@ impl Record {
             0 => to_name.and_then(|to| names.service_at(to, event.protocol)),
             _ => names.service(event.service_id),
         };
+        let has_flow = matches!(kind, Kind::FlowBegun | Kind::FlowProved | Kind::FlowEnded);
         let is_failed = matches!(verdict, Verdict::Dropped | Verdict::Refused);
         Some(Record {
             time: time(monotonic_zero + i128::from(event.time_ns)),
@@ -99,8 +100,8 @@ impl Record {
             from,
             to,
             service,
-            source: source
-                .filter(|source| !is_icmp && !is_socket && Some(*source) != from && !source.ip().is_unspecified()),
+            // Of what did not become a flow no port was chosen.
+            source: source.filter(|source| has_flow && Some(*source) != from && !source.ip().is_unspecified()),
             backend: backend.filter(|_| !(is_icmp || is_failed && event.has_backend == 0)),
             about: quoted[0].zip(quoted[1]).filter(|_| is_icmp),
             passed_to: backend.filter(|_| is_icmp),
