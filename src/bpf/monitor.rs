@@ -172,7 +172,7 @@ impl Listening {
             sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _,
             ..Default::default()
         };
-        let ring = MapHandle::create(MapType::RingBuf, Some("kubelane_events"), 0, 0, RING_BYTES, &options);
+        let ring = MapHandle::create(MapType::RingBuf, Some("events"), 0, 0, RING_BYTES, &options);
         let ring = ring.context("cannot make a ring buffer")?;
         let inbox = Rc::<RefCell<Vec<Event>>>::default();
         let reader = reader(&ring, Rc::clone(&inbox))?;
