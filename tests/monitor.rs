@@ -448,7 +448,7 @@ fn what_cannot_be_listened_to_is_said_with_what_to_do() {
     let missing = cluster.lab.dir.join("nothing");
     assert!(said(&["--pin-path", missing.to_str().unwrap()], 1).contains("the daemon has not run"));
     std::fs::create_dir_all(missing.join("v1")).unwrap();
-    assert!(said(&["--pin-path", missing.to_str().unwrap()], 1).contains("of map ABI v1"));
+    assert!(said(&["--pin-path", missing.to_str().unwrap()], 1).contains("has map ABI v1"));
     for (arguments, words) in [
         (&["port", "http"][..], &["\"http\"", "number"][..]),
         (&["vlan", "7"], &["\"vlan\"", "pcap-filter(7)"]),
