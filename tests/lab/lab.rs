@@ -82,7 +82,7 @@ fn main() -> ExitCode {
 
 fn sweep() -> anyhow::Result<()> {
     support::preflight()?;
-    let swept = support::lab::sweep()?;
+    let swept = support::sweep::sweep()?;
     for id in &swept {
         println!("removed laboratory {id}");
     }
