@@ -39,9 +39,9 @@ pub struct Place {
     pub name: String,
     pub v4: Ipv4Addr,
     pub v6: Ipv6Addr,
-    netns: PathBuf,
-    cgroup: PathBuf,
-    log: PathBuf,
+    pub(super) netns: PathBuf,
+    pub(super) cgroup: PathBuf,
+    pub(super) log: PathBuf,
 }
 
 impl Place {
@@ -337,8 +337,7 @@ impl Lab {
     fn wire_pods(&self) -> anyhow::Result<()> {
         for node in &self.nodes {
             let host = self.netns_name(&node.name);
-            // An address that stays, as CNIs give: by itself a bridge has its lowest port's, which may go.
-            let address = format!("0a:58:0a:f4:{:02x}:01", node.number);
+            let address = link_text(bridge_address(node.number));
             let mut lines =
                 vec![format!("link add name cbr0 address {address} netns {host} type bridge mcast_snooping 0")];
             for (index, pod) in node.pods.iter().enumerate() {
@@ -390,6 +389,16 @@ impl Lab {
 fn cable(outer: &str, number: usize, outside: &str, inside: &str) -> String {
     let number = 100 + number;
     format!("link add name {outer} index {number} netns {outside} type veth peer name eth0 netns {inside}")
+}
+
+/// That of the pods' bridge on a node: one that stays, as CNIs give. By itself a bridge has its lowest port's.
+pub fn bridge_address(node: u8) -> [u8; 6] {
+    [0x0a, 0x58, 10, 244, node, 1]
+}
+
+/// A link address as `ip` takes it.
+pub fn link_text(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn node_addresses(node: &Node) -> Vec<String> {

@@ -16,6 +16,8 @@ pub mod netns;
 pub mod process;
 pub mod signals;
 pub mod sweep;
+pub mod tap;
+pub mod tun;
 pub mod wire;
 
 use std::io::Write as _;
