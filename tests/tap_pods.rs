@@ -1,6 +1,6 @@
 //! Pods that are no processes of this kernel: a TCP/IP stack in userspace behind a tap device, as virtual machines (Kata,
-//! KubeVirt) and gVisor have it. Only their packets can be served. Each question is asked by a pod in the node's bridge
-//! and by one that is routed.
+//! KubeVirt) and gVisor have it. Only their packets can be served. Each question is asked by a pod in the node's bridge,
+//! by one there that leaves checksums and segments to its device, and by one that is routed.
 #![cfg(feature = "lab")]
 
 mod support;
@@ -50,8 +50,12 @@ fn tap_pod(cluster: &Cluster, wiring: Wiring, number: u8) -> TapPod {
 }
 
 /// One of each wiring.
-fn tap_pods(cluster: &Cluster) -> [TapPod; 2] {
-    [tap_pod(cluster, Wiring::Bridged, 50), tap_pod(cluster, Wiring::Routed, 60)]
+fn tap_pods(cluster: &Cluster) -> [TapPod; 3] {
+    let mut number = 50;
+    Wiring::ALL.map(|wiring| {
+        number += 1;
+        tap_pod(cluster, wiring, number)
+    })
 }
 
 /// A Service with the cluster IPs of `number`: port 80 of TCP and UDP, 81 of TCP for large transfers, and NodePorts.
@@ -239,7 +243,7 @@ fn thousands_of_short_connections_are_served_without_a_stall() {
     let Some(cluster) = cluster_or_skip() else { return };
     put(&cluster, 1, json!({"spec": {"type": "NodePort"}}), &cluster.ready(&["a", "b"]));
     let [daemon, _other] = start(&cluster);
-    for (mut pod, family) in tap_pods(&cluster).into_iter().zip([0, 1]) {
+    for (mut pod, family) in tap_pods(&cluster).into_iter().zip([0, 1, 1]) {
         let by_port = SocketAddr::new(node_address(&cluster, "node2", family), NODE_PORT + 1);
         for (kind, to) in [(0, vip(1, 80)[family]), (1, vip(1, 80)[family]), (0, by_port)] {
             let kind = KINDS[family][kind];
@@ -259,7 +263,7 @@ fn thousands_of_short_connections_are_served_without_a_stall() {
 fn a_pod_with_a_stack_of_its_own_serves_pods_the_node_and_clients_outside() {
     let Some(cluster) = cluster_or_skip() else { return };
     let [daemon, _other] = start(&cluster);
-    for (pod, number) in tap_pods(&cluster).into_iter().zip([1, 2]) {
+    for (pod, number) in tap_pods(&cluster).into_iter().zip([1, 2, 3]) {
         let endpoints = pod.addresses().map(|address| Endpoint::ready(address, "node1"));
         put(&cluster, number, json!({"spec": {"type": "NodePort"}}), &endpoints);
         cluster.wait_for_backend(pod.v6.into(), true);
@@ -299,7 +303,7 @@ fn a_pod_with_a_stack_of_its_own_serves_pods_the_node_and_clients_outside() {
 fn a_pod_reaches_itself_through_its_own_service() {
     let Some(cluster) = cluster_or_skip() else { return };
     let [daemon, _other] = start(&cluster);
-    for (mut pod, number) in tap_pods(&cluster).into_iter().zip([1, 2]) {
+    for (mut pod, number) in tap_pods(&cluster).into_iter().zip([1, 2, 3]) {
         let endpoints = pod.addresses().map(|address| Endpoint::ready(address, "node1"));
         put(&cluster, number, json!({"spec": {"type": "NodePort"}}), &endpoints);
         cluster.wait_for_backend(pod.v6.into(), true);

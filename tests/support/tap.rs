@@ -20,12 +20,14 @@ const GATEWAY_LINK: [u8; 6] = [0xee; 6];
 pub enum Wiring {
     /// A port of the bridge that the other pods are on.
     Bridged,
+    /// The same, and what a virtual machine leaves to its network card: checksums, and the segments of TCP.
+    Machine,
     /// A route to the pod and nothing else, and a gateway that is no address of the node: as Calico has it.
     Routed,
 }
 
 impl Wiring {
-    pub const ALL: [Wiring; 2] = [Wiring::Bridged, Wiring::Routed];
+    pub const ALL: [Wiring; 3] = [Wiring::Bridged, Wiring::Machine, Wiring::Routed];
 }
 
 /// A pod with a TCP/IP stack of its own. It ends, and its device with it, when this is dropped.
@@ -52,7 +54,7 @@ impl TapPod {
         listen: &str,
     ) -> anyhow::Result<TapPod> {
         let node = lab.node(node);
-        let (net, of) = (if wiring == Wiring::Bridged { 244 } else { 245 }, node.number);
+        let (net, of) = (if wiring == Wiring::Routed { 245 } else { 244 }, node.number);
         let v4 = Ipv4Addr::new(10, net, of, number);
         // Written as in decimal, as those of the laboratory's nodes.
         let v6: Ipv6Addr = format!("fd{}:0:0:{of}::{number}", net - 200).parse()?;
@@ -67,7 +69,7 @@ impl TapPod {
         fs::create_dir_all(&place.cgroup).with_context(|| format!("creating {}", place.cgroup.display()))?;
         let device = format!("tap-{name}");
         let (prefixes, gateways) = match wiring {
-            Wiring::Bridged => ([24, 64], [format!("10.244.{of}.1"), format!("fd44:0:0:{of}::1")]),
+            Wiring::Bridged | Wiring::Machine => ([24, 64], [format!("10.244.{of}.1"), format!("fd44:0:0:{of}::1")]),
             Wiring::Routed => ([32, 128], GATEWAY.map(str::to_owned)),
         };
         let addresses = [format!("{v4}/{}", prefixes[0]), format!("{v6}/{}", prefixes[1])];
@@ -75,11 +77,12 @@ impl TapPod {
         arguments.extend(addresses.iter().flat_map(|address| ["--address", address]));
         arguments.extend(gateways.iter().flat_map(|gateway| ["--gateway", gateway]));
         arguments.extend(listen.split_whitespace());
+        arguments.extend((wiring == Wiring::Machine).then_some("--offloads"));
         let client = Client::once_ready(place.spawn(&lab_binary()?, &arguments)?).with_context(|| place.log_tail())?;
-        let gateway = if wiring == Wiring::Bridged { bridge_address(of) } else { GATEWAY_LINK };
+        let gateway = if wiring == Wiring::Routed { GATEWAY_LINK } else { bridge_address(of) };
         let pod = TapPod { name: name.to_owned(), v4, v6, device, gateway, client };
         match wiring {
-            Wiring::Bridged => place.ip(&[&format!("link set dev {} master cbr0 up", pod.device)])?,
+            Wiring::Bridged | Wiring::Machine => place.ip(&[&format!("link set dev {} master cbr0 up", pod.device)])?,
             Wiring::Routed => pod.route(lab, &place)?,
         }
         Ok(pod)

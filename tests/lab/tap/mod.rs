@@ -6,6 +6,7 @@
 
 mod device;
 mod errors;
+mod offload;
 mod serve;
 mod sockets;
 mod stack;
@@ -20,7 +21,6 @@ use ipnet::IpNet;
 use nix::sched::{CloneFlags, unshare};
 
 use crate::http;
-use crate::support::tun;
 use crate::support::wire::{Answer, Reply, Request};
 use device::Tap;
 use sockets::Sockets;
@@ -42,6 +42,9 @@ pub struct Options {
     gateway: Vec<IpAddr>,
     #[arg(long, default_value_t = 1500)]
     mtu: usize,
+    /// Leave checksums and the segments of TCP to the device, as a virtual machine does.
+    #[arg(long)]
+    offloads: bool,
     /// TCP and UDP: answers say who this is and who the client is.
     #[arg(long)]
     seen: Vec<u16>,
@@ -52,10 +55,10 @@ pub struct Options {
 
 /// Serves, and does what stdin says, until stdin closes.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    let file = tun::open(&options.device, libc::IFF_TAP)?;
+    let tap = Tap::open(&options.device, options.mtu, options.offloads)?;
     // The device stays where it is. This process has no network from here on, and its descriptor only.
     unshare(CloneFlags::CLONE_NEWNET).context("leaving the node's namespace")?;
-    let mut stack = Stack::new(Tap::new(file, options.mtu), options)?;
+    let mut stack = Stack::new(tap, options)?;
     let mut sockets = Sockets::default();
     println!("ready");
     let (mut input, mut chunk) = (Vec::new(), [0; 4096]);

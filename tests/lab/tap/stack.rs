@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
@@ -57,7 +57,6 @@ impl Stack {
         }
         let mac = link_address(pod.address());
         addresses.push(Ipv6Cidr::new(link_local(mac), 64).into());
-        ensure!(options.mtu >= 1280, "IPv6 needs an MTU of 1280");
         let began = Instant::now();
         let gateways = options.gateway.clone();
         let interface = interface(&mut tap, &addresses, &gateways, StackInstant::ZERO);
