@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use support::manifests::without_endpoint;
 use support::wire::Kind::{self, *};
-use support::{cgroup, eventually, lab, lab_binary, lab_or_skip, netns, skip};
+use support::{cgroup, eventually, lab_binary, lab_or_skip, netns, skip, sweep};
 
 /// (kinds for IPv4 and IPv6, port)
 const PROTOCOLS: [(Kind, Kind, u16); 4] =
@@ -91,7 +91,7 @@ fn an_owner_that_waits_to_be_killed() {
 fn a_sweep_leaves_the_laboratories_of_the_living_alone() {
     let Some(lab) = lab_or_skip(&[("node1", &["pod"])]) else { return };
     let _server = lab.pod("pod").serve("--tcp 9000").unwrap();
-    lab::sweep().unwrap();
+    sweep::sweep().unwrap();
     let mut client = lab.node("node1").host.client().unwrap();
     let to = (lab.pod("pod").v4, 9000).into();
     assert_eq!(client.ask(Tcp4, to, 1), [("pod".to_owned(), 1)].into());

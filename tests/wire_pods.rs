@@ -14,7 +14,10 @@ use support::daemon::{Daemon, PATIENCE};
 use support::lab_or_skip;
 use support::manifests::port;
 use support::wire::Kind::{Tcp4, Tcp6, Udp4, Udp6};
-use support::{eventually, lab::Lab};
+use support::{
+    eventually,
+    lab::{Lab, Place},
+};
 
 /// Where a backend tells whom it sees.
 const SEEN: u16 = 9000;
@@ -299,4 +302,81 @@ fn a_restarted_daemon_takes_over_pods_devices_and_one_without_them_lets_go() {
     assert_eq!(answer(&mut client, vip(1, 80)[0]), "timed out", "{}", daemon.log());
     drop(daemon);
     cluster.lab.node("node1").cleanup().unwrap();
+}
+
+/// A container in a container, or a client of a VPN server that is a pod: its packets come out of the pod's device, and no
+/// program of the node sees its sockets. Behind MASQUERADE it is the pod; otherwise the node has a route to it by the pod.
+#[test]
+fn a_network_behind_a_pod_reaches_services_as_the_pod_or_as_itself() {
+    let Some(cluster) = cluster_or_skip() else { return };
+    put(&cluster, 1, json!({"spec": {"type": "NodePort"}}), &["a"]);
+    put(&cluster, 2, json!({}), &["b"]);
+    put(&cluster, 3, json!({}), &[]);
+    let daemon = start(&cluster, &[]);
+    // The pod that the network is behind, and the one that is in it: only its device is another.
+    let (gateway, nested) = (cluster.lab.pod("client"), cluster.lab.pod("other"));
+    let inner = nest(&cluster.lab, gateway, nested);
+    let host = cluster.lab.node("node1").host.addresses();
+    for masquerades in [true, false] {
+        if masquerades {
+            masquerade(gateway, "-A");
+        } else {
+            masquerade(gateway, "-D");
+            route_to_nested(&cluster.lab, gateway);
+        }
+        let mut client = packets(&cluster.lab, "other");
+        for (family, kinds) in [[Tcp4, Udp4], [Tcp6, Udp6]].into_iter().enumerate() {
+            let seen = if masquerades { gateway.addresses()[family] } else { inner[family] };
+            for kind in kinds {
+                let node_port = SocketAddr::new(host[family], NODE_PORT + 1);
+                for (name, to) in [("a", vip(1, 80)[family]), ("b", vip(2, 80)[family]), ("a", node_port)] {
+                    let expected = all(&format!("{name} {seen}"), 10);
+                    assert_eq!(client.ask(kind, to, 10), expected, "{kind:?} {masquerades}: {}", daemon.log());
+                }
+                // Refused as anybody else; what answers is translated twice on its way in.
+                assert_eq!(client.ask(kind, vip(3, 80)[family], 1), all("ECONNREFUSED", 1), "{kind:?} {masquerades}");
+            }
+        }
+    }
+}
+
+/// Takes `nested` off its node and connects it to `gateway`, which routes for it: its new addresses.
+fn nest(lab: &Lab, gateway: &Place, nested: &Place) -> [IpAddr; 2] {
+    let netns = nested.netns().display().to_string();
+    lab.node("node1").host.ip(&[&format!("link del {}", nested.name)]).unwrap();
+    gateway
+        .ip(&[
+            &format!("link add inner type veth peer name eth0 netns {netns}"),
+            "address add 10.99.0.1/24 dev inner",
+            "address add fd99::1/64 dev inner nodad",
+            "link set inner up",
+        ])
+        .unwrap();
+    nested
+        .ip(&[
+            "address add 10.99.0.2/24 dev eth0",
+            "address add fd99::2/64 dev eth0 nodad",
+            "link set eth0 up",
+            "route add default via 10.99.0.1",
+            "route add default via fd99::1",
+        ])
+        .unwrap();
+    [[10, 99, 0, 2].into(), "fd99::2".parse().unwrap()]
+}
+
+fn masquerade(gateway: &Place, change: &str) {
+    for program in ["iptables", "ip6tables"] {
+        let words = ["-t", "nat", change, "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE"];
+        gateway.run(program, &words, "").expect("iptables works in a pod");
+    }
+}
+
+/// Lets both nodes reach what is behind the pod.
+fn route_to_nested(lab: &Lab, gateway: &Place) {
+    let [v4, v6] = gateway.addresses();
+    let [host4, host6] = lab.node("node1").host.addresses();
+    for (node, v4, v6) in [("node1", v4, v6), ("node2", host4, host6)] {
+        let routes = [format!("route add 10.99.0.0/24 via {v4}"), format!("route add fd99::/64 via {v6}")];
+        lab.node(node).host.ip(&routes.each_ref().map(String::as_str)).unwrap();
+    }
 }

@@ -2,15 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use anyhow::Context as _;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::support::netns;
+use crate::support::{netns, tun};
 
 /// Room for any packet.
 const PACKET: usize = 1 << 16;
@@ -24,7 +22,7 @@ pub struct Cable {
 impl Cable {
     /// Makes a device of this name in each of the two namespaces.
     pub fn new(device: &str, namespaces: [&Path; 2]) -> anyhow::Result<Cable> {
-        let [left, right] = namespaces.map(|space| netns::inside(space, || open(device)));
+        let [left, right] = namespaces.map(|space| netns::inside(space, || tun::open(device, libc::IFF_TUN)));
         let (left, right) = (left?, right?);
         let (ended, end) = io::pipe()?;
         let carrier = std::thread::spawn(move || carry(&left, &right, &ended).expect("the cable works"));
@@ -56,23 +54,4 @@ fn carry(left: &File, right: &File, ended: &PipeReader) -> io::Result<()> {
             }
         }
     }
-}
-
-/// Opens a new tun device of the calling thread's namespace. It is gone when the file is closed.
-fn open(device: &str) -> anyhow::Result<File> {
-    let mut options = File::options();
-    let file = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
-    let file = file.context("opening /dev/net/tun")?;
-    let mut name = [0; libc::IFNAMSIZ];
-    for (to, from) in name.iter_mut().zip(device.bytes()) {
-        *to = from.cast_signed();
-    }
-    let flags = i16::try_from(libc::IFF_TUN | libc::IFF_NO_PI)?;
-    let mut request = libc::ifreq { ifr_name: name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags } };
-    // SAFETY: the file is open, and TUNSETIFF reads and writes one struct ifreq, which lives until the call returns.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-    if result != 0 {
-        return Err(io::Error::last_os_error()).with_context(|| format!("making the tun device {device}"));
-    }
-    Ok(file)
 }

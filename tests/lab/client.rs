@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead as _, Read as _, Write as _};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd as _;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -11,12 +12,14 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::http;
-use crate::support::wire::{Answer, Kind, Reply, Request};
+use crate::support::wire::{Answer, Kind, Reply, Request, pattern};
 
 /// How long connect() of a stream may take.
-const CONNECT: Duration = Duration::from_secs(3);
+pub const CONNECT: Duration = Duration::from_secs(3);
 /// How long an answer may take.
-const RECEIVE: Duration = Duration::from_secs(2);
+pub const RECEIVE: Duration = Duration::from_secs(2);
+/// How long a large transfer may stand still.
+pub const TRANSFER: Duration = Duration::from_secs(20);
 
 /// Serves requests until stdin closes.
 pub fn run() -> anyhow::Result<()> {
@@ -84,6 +87,12 @@ impl Sockets {
             Request::Ask { kind, to, times, unconnected } => {
                 return Ok(counts(*times, || if *unconnected { ask_at(*kind, *to) } else { ask(*kind, *to) }));
             }
+            Request::AskLong { to, length } => {
+                return Ok(Reply::Text { text: ask_long(*to, *length)?, from: Some(*to) });
+            }
+            Request::Transfer { to, bytes } => transfer(*to, *bytes)?,
+            // The kernel keeps them to itself.
+            Request::Errors => return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
             Request::Http { to, times } => return Ok(counts(*times, || http::get(*to))),
         }
         Ok(Reply::Done)
@@ -125,7 +134,7 @@ fn disconnect(socket: &Socket) -> io::Result<()> {
 }
 
 fn receive(kind: Kind, socket: &Socket) -> io::Result<(String, Option<SocketAddr>)> {
-    let mut buffer = [0; 2048];
+    let mut buffer = vec![0; 1 << 16];
     let (length, from) = if kind.is_stream() {
         let mut stream = socket;
         (stream.read(&mut buffer)?, None)
@@ -146,13 +155,16 @@ fn address(address: SockAddr) -> io::Result<Reply> {
 }
 
 /// Repeats an exchange and counts who answered.
-fn counts(times: u32, mut exchange: impl FnMut() -> io::Result<String>) -> Reply {
+pub fn counts(times: u32, mut exchange: impl FnMut() -> io::Result<String>) -> Reply {
     let mut counts = BTreeMap::new();
+    let mut slowest = Duration::ZERO;
     for _ in 0..times {
+        let began = Instant::now();
         let name = exchange().unwrap_or_else(|error| http::error_name(&error));
         *counts.entry(name).or_insert(0) += 1;
+        slowest = slowest.max(began.elapsed());
     }
-    Reply::Counts { counts }
+    Reply::Counts { counts, slowest: slowest.as_micros().try_into().unwrap_or(u64::MAX) }
 }
 
 /// One exchange on a new connected socket, whose peer has to be what was asked for.
@@ -178,4 +190,42 @@ fn ask_at(kind: Kind, to: SocketAddr) -> io::Result<String> {
         return Err(io::Error::other(format!("the answer came from {from:?}")));
     }
     Ok(name)
+}
+
+/// One exchange of long datagrams; a server that fills its answers up pads them with spaces.
+fn ask_long(to: SocketAddr, length: usize) -> io::Result<String> {
+    let kind = if to.is_ipv6() { Kind::Udp6 } else { Kind::Udp4 };
+    let socket = open(kind)?;
+    socket.send_to(&vec![b'?'; length], &to.into())?;
+    let (text, from) = receive(kind, &socket)?;
+    checked(text, length, from == Some(to))
+}
+
+/// The name in an answer of this length.
+pub fn checked(text: String, length: usize, is_from_there: bool) -> io::Result<String> {
+    if text.len() != length || !is_from_there {
+        return Err(io::Error::other(format!("{} bytes, from there: {is_from_there}", text.len())));
+    }
+    Ok(text.trim_end().to_owned())
+}
+
+/// Sends and receives at the same time: the server holds no more than the buffers on the way do.
+fn transfer(to: SocketAddr, bytes: u64) -> io::Result<()> {
+    let stream = TcpStream::connect_timeout(&to, CONNECT)?;
+    stream.set_read_timeout(Some(TRANSFER))?;
+    stream.set_write_timeout(Some(TRANSFER))?;
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let data: Vec<u8> = (0..bytes).map(pattern).collect();
+            (&stream).write_all(&data)
+        });
+        let mut reader = io::BufReader::new(&stream).bytes();
+        for offset in 0..bytes {
+            let byte = reader.next().ok_or_else(|| io::Error::other("connection closed"))??;
+            if byte != pattern(offset) {
+                return Err(io::Error::other(format!("byte {offset} is not what was sent")));
+            }
+        }
+        sender.join().map_err(|_| io::Error::other("the sender panicked"))?
+    })
 }

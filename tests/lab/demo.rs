@@ -1,4 +1,4 @@
-//! `make demo`: two nodes, six pods, a daemon on each node, and what an operator wants to see. Every figure that it
+//! `make demo`: two nodes, pods of both kinds, a daemon on each node, and what an operator wants to see. Every figure that it
 //! prints was measured in this run; it fails when something that it shows does not hold.
 
 use std::collections::BTreeMap;
@@ -11,14 +11,15 @@ use anyhow::{Context as _, bail};
 
 use crate::http;
 use crate::support::client::Counts;
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, PATIENCE};
 use crate::support::lab::{Lab, Place};
 use crate::support::load::{Load, failures, now_micros};
 use crate::support::manifests::{save_by_rename, without_endpoint};
-use crate::support::preflight;
 use crate::support::process::Process;
 use crate::support::signals;
+use crate::support::tap::{TapPod, Wiring};
 use crate::support::wire::{Kind, LoadRecord};
+use crate::support::{eventually, preflight};
 
 /// As in manifests/demo.
 const WEB: [&str; 2] = ["10.96.0.80:80", "[fd96::80]:80"];
@@ -50,6 +51,7 @@ pub fn run(manifests: &Path) -> anyhow::Result<()> {
     let directory = copy_manifests(manifests, &lab.dir.join("manifests"))?;
     let daemons = start_daemons(&lab, &directory)?;
     spread(&lab, &mut report)?;
+    machine(&lab, &mut report)?;
     outside(&lab, &mut report)?;
     datagrams(&lab, &mut report)?;
     removal(&lab, &directory, &mut report)?;
@@ -125,24 +127,56 @@ fn start_daemons<'a>(lab: &'a Lab, directory: &Path) -> anyhow::Result<Vec<Daemo
 /// Requests to the cluster IP, from pods and from a node, by both families.
 fn spread(lab: &Lab, report: &mut Report) -> anyhow::Result<()> {
     step("HTTP requests to the cluster IP, each on a new connection, by who answered");
-    println!("   {:10} {:16} {:>6} {:>6} {:>6} {:>7}", "from", "to", WEB_PODS[0], WEB_PODS[1], WEB_PODS[2], "failed");
-    let mut even = true;
-    let mut failed = 0;
+    tell_head();
+    let (mut even, mut failed) = (true, 0);
     for place in [lab.pod("client-1"), lab.pod("client-2"), &lab.node("node1").host] {
         let mut client = place.client()?;
         for to in WEB {
-            let counts = client.http(address(to)?, REQUESTS);
-            let row = WEB_PODS.map(|pod| counts.get(pod).copied().unwrap_or(0));
-            let lost = REQUESTS - row.iter().sum::<u32>();
-            println!("   {:10} {to:16} {:6} {:6} {:6} {lost:7}", place.name, row[0], row[1], row[2]);
-            tell_failures(&counts, &WEB_PODS);
-            failed += lost;
-            // A fair choice gives each a third; one in six is beyond any chance at this number.
-            even &= row.iter().all(|count| *count >= REQUESTS / 6);
+            let (is_even, lost) = tell_row(&place.name, to, &client.http(address(to)?, REQUESTS));
+            (even, failed) = (even & is_even, failed + lost);
         }
     }
     report.check(failed == 0, &format!("{failed} requests failed"));
     report.check(even, "every row is spread over all three pods, on both nodes");
+    Ok(())
+}
+
+fn tell_head() {
+    println!("   {:10} {:16} {:>6} {:>6} {:>6} {:>7}", "from", "to", WEB_PODS[0], WEB_PODS[1], WEB_PODS[2], "failed");
+}
+
+/// Prints who answered: whether all did, and about as often, and how many requests failed.
+fn tell_row(from: &str, to: &str, counts: &Counts) -> (bool, u32) {
+    let row = WEB_PODS.map(|pod| counts.get(pod).copied().unwrap_or(0));
+    let lost = REQUESTS - row.iter().sum::<u32>();
+    println!("   {from:10} {to:16} {:6} {:6} {:6} {lost:7}", row[0], row[1], row[2]);
+    tell_failures(counts, &WEB_PODS);
+    // A fair choice gives each a third; one in six is beyond any chance at this number.
+    (row.iter().all(|count| *count >= REQUESTS / 6), lost)
+}
+
+/// Requests of a pod whose sockets this kernel has never seen, as those of a virtual machine.
+fn machine(lab: &Lab, report: &mut Report) -> anyhow::Result<()> {
+    step("HTTP requests of a pod that is no process of this kernel: a TCP/IP stack in userspace on a tap");
+    let mut pod = TapPod::start(lab, "node1", "machine", 20, Wiring::Bridged, "")?;
+    let mut served = Ok(false);
+    eventually(PATIENCE, || {
+        served = pod.is_served(lab, "node1");
+        !matches!(served, Ok(false))
+    });
+    report.check(served?, &format!("node1 serves the new device {}", pod.device));
+    tell_head();
+    let (mut even, mut failed) = (true, 0);
+    for to in WEB {
+        let (is_even, lost) = tell_row(&pod.name, to, &pod.client.http(address(to)?, REQUESTS));
+        (even, failed) = (even & is_even, failed + lost);
+    }
+    report.check(failed == 0 && even, &format!("{failed} requests failed, and they are spread over all three pods"));
+    for (kind, to) in [(Kind::Udp4, address(ECHO[0])?), (Kind::Udp6, address(ECHO[1])?)] {
+        let many = pod.client.ask_unconnected(kind, to, 150);
+        let all = many.len() == 3 && ECHO_PODS.iter().all(|pod| many.contains_key(*pod));
+        report.check(all, &format!("{to}: one datagram each of 150 sockets: {}", sentence(&many)));
+    }
     Ok(())
 }
 

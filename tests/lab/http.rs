@@ -9,9 +9,19 @@ pub fn get(to: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(3))?;
     stream.set_read_timeout(Some(Duration::from_secs(3)))?;
     stream.set_nodelay(true)?;
-    stream.write_all(format!("GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n").as_bytes())?;
+    stream.write_all(request(to).as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
+    body(&answer)
+}
+
+/// What asks for the body, on a connection of its own.
+pub fn request(to: SocketAddr) -> String {
+    format!("GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n")
+}
+
+/// The body of an answer that is whole.
+pub fn body(answer: &str) -> io::Result<String> {
     let invalid = |reason: &str| io::Error::other(format!("{reason}: {answer:?}"));
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| invalid("cut short"))?;
     if !head.starts_with("HTTP/1.1 200 ") {

@@ -11,6 +11,7 @@ mod load;
 mod serve;
 #[path = "../support/mod.rs"]
 mod support;
+mod tap;
 mod witness;
 
 use std::net::SocketAddr;
@@ -51,6 +52,9 @@ enum Command {
     Serve(serve::Options),
     /// Make sockets as told on stdin, one JSON object a line, and say what came of it on stdout.
     Client,
+    /// Be a pod with a TCP/IP stack of its own, behind a new tap device of this namespace. Prints "ready" when the device
+    /// is there; then as `client`.
+    TapPod(tap::Options),
     /// Make HTTP requests one after another until stdin closes; one JSON record a line on stdout.
     Load {
         #[arg(long)]
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
         Command::Contain(options) => contain::run(&options),
         Command::Serve(options) => serve::run(&options),
         Command::Client => client::run(),
+        Command::TapPod(options) => tap::run(&options),
         Command::Load { to, pause } => load::run(to, pause),
     };
     match result {
@@ -82,7 +87,7 @@ fn main() -> ExitCode {
 
 fn sweep() -> anyhow::Result<()> {
     support::preflight()?;
-    let swept = support::lab::sweep()?;
+    let swept = support::sweep::sweep()?;
     for id in &swept {
         println!("removed laboratory {id}");
     }

@@ -39,6 +39,9 @@ pub struct Options {
     /// TCP: large transfers.
     #[arg(long)]
     bulk: Vec<u16>,
+    /// TCP: what comes in goes back.
+    #[arg(long)]
+    echo: Vec<u16>,
 }
 
 /// Serves until SIGTERM, then finishes the HTTP requests under way.
@@ -67,6 +70,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     }
     for port in &options.bulk {
         witness::serve_bulk(listen(options, *port, Type::STREAM, Protocol::TCP)?.into(), &options.name);
+    }
+    for port in &options.echo {
+        witness::serve_echo(listen(options, *port, Type::STREAM, Protocol::TCP)?.into(), &options.name);
     }
     let listeners = options.http.iter().map(|port| listen(options, *port, Type::STREAM, Protocol::TCP));
     let listeners: Vec<Socket> = listeners.collect::<Result<_, _>>()?;

@@ -45,8 +45,13 @@ pub fn serve_bulk(listener: TcpListener, name: &str) {
     });
 }
 
+/// Returns every byte that a connection brings.
+pub fn serve_echo(listener: TcpListener, name: &str) {
+    for_each_client(listener, name, |mut stream, _| io::copy(&mut stream.try_clone()?, &mut stream).map(drop));
+}
+
 /// "web-1 10.244.1.10"; IPv4 never as v4-mapped.
-fn testimony(name: &str, peer: SocketAddr) -> String {
+pub fn testimony(name: &str, peer: SocketAddr) -> String {
     format!("{name} {}", peer.ip().to_canonical())
 }
 

@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::process::{ChildStdin, ChildStdout};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::process::Process;
-use super::wire::{Answer, Kind, Reply, Request};
+use super::wire::{Answer, IcmpError, Kind, Reply, Request};
 
 /// How many answers each server gave; failures are counted under what they were.
 pub type Counts = BTreeMap<String, u32>;
@@ -28,6 +28,14 @@ impl Client {
     pub fn new(mut process: Process) -> anyhow::Result<Client> {
         let (stdin, stdout) = (process.stdin()?, process.stdout()?);
         Ok(Client { stdin, stdout, process })
+    }
+
+    /// A client that first has to say that it is ready.
+    pub fn once_ready(process: Process) -> anyhow::Result<Client> {
+        let mut client = Client::new(process)?;
+        let mut line = String::new();
+        client.stdout.read_line(&mut line).context("listening to a client")?;
+        if line.trim() == "ready" { Ok(client) } else { bail!("a client did not come up: {line:?}") }
     }
 
     pub fn pid(&self) -> u32 {
@@ -79,19 +87,49 @@ impl Client {
         self.counts(&Request::Http { to, times })
     }
 
+    /// One datagram of `length` bytes from a new socket: who answers, with as many.
+    pub fn ask_long(&mut self, to: SocketAddr, length: usize) -> Result<String, Errno> {
+        match self.step(&Request::AskLong { to, length })? {
+            Reply::Text { text, .. } => Ok(text),
+            other => panic!("a long datagram was answered {other:?}"),
+        }
+    }
+
+    /// Sends so many bytes to a server that returns them, and compares what comes back.
+    pub fn transfer(&mut self, to: SocketAddr, bytes: u64) -> Result<(), Errno> {
+        self.step(&Request::Transfer { to, bytes }).map(drop)
+    }
+
+    /// The ICMP errors that came since this was last asked, of a pod with a stack of its own.
+    pub fn errors(&mut self) -> Vec<IcmpError> {
+        match self.step(&Request::Errors) {
+            Ok(Reply::Errors { errors }) => errors,
+            other => panic!("the errors were answered {other:?}"),
+        }
+    }
+
+    /// As [`Client::ask`], and how long the slowest took.
+    pub fn ask_slowest(&mut self, kind: Kind, to: SocketAddr, times: u32) -> (Counts, Duration) {
+        let request = Request::Ask { kind, to, times, unconnected: false };
+        match self.step(&request) {
+            Ok(Reply::Counts { counts, slowest }) => (counts, Duration::from_micros(slowest)),
+            other => panic!("{request:?} answered {other:?}"),
+        }
+    }
+
     /// As [`Client::ask`], and how long it took.
     pub fn ask_timed(&mut self, kind: Kind, to: SocketAddr, times: u32) -> (Counts, Duration) {
         let request = Request::Ask { kind, to, times, unconnected: false };
         let answer = self.call(&request).expect("the client process works");
         match answer.reply {
-            Reply::Counts { counts } => (counts, Duration::from_micros(answer.micros)),
+            Reply::Counts { counts, .. } => (counts, Duration::from_micros(answer.micros)),
             other => panic!("{request:?} answered {other:?}"),
         }
     }
 
     fn counts(&mut self, request: &Request) -> Counts {
         match self.step(request) {
-            Ok(Reply::Counts { counts }) => counts,
+            Ok(Reply::Counts { counts, .. }) => counts,
             other => panic!("{request:?} answered {other:?}"),
         }
     }

@@ -16,21 +16,22 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, bail};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MsFlags, mount};
 
 use super::client::Client;
 use super::process::Process;
+use super::sweep::{global_lock, remove_and_tell, sweep};
 use super::{cgroup, kubelane_binary, lab_binary, netns};
 
 /// Directory of all laboratories: one directory each, and `ID.lock`, locked while the owner lives.
-const RUN: &str = "/run/kubelane-lab";
+pub(super) const RUN: &str = "/run/kubelane-lab";
 /// Names of namespaces begin with this and the id.
-const NETNS_PREFIX: &str = "kllab-";
+pub(super) const NETNS_PREFIX: &str = "kllab-";
 /// Names of cgroups begin with this and the id.
-const CGROUP_PREFIX: &str = "kubelane-lab-";
+pub(super) const CGROUP_PREFIX: &str = "kubelane-lab-";
 
-/// Ids of this process's laboratories, for [`remove_own`].
-static OWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// Ids of this process's laboratories, for [`super::sweep::remove_own`].
+pub(super) static OWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Where processes run: a namespace, and a cgroup in the node's. A pod, or a node's host side.
 #[derive(Clone, Debug)]
@@ -38,9 +39,9 @@ pub struct Place {
     pub name: String,
     pub v4: Ipv4Addr,
     pub v6: Ipv6Addr,
-    netns: PathBuf,
-    cgroup: PathBuf,
-    log: PathBuf,
+    pub(super) netns: PathBuf,
+    pub(super) cgroup: PathBuf,
+    pub(super) log: PathBuf,
 }
 
 impl Place {
@@ -336,7 +337,9 @@ impl Lab {
     fn wire_pods(&self) -> anyhow::Result<()> {
         for node in &self.nodes {
             let host = self.netns_name(&node.name);
-            let mut lines = vec![format!("link add name cbr0 netns {host} type bridge mcast_snooping 0")];
+            let address = link_text(bridge_address(node.number));
+            let mut lines =
+                vec![format!("link add name cbr0 address {address} netns {host} type bridge mcast_snooping 0")];
             for (index, pod) in node.pods.iter().enumerate() {
                 lines.push(cable(&pod.name, index, &host, &self.netns_name(&pod.name)));
             }
@@ -388,6 +391,16 @@ fn cable(outer: &str, number: usize, outside: &str, inside: &str) -> String {
     format!("link add name {outer} index {number} netns {outside} type veth peer name eth0 netns {inside}")
 }
 
+/// That of the pods' bridge on a node: one that stays, as CNIs give. By itself a bridge has its lowest port's.
+pub fn bridge_address(node: u8) -> [u8; 6] {
+    [0x0a, 0x58, 10, 244, node, 1]
+}
+
+/// A link address as `ip` takes it.
+pub fn link_text(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 fn node_addresses(node: &Node) -> Vec<String> {
     vec![
         "link set lo up".to_owned(),
@@ -430,72 +443,4 @@ impl Node {
         }
         Ok(said)
     }
-}
-
-/// Taken for the short times in which laboratories appear or are swept, so that a new one is never taken for a dead one.
-fn global_lock() -> anyhow::Result<File> {
-    // The parent directory is what is locked: RUN itself comes and goes with the laboratories.
-    let file = File::open("/run").context("opening /run")?;
-    file.lock().context("locking /run")?;
-    fs::create_dir_all(RUN).with_context(|| format!("creating {RUN}"))?;
-    Ok(file)
-}
-
-/// Removes everything that carries the id of a laboratory whose owner is dead; returns the ids.
-pub fn sweep() -> anyhow::Result<Vec<String>> {
-    let _guard = global_lock()?;
-    let mut swept = Vec::new();
-    for entry in fs::read_dir(RUN).with_context(|| format!("reading {RUN}"))?.flatten() {
-        let path = entry.path();
-        let Some(id) = path.file_stem().and_then(|stem| stem.to_str()) else { continue };
-        if path.extension().is_none_or(|extension| extension != "lock") {
-            continue;
-        }
-        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        // The kernel drops a lock with its owner, however it ended.
-        if file.try_lock().is_ok() {
-            remove(id)?;
-            swept.push(id.to_owned());
-        }
-    }
-    // Succeeds when no laboratory is left.
-    let _ = fs::remove_dir(RUN);
-    Ok(swept)
-}
-
-/// Removes a laboratory of this process, and the directory of all when it was the last.
-fn remove_and_tell(id: &str) {
-    if let Err(error) = remove(id) {
-        eprintln!("the laboratory {id} was not removed: {error:#}");
-    }
-    if let Ok(_guard) = global_lock() {
-        let _ = fs::remove_dir(RUN);
-    }
-}
-
-/// Removes this process's laboratories: for a signal handler thread, which then ends the process.
-pub fn remove_own() {
-    let ids = OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-    for id in ids {
-        remove_and_tell(&id);
-    }
-}
-
-/// Processes first, so that nothing is in use; the lock last, so that a failure is found by the next sweep.
-fn remove(id: &str) -> anyhow::Result<()> {
-    let dir = Path::new(RUN).join(id);
-    cgroup::remove(&cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{id}")))?;
-    // Sockets of its daemons are named by their pin directories.
-    for pins in fs::read_dir(dir.join("bpf")).into_iter().flatten().flatten() {
-        let _ = kubelane::explain::sockets_path(&pins.path()).and_then(fs::remove_file);
-    }
-    let _ = fs::remove_dir(kubelane::explain::DIRECTORY);
-    let _ = umount2(&dir.join("bpf"), MntFlags::MNT_DETACH);
-    netns::delete(&netns::with_prefix(&format!("{NETNS_PREFIX}{id}-")));
-    if dir.exists() {
-        fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
-    }
-    let _ = fs::remove_file(dir.with_extension("lock"));
-    OWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).retain(|own| own != id);
-    Ok(())
 }

@@ -15,6 +15,9 @@ pub mod manifests;
 pub mod netns;
 pub mod process;
 pub mod signals;
+pub mod sweep;
+pub mod tap;
+pub mod tun;
 pub mod wire;
 
 use std::io::Write as _;

@@ -3,7 +3,7 @@
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal};
 
-use super::lab;
+use super::sweep;
 
 /// From now on a signal calls `first`, removes this process's laboratories and ends it; a second one ends it at once.
 /// To be called before there is a second thread.
@@ -17,7 +17,7 @@ pub fn clean_up(first: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
             eprintln!("{signal}: cleaning up; another one ends this at once");
             let _ = signals.thread_unblock();
             first();
-            lab::remove_own();
+            sweep::remove_own();
             std::process::exit(128 + signal as i32);
         }
     });

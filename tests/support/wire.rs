@@ -1,7 +1,7 @@
 //! What a test says to `kubelane-lab client`, one JSON object a line, and what the client answers.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -86,11 +86,52 @@ pub enum Request {
         times: u32,
         unconnected: bool,
     },
+    /// One datagram of `length` bytes from a new socket; an answer of the same length has to come from `to`.
+    AskLong {
+        to: SocketAddr,
+        length: usize,
+    },
     /// `times` HTTP/1.1 requests, each on a new connection.
     Http {
         to: SocketAddr,
         times: u32,
     },
+    /// Sends so many bytes to a server that returns what it gets, and compares all that comes back ([`pattern`]).
+    Transfer {
+        to: SocketAddr,
+        bytes: u64,
+    },
+    /// The ICMP errors that have come since this was last asked. Of a pod with a stack of its own.
+    Errors,
+}
+
+/// The byte at this place of a transfer.
+pub fn pattern(offset: u64) -> u8 {
+    // Fibonacci hashing: neighbours differ, and so do any two segments.
+    offset.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0]
+}
+
+/// What an ICMP error is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IcmpKind {
+    PortUnreachable,
+    TooBig { mtu: u32 },
+    Other { kind: u8, code: u8 },
+}
+
+/// An ICMP error of either family, as its bytes arrived.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IcmpError {
+    pub kind: IcmpKind,
+    /// Who sent it.
+    pub by: IpAddr,
+    /// The packet inside.
+    pub protocol: u8,
+    pub from: SocketAddr,
+    pub to: SocketAddr,
+    /// Whether every checksum holds, of both headers and of the message.
+    pub is_intact: bool,
 }
 
 /// What came of a step.
@@ -111,6 +152,11 @@ pub enum Reply {
     /// Answers by who gave them: a server's name, or what went wrong instead ("ECONNREFUSED", "peer 10.0.0.1:80").
     Counts {
         counts: BTreeMap<String, u32>,
+        /// How long the slowest took.
+        slowest: u64,
+    },
+    Errors {
+        errors: Vec<IcmpError>,
     },
     /// The errno's name, or a short description where there is none.
     Failed {
