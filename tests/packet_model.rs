@@ -1,6 +1,6 @@
 //! Random clusters, and random things that happen to them, go through the daemon's real control path into the kernel's
-//! maps; packets of random clients then go through the real programs (BPF_PROG_TEST_RUN), and each must fare as a slow
-//! model of the Service API says (tests/model/).
+//! maps. Packets of random clients, outside and in pods of this node, then go through the real programs
+//! (BPF_PROG_TEST_RUN), and each must fare as a slow model of the Service API says (tests/model/).
 //!
 //! A failure names its seed, and what had happened; `KUBELANE_SEED=N KUBELANE_CASES=1` runs that one again, and
 //! `KUBELANE_SECONDS` looks for longer.
@@ -17,8 +17,8 @@ use libbpf_rs::{MapCore, MapFlags};
 use model::daemon::{Daemon, assert_empty};
 use model::random::Random;
 use model::traffic::Traffic;
-use model::world::World;
-use wire::Node;
+use model::world::{GATEWAY4, GATEWAY6, World};
+use wire::{Node, PODS, ip_command};
 
 /// How long to look; how many clusters that makes follows from the machine.
 const SECONDS: u64 = 18;
@@ -26,7 +26,28 @@ const SECONDS: u64 = 18;
 const EVENTS: usize = 8;
 
 /// A run that is only bounded by its time must come across all of these.
-const WORTH_SEEING: [&str; 13] = [
+const WORTH_SEEING: [&str; 36] = [
+    "a pod's dropped_no_local_endpoint",
+    "a pod's dropped_sctp_port",
+    "a pod's dropped_source_range",
+    "a pod's dropped_unknown_reset",
+    "a pod's external policy Local, from inside",
+    "a pod's kept by affinity",
+    "a pod's left its backend",
+    "a pod's local",
+    "a pod's local endpoints",
+    "a pod's node hints",
+    "a pod's opened again",
+    "a pod's own backend",
+    "a pod's ran on without its backend",
+    "a pod's ready endpoints",
+    "a pod's refused_no_endpoint",
+    "a pod's refused_unknown_port",
+    "a pod's remote",
+    "a pod's terminating endpoints",
+    "a pod's terminating local endpoints",
+    "a pod's untouched",
+    "a pod's zone hints",
     "dropped_no_local_endpoint",
     "dropped_sctp_port",
     "dropped_source_range",
@@ -35,11 +56,13 @@ const WORTH_SEEING: [&str; 13] = [
     "kept by affinity",
     "left its backend",
     "local",
+    "node hints",
     "opened again",
     "ran on without its backend",
-    "refused",
+    "refused_no_endpoint",
     "remote",
     "untouched",
+    "zone hints",
 ];
 
 fn setting(name: &str) -> Option<u64> {
@@ -106,11 +129,13 @@ fn packets_fare_as_the_service_api_says_in_random_clusters_that_change() {
     let first = setting("KUBELANE_SEED").unwrap_or(1);
     let cases = setting("KUBELANE_CASES").unwrap_or(u64::MAX - first);
     let mut node = Node::new();
+    ip_command(&format!("addr add {GATEWAY4}/32 dev {PODS}"));
+    ip_command(&format!("addr add {GATEWAY6}/128 dev {PODS} nodad"));
     let mut daemon = Daemon::start(node.datapath.maps());
     assert_empty(node.datapath.maps());
     let mut collector = node.datapath.flow_collector().unwrap();
     let (mut clusters, mut packets) = (0u64, 0u64);
-    let mut noted = BTreeMap::new();
+    let mut noted: BTreeMap<String, u64> = BTreeMap::new();
     for seed in first..first + cases {
         if Instant::now() >= end {
             break;
@@ -121,11 +146,11 @@ fn packets_fare_as_the_service_api_says_in_random_clusters_that_change() {
         clusters += 1;
         packets += traffic.packets;
         for (what, count) in traffic.noted {
-            *noted.entry(what).or_insert(0u64) += count;
+            *noted.entry(what).or_default() += count;
         }
     }
     println!("{clusters} clusters, {} states of them, {packets} packets: {noted:?}", clusters * (EVENTS as u64 + 1));
     for what in WORTH_SEEING.iter().filter(|_| cases > clusters) {
-        assert!(noted.get(what).is_some_and(|count| *count > 0), "{what} was never seen: {noted:?}");
+        assert!(noted.get(*what).is_some_and(|count| *count > 0), "{what} was never seen: {noted:?}");
     }
 }

@@ -7,7 +7,7 @@ use kubelane::abi::{Backend, backend_state};
 use kubelane::model::{Change, Kind};
 use kubelane::sync::{Core, CoreSettings, MapIo, MapName, SyncReport};
 
-use super::world::{HERE, World, outward};
+use super::world::{HERE, World, bound};
 
 /// Longer than anything rests.
 const STEP: Duration = Duration::from_secs(2);
@@ -75,8 +75,9 @@ impl Daemon {
 
     fn set_addresses(&mut self) {
         let nodeport = self.told.nodeport.iter().copied().collect();
-        self.core.set_node_addresses(nodeport, outward());
-        self.core.set_outward_addresses(if self.told.nodeport.is_empty() { vec![] } else { outward() });
+        self.core.set_node_addresses(nodeport, bound());
+        // Answers are looked at that come to the outward devices' addresses, and to those by which pods see this node.
+        self.core.set_outward_addresses(if self.told.nodeport.is_empty() { vec![] } else { bound() });
     }
 
     fn sync(&mut self, maps: &mut dyn MapIo) -> SyncReport {

@@ -1,5 +1,5 @@
-//! What a packet from the wire that belongs to no flow meets, told from the records alone and in the words of the
-//! Kubernetes API. Nothing of the daemon's own planning is called: this is the second opinion.
+//! What a packet that belongs to no flow meets, from the wire or from a pod of this node, told from the records alone and in
+//! the words of the Kubernetes API. Nothing of the daemon's own planning is called: this is the second opinion.
 
 use std::sync::Arc;
 
@@ -25,17 +25,45 @@ pub struct Target {
     pub local: bool,
 }
 
+impl Target {
+    pub fn end(&self) -> (Ipx, u16) {
+        (self.ip, self.port)
+    }
+}
+
+/// What a packet asks for, and who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    pub client: Ipx,
+    pub to: Ipx,
+    pub number: u16,
+    pub protocol: Protocol,
+    /// By the device of a pod of this node. Else from outside, whoever the client is.
+    pub from_pod: bool,
+    /// TCP's RST.
+    pub is_reset: bool,
+}
+
 /// What becomes of the packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Nothing of a Service's: passes as it is.
     Untouched,
-    /// Answered with port unreachable.
-    Refused,
-    /// For the reason that this counter is for.
+    /// Answered with port unreachable, for the reason that this counter is for.
+    Refused(&'static str),
+    /// The same of a packet that vanishes.
     Dropped(&'static str),
-    /// To one of these; the one that the client had before, if `affine` and it is among them.
-    Sent { port: PortId, targets: Vec<Target>, affine: bool },
+    Sent(Sent),
+}
+
+/// To one of the targets; the one that the client had before, if `affine` and it is among them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sent {
+    pub port: PortId,
+    pub targets: Vec<Target>,
+    pub affine: bool,
+    /// By which rules they were found.
+    pub rules: Vec<&'static str>,
 }
 
 /// An endpoint of one Service port.
@@ -46,39 +74,67 @@ struct Candidate<'w> {
     serving_and_terminating: bool,
 }
 
-/// What a packet of `client` to `to`, `number` meets.
-pub fn verdict(world: &World, client: Ipx, to: Ipx, number: u16, protocol: Protocol, is_reset: bool) -> Verdict {
-    let Some((service, port, by)) = served_by(world, to, number, protocol) else { return Verdict::Untouched };
-    if is_reset {
+/// What the packet meets.
+pub fn verdict(world: &World, asked: &Asked) -> Verdict {
+    let Some((service, port, by)) = served_by(world, asked) else {
+        let is_cluster_ip = world.services.values().any(|service| service.cluster_ips.contains(&asked.to));
+        return match (asked.from_pod && is_cluster_ip, asked.is_reset) {
+            (false, _) => Verdict::Untouched,
+            (true, true) => Verdict::Dropped("dropped_unknown_reset"),
+            (true, false) => Verdict::Refused("refused_unknown_port"),
+        };
+    };
+    if asked.is_reset {
         return Verdict::Dropped("dropped_unknown_reset");
     }
-    // Source ranges hold for load balancer addresses only, and for the families that they name.
-    let of_family = |range: &&IpRange| range.ip.family() == to.family();
-    let ranges: Vec<&IpRange> = service.source_ranges.iter().filter(of_family).collect();
-    let filtered = by == By::Vip && service.load_balancer_ips.contains(&to) && !ranges.is_empty();
-    if filtered && !ranges.iter().any(|range| holds(range, client)) {
+    if !is_admitted(service, asked, by) {
         return Verdict::Dropped("dropped_source_range");
     }
-    let all = candidates(world, service, port, to.family());
-    let targets = match service.external_policy {
+    let all = candidates(world, service, port, asked.to.family());
+    let set = match policy(service, asked, by) {
         TrafficPolicy::Cluster => near(world, &all),
         TrafficPolicy::Local => local(&all),
     };
-    if !targets.is_empty() {
-        let port = PortId { service: service.name.clone(), name: port.name.clone(), protocol };
-        return Verdict::Sent { port, targets, affine: service.affinity_seconds.is_some() };
+    if !set.targets.is_empty() {
+        let mut rules = vec![set.rule];
+        let is_elsewhere = |target: &Target| !local(&all).targets.contains(target);
+        let is_external = by != By::ClusterIp && service.external_policy == TrafficPolicy::Local;
+        if asked.from_pod && is_external && set.targets.iter().any(is_elsewhere) {
+            rules.push("external policy Local, from inside");
+        }
+        let port = PortId { service: service.name.clone(), name: port.name.clone(), protocol: asked.protocol };
+        let affine = service.affinity_seconds.is_some();
+        return Verdict::Sent(Sent { port, targets: set.targets, affine, rules });
     }
     // Elsewhere there are some: silence makes a load balancer try another node.
     if all.iter().any(|c| c.ready || c.serving_and_terminating) {
         return Verdict::Dropped("dropped_no_local_endpoint");
     }
-    Verdict::Refused
+    Verdict::Refused("refused_no_endpoint")
+}
+
+/// The internal policy is for cluster IPs alone, the external one for all else that is asked from outside. A client on this
+/// node has the Cluster set there.
+fn policy(service: &Service, asked: &Asked, by: By) -> TrafficPolicy {
+    match (by, asked.from_pod) {
+        (By::ClusterIp, _) => service.internal_policy,
+        (By::Vip | By::NodePort, true) => TrafficPolicy::Cluster,
+        (By::Vip | By::NodePort, false) => service.external_policy,
+    }
+}
+
+/// Source ranges hold for load balancer addresses only, for the families that they name, and for clients inside as well.
+fn is_admitted(service: &Service, asked: &Asked, by: By) -> bool {
+    let of_family = |range: &&IpRange| range.ip.family() == asked.to.family();
+    let mut ranges = service.source_ranges.iter().filter(of_family).peekable();
+    let is_filtered = by == By::Vip && service.load_balancer_ips.contains(&asked.to) && ranges.peek().is_some();
+    !is_filtered || ranges.any(|range| holds(range, asked.client))
 }
 
 /// Which Service port the address and port belong to at present.
-pub fn port_at(world: &World, to: Ipx, number: u16, protocol: Protocol) -> Option<PortId> {
-    let (service, port, _) = served_by(world, to, number, protocol)?;
-    Some(PortId { service: service.name.clone(), name: port.name.clone(), protocol })
+pub fn port_at(world: &World, asked: &Asked) -> Option<PortId> {
+    let (service, port, _) = served_by(world, asked)?;
+    Some(PortId { service: service.name.clone(), name: port.name.clone(), protocol: asked.protocol })
 }
 
 /// Whether the pod may still serve the Service port: ready, or serving while it terminates.
@@ -94,25 +150,23 @@ pub fn is_usable(world: &World, id: &PortId, ip: Ipx, number: u16) -> bool {
             .any(|c| (c.target.ip, c.target.port) == (ip, number) && (c.ready || c.serving_and_terminating))
 }
 
-/// Whether the Service port keeps clients at their backends.
-pub fn is_affine(world: &World, id: &PortId) -> bool {
-    let port = |s: &&Service| s.ports.iter().any(|p| p.name == id.name && p.protocol == id.protocol);
-    world.services.get(&id.service).filter(port).is_some_and(|s| s.affinity_seconds.is_some())
-}
-
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum By {
+    ClusterIp,
     Vip,
     NodePort,
 }
 
-/// The Service port that serves an address and port: of those that claim it the oldest, then the first by name.
-fn served_by(world: &World, to: Ipx, number: u16, protocol: Protocol) -> Option<(&Service, &ServicePort, By)> {
+/// The Service port that serves what is asked for: of those that claim it the oldest, then the first by name. Cluster IPs
+/// are for clients inside only.
+fn served_by<'w>(world: &'w World, asked: &Asked) -> Option<(&'w Service, &'w ServicePort, By)> {
+    let Asked { to, number, protocol, from_pod, .. } = *asked;
     let mut claims: Vec<(&Service, &ServicePort, By)> = Vec::new();
     for service in world.services.values() {
-        for port in service.ports.iter().filter(|port| port.protocol == protocol) {
-            let is_vip = service.external_ips.contains(&to) || service.load_balancer_ips.contains(&to);
-            if is_vip && port.port == number {
+        for port in service.ports.iter().filter(|port| (port.protocol, port.port) == (protocol, number)) {
+            if from_pod && service.cluster_ips.contains(&to) {
+                claims.push((service, port, By::ClusterIp));
+            } else if service.external_ips.contains(&to) || service.load_balancer_ips.contains(&to) {
                 claims.push((service, port, By::Vip));
             }
         }
@@ -152,11 +206,18 @@ fn candidates<'w>(world: &'w World, service: &Service, port: &ServicePort, famil
     all
 }
 
+/// Where new connections go, and why there.
+struct Set {
+    targets: Vec<Target>,
+    rule: &'static str,
+}
+
 /// The Cluster set: ready endpoints, as hints narrow them; without any, those that serve while they terminate.
-fn near(world: &World, all: &[Candidate]) -> Vec<Target> {
+fn near(world: &World, all: &[Candidate]) -> Set {
     let ready: Vec<&Candidate> = all.iter().filter(|c| c.ready).collect();
     if ready.is_empty() {
-        return all.iter().filter(|c| c.serving_and_terminating).map(|c| c.target).collect();
+        let targets = all.iter().filter(|c| c.serving_and_terminating).map(|c| c.target).collect();
+        return Set { targets, rule: "terminating endpoints" };
     }
     let nodes = |c: &Candidate| -> Vec<Arc<str>> { c.endpoint.hints.iter().flat_map(|h| h.nodes.to_vec()).collect() };
     let zones = |c: &Candidate| -> Vec<Arc<str>> { c.endpoint.hints.iter().flat_map(|h| h.zones.to_vec()).collect() };
@@ -164,7 +225,7 @@ fn near(world: &World, all: &[Candidate]) -> Vec<Target> {
         let mine: Vec<Target> =
             ready.iter().filter(|c| nodes(c).iter().any(|n| &**n == HERE)).map(|c| c.target).collect();
         if !mine.is_empty() {
-            return mine;
+            return Set { targets: mine, rule: "node hints" };
         }
     }
     if let Some(zone) = world.zone
@@ -173,19 +234,20 @@ fn near(world: &World, all: &[Candidate]) -> Vec<Target> {
         let mine: Vec<Target> =
             ready.iter().filter(|c| zones(c).iter().any(|z| &**z == zone)).map(|c| c.target).collect();
         if !mine.is_empty() {
-            return mine;
+            return Set { targets: mine, rule: "zone hints" };
         }
     }
-    ready.iter().map(|c| c.target).collect()
+    Set { targets: ready.iter().map(|c| c.target).collect(), rule: "ready endpoints" }
 }
 
 /// The Local set, decided by itself and without hints.
-fn local(all: &[Candidate]) -> Vec<Target> {
+fn local(all: &[Candidate]) -> Set {
     let here = || all.iter().filter(|c| c.endpoint.node.as_deref() == Some(HERE));
     if here().any(|c| c.ready) {
-        return here().filter(|c| c.ready).map(|c| c.target).collect();
+        return Set { targets: here().filter(|c| c.ready).map(|c| c.target).collect(), rule: "local endpoints" };
     }
-    here().filter(|c| c.serving_and_terminating).map(|c| c.target).collect()
+    let targets = here().filter(|c| c.serving_and_terminating).map(|c| c.target).collect();
+    Set { targets, rule: "terminating local endpoints" }
 }
 
 /// Of the network that is routed to the pods' device: 16 bits of IPv4, 64 of IPv6.

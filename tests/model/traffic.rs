@@ -4,13 +4,18 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kubelane::bpf::Direction;
-use kubelane::model::{Family, Ipx, Protocol};
+use kubelane::model::{Family, Ipx, Protocol, Service};
 
+use super::flow::{
+    BACKEND_SEQUENCE, CLIENT_SEQUENCE, Counted, End, Entry, Flow, Passage, Request, Stage, Way, assert_passed,
+    assert_refusal, packet, seen_address,
+};
+use super::memory::Memory;
 use super::random::Random;
-use super::semantics::{PortId, Target, Verdict, is_affine, is_pod_of_this_node, is_usable, port_at, verdict};
-use super::world::{World, ip};
-use crate::wire::frame::{ACK, FIN, Frame, Inside, RST, SYN, parse};
-use crate::wire::{DROP, NODE4, NODE6, Node, PASS, REDIRECT, TUNNEL4, TUNNEL6};
+use super::semantics::{Sent, Verdict, is_pod_of_this_node, is_usable, port_at, verdict};
+use super::world::{GATEWAY4, GATEWAY6, World, ip};
+use crate::wire::frame::{ACK, FIN, Frame, RST, SYN, parse};
+use crate::wire::{DROP, GATEWAY, NODE4, NODE6, Node, PASS, PODS, REDIRECT, TUNNEL4, TUNNEL6, interface_index};
 
 /// The private range beside the usual `ip_local_port_range` and the NodePorts.
 const PRIVATE_PORTS: std::ops::Range<u16> = 1024..30_000;
@@ -21,66 +26,11 @@ const CLIENTS4: [&str; 7] =
     ["198.51.100.7", "198.51.100.9", "198.51.100.130", "203.0.113.5", "203.0.114.5", "10.0.0.20", "10.1.0.20"];
 const CLIENTS6: [&str; 6] =
     ["2001:db8:7::7", "2001:db8:7::9", "2001:db8:8::1", "2001:db8:9::1", "fd00::20", "fd01::20"];
-/// The backends' first sequence number, and the clients'.
-const BACKEND_SEQUENCE: u32 = 7000;
-const CLIENT_SEQUENCE: u32 = 1000;
+/// Whose packets come in by the device of this node's pods. Of the last ones no Service has an endpoint.
+const PODS4: [&str; 4] = ["10.1.0.20", "10.1.0.21", "10.1.0.22", "10.1.0.9"];
+const PODS6: [&str; 4] = ["fd01::20", "fd01::21", "fd01::22", "fd01::9"];
 /// May move with any new flow: how often a port was taken is the hash's business.
 const CHANCE: [&str; 1] = ["snat_retry"];
-
-type End = (Ipx, u16);
-type Counted = BTreeMap<&'static str, u64>;
-
-/// Who asks what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Request {
-    client: End,
-    to: End,
-    protocol: Protocol,
-    /// Comes in by the tunnel and not by the uplink: from a host behind it.
-    by_tunnel: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// The backend has not answered.
-    Opening,
-    /// Both ends were heard twice.
-    Open,
-    /// TCP: both have sent a FIN. The one who was first keeps the connection in TIME_WAIT.
-    Closed { client_first: bool },
-}
-
-/// A flow that the programs must know of.
-#[derive(Clone, Debug)]
-struct Flow {
-    request: Request,
-    port: PortId,
-    target: Target,
-    /// What the backend sees as its client.
-    seen: End,
-    stage: Stage,
-    /// The backend was not to be had for a while, or is not now.
-    left: bool,
-}
-
-impl Flow {
-    fn backend(&self) -> End {
-        (self.target.ip, self.target.port)
-    }
-
-    /// Whose replies they are, and to whom: no other flow may have the same.
-    fn place(&self) -> (End, End, Protocol) {
-        (self.backend(), self.seen, self.request.protocol)
-    }
-}
-
-/// A packet, and what the programs made of it.
-struct Passage {
-    frame: Frame,
-    action: i32,
-    seen: Frame,
-    counted: Counted,
-}
 
 /// One run over one world and what becomes of it.
 pub struct Traffic {
@@ -90,45 +40,11 @@ pub struct Traffic {
     requests: HashSet<(End, End, Protocol)>,
     /// Who has the replies of a backend to an address and port.
     places: HashMap<(End, End, Protocol), Request>,
-    /// Where clients of Service ports with session affinity went last.
-    remembered: HashMap<(Ipx, PortId), (Ipx, u16)>,
+    memory: Memory,
     pub packets: u64,
     /// What was seen, and how often.
-    pub noted: BTreeMap<&'static str, u64>,
-}
-
-fn is_tcp(request: &Request) -> bool {
-    request.protocol == Protocol::Tcp
-}
-
-fn packet(protocol: Protocol, from: End, to: End, flags: u8, bytes: usize) -> Frame {
-    let ports = (from.1, to.1);
-    let data = vec![bytes as u8; bytes];
-    let inside = match protocol {
-        Protocol::Tcp => Inside::Tcp { ports, flags, sequence: CLIENT_SEQUENCE, acknowledgement: 0, data },
-        Protocol::Udp => Inside::Udp { ports, checked: true, data },
-        Protocol::Sctp => Inside::Sctp { ports, tag: 1, data },
-    };
-    Frame { source: from.0.to_ip(), destination: to.0.to_ip(), ttl: 61, inside }
-}
-
-/// The node's own address towards a backend elsewhere: the route decides.
-fn near_address(backend: Ipx) -> Ipx {
-    let text = backend.to_string();
-    match backend.family() {
-        Family::Ipv4 => ip(if text.starts_with("10.244.") { TUNNEL4 } else { NODE4 }),
-        Family::Ipv6 => ip(if text.starts_with("fd44:") { TUNNEL6 } else { NODE6 }),
-    }
-}
-
-/// Whom the backend sees: its client, or, if it is elsewhere, this node. A pod that is its own client sees the
-/// Service, or it would answer to itself.
-fn seen_address(request: &Request, target: &Target) -> Ipx {
-    match target.local {
-        true if target.ip == request.client.0 => request.to.0,
-        true => request.client.0,
-        false => near_address(target.ip),
-    }
+    pub noted: BTreeMap<String, u64>,
+    pods: u32,
 }
 
 impl Traffic {
@@ -138,9 +54,10 @@ impl Traffic {
             flows: vec![],
             requests: HashSet::new(),
             places: HashMap::new(),
-            remembered: HashMap::new(),
+            memory: Memory::default(),
             packets: 0,
             noted: BTreeMap::new(),
+            pods: interface_index(PODS),
         }
     }
 
@@ -149,69 +66,53 @@ impl Traffic {
         for flow in &mut self.flows {
             flow.left |= !is_usable(world, &flow.port, flow.target.ip, flow.target.port);
         }
-        self.remembered
-            .retain(|(_, port), (ip, number)| is_affine(world, port) && is_usable(world, port, *ip, *number));
+        self.memory.world_changed(world);
     }
 
     /// `fresh` packets that begin flows, or would, and one of each of up to `known` flows.
     pub fn run(&mut self, node: &mut Node, world: &World, random: &mut Random, fresh: usize, known: usize) {
+        // A flood of pods is none of this test's: no pod has begun anything.
+        node.note_pod_device(GATEWAY, GATEWAY4, GATEWAY6);
         for _ in 0..known.min(self.flows.len()) {
             let at = random.below(self.flows.len());
             self.go_on(node, world, random, at);
         }
-        let places = self.places_to_ask(world);
+        let outside = places_to_ask(world, |service| [&service.external_ips[..], &service.load_balancer_ips].concat());
+        let inside = places_to_ask(world, |service| {
+            [&service.cluster_ips[..], &service.external_ips, &service.load_balancer_ips].concat()
+        });
         for _ in 0..fresh {
-            self.begin_anew(node, world, random, &places);
-        }
-    }
-
-    /// Every external address and port that a Service asks for, and some that none does.
-    fn places_to_ask(&self, world: &World) -> Vec<(End, Protocol)> {
-        let mut places = Vec::new();
-        for service in world.services.values() {
-            for port in &service.ports {
-                for ip in service.external_ips.iter().chain(&service.load_balancer_ips) {
-                    places.push(((*ip, port.port), port.protocol));
-                }
-                for ip in [NODE4, NODE6].map(ip) {
-                    places.push(((ip, port.node_port), port.protocol));
-                }
+            if random.percent(40) {
+                self.begin_anew(node, world, random, &inside, Entry::Pod);
+            } else {
+                let entry = if random.percent(10) { Entry::Tunnel } else { Entry::Uplink };
+                self.begin_anew(node, world, random, &outside, entry);
             }
         }
-        places.retain(|((_, number), _)| *number != 0);
-        places = [&places[..]; 3].concat();
-        for (address, number) in [
-            ("10.96.0.1", 80),
-            ("fd96::1", 80),
-            ("192.0.2.1", 80),
-            ("192.0.2.2", 30_001),
-            ("2001:db8:80::1", 53),
-            (TUNNEL4, 30_001),
-            (TUNNEL6, 30_002),
-            (NODE4, 30_003),
-            ("10.9.9.9", 443),
-        ] {
-            places.extend(
-                [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| ((ip(address), number), protocol)),
-            );
-        }
-        places
     }
 
-    fn begin_anew(&mut self, node: &mut Node, world: &World, random: &mut Random, places: &[(End, Protocol)]) {
+    fn begin_anew(
+        &mut self,
+        node: &mut Node,
+        world: &World,
+        random: &mut Random,
+        places: &[(End, Protocol)],
+        entry: Entry,
+    ) {
         let (to, protocol) = random.pick(places);
-        let address = match to.0.family() {
-            Family::Ipv4 => random.pick(&CLIENTS4),
-            Family::Ipv6 => random.pick(&CLIENTS6),
+        let address = match (to.0.family(), entry) {
+            (Family::Ipv4, Entry::Pod) => random.pick(&PODS4),
+            (Family::Ipv6, Entry::Pod) => random.pick(&PODS6),
+            (Family::Ipv4, _) => random.pick(&CLIENTS4),
+            (Family::Ipv6, _) => random.pick(&CLIENTS6),
         };
-        let by_tunnel = random.percent(10);
         // Few ports, so that a client meets one backend by several addresses and from one port.
         let port = match protocol {
             // It keeps its port, and has no other to give way to: no two of these meet.
             Protocol::Sctp => 40_000 + self.requests.len() as u16,
             _ => 33_000 + random.below(200) as u16,
         };
-        let request = Request { client: (ip(address), port), to, protocol, by_tunnel };
+        let request = Request { client: (ip(address), port), to, protocol, entry };
         if !self.requests.insert((request.client, to, protocol)) {
             return;
         }
@@ -232,8 +133,7 @@ impl Traffic {
     /// Sends what belongs to no flow. `Some`: it made one.
     fn begin(&mut self, node: &mut Node, world: &World, request: &Request, flags: u8, bytes: usize) -> Option<Flow> {
         let Request { client, to, protocol, .. } = *request;
-        let is_reset = is_tcp(request) && flags & RST != 0;
-        let expected = verdict(world, client.0, to.0, to.1, protocol, is_reset);
+        let expected = verdict(world, &request.asked(request.is_tcp() && flags & RST != 0));
         let passage = self.ask(node, request, packet(protocol, client, to, flags, bytes));
         let Passage { frame, action, seen, counted } = &passage;
         let context = format!("{request:?} flags {flags}: expected {expected:?}; got {action}, {seen:?}, {counted:?}");
@@ -246,9 +146,9 @@ impl Traffic {
                 assert!(*action == DROP && *counted == [(*counter, 1)].into(), "{context}");
                 counter
             }
-            Verdict::Refused => {
+            Verdict::Refused(counter) => {
                 let is_answered = !counted.contains_key("dropped_answer_limit");
-                let mut moved = Counted::from([("refused_no_endpoint", 1)]);
+                let mut moved = Counted::from([(*counter, 1)]);
                 if is_answered {
                     assert_refusal(&passage);
                 } else {
@@ -257,90 +157,118 @@ impl Traffic {
                     assert_eq!(*action, DROP, "{context}");
                 }
                 assert_eq!(*counted, moved, "{context}");
-                if is_answered { "refused" } else { "refused and not answered" }
+                if is_answered { counter } else { "refused and not answered" }
             }
-            Verdict::Sent { port, targets, .. } if *action == DROP => {
+            Verdict::Sent(sent) if *action == DROP => {
                 // SCTP's checksum covers ports: those of a backend must be those that were asked for.
-                let is_possible = protocol == Protocol::Sctp && targets.iter().any(|target| target.port != to.1);
-                assert!(is_possible && *counted == [("dropped_sctp_port", 1)].into(), "{context}");
-                self.remembered.remove(&(client.0, port.clone()));
+                let is_other = |(_, number): End| number != to.1;
+                let is_possible = match self.memory.recall(client.0, sent) {
+                    Some(known) => is_other(known),
+                    None => sent.targets.iter().any(|target| is_other(target.end())),
+                };
+                assert!(protocol == Protocol::Sctp && is_possible, "{context}");
+                assert_eq!(*counted, [("dropped_sctp_port", 1)].into(), "{context}");
+                self.memory.began(client.0, sent, None);
                 "dropped_sctp_port"
             }
-            Verdict::Sent { port, targets, affine } => {
-                let (source_port, number) = seen.ports();
-                let backend = (Ipx::from(seen.destination), number);
-                let target = targets.iter().find(|t| (t.ip, t.port) == backend);
-                let target = *target.unwrap_or_else(|| panic!("no such backend: {context}"));
-                if *affine {
-                    self.assert_remembered(client.0, port, targets, backend, &context);
-                }
-                let seen = (seen_address(request, &target), source_port);
-                let flow =
-                    Flow { request: *request, port: port.clone(), target, seen, stage: Stage::Opening, left: false };
-                self.assert_sent(&flow, &passage, is_tcp(request) && flags & SYN == 0, &context);
+            Verdict::Sent(sent) => {
+                let flow = self.flow_of(request, sent, &passage, &context);
+                self.assert_sent(&flow, &passage, request.is_tcp() && flags & SYN == 0, &context);
+                sent.rules.iter().for_each(|rule| self.note(request, rule));
                 return Some(flow);
             }
         };
-        self.note(name);
+        self.note(request, name);
         None
     }
 
-    /// The client is where it was before, if that backend may still be had.
-    fn assert_remembered(&mut self, client: Ipx, port: &PortId, targets: &[Target], backend: End, context: &str) {
-        let before = self.remembered.insert((client, port.clone()), backend);
-        let before = before.filter(|(ip, number)| targets.iter().any(|t| (t.ip, t.port) == (*ip, *number)));
-        assert!(before.is_none_or(|before| before == backend), "was at {before:?}: {context}");
-        if before.is_some() && targets.len() > 1 {
-            self.note("kept by affinity");
+    /// The backend is one of those that may be had, and the one where the client was before, if it is among them.
+    fn flow_of(&mut self, request: &Request, sent: &Sent, passage: &Passage, context: &str) -> Flow {
+        let (source_port, number) = passage.seen.ports();
+        let backend = (Ipx::from(passage.seen.destination), number);
+        let target = sent.targets.iter().find(|target| target.end() == backend);
+        let target = *target.unwrap_or_else(|| panic!("no such backend: {context}"));
+        let client = request.client.0;
+        if let Some(before) = self.memory.recall(client, sent) {
+            assert_eq!(before, backend, "was there before: {context}");
+            if sent.targets.len() > 1 {
+                self.note(request, "kept by affinity");
+            }
+        }
+        self.memory.began(client, sent, Some(backend));
+        Flow {
+            request: *request,
+            port: sent.port.clone(),
+            target,
+            affine: sent.affine,
+            seen: (seen_address(request, &target), source_port),
+            stage: Stage::Opening,
+            left: false,
         }
     }
 
     /// The whole packet is as it should be, counted as a new flow, and its answers will be nobody else's.
     fn assert_sent(&mut self, flow: &Flow, passage: &Passage, midstream: bool, context: &str) {
         let name = match flow.target.local {
-            true if flow.target.ip == flow.request.client.0 => "its own client",
+            _ if flow.way() == Way::Back => "own backend",
+            true if flow.is_to_itself() => "its own client",
             true => "local",
             false => "remote",
         };
-        let mut moved: Counted = [(if flow.target.local { "flow_local" } else { "flow_remote" }, 1)].into();
+        let counter = match (flow.request.entry, flow.target.local) {
+            (Entry::Pod, _) => "flow_pod",
+            (_, true) => "flow_local",
+            (_, false) => "flow_remote",
+        };
+        let mut moved: Counted = [(counter, 1)].into();
         moved.extend(midstream.then_some(("flow_midstream", 1)));
         let counted = passage.counted.clone().into_iter().filter(|(name, _)| !CHANCE.contains(name));
         assert_eq!(counted.collect::<Counted>(), moved, "{context}");
-        assert_passed(flow, context, passage, flow.seen, flow.backend());
+        assert_passed(flow, context, passage, flow.seen, flow.target.end());
         let request = flow.request;
         let holder = self.places.insert(flow.place(), request);
         assert!(holder.is_none_or(|holder| holder == request), "the place of {holder:?}: {context}");
+        self.assert_port(flow, context);
+        self.note(&request, name);
+    }
+
+    /// Which port the backend sees.
+    fn assert_port(&self, flow: &Flow, context: &str) {
+        let (request, seen) = (flow.request, flow.seen);
         if request.protocol == Protocol::Sctp {
-            assert_eq!((flow.seen.1, flow.target.port), (request.client.1, request.to.1), "{context}");
-        } else if !flow.target.local {
-            assert!(PRIVATE_PORTS.contains(&flow.seen.1), "{context}");
-        } else if request.protocol == Protocol::Udp && MOVED_PORTS.contains(&flow.seen.1) {
+            assert_eq!((seen.1, flow.target.port), (request.client.1, request.to.1), "{context}");
+        } else if flow.way() != Way::Stack {
+            assert!(PRIVATE_PORTS.contains(&seen.1), "{context}");
+        } else if !request.is_of_pod() && request.protocol == Protocol::Udp && MOVED_PORTS.contains(&seen.1) {
             // Policy Cluster: the client may ask the backend itself from its own port.
-        } else if flow.seen.1 != request.client.1 {
-            assert!(PRIVATE_PORTS.contains(&flow.seen.1), "{context}");
-            let own = self.places.get(&(flow.backend(), (flow.seen.0, request.client.1), request.protocol));
+        } else if seen.1 != request.client.1 {
+            assert!(PRIVATE_PORTS.contains(&seen.1), "{context}");
+            let own = self.places.get(&(flow.target.end(), (seen.0, request.client.1), request.protocol));
             assert!(own.is_some_and(|holder| *holder != request), "the client's port was free: {context}");
         }
-        self.note(name);
     }
 
     /// The backend answers, and the client again: both directions, and the flow is proved.
     fn establish(&mut self, node: &mut Node, at: usize) {
         let flow = self.flows[at].clone();
         self.reply(node, &flow, SYN | ACK);
-        node.begin_earlier(2);
+        if !flow.request.is_tcp() {
+            let first = packet(flow.request.protocol, flow.request.client, flow.request.to, 0, 0);
+            node.begin_flow_earlier(&first, flow.request.protocol, 2);
+        }
         let counted = self.request(node, &flow, ACK);
         assert_eq!(counted, [("flow_established", 1)].into(), "{flow:?}");
         self.flows[at].stage = Stage::Open;
+        self.memory.proved(&flow);
     }
 
     /// One more packet of a known flow, or several that end it.
     fn go_on(&mut self, node: &mut Node, world: &World, random: &mut Random, at: usize) {
         let flow = self.flows[at].clone();
-        if is_tcp(&flow.request) {
+        if flow.request.is_tcp() {
             return self.go_on_tcp(node, world, random, at, &flow);
         }
-        let owner = port_at(world, flow.request.to.0, flow.request.to.1, flow.request.protocol);
+        let owner = port_at(world, &flow.request.asked(false));
         let is_anothers = owner.is_some_and(|owner| owner != flow.port);
         if flow.left || is_anothers {
             return self.begin_again(node, world, at, &flow, SYN);
@@ -372,7 +300,7 @@ impl Traffic {
             }
             (stage, n) => {
                 if flow.left {
-                    self.note("ran on without its backend");
+                    self.note(&flow.request, "ran on without its backend");
                 }
                 let counted = self.request(node, flow, if n == 1 { SYN } else { ACK });
                 assert!(counted.is_empty(), "{flow:?}: {counted:?}");
@@ -385,13 +313,14 @@ impl Traffic {
 
     /// The flow has ended or its backend has gone: its client's next packet begins another.
     fn begin_again(&mut self, node: &mut Node, world: &World, at: usize, flow: &Flow, flags: u8) {
-        self.places.remove(&flow.place());
-        self.note(if flow.stage == Stage::Opening || !is_tcp(&flow.request) {
-            "left its backend"
-        } else {
-            "opened again"
-        });
-        match self.begin(node, world, &flow.request, flags, 3) {
+        let was_open = flow.stage != Stage::Opening && flow.request.is_tcp();
+        self.note(&flow.request, if was_open { "opened again" } else { "left its backend" });
+        let next = self.begin(node, world, &flow.request, flags, 3);
+        // A flow that no other has replaced keeps its place until it is collected.
+        if next.as_ref().is_some_and(|next| next.place() != flow.place()) {
+            self.places.remove(&flow.place());
+        }
+        match next {
             Some(next) => self.flows[at] = next,
             None => drop(self.flows.swap_remove(at)),
         }
@@ -402,24 +331,28 @@ impl Traffic {
         let frame = packet(flow.request.protocol, flow.request.client, flow.request.to, flags, 9)
             .numbered(CLIENT_SEQUENCE + 1, BACKEND_SEQUENCE + 1);
         let passage = self.ask(node, &flow.request, frame);
-        assert_passed(flow, "a request", &passage, flow.seen, flow.backend());
+        assert_passed(flow, "a request", &passage, flow.seen, flow.target.end());
         passage.counted
     }
 
     /// A packet of the flow's backend must reach the flow's client, from the address that it asked.
     fn reply(&mut self, node: &mut Node, flow: &Flow, flags: u8) -> Counted {
-        let frame = packet(flow.request.protocol, flow.backend(), flow.seen, flags, 7)
+        let frame = packet(flow.request.protocol, flow.target.end(), flow.seen, flags, 7)
             .numbered(BACKEND_SEQUENCE, CLIENT_SEQUENCE + 1);
         let by_tunnel = [TUNNEL4, TUNNEL6].map(ip).contains(&flow.seen.0);
-        let passage = match flow.target.local {
-            true => self.send(node, Direction::Out, node.uplink, frame),
-            false => self.send(node, Direction::In, if by_tunnel { node.tunnel } else { node.uplink }, frame),
+        let passage = match (flow.way(), flow.request.entry) {
+            (Way::Stack, Entry::Pod) => self.send(node, Direction::Out, self.pods, frame),
+            (Way::Stack, _) => self.send(node, Direction::Out, node.uplink, frame),
+            (Way::Routed, _) => {
+                self.send(node, Direction::In, if by_tunnel { node.tunnel } else { node.uplink }, frame)
+            }
+            (Way::Back, _) => self.send_from_pod(node, frame),
         };
-        // A client that is a pod of this node is behind the pods' device: where its packets came in elsewhere, the answers
-        // are sent there.
-        let is_pod = is_pod_of_this_node(flow.request.client.0);
-        let is_own = flow.target.ip == flow.request.client.0;
-        if flow.target.local && is_pod && (flow.request.by_tunnel || is_own) {
+        // A client outside that is a pod of this node is behind the pods' device: where its packets came in elsewhere, the
+        // answers are sent there.
+        let is_back_in = flow.way() == Way::Stack && !flow.request.is_of_pod() && flow.target.local;
+        let is_sent_there = flow.request.entry == Entry::Tunnel || flow.is_to_itself();
+        if is_back_in && is_pod_of_this_node(flow.request.client.0) && is_sent_there {
             let (to, client) = (flow.request.to, flow.request.client);
             let wanted = passage.frame.with_ends((&to.0.to_string(), to.1), (&client.0.to_string(), client.1));
             assert_eq!((passage.action, &passage.seen), (REDIRECT, &wanted), "a reply of {flow:?}");
@@ -429,18 +362,32 @@ impl Traffic {
         passage.counted
     }
 
-    fn note(&mut self, what: &'static str) {
+    /// What a pod meets is told apart.
+    fn note(&mut self, request: &Request, what: &str) {
+        let what = if request.is_of_pod() { format!("a pod's {what}") } else { what.to_owned() };
         *self.noted.entry(what).or_default() += 1;
     }
 
     fn ask(&mut self, node: &mut Node, request: &Request, frame: Frame) -> Passage {
-        let device = if request.by_tunnel { node.tunnel } else { node.uplink };
-        self.send(node, Direction::In, device, frame)
+        match request.entry {
+            Entry::Uplink => self.send(node, Direction::In, node.uplink, frame),
+            Entry::Tunnel => self.send(node, Direction::In, node.tunnel, frame),
+            Entry::Pod => self.send_from_pod(node, frame),
+        }
     }
 
     fn send(&mut self, node: &mut Node, direction: Direction, device: u32, frame: Frame) -> Passage {
-        self.packets += 1;
         let outcome = node.raw(direction, device, &frame.bytes());
+        self.passed(node, frame, outcome.action, &outcome.frame)
+    }
+
+    fn send_from_pod(&mut self, node: &mut Node, frame: Frame) -> Passage {
+        let (action, bytes) = node.pod_in_bytes(&frame.bytes());
+        self.passed(node, frame, action, &bytes)
+    }
+
+    fn passed(&mut self, node: &mut Node, frame: Frame, action: i32, bytes: &[u8]) -> Passage {
+        self.packets += 1;
         // Nothing else runs these programs: what was read after the packet before holds before this one.
         let counters = node.counters();
         let moved = counters.iter().map(|(name, count)| (*name, count - self.counters[name]));
@@ -448,23 +395,38 @@ impl Traffic {
         self.counters = counters;
         // Nobody has told this node's neighbours' link addresses.
         counted.remove("neighbour_unknown");
-        Passage { seen: parse(&outcome.frame), frame, action: outcome.action, counted }
+        Passage { seen: parse(bytes), frame, action, counted }
     }
 }
 
-/// The packet came out with these ends and nothing else changed, but that one which is forwarded here has a hop less.
-fn assert_passed(flow: &Flow, what: &str, passage: &Passage, from: End, to: End) {
-    let wanted = passage.frame.with_ends((&from.0.to_string(), from.1), (&to.0.to_string(), to.1));
-    let wanted = if flow.target.local { (PASS, &wanted) } else { (REDIRECT, &wanted.living(60)) };
-    assert_eq!((passage.action, &passage.seen), wanted, "{what} of {flow:?}");
-}
-
-/// Port unreachable, from the address that was asked, quoting the packet as it came.
-fn assert_refusal(passage: &Passage) {
-    let Passage { frame, action, seen, .. } = passage;
-    assert_eq!((*action, seen.source, seen.destination), (REDIRECT, frame.destination, frame.source));
-    let Inside::Icmp { kind, code, data, .. } = &seen.inside else { panic!("no ICMP: {seen:?}") };
-    assert_eq!((*kind, *code), if frame.source.is_ipv4() { (3, 3) } else { (1, 4) });
-    let packet = frame.packet();
-    assert!(data.len() >= packet.len().min(96) && packet.starts_with(data), "quoted as it came");
+/// Every address and port that a Service asks for, as far as clients may know of `addresses`, and some that none does.
+fn places_to_ask(world: &World, addresses: impl Fn(&Service) -> Vec<Ipx>) -> Vec<(End, Protocol)> {
+    let mut places = Vec::new();
+    for service in world.services.values() {
+        for port in &service.ports {
+            for ip in addresses(service) {
+                places.push(((ip, port.port), port.protocol));
+            }
+            for ip in [NODE4, NODE6].map(ip) {
+                places.push(((ip, port.node_port), port.protocol));
+            }
+        }
+    }
+    places.retain(|((_, number), _)| *number != 0);
+    places = [&places[..]; 3].concat();
+    for (address, number) in [
+        ("10.96.0.1", 80),
+        ("fd96::1", 80),
+        ("192.0.2.1", 80),
+        ("192.0.2.2", 30_001),
+        ("2001:db8:80::1", 53),
+        (TUNNEL4, 30_001),
+        (TUNNEL6, 30_002),
+        (NODE4, 30_003),
+        (GATEWAY4, 30_001),
+        ("10.9.9.9", 443),
+    ] {
+        places.extend([Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| ((ip(address), number), protocol)));
+    }
+    places
 }

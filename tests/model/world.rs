@@ -12,6 +12,9 @@ use kubelane::model::{
 use super::random::Random;
 use crate::wire::{NODE4, NODE6, TUNNEL4, TUNNEL6};
 
+/// The node's addresses on the device of its pods, to which these are the gateway.
+pub const GATEWAY4: &str = "10.1.0.1";
+pub const GATEWAY6: &str = "fd01::1";
 /// This node, as endpoints and hints name it.
 pub const HERE: &str = "here";
 const NODES: [&str; 3] = [HERE, "there", "yonder"];
@@ -19,16 +22,18 @@ const ZONES: [&str; 2] = ["z0", "z1"];
 const SERVICES: usize = 6;
 const PORT_NAMES: [&str; 4] = ["http", "dns", "alt", "new"];
 const PORTS: [u16; 3] = [80, 53, 443];
-const RANGES: [(&str, u8); 10] = [
+const RANGES: [(&str, u8); 12] = [
     ("198.51.100.0", 24),
     ("198.51.100.0", 25),
     ("198.51.100.9", 32),
     ("203.0.113.0", 24),
     ("0.0.0.0", 0),
     ("10.0.0.0", 8),
+    ("10.1.0.20", 32),
     ("2001:db8:7::", 48),
     ("2001:db8:7::7", 128),
     ("2001:db8:8::", 64),
+    ("fd01::", 64),
     ("::", 0),
 ];
 
@@ -45,9 +50,9 @@ pub fn ip(text: &str) -> Ipx {
     text.parse().unwrap()
 }
 
-/// The addresses of the outward devices.
-pub fn outward() -> Vec<Ipx> {
-    [NODE4, NODE6, TUNNEL4, TUNNEL6].map(ip).into()
+/// The addresses of this node: those of the outward devices, and of its pods' one.
+pub fn bound() -> Vec<Ipx> {
+    [NODE4, NODE6, TUNNEL4, TUNNEL6, GATEWAY4, GATEWAY6].map(ip).into()
 }
 
 fn service_name(which: usize) -> ObjectName {

@@ -52,7 +52,7 @@ pub const TUNNEL_MTU: u32 = 1450;
 /// The device that this node's pods are behind.
 pub const PODS: &str = "pods0";
 /// What tests send their frames to.
-const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const GATEWAY: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A BPF file system, a cgroup, and their end.
 pub struct Place {
