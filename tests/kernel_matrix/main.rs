@@ -289,7 +289,10 @@ fn assert_fails(to: SocketAddr, tcp: i32, udp: i32) {
     assert_eq!(connect_tcp(to).unwrap_err().raw_os_error(), Some(tcp), "TCP connect to {to}");
     let socket = udp_socket(to.ip());
     assert_eq!(socket.send_to(b"?", to).unwrap_err().raw_os_error(), Some(udp), "UDP send to {to}");
-    assert_eq!(socket.connect(to).unwrap_err().raw_os_error(), Some(udp), "UDP connect to {to}");
+    // Before 5.14 the node is told by being the machine's first namespace, which this is not: a pod's socket is left to its
+    // packets, and there is no route here for these.
+    let connect = if feature("SO_NETNS_COOKIE") { udp } else { libc::ENETUNREACH };
+    assert_eq!(socket.connect(to).unwrap_err().raw_os_error(), Some(connect), "UDP connect to {to}");
 }
 
 #[test]

@@ -73,7 +73,7 @@ impl Verdict {
 }
 
 /// Counters that are events.
-const EVENTS: [(u32, Kind, Verdict); 30] = [
+const EVENTS: [(u32, Kind, Verdict); 31] = [
     (COUNTER_CONNECT_TRANSLATED, Kind::Connect, Verdict::Translated),
     (COUNTER_DATAGRAM_TRANSLATED, Kind::Datagram, Verdict::Translated),
     (COUNTER_REFUSED_NO_ENDPOINT, Kind::Refusal, Verdict::Refused),
@@ -94,6 +94,7 @@ const EVENTS: [(u32, Kind, Verdict); 30] = [
     (COUNTER_DROPPED_FLOW_CHANGING, Kind::Drop, Verdict::Dropped),
     (COUNTER_DROPPED_MARTIAN, Kind::Drop, Verdict::Dropped),
     (COUNTER_DROPPED_OPTIONS, Kind::Drop, Verdict::Dropped),
+    (COUNTER_DROPPED_POD_QUOTA, Kind::Drop, Verdict::Dropped),
     (COUNTER_FLOW_LOCAL, Kind::FlowBegun, Verdict::Translated),
     (COUNTER_FLOW_REMOTE, Kind::FlowBegun, Verdict::Translated),
     (COUNTER_FLOW_POD, Kind::FlowBegun, Verdict::Translated),
