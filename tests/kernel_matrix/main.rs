@@ -289,10 +289,11 @@ fn assert_fails(to: SocketAddr, tcp: i32, udp: i32) {
     assert_eq!(connect_tcp(to).unwrap_err().raw_os_error(), Some(tcp), "TCP connect to {to}");
     let socket = udp_socket(to.ip());
     assert_eq!(socket.send_to(b"?", to).unwrap_err().raw_os_error(), Some(udp), "UDP send to {to}");
-    // Before 5.14 the node is told by being the machine's first namespace, which this is not: a pod's socket is left to its
-    // packets, and there is no route here for these.
-    let connect = if feature("SO_NETNS_COOKIE") { udp } else { libc::ENETUNREACH };
-    assert_eq!(socket.connect(to).unwrap_err().raw_os_error(), Some(connect), "UDP connect to {to}");
+    // Before 5.14 the node is told by being the machine's first namespace, which this is not: a pod's socket that finds no
+    // endpoint is left to its packets, and there is no route here for these.
+    let connect = socket.connect(to).unwrap_err().raw_os_error();
+    let is_left_to_packets = !feature("SO_NETNS_COOKIE") && connect == Some(libc::ENETUNREACH);
+    assert!(is_left_to_packets || connect == Some(udp), "UDP connect to {to}: {connect:?}");
 }
 
 #[test]
