@@ -398,13 +398,14 @@ static __always_inline int flow_is_farewell(const struct packet *packet, const s
 	return !(packet->tcp_flags & TCP_SYN) && sequence_is_near(packet->sequence, flow->sequence);
 }
 
-/* Answered: the flow is none that fills the quota of the pod which has begun it. */
-static __always_inline void flow_give_back_quota(const struct flow *reply)
+/* Answered for the first time: the flow is none that fills the quota of the pod which has begun it. `before`: the replies'
+ * state until then; of two processors that meet an answer at once, one has seen it without. A reset is no answer. */
+static __always_inline void flow_give_back_quota(const struct scratch *given, __u32 before, __u32 set)
 {
-	__u32 interface = reply->generation_or_interface;
+	__u32 interface = given->flow.generation_or_interface;
 	struct pod_device *device;
 
-	if (!config.has_pod_devices)
+	if (!config.has_pod_devices || !(set & FLOW_PROVED) || (before & (FLOW_PROVED | FLOW_ENDING)))
 		return;
 	device = bpf_map_lookup_elem(&pod_devices, &interface);
 	if (device)
@@ -415,7 +416,7 @@ static __always_inline void flow_give_back_quota(const struct flow *reply)
 static __always_inline int flow_attend_reply(struct scratch *given, struct flow *flow, const struct flow *request)
 {
 	const struct packet *packet = &given->packet;
-	__u32 set = 0, clear = 0;
+	__u32 set = 0, clear = 0, before;
 	struct ends request_ends;
 
 	if (!request)
@@ -434,7 +435,6 @@ static __always_inline int flow_attend_reply(struct scratch *given, struct flow 
 			flow->backend_or_first = packet->sequence;
 		if (!(packet->tcp_flags & TCP_RST))
 			set = FLOW_PROVED;
-		flow_give_back_quota(flow);
 	} else if (flow_is_closed(request->state, flow->state) && !flow_is_farewell(packet, flow)) {
 		/* From now on the flow must be answered anew: the other connection's numbers may be near. */
 		if (packet->tcp_flags & TCP_SYN)
@@ -447,7 +447,8 @@ static __always_inline int flow_attend_reply(struct scratch *given, struct flow 
 			set |= FLOW_FIN_FIRST;
 		flow_note_sequence(flow, packet->sequence);
 	}
-	flow_mark(given, flow, &request_ends, set, clear);
+	before = flow_mark(given, flow, &request_ends, set, clear);
+	flow_give_back_quota(given, before, set);
 	return RECALL_SERVES;
 }
 

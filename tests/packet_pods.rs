@@ -225,6 +225,15 @@ fn a_pod_that_floods_uses_up_its_own_quota_and_nobody_elses() {
         (before, n.pod_quota().1)
     });
     assert_eq!(openings.1, POD_OPENINGS as i32 - 1);
+    // A reset is no answer, however often it comes: a backend that helps the pod would empty its quota by them.
+    let openings = after_openings(&mut node, POD_OPENINGS - 1, |n| {
+        n.pod_in(&tcp((POD4, 50_001), (CLUSTER4, 80), SYN));
+        for _ in 0..3 {
+            n.pod_out(&tcp((LOCAL4, 8080), (POD4, 50_001), RST | ACK).numbered(0, 1001));
+        }
+        n.pod_quota().1
+    });
+    assert_eq!(openings, POD_OPENINGS as i32);
     // Clients outside are served all the same, and the pod itself in the next second.
     let outside = tcp((CLIENT4, 5000), (NODE4, 30080), SYN);
     let counted = after_openings(&mut node, POD_OPENINGS, |n| n.counted(|n| n.uplink_in(&outside)).1);
