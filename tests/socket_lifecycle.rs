@@ -200,6 +200,29 @@ fn a_connected_datagram_socket_that_may_not_be_connected_anew_learns_that_its_po
     }
 }
 
+/// On the node itself nobody would refuse its packets later.
+#[test]
+fn a_connected_datagram_socket_of_the_node_learns_that_its_last_pod_is_gone() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("echo", 10, json!({}), &cluster.ready(&["a"]));
+    let daemon = cluster.start();
+    let mut client = cluster.host_client();
+    let mut socket = client.open(Udp4).unwrap();
+    socket.connect(vip(10, 53)[0]).unwrap();
+    assert_eq!(socket.ask(), Ok("a".to_owned()));
+    let number = socket.number();
+    cluster.put("echo", 10, json!({}), &[]);
+    let mut asked = Ok(String::new());
+    eventually(PATIENCE, || {
+        asked = client.socket(number).ask();
+        asked.is_err()
+    });
+    let told =
+        asked == Err("ECONNABORTED".to_owned()) || client.socket(number).receive() == Err("ECONNABORTED".to_owned());
+    assert!(told, "{asked:?}: {}", daemon.log());
+    assert!(daemon.log().contains("destroyed=1"), "{}", daemon.log());
+}
+
 #[test]
 fn a_destination_that_becomes_another_services_takes_its_datagram_sockets_along() {
     let Some(cluster) = Cluster::or_skip() else { return };

@@ -70,11 +70,6 @@ pub fn own() -> Namespaces {
     Namespaces { handles: inode.into_iter().map(|inode| (inode, PathBuf::from(OWN))).collect(), hidden: 0 }
 }
 
-/// Whether a handle of [`all`] is the calling thread's.
-pub fn is_own(handle: &Path) -> bool {
-    handle == Path::new(OWN)
-}
-
 fn is_namespace(path: &Path) -> bool {
     statfs(path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
 }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::sys::socket::{SockaddrStorage, connect, getpeername};
@@ -24,16 +24,16 @@ struct Holder {
     descriptor: i32,
 }
 
-/// Connects these sockets anew, each named by its inode, and returns those of them that could not be. They are of one
-/// network namespace; `is_own`: the daemon's.
-pub(super) fn reconnect(sockets: Vec<(StaleSocket, Option<u64>)>, is_own: bool) -> Vec<StaleSocket> {
+/// Connects these sockets anew, each named by its inode, and returns those of them that could not be: these are as they were.
+/// All are of one network namespace.
+pub(super) fn reconnect(sockets: Vec<(StaleSocket, Option<u64>)>) -> Vec<StaleSocket> {
     let Some(namespace) = sockets.first().map(|(socket, _)| socket.netns_inum) else { return Vec::new() };
     let wanted = sockets.iter().filter_map(|(_, inode)| *inode).map(|inode| (inode, None)).collect();
     let holders = find_holders(namespace, wanted);
     let mut left = Vec::new();
     for (socket, inode) in sockets {
         let holder = inode.and_then(|inode| Some((inode, (*holders.get(&inode)?)?)));
-        let connected = holder.map(|(inode, holder)| connect_anew(&socket, holder, inode, is_own));
+        let connected = holder.map(|(inode, holder)| connect_anew(&socket, holder, inode));
         if !matches!(connected, Some(Ok(()))) {
             tracing::debug!(?connected, ?socket, "a connected UDP socket cannot be connected anew");
             left.push(socket);
@@ -68,7 +68,9 @@ fn entries(directory: &Path) -> impl Iterator<Item = i32> + use<> {
     names.filter_map(|name| name.to_str()?.parse().ok())
 }
 
-fn connect_anew(socket: &StaleSocket, holder: Holder, inode: u64, is_own: bool) -> io::Result<()> {
+/// One system call, so that no end of the daemon leaves the socket without a peer. It keeps its source address, which is one of
+/// its namespace's wherever the new backend is, and its port.
+fn connect_anew(socket: &StaleSocket, holder: Holder, inode: u64) -> io::Result<()> {
     let service = service_of(socket);
     let copy = copy_of(holder)?;
     // The process may have closed the descriptor and opened another file, or connected the socket to something else.
@@ -76,10 +78,6 @@ fn connect_anew(socket: &StaleSocket, holder: Holder, inode: u64, is_own: bool) 
     let peer: Option<SockaddrStorage> = getpeername(copy.as_raw_fd()).ok();
     if !is_it || peer != Some(service) {
         return Err(io::Error::from_raw_os_error(libc::ESTALE));
-    }
-    // In a pod the source address stays what it is. The node's own depends on where the backend is.
-    if is_own {
-        disconnect(copy.as_fd())?;
     }
     Ok(connect(copy.as_raw_fd(), &service)?)
 }
@@ -100,15 +98,6 @@ unsafe fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     }
     // SAFETY: as the caller says.
     Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
-}
-
-/// As connect(2) with AF_UNSPEC: the socket has no peer, and no source address that connect() chose.
-fn disconnect(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let nobody = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
-    // SAFETY: `nobody` is as long as it says, and outlives the call.
-    let result =
-        unsafe { libc::connect(socket.as_raw_fd(), &raw const nobody, size_of::<libc::sockaddr>() as libc::socklen_t) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// In the socket's family: an AF_INET6 one may have asked for a v4-mapped address.

@@ -136,10 +136,7 @@ fn settle_everywhere(origins: &Link, with_tcp: bool) -> Result<StalePass> {
     }
     let handles = if pass.found == 0 { Default::default() } else { namespaces::all().handles };
     for (inum, sockets) in by_namespace {
-        let inside = handles.get(&inum).map(|handle| {
-            let is_own = namespaces::is_own(handle);
-            namespaces::run_inside(handle, || settle_all(&sockets, is_own))
-        });
+        let inside = handles.get(&inum).map(|handle| namespaces::run_inside(handle, || settle_all(&sockets)));
         match inside {
             Some(Ok(Ok(settled))) => pass.add(settled),
             // Others may do better.
@@ -157,11 +154,10 @@ fn settle_in_each(links: &[&Link], own_only: bool) -> StalePass {
     let found = if own_only { namespaces::own() } else { namespaces::all() };
     let mut pass = StalePass { hidden: found.hidden, ..StalePass::default() };
     for handle in found.handles.values() {
-        let is_own = namespaces::is_own(handle);
         let search = || -> Result<StalePass> {
             let read: Vec<Vec<StaleSocket>> = links.iter().map(|link| read_stale(link)).collect::<Result<_>>()?;
             let sockets = read.concat();
-            let settled = if sockets.is_empty() { StalePass::default() } else { settle_all(&sockets, is_own)? };
+            let settled = if sockets.is_empty() { StalePass::default() } else { settle_all(&sockets)? };
             Ok(StalePass { found: sockets.len(), ..settled })
         };
         match namespaces::run_inside(handle, search) {
@@ -202,11 +198,11 @@ impl StalePass {
 }
 
 /// Of the namespace that the calling thread is in. Does not count what was found.
-fn settle_all(sockets: &[StaleSocket], is_own: bool) -> Result<StalePass> {
+fn settle_all(sockets: &[StaleSocket]) -> Result<StalePass> {
     let netlink = open().context("cannot open a sock_diag socket")?;
     let (tcp, datagrams): (Vec<StaleSocket>, Vec<StaleSocket>) = sockets.iter().partition(|socket| is_tcp(socket));
     let named = datagrams.iter().map(|socket| (*socket, inode_of(&netlink, socket).ok())).collect();
-    let mut left = reconnect(named, is_own);
+    let mut left = reconnect(named);
     let reconnected = datagrams.len() - left.len();
     // Nobody is wronged by what was never translated.
     left.retain(|socket| !was_never_served(socket));
