@@ -372,21 +372,10 @@ mod tests {
 
     fn device(index: u32, address: &str) -> NetDevice {
         NetDevice {
-            index,
-            name: format!("eth{index}"),
-            kind: None,
-            layer: Layer::Ethernet,
-            is_up: true,
-            is_loopback: false,
-            is_member: false,
-            controller: None,
-            below: None,
             has_default_route: true,
             addresses: vec![address.parse().unwrap()],
             has_subnet: true,
-            link_address: None,
-            peer_is_elsewhere: false,
-            rp_filter: 0,
+            ..NetDevice::for_test(index, &format!("eth{index}"), None)
         }
     }
 

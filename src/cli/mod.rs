@@ -16,6 +16,7 @@ mod manual;
 mod merge;
 mod monitor;
 mod outward;
+mod pipe;
 mod pods;
 mod report;
 mod run;

@@ -58,27 +58,10 @@ fn kind_without_end(device: &NetDevice) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netdev::Layer;
 
     #[test]
     fn devices_without_an_end_on_the_node_are_told_by_their_kind() {
-        let device = |kind: Option<InfoKind>| NetDevice {
-            index: 2,
-            name: "eth0".to_owned(),
-            kind,
-            layer: Layer::Ethernet,
-            is_up: true,
-            is_loopback: false,
-            is_member: false,
-            controller: None,
-            below: None,
-            has_default_route: true,
-            addresses: Vec::new(),
-            has_subnet: true,
-            link_address: None,
-            peer_is_elsewhere: false,
-            rp_filter: 0,
-        };
+        let device = |kind| NetDevice { has_default_route: true, ..NetDevice::for_test(2, "eth0", kind) };
         let kind = |kind| kind_without_end(&device(kind));
         assert_eq!(kind(Some(InfoKind::Veth)), None);
         assert_eq!(kind(Some(InfoKind::IpVlan)).as_deref(), Some("ipvlan"));

@@ -70,6 +70,30 @@ pub struct NetDevice {
     pub rp_filter: u32,
 }
 
+#[cfg(test)]
+impl NetDevice {
+    /// An Ethernet device that is up, without addresses or routes.
+    pub(crate) fn for_test(index: u32, name: &str, kind: Option<InfoKind>) -> NetDevice {
+        NetDevice {
+            index,
+            name: name.to_owned(),
+            kind,
+            layer: Layer::Ethernet,
+            is_up: true,
+            is_loopback: false,
+            is_member: false,
+            controller: None,
+            below: None,
+            has_default_route: false,
+            addresses: Vec::new(),
+            has_subnet: false,
+            link_address: Some([2, 0, 0, 0, 0, index as u8]),
+            peer_is_elsewhere: false,
+            rp_filter: 0,
+        }
+    }
+}
+
 /// A device that clients may be behind, and where nothing is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unserved {
@@ -209,23 +233,7 @@ mod tests {
     use super::*;
 
     fn device(index: u32, name: &str, kind: Option<InfoKind>) -> NetDevice {
-        NetDevice {
-            index,
-            name: name.to_owned(),
-            kind,
-            layer: Layer::Ethernet,
-            is_up: true,
-            is_loopback: false,
-            is_member: false,
-            controller: None,
-            below: None,
-            has_default_route: false,
-            addresses: vec![],
-            has_subnet: true,
-            link_address: Some([2, 0, 0, 0, 0, index as u8]),
-            peer_is_elsewhere: false,
-            rp_filter: 0,
-        }
+        NetDevice { has_subnet: true, ..NetDevice::for_test(index, name, kind) }
     }
 
     fn names(selection: &str, devices: &[NetDevice]) -> Vec<String> {

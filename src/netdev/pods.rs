@@ -94,41 +94,23 @@ fn controller<'d>(device: &NetDevice, devices: &'d [NetDevice]) -> Option<&'d Ne
 mod tests {
     use super::*;
 
-    fn device(index: u32, name: &str, kind: Option<InfoKind>) -> NetDevice {
-        NetDevice {
-            index,
-            name: name.to_owned(),
-            kind,
-            layer: Layer::Ethernet,
-            is_up: true,
-            is_loopback: false,
-            is_member: false,
-            controller: None,
-            below: None,
-            has_default_route: false,
-            addresses: vec![],
-            has_subnet: false,
-            link_address: Some([2, 0, 0, 0, 0, index as u8]),
-            peer_is_elsewhere: false,
-            rp_filter: 0,
-        }
-    }
-
     fn node() -> Vec<NetDevice> {
-        let veth =
-            |index, name: &str| NetDevice { peer_is_elsewhere: true, ..device(index, name, Some(InfoKind::Veth)) };
+        let veth = |index, name: &str| NetDevice {
+            peer_is_elsewhere: true,
+            ..NetDevice::for_test(index, name, Some(InfoKind::Veth))
+        };
         vec![
-            NetDevice { is_loopback: true, ..device(1, "lo", None) },
+            NetDevice { is_loopback: true, ..NetDevice::for_test(1, "lo", None) },
             NetDevice { has_default_route: true, ..veth(2, "eth0") },
-            device(3, "cni0", Some(InfoKind::Bridge)),
+            NetDevice::for_test(3, "cni0", Some(InfoKind::Bridge)),
             NetDevice { controller: Some(3), is_member: true, ..veth(4, "vethbridged") },
             NetDevice { is_up: false, ..veth(5, "cali1") },
-            device(6, "local", Some(InfoKind::Veth)),
-            NetDevice { controller: Some(3), is_member: true, ..device(7, "tap0", Some(InfoKind::Tun)) },
-            NetDevice { layer: Layer::None, ..device(8, "tun0", Some(InfoKind::Tun)) },
-            device(9, "ovs-system", Some(InfoKind::Other("openvswitch".into()))),
+            NetDevice::for_test(6, "local", Some(InfoKind::Veth)),
+            NetDevice { controller: Some(3), is_member: true, ..NetDevice::for_test(7, "tap0", Some(InfoKind::Tun)) },
+            NetDevice { layer: Layer::None, ..NetDevice::for_test(8, "tun0", Some(InfoKind::Tun)) },
+            NetDevice::for_test(9, "ovs-system", Some(InfoKind::Other("openvswitch".into()))),
             NetDevice { controller: Some(9), is_member: true, ..veth(10, "antrea1") },
-            device(11, "eth1", None),
+            NetDevice::for_test(11, "eth1", None),
             NetDevice { link_address: None, ..veth(12, "odd") },
         ]
     }

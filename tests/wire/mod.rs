@@ -5,6 +5,7 @@
 pub mod cluster;
 pub mod errors;
 pub mod frame;
+mod pods;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,11 +17,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use frame::Frame;
 use kubelane::abi::{
-    Backend, DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, FlowLimits, Frontend, FrontendKey, PodDevice, Pool,
-    SourceRangeKey, abi_version, address_flag, address_index, backend_flag, backend_state, flow_flag, flow_state,
-    frontend_flag, pool_empty, pool_member, reply_filter_size, reply_index,
+    Backend, DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, FlowLimits, Frontend, FrontendKey, Pool, SourceRangeKey,
+    abi_version, address_flag, address_index, backend_flag, backend_state, flow_flag, flow_state, frontend_flag,
+    pool_empty, pool_member, reply_filter_size, reply_index,
 };
-use kubelane::bpf::run::{Outcome, run, run_from, run_marked, run_pod};
+use kubelane::bpf::run::{Outcome, run, run_from, run_marked};
 use kubelane::bpf::{Datapath, Direction, Settings};
 use kubelane::model::{IpRange, Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
@@ -278,33 +279,6 @@ impl Node {
         self.pinned("devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
     }
 
-    /// What attaching to the pods' device notes.
-    pub fn note_pod_device(&self, gateway: [u8; 6], ip4: &str, ip6: &str) {
-        let [ip4, ip6] = [ip4, ip6].map(|ip| ip.parse::<Ipx>().unwrap().0);
-        let row = PodDevice { ip4, ip6, gateway, ..bytemuck::Zeroable::zeroed() };
-        let index = interface_index(PODS);
-        self.pinned("pod_devices").update(&index.to_ne_bytes(), bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
-    }
-
-    /// The same; and the pod has begun so many flows in the second that is returned, which is now.
-    pub fn fill_pod_quota(&self, gateway: [u8; 6], openings: u32) -> u32 {
-        self.note_pod_device(gateway, NODE4, NODE6);
-        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
-        let second = now.tv_sec() as u32 & flow_state::FLOW_SECOND_MASK;
-        let (map, index) = (self.pinned("pod_devices"), interface_index(PODS).to_ne_bytes());
-        let row = map.lookup(&index, MapFlags::ANY).unwrap().unwrap();
-        let row = PodDevice { second, openings: openings as i32, ..bytemuck::pod_read_unaligned(&row) };
-        map.update(&index, bytemuck::bytes_of(&row), MapFlags::ANY).unwrap();
-        second
-    }
-
-    /// The second that the pod's quota is of, and what it has begun in it.
-    pub fn pod_quota(&self) -> (u32, i32) {
-        let row = self.pinned("pod_devices").lookup(&interface_index(PODS).to_ne_bytes(), MapFlags::ANY);
-        let row: PodDevice = bytemuck::pod_read_unaligned(&row.unwrap().unwrap());
-        (row.second, row.openings)
-    }
-
     /// What rows and flows would leave: packets to these addresses and ports, and from these ports, are looked at.
     pub fn pass(&self, addresses: &[&str], ports: &[u16]) {
         let set = |map: &str, indices: &mut dyn Iterator<Item = usize>| {
@@ -511,24 +485,6 @@ impl Node {
 
     pub fn tunnel_in(&mut self, frame: &Frame) -> (i32, Frame) {
         let outcome = self.raw(Direction::In, self.tunnel, &frame.bytes());
-        (outcome.action, frame::parse(&outcome.frame))
-    }
-
-    /// A packet that comes in by the device of this node's pods.
-    pub fn pod_in(&mut self, frame: &Frame) -> (i32, Frame) {
-        let (action, bytes) = self.pod_in_bytes(&frame.bytes());
-        (action, frame::parse(&bytes))
-    }
-
-    /// The same with its link header.
-    pub fn pod_in_bytes(&mut self, frame: &[u8]) -> (i32, Vec<u8>) {
-        let outcome = run_pod(self.datapath.devices(), frame, interface_index(PODS), 1).unwrap();
-        (outcome.action, outcome.frame)
-    }
-
-    /// A packet that leaves for a pod of this node.
-    pub fn pod_out(&mut self, frame: &Frame) -> (i32, Frame) {
-        let outcome = self.raw(Direction::Out, interface_index(PODS), &frame.bytes());
         (outcome.action, frame::parse(&outcome.frame))
     }
 

@@ -1,14 +1,15 @@
 //! Writes rows as they come, in any format, and holds no more than the first of them: their cells say how wide the
 //! columns of a table are.
 
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde_json::Value;
 
 use super::format::Output;
 use super::record::Record;
 use crate::cli::escape;
+use crate::cli::pipe::Pipe;
 
 /// Rows that a table waits for before it begins.
 const MEASURED: usize = 2000;
@@ -24,7 +25,7 @@ pub struct Heads {
 
 /// Writes an answer.
 pub struct Printer<W: Write> {
-    out: BufWriter<W>,
+    out: Pipe<W>,
     output: Option<Output>,
     heads: Option<Vec<String>>,
     columns: usize,
@@ -35,8 +36,6 @@ pub struct Printer<W: Write> {
     /// Of a template, which is about all of them.
     values: Vec<Value>,
     last_name: String,
-    /// Nobody reads any more.
-    is_closed: bool,
 }
 
 impl<W: Write> Printer<W> {
@@ -45,7 +44,7 @@ impl<W: Write> Printer<W> {
         let columns = if output == Some(Output::Wide) { heads.all.len() } else { heads.narrow };
         let shown = more.iter().chain(&heads.all[..columns]).map(|head| (*head).to_owned()).collect();
         Printer {
-            out: BufWriter::with_capacity(1 << 16, out),
+            out: Pipe::new(out),
             output,
             heads: Some(shown).filter(|_| !no_headers),
             columns,
@@ -54,7 +53,6 @@ impl<W: Write> Printer<W> {
             rows: 0,
             values: Vec::new(),
             last_name: String::new(),
-            is_closed: false,
         }
     }
 
@@ -87,7 +85,7 @@ impl<W: Write> Printer<W> {
                 self.cells(cells)?;
             }
         }
-        Ok(!self.is_closed)
+        Ok(!self.out.is_closed())
     }
 
     fn cells(&mut self, cells: Vec<String>) -> Result<()> {
@@ -140,27 +138,14 @@ impl<W: Write> Printer<W> {
 
     /// Writes a text that is safe.
     pub fn put(&mut self, text: &str) -> Result<()> {
-        let result = if self.is_closed { Ok(()) } else { self.out.write_all(text.as_bytes()) };
-        self.judge(result)
+        self.out.put(text)
     }
 
     pub fn flush(&mut self) -> Result<()> {
-        let result = if self.is_closed { Ok(()) } else { self.out.flush() };
-        self.judge(result)
+        self.out.flush()
     }
 
     pub fn is_closed(&self) -> bool {
-        self.is_closed
-    }
-
-    /// That nobody reads on is no failure.
-    fn judge(&mut self, result: io::Result<()>) -> Result<()> {
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                self.is_closed = true;
-                Ok(())
-            }
-            result => result.context("writing to standard output"),
-        }
+        self.out.is_closed()
     }
 }

@@ -1,6 +1,6 @@
 //! Lines: one for each event, and one for events that are not there.
 
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::record::{Record, shown};
 use crate::cli::escape;
+use crate::cli::pipe::Pipe;
 use crate::cli::snapshot::PortName;
 
 /// What a line looks like.
@@ -51,16 +52,15 @@ const WIDTHS: [usize; 10] = [15, 11, 10, 26, 8, 21, 21, 28, 21, 0];
 
 /// Writes events.
 pub struct Printer<W: Write> {
-    out: BufWriter<W>,
+    out: Pipe<W>,
     output: Output,
     has_heads: bool,
-    is_closed: bool,
 }
 
 impl<W: Write> Printer<W> {
     pub fn new(out: W, output: Output) -> Self {
         let has_heads = output == Output::Table;
-        Printer { out: BufWriter::with_capacity(1 << 16, out), output, has_heads, is_closed: false }
+        Printer { out: Pipe::new(out), output, has_heads }
     }
 
     pub fn event(&mut self, record: &Record) -> Result<()> {
@@ -90,28 +90,16 @@ impl<W: Write> Printer<W> {
     }
 
     fn put(&mut self, line: &str) -> Result<()> {
-        let result = self.out.write_all(line.as_bytes()).and_then(|()| self.out.write_all(b"\n"));
-        self.judge(result)
+        self.out.put(&format!("{line}\n"))
     }
 
     pub fn flush(&mut self) -> Result<()> {
-        let result = self.out.flush();
-        self.judge(result)
+        self.out.flush()
     }
 
     /// Nobody reads any more, which is no failure.
     pub fn is_closed(&self) -> bool {
-        self.is_closed
-    }
-
-    fn judge(&mut self, result: io::Result<()>) -> Result<()> {
-        match result {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                self.is_closed = true;
-                Ok(())
-            }
-            result => result.context("writing to standard output"),
-        }
+        self.out.is_closed()
     }
 }
 
@@ -201,6 +189,8 @@ fn row(cells: &[String; 10]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::super::record::Process;
     use super::super::record::tests::record;
     use super::*;
