@@ -44,7 +44,8 @@ pub(super) struct WireFilter {
     map: MapHandle,
     /// Read from the kernel before the first row.
     known: Vec<u8>,
-    /// Ports that were added since [`take_new_ports`](WireFilter::take_new_ports).
+    /// Ports of the rows that this process has let through, and those of them that nobody has asked for yet.
+    ports: BTreeSet<u16>,
     new_ports: BTreeSet<u16>,
 }
 
@@ -53,7 +54,7 @@ impl WireFilter {
         let path = pinned::maps_directory(pin_path).join("wire_filter");
         let map = MapHandle::from_pinned_path(&path)
             .with_context(|| format!("cannot open the pinned map {}", path.display()))?;
-        Ok(WireFilter { map, known: Vec::new(), new_ports: BTreeSet::new() })
+        Ok(WireFilter { map, known: Vec::new(), ports: BTreeSet::new(), new_ports: BTreeSet::new() })
     }
 
     /// Lets packets and sockets to these addresses be looked at: rows of `addresses`, keys and flags one after another.
@@ -79,14 +80,21 @@ impl WireFilter {
         const ON_THE_WIRE: u32 = FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT;
         let keys = keys.chunks_exact(size_of::<FrontendKey>()).map(bytemuck::pod_read_unaligned::<FrontendKey>);
         let rows = rows.chunks_exact(size_of::<Frontend>()).map(bytemuck::pod_read_unaligned::<Frontend>);
-        let marks = keys.zip(rows).flat_map(|(key, row)| {
-            let port = (row.flags & ON_THE_WIRE != 0).then_some((PORTS + usize::from(key.port()), 1));
-            [port, Some((SOCKETS + address_index(&key.address), SOCKET_FILTER_SERVICE as u8))]
-        });
-        self.set(marks.flatten())
+        let mut marks = Vec::new();
+        for (key, row) in keys.zip(rows) {
+            if row.flags & ON_THE_WIRE != 0 {
+                marks.push((PORTS + usize::from(key.port()), 1));
+                if self.ports.insert(key.port()) {
+                    self.new_ports.insert(key.port());
+                }
+            }
+            marks.push((SOCKETS + address_index(&key.address), SOCKET_FILTER_SERVICE as u8));
+        }
+        self.set(marks.into_iter())
     }
 
-    /// Ports that packets are looked at for from now on, and were not before.
+    /// Ports of rows that this process has let through for the first time. The kernel's bytes would not do: they outlive
+    /// programs, and a daemon that ended before it had asked.
     pub fn take_new_ports(&mut self) -> BTreeSet<u16> {
         std::mem::take(&mut self.new_ports)
     }
@@ -100,10 +108,7 @@ impl WireFilter {
         }
         let mut is_new = false;
         for (index, mark) in marks {
-            if self.known[index] & mark == 0 {
-                is_new = true;
-                self.new_ports.extend(index.checked_sub(PORTS).and_then(|port| u16::try_from(port).ok()));
-            }
+            is_new |= self.known[index] & mark == 0;
             self.known[index] |= mark;
         }
         if is_new {

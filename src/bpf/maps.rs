@@ -33,7 +33,7 @@ pub struct Maps {
     connections: Option<MapHandle>,
     /// Made by this process, and neither written to nor read yet.
     empty: Vec<MapName>,
-    /// No frontend was ever written to these maps.
+    /// There was no frontend when they were read.
     is_first: bool,
     syscalls: u64,
 }
@@ -66,7 +66,6 @@ impl Maps {
     /// These maps have just been made: the first to read them finds nothing, without reading. To read an array is to
     /// read every row that fits, which may be millions.
     pub(super) fn know_empty(&mut self, maps: Vec<MapName>) {
-        self.is_first = maps.contains(&MapName::Frontends);
         self.empty = maps;
     }
 
@@ -275,6 +274,7 @@ impl MapIo for Maps {
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
         if let Some(at) = self.empty.iter().position(|empty| *empty == map) {
             self.empty.swap_remove(at);
+            self.is_first |= map == MapName::Frontends;
             return Ok(());
         }
         if map == MapName::SourceRanges {
@@ -282,10 +282,11 @@ impl MapIo for Maps {
         }
         let is_array = matches!(map, MapName::Backends | MapName::Slots);
         let handle = self.handle(map);
-        let (mut batches, mut calls) = (Batches::new(handle), 0);
+        let (mut batches, mut calls, mut found) = (Batches::new(handle), 0, 0);
         loop {
             let batch = batches.next(handle, BATCH)?;
             calls += 1;
+            found += batch.len();
             let rows = batch.rows().filter(|(_, value)| !is_array || value.iter().any(|byte| *byte != 0));
             rows.for_each(|(key, value)| each(key, value));
             if batch.ended {
@@ -293,6 +294,7 @@ impl MapIo for Maps {
             }
         }
         self.syscalls += calls;
+        self.is_first |= map == MapName::Frontends && found == 0;
         Ok(())
     }
 

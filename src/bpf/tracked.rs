@@ -5,7 +5,7 @@
 //!   - A masqueraded connection whose source port is served from now on: its answers come in by that port.
 //!   - A TCP connection that kube-proxy, or a CNI plugin for host ports, has translated: the rest of its packets.
 //!
-//! Cost: one dump of the table for ports that were not served before. Where they are few the kernel filters it.
+//! Cost: one dump of the table for each port that the daemon serves for the first time. Where they are few the kernel filters it.
 
 use std::collections::BTreeSet;
 use std::fs;
