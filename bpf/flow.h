@@ -398,18 +398,22 @@ static __always_inline int flow_is_farewell(const struct packet *packet, const s
 	return !(packet->tcp_flags & TCP_SYN) && sequence_is_near(packet->sequence, flow->sequence);
 }
 
-/* Answered for the first time: the flow is none that fills the quota of the pod which has begun it. `before`: the replies'
- * state until then; of two processors that meet an answer at once, one has seen it without. A reset is no answer. */
-static __always_inline void flow_give_back_quota(const struct scratch *given, __u32 before, __u32 set)
+/* Answered for the first time: the scratch's flow is none that fills the quota of the pod which has begun it. `before`: the
+ * replies' state until then; of two processors that meet an answer at once, one has seen it without. A reset is no answer.
+ * Global, so that it is verified by itself. */
+__noinline int flow_give_back_quota(__u32 before, __u32 set)
 {
-	__u32 interface = given->flow.generation_or_interface;
+	struct scratch *given = scratch();
 	struct pod_device *device;
+	__u32 interface;
 
-	if (!config.has_pod_devices || !(set & FLOW_PROVED) || (before & (FLOW_PROVED | FLOW_ENDING)))
-		return;
+	if (!given || !config.has_pod_devices || !(set & FLOW_PROVED) || (before & (FLOW_PROVED | FLOW_ENDING)))
+		return 0;
+	interface = given->flow.generation_or_interface;
 	device = bpf_map_lookup_elem(&pod_devices, &interface);
 	if (device)
 		__sync_fetch_and_add(&device->openings, -1);
+	return 0;
 }
 
 /* The same of a reply. */
@@ -448,7 +452,7 @@ static __always_inline int flow_attend_reply(struct scratch *given, struct flow 
 		flow_note_sequence(flow, packet->sequence);
 	}
 	before = flow_mark(given, flow, &request_ends, set, clear);
-	flow_give_back_quota(given, before, set);
+	flow_give_back_quota(before, set);
 	return RECALL_SERVES;
 }
 
