@@ -39,7 +39,7 @@ pub(super) fn create(
 pub struct Attachment {
     /// Of the pin.
     pub name: String,
-    /// `None`: a program without a link (a kernel without tcx), or what cannot be opened.
+    /// `None`: a filter's program, or what cannot be opened.
     pub link_id: Option<u32>,
     pub program_id: Option<u32>,
 }
@@ -53,10 +53,11 @@ pub fn attachments(pin_path: &Path) -> Result<Vec<Attachment>> {
     let pins = super::pinned::children(&super::pinned::links_directory(pin_path))?;
     let read = |pin: &std::path::PathBuf| {
         let info = Link::open(pin).ok().and_then(|link| link.info().ok());
+        let program = || Program::id_from_fd(Program::fd_from_pinned_path(pin).ok()?.as_fd()).ok();
         Attachment {
             name: pin.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             link_id: info.as_ref().map(|info| info.id),
-            program_id: info.as_ref().map(|info| info.prog_id),
+            program_id: info.as_ref().map(|info| info.prog_id).or_else(program),
         }
     };
     Ok(pins.iter().map(read).collect())

@@ -25,6 +25,8 @@ use crate::model::Ipx;
 
 /// Bytes that wait to be read, at most: some 40,000 events.
 const RING_BYTES: u32 = 8 << 20;
+/// Of the events of one packet.
+const RING_BYTES_OF_ONE: u32 = 1 << 16;
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// What happened: `struct event` of bpf/observe.h.
@@ -168,12 +170,7 @@ impl Listening {
         ensure!(missing.is_empty(), "CAP_BPF missing: run kubelane monitor as root, or give it this capability");
         let places = Places::open(pin_path)?;
         let (states, rings) = (open(pin_path, "listener_states")?, open(pin_path, "listener_rings")?);
-        let options = libbpf_sys::bpf_map_create_opts {
-            sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _,
-            ..Default::default()
-        };
-        let ring = MapHandle::create(MapType::RingBuf, Some("events"), 0, 0, RING_BYTES, &options);
-        let ring = ring.context("cannot make a ring buffer")?;
+        let ring = new_ring(RING_BYTES)?;
         let inbox = Rc::<RefCell<Vec<Event>>>::default();
         let reader = reader(&ring, Rc::clone(&inbox))?;
         let slot = places.take(|slot| {
@@ -258,6 +255,48 @@ fn open(pin_path: &Path, name: &str) -> Result<MapHandle> {
     MapHandle::from_pinned_path(&path).with_context(|| {
         format!("cannot open the pinned map {}; a daemon from before `kubelane monitor` has none", path.display())
     })
+}
+
+fn new_ring(bytes: u32) -> Result<MapHandle> {
+    let options =
+        libbpf_sys::bpf_map_create_opts { sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _, ..Default::default() };
+    let ring = MapHandle::create(MapType::RingBuf, Some("events"), 0, 0, bytes, &options);
+    ring.context("cannot make a ring buffer")
+}
+
+/// Hears everything that programs tell on maps that nobody else has.
+pub(super) struct Overheard {
+    listening: MapHandle,
+    ring: RingBuffer<'static>,
+    inbox: Rc<RefCell<Vec<Event>>>,
+}
+
+impl Overheard {
+    pub fn new(listening: MapHandle, rings: &MapHandle) -> Result<Overheard> {
+        let ring = new_ring(RING_BYTES_OF_ONE)?;
+        let inbox = Rc::<RefCell<Vec<Event>>>::default();
+        let reader = reader(&ring, Rc::clone(&inbox))?;
+        let fd = ring.as_fd().as_raw_fd().to_ne_bytes();
+        rings.update(&[0; 4], &fd, MapFlags::ANY).context("cannot hand the ring to the programs")?;
+        Ok(Overheard { listening, ring: reader, inbox })
+    }
+
+    /// What is told from now on, for [`LISTENER_STALE_S`] seconds.
+    pub fn begin(&self) -> Result<()> {
+        let mut all = Everybody { slots: 1, ..Everybody::zeroed() };
+        all.listeners[0] = Listener { numbers: u64::MAX, heard_ns: now_ns()?, one_in: 1, ..Listener::zeroed() };
+        self.listening.update(&[0; 4], bytemuck::bytes_of(&all), MapFlags::ANY).context("writing who listens")
+    }
+
+    pub fn take(&self) -> Result<Vec<Event>> {
+        self.ring.consume().context("reading events")?;
+        Ok(std::mem::take(&mut *self.inbox.borrow_mut()))
+    }
+}
+
+fn now_ns() -> Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("cannot read the clock")?;
+    Ok(now.tv_sec() as u64 * NANOSECONDS + now.tv_nsec() as u64)
 }
 
 fn reader(ring: &MapHandle, inbox: Rc<RefCell<Vec<Event>>>) -> Result<RingBuffer<'static>> {
@@ -354,9 +393,8 @@ impl Places {
         let directory = directory.with_context(|| format!("cannot open {}", self.directory.display()))?;
         let lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, error)| error);
         let _lock = lock.with_context(|| format!("cannot lock {}", self.directory.display()))?;
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("cannot read the clock")?;
         let mut all = self.read()?;
-        change(&mut all, now.tv_sec() as u64 * NANOSECONDS + now.tv_nsec() as u64)?;
+        change(&mut all, now_ns()?)?;
         self.map.update(&[0; 4], bytemuck::bytes_of(&all), MapFlags::ANY).context("writing who listens")
     }
 }

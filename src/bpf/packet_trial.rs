@@ -89,7 +89,10 @@ impl PacketTrial {
     fn try_one(&self, device: &Device, address: IpAddr, port: u16, protocol: Protocol) -> Result<bool> {
         // Any number that no other trial of this moment has.
         let id = std::process::id().wrapping_mul(31).wrapping_add(device.index) as u16;
-        let to = hardware_address(device)?;
+        let to = match device.link_layer {
+            LinkLayer::Ethernet => hardware_address(device.index)?,
+            LinkLayer::None => [0; 6],
+        };
         let (frame, key) = match address {
             IpAddr::V4(ip) => piece4(to, ip, port, protocol, id),
             IpAddr::V6(ip) => piece6(to, ip, port, protocol, id),
@@ -120,14 +123,15 @@ fn receiver(index: u32) -> io::Result<OwnedFd> {
     ])
 }
 
-fn hardware_address(device: &Device) -> Result<[u8; 6]> {
-    if device.link_layer == LinkLayer::None {
-        return Ok([0; 6]);
-    }
+/// Of a device of this network namespace, by its interface index.
+///
+/// # Errors
+/// When it has none, or devices cannot be listed.
+pub fn hardware_address(index: u32) -> Result<[u8; 6]> {
     let all = getifaddrs().context("listing devices")?;
     let mut links = all.filter_map(|interface| interface.address?.as_link_addr().copied());
-    let own = links.find(|link| link.ifindex() == device.index as usize);
-    own.and_then(|link| link.addr()).with_context(|| format!("device {} has no hardware address", device.index))
+    let own = links.find(|link| link.ifindex() == index as usize);
+    own.and_then(|link| link.addr()).with_context(|| format!("device {index} has no hardware address"))
 }
 
 /// Behind the IP header: ports, and zeros where headers have more.

@@ -1,4 +1,4 @@
-//! BPF_PROG_TEST_RUN: a packet through a program, without a device. For tests and benches.
+//! BPF_PROG_TEST_RUN: a packet through a program, without a device. For `kubelane trace`, tests and benches.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -88,6 +88,7 @@ pub fn run_bare(
 }
 
 /// Runs any packet program on `frame`, in a context that says nothing.
+#[cfg(feature = "lab")]
 pub(super) fn run_plain(program: BorrowedFd<'_>, frame: &[u8], repeat: u32) -> Result<Outcome> {
     run_program(program, frame, &Zeroable::zeroed(), repeat)
 }

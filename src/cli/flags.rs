@@ -14,6 +14,7 @@ use super::explain::{Asker, Target};
 use super::get::{JsonPath, Output, ServiceFilter, sort_key};
 use super::kube_proxy::KubeProxyFlags;
 use super::monitor::MonitorFlags;
+use super::trace::TraceFlags;
 use super::traffic::TrafficFlags;
 use super::value::boolean;
 use crate::model::SocketLb;
@@ -69,6 +70,13 @@ pub enum Command {
     /// comes from the live maps; the daemon adds the reasons that are in no map. Disagreements between the two are
     /// reported.
     Explain(ExplainFlags),
+    /// Send one packet, or call connect() once, through the programs, and show each step
+    ///
+    /// The packet is given by addresses or by a capture, and comes in by the device that leads to its source. Shown are, for
+    /// each program that it meets on this node, the rows that decide, the events, the verdict, the rows that are left, what
+    /// the packet becomes, and the time; then the same for an answer. It is tried on copies of the tables that packets
+    /// write: the programs that are attached never see it.
+    Trace(Box<TraceFlags>),
     /// Watch Services, refusals, drops, maps and watches in a terminal
     ///
     /// Keys: arrows or j and k move, Enter opens a Service, Esc goes back, / filters, s sorts, p pauses, q quits.

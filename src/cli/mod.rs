@@ -24,6 +24,7 @@ mod source_check;
 mod status;
 mod table;
 mod top;
+mod trace;
 mod traffic;
 mod value;
 
@@ -73,6 +74,7 @@ pub fn main(started: Instant) -> ExitCode {
         Command::Completion(flags) => manual::completion(flags.shell),
         Command::Man(flags) => manual::man(&flags),
         Command::Explain(flags) => explain::run(&flags),
+        Command::Trace(flags) => trace::run(&flags),
         Command::Top(flags) => top::run(&flags),
         Command::Monitor(flags) => monitor::run(&flags),
         Command::Cleanup(flags) => cleanup(&flags.pins),

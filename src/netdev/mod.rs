@@ -14,6 +14,7 @@ mod routes;
 mod selection;
 #[cfg(test)]
 mod tests;
+mod way;
 
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,7 @@ pub use pods::{PodDevices, PodEnd};
 pub use policies::follow_policies;
 pub use routes::{RouteChange, follow_routes};
 pub use selection::NodePortAddresses;
+pub use way::{Way, way};
 
 use crate::model::Ipx;
 use notices::{Changes, Notices};

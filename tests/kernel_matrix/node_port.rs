@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use kubelane::abi::counter::COUNTER_FLOW_REMOTE;
+use kubelane::bpf::{Device, Direction, Hook, LinkLayer, Rehearsal, Role};
 use kubelane::model::Protocol;
 
 use crate::node::can_run;
@@ -120,6 +122,48 @@ fn packet(protocol: Protocol, from: (&str, u16), to: (&str, u16), flags: u8) -> 
         Protocol::Tcp => tcp(from, to, flags),
         _ => udp(from, to, &[5; 100]),
     }
+}
+
+/// `kubelane trace`: what the programs do to a packet on copies of their tables, beside those that are attached.
+#[test]
+fn a_packet_is_tried_as_it_would_be_served_and_the_tables_stay_as_they_are() {
+    if !can_run() {
+        return;
+    }
+    let mut node = wire::Node::new();
+    let id = node.next_backend();
+    node.backend(id, REMOTE4, 8080, Protocol::Tcp, false);
+    node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[id]);
+    let device = Device {
+        index: node.uplink,
+        link_layer: LinkLayer::Ethernet,
+        role: Role::Outward,
+        ip4: NODE4.parse().ok(),
+        ip6: NODE6.parse().ok(),
+        rp_filter: 0,
+    };
+    let unattached = Rehearsal::open(&node.pin_path).err().map(|error| format!("{error:#}"));
+    let unattached = unattached.unwrap();
+    assert!(unattached.contains("no device of this node has the packet programs"), "{unattached}");
+    node.datapath.devices().attach(&device).unwrap();
+    let (earlier, later) = (tcp((CLIENT4, 4000), (NODE4, 30080), SYN), tcp((CLIENT4, 4001), (NODE4, 30080), SYN));
+    node.uplink_in(&earlier);
+    let (before, counters) = (node.flow_rows(), node.counters());
+    let mut rehearsal = Rehearsal::open(&node.pin_path).unwrap();
+    assert!(rehearsal.is_attached_build);
+    let mut changed = |frame: &Frame| {
+        let trial = rehearsal.run(Hook::Wire(Direction::In), &frame.bytes(), 0, node.uplink).unwrap();
+        assert_eq!(trial.outcome.action, REDIRECT);
+        let events: Vec<u32> = trial.events.iter().map(|event| event.number).collect();
+        let new = trial.changes.iter().filter(|change| !change.was_there).count();
+        (new, events.contains(&COUNTER_FLOW_REMOTE), trial.counted.contains(&(COUNTER_FLOW_REMOTE, 1)))
+    };
+    assert_eq!(changed(&later), (2, true, true));
+    // Both have their rows now, copied or begun.
+    for frame in [&earlier, &later] {
+        assert_eq!(changed(frame), (0, false, false));
+    }
+    assert_eq!((node.flow_rows(), node.counters()), (before, counters));
 }
 
 /// Of each family: client, router, node, pod here, pod elsewhere, the node's address towards it.

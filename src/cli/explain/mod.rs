@@ -24,11 +24,11 @@ use crate::chain::chain;
 use crate::explain::{self as told, About, Answer, LeftOut, ask};
 use crate::model::{Ipx, ObjectName, Protocol, SocketAddrx};
 use crate::plan::port::row_name;
-use decide::{Client, Decision, decide, decide_found};
-use kernel::Live;
+pub use decide::{Client, decide};
+use decide::{Decision, decide_found};
+pub use kernel::Live;
 pub use render::{Group, groups};
-use target::Destination;
-pub use target::{Asker, Target};
+pub use target::{Asker, Destination, Target};
 pub use view::View;
 use view::{Asked, LeftOutEndpoint, view};
 

@@ -29,9 +29,10 @@ use crate::bpf::{Listening, Tally};
 use begun::Begun;
 use filter::Filter;
 use history::{History, LOOK_EVERY, Last, Line};
-use names::Names;
+pub use names::Names;
 use print::{Gap, Printer, words};
-use record::Record;
+pub use print::{compact, name};
+pub use record::{Record, shown};
 
 /// Events that are read before they are written.
 const AT_ONCE: usize = 4096;
@@ -221,7 +222,10 @@ fn is_over(signals: &SignalFd, listening: Option<&Listening>, patience: PollTime
 }
 
 /// Nanoseconds since 1970 at which CLOCK_MONOTONIC was 0, as the clock is set now.
-fn monotonic_zero() -> Result<i128> {
+///
+/// # Errors
+/// When the clock cannot be read.
+pub fn monotonic_zero() -> Result<i128> {
     let now = |clock| -> Result<i128> {
         let time = clock_gettime(clock).context("cannot read the clock")?;
         Ok(i128::from(time.tv_sec()) * 1_000_000_000 + i128::from(time.tv_nsec()))

@@ -120,7 +120,8 @@ fn clock(time: &str) -> &str {
     time.split_once('T').map_or(time, |(_, clock)| clock.trim_end_matches('Z'))
 }
 
-fn name(service: &PortName) -> String {
+/// "shop/web:http"
+pub fn name(service: &PortName) -> String {
     let port = if service.port_name.is_empty() { String::new() } else { format!(":{}", service.port_name) };
     format!("{}/{}{port}", service.namespace, service.name)
 }
@@ -132,10 +133,12 @@ fn process(record: &Record) -> Option<String> {
     Some(format!("{}[{}]{pod}", process.name, process.pid))
 }
 
+/// One line.
+///
 /// ```text
 /// 12:34:56.123456 connect TCP curl[4711]@web-0 10.244.1.11 -> 10.96.0.80:80 (shop/web:http) => 10.244.2.5:8080, by chance
 /// ```
-fn compact(record: &Record) -> String {
+pub fn compact(record: &Record) -> String {
     let mut line = format!("{} {} {}", clock(&record.time), record.event.as_str(), record.protocol);
     let mut add = |word: &str| {
         line.push(' ');
