@@ -15,7 +15,7 @@ use kubelane::model::Protocol;
 use kubelane::sync::{MapIo as _, MapName};
 use serde_json::{Value, json};
 use support::cluster::{Cluster, names, vip};
-use support::daemon::PATIENCE;
+use support::daemon::{Daemon, PATIENCE};
 use support::eventually;
 use support::lab::Node;
 use support::manifests::{Endpoint, port, service, slice};
@@ -133,6 +133,31 @@ fn what_a_client_on_the_node_gets_is_what_was_explained() {
     assert_eq!(cluster.lab.pod(names(&got)[0]).v4, remembered.ip(), "{told:#}");
     let other = view(node, "node", &to.to_string());
     assert!(other["affinity"]["backend"].is_null() && other["affinity"]["isKnownClient"] == true, "{other:#}");
+}
+
+/// They are in no row of a Service: the programs that are attached are asked.
+#[test]
+fn what_the_daemon_was_told_counts_whether_it_runs_or_not() {
+    let Some(cluster) = Cluster::or_skip() else { return };
+    situations(&cluster);
+    let node = cluster.lab.node("node1");
+    let pod = address(&cluster, "client");
+    let (to, unknown) = (vip(10, 90)[0].to_string(), vip(10, 99)[0].to_string());
+    let sctp = format!("{to}/sctp");
+    for (options, outside, other_port, pods_sctp) in [
+        (&[][..], "untouched", "untouched", "refused"),
+        (&["--external-cluster-ip", "--pod-devices", "none"][..], "backend", "refused", "untouched"),
+    ] {
+        let daemon = Daemon::start_with(&cluster.lab, "node1", &cluster.manifests.dir, options).unwrap();
+        let verdicts = || {
+            let verdict = |from: &str, to: &str| explained(node, &["--from", from, to])["views"][0]["verdict"].clone();
+            let outside_from = format!("outside:{CLIENT}");
+            [verdict(&outside_from, &to), verdict(&outside_from, &unknown), verdict(&pod, &sctp)]
+        };
+        assert_eq!(verdicts(), [outside, other_port, pods_sctp], "{options:?}");
+        drop(daemon);
+        assert_eq!(verdicts(), [outside, other_port, pods_sctp], "{options:?}, without the daemon");
+    }
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 mod account;
 mod attach;
+mod attached;
 mod batch;
 mod btf;
 mod connections;
@@ -41,6 +42,7 @@ pub mod yardstick;
 
 pub use account::{MapMemory, map_memory};
 pub use attach::{Attached, SocketHooks};
+pub use attached::{Configuration, configuration};
 pub use connections::ServiceConnections;
 pub use devices::{Device, Devices, Direction, LinkLayer, Method, Role};
 pub use epochs::{RouteEpoch, ThroughStack};

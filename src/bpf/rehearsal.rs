@@ -7,19 +7,20 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use bytemuck::Pod;
-use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
+use libbpf_rs::query::ProgInfoIter;
 use libbpf_rs::skel::{OpenSkel, Skel as _};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, Program, ProgramType};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, Program};
 
+use super::attached::attached;
 use super::batch::Batches;
 use super::devices::{Devices, Direction, LinkLayer};
 use super::load::{btf_stand_in, open_object, uninterrupted};
 use super::monitor::{Event, Overheard};
 use super::run::{self, Outcome};
-use super::skeleton::{OpenKubelaneSkel, types};
-use super::{link, pinned, probe};
+use super::skeleton::OpenKubelaneSkel;
+use super::{pinned, probe};
 use crate::abi::counter::COUNTER_MAX;
 
 /// No packet program writes to them.
@@ -113,11 +114,13 @@ impl Rehearsal {
     /// When nothing is pinned there or no packet program is attached, a right is missing, or the kernel refuses.
     pub fn open(pin_path: &Path) -> Result<Rehearsal> {
         pinned::expect_state(pin_path)?;
-        let attached = attached(pin_path)?;
+        let Some(attached) = attached(pin_path, Hook::Wire(Direction::In).program())? else {
+            bail!("no device of this node has the packet programs: see the attachments in `kubelane get node`")
+        };
         let mut storage = MaybeUninit::uninit();
         let btf = btf_stand_in()?;
         let mut skeleton = open_object(&mut storage, btf.as_ref(), probe::SocketSearch::None)?;
-        configure(&mut skeleton, &attached)?;
+        attached.configure(&mut skeleton)?;
         let live = arrange(&mut skeleton, pin_path)?;
         let skeleton = uninterrupted(|| skeleton.load()).context("the kernel rejected the BPF object")?;
         let mut maps = HashMap::new();
@@ -204,54 +207,6 @@ impl Rehearsal {
         }
         Ok(changes)
     }
-}
-
-/// The packet program that is attached, and what it was configured with.
-struct Attached {
-    tag: [u8; 8],
-    config: Vec<u8>,
-}
-
-/// Any outward device's program of the way in: all have the same configuration.
-fn attached(pin_path: &Path) -> Result<Attached> {
-    let mut pinned: Vec<u32> = link::attachments(pin_path)?.iter().filter_map(|link| link.program_id).collect();
-    pinned.sort_unstable();
-    let wanted = Hook::Wire(Direction::In).program();
-    let options = ProgInfoQueryOptions::default().include_map_ids(true);
-    let mut all = ProgInfoIter::with_query_opts(options).filter(|program| program.ty == ProgramType::SchedCls);
-    let is_ours = |program: &ProgramInfo| {
-        // A name has 15 bytes.
-        let name = program.name.to_string_lossy();
-        name.len() == 15 && wanted.starts_with(&*name) && pinned.binary_search(&program.id).is_ok()
-    };
-    let program = all.find(is_ours);
-    let Some(program) = program else {
-        bail!("no device of this node has the packet programs: see the attachments in `kubelane get node`")
-    };
-    for id in &program.map_ids {
-        let Ok(map) = MapHandle::from_map_id(*id) else { continue };
-        if map.name().to_string_lossy().ends_with(".rodata") {
-            let config = map.lookup(&[0; 4], MapFlags::ANY).context("cannot read the programs' configuration")?;
-            return Ok(Attached { tag: program.tag.0, config: config.unwrap_or_default() });
-        }
-    }
-    bail!("the program {} has no configuration: it is not kubelane's", program.id)
-}
-
-fn configure(skeleton: &mut OpenKubelaneSkel<'_>, attached: &Attached) -> Result<()> {
-    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
-    let size = size_of::<types::rodata>();
-    ensure!(
-        attached.config.len() >= size,
-        "the programs that are attached are another version's: use the binary of the daemon that attached them"
-    );
-    // SAFETY: the read-only data is integers, of which all bytes are values, and as long as what is copied.
-    unsafe {
-        std::ptr::copy_nonoverlapping(attached.config.as_ptr(), std::ptr::from_mut(rodata).cast::<u8>(), size);
-    }
-    // Its map is the daemon's own, and packets do not count there.
-    rodata.config.counts_services = 0;
-    Ok(())
 }
 
 /// Gives the programs the live maps that they only read, and makes the others as large as the live ones. Answers the live

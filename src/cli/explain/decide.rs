@@ -1,6 +1,5 @@
 //! What the datapath makes of the next connection, by the rows that it would read and in its order: `bpf/socket.h` for
-//! clients on this node, `bpf/service.h` and `bpf/begin.h` for packets from outside. What the options of the daemon change
-//! (`--external-cluster-ip`, `--pod-devices none`) is not in the rows, and not looked at. `tests/explain.rs` asks both.
+//! clients on this node, `bpf/service.h` and `bpf/begin.h` for packets from outside. `tests/explain.rs` asks both.
 
 use std::collections::BTreeMap;
 
@@ -11,14 +10,19 @@ use super::target::Destination;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
 use crate::abi::backend_state::{BACKEND_GONE, BACKEND_TERMINATING};
 use crate::abi::frontend_flag::{
-    FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_ADMITTED, FRONTEND_NODE_PORT, FRONTEND_SOURCE_RANGES,
+    FRONTEND_CLUSTER_IP, FRONTEND_EXTERNAL_IP, FRONTEND_LOAD_BALANCER, FRONTEND_NODE_ADMITTED, FRONTEND_NODE_PORT,
+    FRONTEND_SOURCE_RANGES,
 };
 use crate::abi::pool_empty::EMPTY_DROP;
 use crate::abi::{Affinity, AffinityKey, Backend, Frontend, FrontendKey, Pool, backend_flag};
 use crate::model::{Ipx, Protocol, SocketAddrx};
 
 /// Kinds of frontends that packets from outside ask for.
-const FOR_PACKETS: u32 = FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT;
+fn for_packets(kernel: &dyn Kernel) -> u32 {
+    let always = FRONTEND_EXTERNAL_IP | FRONTEND_LOAD_BALANCER | FRONTEND_NODE_PORT;
+    if kernel.configuration().external_cluster_ips { always | FRONTEND_CLUSTER_IP } else { always }
+}
+
 /// As `PICK_TRIES` of bpf/pick.h.
 const PICK_TRIES: u32 = 8;
 
@@ -142,13 +146,14 @@ pub fn decide_found(
     let is_admitted = match client {
         _ if row.flags & FRONTEND_SOURCE_RANGES == 0 => None,
         Client::Socket { is_host: true, .. } => Some(row.flags & FRONTEND_NODE_ADMITTED != 0),
+        Client::Socket { .. } if !kernel.configuration().has_pod_devices => None,
         Client::Packet(Some(ip)) | Client::Socket { ip: Some(ip), .. } => Some(kernel.admits(row.service_id, *ip)?),
         _ => None,
     };
     let remembered = if row.affinity_seconds > 0 { remembered(kernel, to, &row, &pool, client)? } else { None };
     let name = kernel.name(row.service_id)?;
     let found = Found { key, row, pool, name, seats, remembered, is_admitted };
-    let verdict = verdict(&found, to, client);
+    let verdict = verdict(kernel, &found, to, client);
     Ok(Decision { found: Some(found), verdict })
 }
 
@@ -157,8 +162,7 @@ type LookUp = Result<std::result::Result<(FrontendKey, Frontend), Verdict>>;
 /// As `request_lookup()` and `frontend_lookup()`.
 fn socket_look_up(kernel: &dyn Kernel, to: Destination, is_host: bool) -> LookUp {
     let untouched = |reason| Ok(Err(Verdict::Untouched(reason)));
-    // Of pods packets are served.
-    if to.protocol == Protocol::Sctp && is_host {
+    if to.protocol == Protocol::Sctp && !is_sctp_served(kernel, is_host) {
         return untouched(Reason::SctpSocket);
     }
     let key = FrontendKey::new(to.at.ip, to.at.port, to.protocol);
@@ -191,6 +195,11 @@ fn socket_look_up(kernel: &dyn Kernel, to: Destination, is_host: bool) -> LookUp
     }
 }
 
+/// There is no hook for its sockets; of pods packets are served.
+fn is_sctp_served(kernel: &dyn Kernel, is_host: bool) -> bool {
+    !is_host && kernel.configuration().has_pod_devices
+}
+
 /// As `service_find()`.
 fn packet_look_up(kernel: &dyn Kernel, to: Destination) -> LookUp {
     let untouched = |reason| Ok(Err(Verdict::Untouched(reason)));
@@ -201,15 +210,21 @@ fn packet_look_up(kernel: &dyn Kernel, to: Destination) -> LookUp {
     let key = FrontendKey::new(to.at.ip, to.at.port, to.protocol);
     let node_port = FrontendKey::new(Ipx::any(to.at.ip.family()), to.at.port, to.protocol);
     let mut found = None;
-    if roles & ADDRESS_SERVICE_VIP != 0 {
+    let is_external = kernel.configuration().external_cluster_ips;
+    let vips = if is_external { ADDRESS_SERVICE_VIP | ADDRESS_CLUSTER_IP } else { ADDRESS_SERVICE_VIP };
+    if roles & vips != 0 {
         found = kernel.frontend(&key)?.map(|row| (key, row));
     }
     if found.is_none() && roles & ADDRESS_NODE != 0 {
         found = kernel.frontend(&node_port)?.map(|row| (node_port, row));
     }
-    match found.filter(|(_, row)| row.flags & FOR_PACKETS != 0) {
-        Some(_) if !kernel.lets_look(&key, false) => untouched(Reason::NotMarked),
+    let lets_look = kernel.lets_look(&key, false) || (is_external && kernel.lets_look(&key, true));
+    match found.filter(|(_, row)| row.flags & for_packets(kernel) != 0) {
+        Some(_) if !lets_look => untouched(Reason::NotMarked),
         Some(found) => Ok(Ok(found)),
+        None if roles & ADDRESS_CLUSTER_IP != 0 && is_external && lets_look => {
+            Ok(Err(Verdict::Refused(Reason::UnknownPort)))
+        }
         None if roles & ADDRESS_CLUSTER_IP != 0 => untouched(Reason::ClusterIpOutside),
         None => untouched(Reason::NoService),
     }
@@ -251,6 +266,10 @@ fn remembered(
     client: &Client,
 ) -> Result<Option<Remembered>> {
     let keys: Vec<AffinityKey> = match client {
+        // Their packets are served.
+        Client::Socket { is_host: false, ip, .. } if kernel.configuration().host_sockets_only => {
+            ip.iter().map(|ip| AffinityKey::of_address(*ip, row.service_id)).collect()
+        }
         Client::Socket { cookies, .. } => {
             let key = |cookie: &u64| AffinityKey::of_namespace(*cookie, to.at.ip.family(), row.service_id);
             cookies.iter().map(key).collect()
@@ -285,10 +304,12 @@ fn recall(kernel: &dyn Kernel, row: Option<Affinity>, of: &Frontend, pool: &Pool
     Ok(living.map(|backend| Remembered { at: at(&backend), left_seconds: (lasts - age) / 1_000_000_000 }))
 }
 
-fn verdict(found: &Found, to: Destination, client: &Client) -> Verdict {
+fn verdict(kernel: &dyn Kernel, found: &Found, to: Destination, client: &Client) -> Verdict {
     match client {
-        Client::Packet(_) if found.row.flags & FOR_PACKETS == 0 => return Verdict::Untouched(Reason::ClusterIpOutside),
-        Client::Socket { is_host: true, .. } if to.protocol == Protocol::Sctp => {
+        Client::Packet(_) if found.row.flags & for_packets(kernel) == 0 => {
+            return Verdict::Untouched(Reason::ClusterIpOutside);
+        }
+        Client::Socket { is_host, .. } if to.protocol == Protocol::Sctp && !is_sctp_served(kernel, *is_host) => {
             return Verdict::Untouched(Reason::SctpSocket);
         }
         _ => {}

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::abi::{Affinity, AffinityKey, Backend, DeviceAddresses, Frontend, FrontendKey, ServiceName, SourceRangeKey};
-use crate::bpf::{PinnedMap, WireMarks};
+use crate::bpf::{Configuration, PinnedMap, WireMarks, configuration};
 use crate::model::Ipx;
 
 /// What a decision asks of the maps.
@@ -25,6 +25,8 @@ pub trait Kernel {
     fn new_affinity(&self, key: &AffinityKey) -> Result<Option<Affinity>>;
     /// Whether the programs look any further at this destination.
     fn lets_look(&self, key: &FrontendKey, for_sockets: bool) -> bool;
+    /// What the programs were told.
+    fn configuration(&self) -> Configuration;
     /// How many devices packets from outside are met on.
     fn devices(&self) -> Result<usize>;
     /// Nanoseconds of CLOCK_MONOTONIC.
@@ -43,6 +45,7 @@ pub struct Live {
     new_affinities: PinnedMap,
     devices: PinnedMap,
     marks: WireMarks,
+    configuration: Configuration,
 }
 
 impl Live {
@@ -61,6 +64,7 @@ impl Live {
             new_affinities: open("new_affinities")?,
             devices: open("devices")?,
             marks: WireMarks::read(pin_path)?,
+            configuration: configuration(pin_path)?.unwrap_or_default(),
         })
     }
 
@@ -152,6 +156,10 @@ impl Kernel for Live {
 
     fn lets_look(&self, key: &FrontendKey, for_sockets: bool) -> bool {
         self.marks.lets_look(&key.address, key.port(), for_sockets, super::decide::is_this_host(key.ip()))
+    }
+
+    fn configuration(&self) -> Configuration {
+        self.configuration
     }
 
     fn devices(&self) -> Result<usize> {

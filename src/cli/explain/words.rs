@@ -71,7 +71,9 @@ pub fn remedy(reason: Reason, asked: &Asked) -> Option<String> {
             "SCTP's checksum rules out another port: give the endpoints the Service's own port".to_owned()
         }
         Reason::SctpSocket => {
-            "the kernel has no hook for SCTP sockets of this node: connect from a pod, or from outside".to_owned()
+            "the kernel has no hook for SCTP sockets: connect from a pod whose device has the programs (--pod-devices), or \
+             from outside"
+                .to_owned()
         }
         Reason::NoService => no_service(asked),
         Reason::ClusterIpOutside => {

@@ -1,0 +1,90 @@
+//! What the programs that are attached were configured with, as the kernel knows it: it is in no pinned map, and the daemon
+//! may be down.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
+
+use super::link;
+use super::skeleton::{OpenKubelaneSkel, types};
+
+/// A program that is attached.
+pub(super) struct AttachedProgram {
+    /// The kernel's hash of its instructions.
+    pub tag: [u8; 8],
+    /// The object's read-only data, which all its programs share.
+    rodata: Vec<u8>,
+}
+
+/// What the daemon was told that changes verdicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Configuration {
+    /// Cluster IPs serve clients outside.
+    pub external_cluster_ips: bool,
+    /// Programs are on pods' devices.
+    pub has_pod_devices: bool,
+    /// Sockets of pods are left alone.
+    pub host_sockets_only: bool,
+}
+
+impl Default for Configuration {
+    fn default() -> Self {
+        Configuration { external_cluster_ips: false, has_pod_devices: true, host_sockets_only: false }
+    }
+}
+
+/// Of the programs pinned below `pin_path`. `None`: none is attached.
+///
+/// # Errors
+/// When nothing is pinned there, the kernel refuses, or they are another version's.
+pub fn configuration(pin_path: &Path) -> Result<Option<Configuration>> {
+    let Some(attached) = attached(pin_path, "")? else { return Ok(None) };
+    let config = attached.rodata()?.config;
+    Ok(Some(Configuration {
+        external_cluster_ips: config.external_cluster_ips != 0,
+        has_pod_devices: config.has_pod_devices != 0,
+        host_sockets_only: config.host_sockets_only != 0,
+    }))
+}
+
+/// Any pinned program whose name begins with `name`, of which the kernel keeps 15 bytes.
+pub(super) fn attached(pin_path: &Path, name: &str) -> Result<Option<AttachedProgram>> {
+    let mut pinned: Vec<u32> = link::attachments(pin_path)?.iter().filter_map(|link| link.program_id).collect();
+    pinned.sort_unstable();
+    let name = name.get(..15).unwrap_or(name);
+    let options = ProgInfoQueryOptions::default().include_map_ids(true);
+    let is_it = |program: &ProgramInfo| {
+        pinned.binary_search(&program.id).is_ok() && program.name.to_string_lossy().starts_with(name)
+    };
+    let Some(program) = ProgInfoIter::with_query_opts(options).find(is_it) else { return Ok(None) };
+    for id in &program.map_ids {
+        let Ok(map) = MapHandle::from_map_id(*id) else { continue };
+        if map.name().to_string_lossy().ends_with(".rodata") {
+            let rodata = map.lookup(&[0; 4], MapFlags::ANY).context("cannot read the programs' configuration")?;
+            return Ok(Some(AttachedProgram { tag: program.tag.0, rodata: rodata.unwrap_or_default() }));
+        }
+    }
+    bail!("the program {} has no configuration: it is not kubelane's", program.id)
+}
+
+impl AttachedProgram {
+    fn rodata(&self) -> Result<types::rodata> {
+        ensure!(
+            self.rodata.len() >= size_of::<types::rodata>(),
+            "the programs that are attached are another version's: use the binary of the daemon that attached them"
+        );
+        // SAFETY: the bytes are as many as are read, and all are values of the integers that the data is made of.
+        Ok(unsafe { std::ptr::read_unaligned(self.rodata.as_ptr().cast::<types::rodata>()) })
+    }
+
+    /// Gives a second object the same configuration.
+    pub fn configure(&self, skeleton: &mut OpenKubelaneSkel<'_>) -> Result<()> {
+        let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the BPF object has no read-only data")?;
+        *rodata = self.rodata()?;
+        // The counts are the daemon's own, in a map that is not pinned.
+        rodata.config.counts_services = 0;
+        Ok(())
+    }
+}
