@@ -112,6 +112,24 @@ enum counter {
 	COUNTER_MAX = 39,
 };
 
+/* What is counted of each Service, if somebody wants to know: indices into struct service_counts. But for the first, as
+ * the counters of these names count, where a Service was found. */
+enum service_count {
+	SERVICE_CONNECTIONS = 0,
+	SERVICE_REFUSED_NO_ENDPOINT = 1,
+	SERVICE_DROPPED_NO_LOCAL_ENDPOINT = 2,
+	SERVICE_DROPPED_SOURCE_RANGE = 3,
+	SERVICE_DROPPED_POD_QUOTA = 4,
+	SERVICE_DROPPED_SNAT_EXHAUSTED = 5,
+	SERVICE_DROPPED_SNAT_SOURCE = 6,
+	SERVICE_DROPPED_NO_ROUTE = 7,
+	SERVICE_DROPPED_FORWARDING_OFF = 8,
+	SERVICE_DROPPED_FLOW_TABLE = 9,
+	SERVICE_DROPPED_MARTIAN = 10,
+	SERVICE_DROPPED_SCTP_PORT = 11,
+	SERVICE_COUNT_MAX = 12,
+};
+
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
 struct frontend_key {
 	struct address address;

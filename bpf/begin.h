@@ -118,15 +118,18 @@ static __always_inline int begin_find_backend(hook_context *ctx, struct scratch 
 		if (is_named_local || (address_roles(&given->flow.ends.destination) & (ADDRESS_LOCAL | ADDRESS_NODE)))
 			return VERDICT_CONTINUE;
 		count(COUNTER_DROPPED_FORWARDING_OFF);
+		count_service(given->frontend.service_id, SERVICE_DROPPED_FORWARDING_OFF);
 		return VERDICT_DROP;
 	default:
 		count(COUNTER_DROPPED_NO_ROUTE);
+		count_service(given->frontend.service_id, SERVICE_DROPPED_NO_ROUTE);
 		return VERDICT_DROP;
 	}
 	/* Replies to any other address would not be looked at when they come in. */
 	roles = address_roles(&ends->source);
 	if (!(roles & (ADDRESS_LOCAL | ADDRESS_NODE))) {
 		count(COUNTER_DROPPED_SNAT_SOURCE);
+		count_service(given->frontend.service_id, SERVICE_DROPPED_SNAT_SOURCE);
 		return VERDICT_DROP;
 	}
 	given->flow.ends.source = ends->source;
@@ -134,6 +137,7 @@ static __always_inline int begin_find_backend(hook_context *ctx, struct scratch 
 	if (begin_source_is_valid(ctx, given))
 		return VERDICT_CONTINUE;
 	count(COUNTER_DROPPED_MARTIAN);
+	count_service(given->frontend.service_id, SERVICE_DROPPED_MARTIAN);
 	return VERDICT_DROP;
 }
 
@@ -275,6 +279,7 @@ static __noinline int begin_give_up(struct scratch *given, int place)
 {
 	begin_release(given, place);
 	count(COUNTER_DROPPED_FLOW_TABLE);
+	count_service(given->frontend.service_id, SERVICE_DROPPED_FLOW_TABLE);
 	return VERDICT_DROP;
 }
 
@@ -327,6 +332,10 @@ __noinline int begin_flow(hook_context *ctx)
 	place = snat_reserve(ctx, ports);
 	if (place == PLACE_TAKEN || place == PLACE_FULL) {
 		count(place == PLACE_FULL ? COUNTER_DROPPED_FLOW_TABLE : COUNTER_DROPPED_SNAT_EXHAUSTED);
+		if (place == PLACE_FULL)
+			count_service(given->frontend.service_id, SERVICE_DROPPED_FLOW_TABLE);
+		else
+			count_service(given->frontend.service_id, SERVICE_DROPPED_SNAT_EXHAUSTED);
 		return VERDICT_DROP;
 	}
 	given->flow.ends.source_port = given->reply.ends.destination_port;
@@ -336,7 +345,7 @@ __noinline int begin_flow(hook_context *ctx)
 	begin_note_ports(given);
 	verdict = begin_enter(ctx, given, place);
 	if (verdict == VERDICT_CONTINUE)
-		count_service(given->frontend.service_id);
+		count_service(given->frontend.service_id, SERVICE_CONNECTIONS);
 	return verdict;
 }
 
@@ -374,6 +383,7 @@ __noinline int begin_choose_backend(hook_context *ctx)
 	if (given->packet.tuple.protocol == IPPROTO_SCTP &&
 	    given->flow.ends.destination_port != given->packet.tuple.ends.destination_port) {
 		count(COUNTER_DROPPED_SCTP_PORT);
+		count_service(given->frontend.service_id, SERVICE_DROPPED_SCTP_PORT);
 		return VERDICT_DROP;
 	}
 	if (!given->from_pod)

@@ -18,7 +18,7 @@ struct config {
 	/* Ports that clients get towards local backends in the place of their own: moved_ports of them, host order. */
 	__u16 moved_first;
 	__u16 moved_ports;
-	/* Connections are counted by Service. */
+	/* Connections, refusals and drops are counted by Service. */
 	__u32 counts_services;
 	/* As many proved flows of TCP, and of all other protocols, have room in the table. */
 	__u32 flows_tcp;

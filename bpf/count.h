@@ -49,22 +49,23 @@ __noinline int count(__u32 counter)
 	return 0;
 }
 
-/* A connection, a socket's first datagram to a destination, or a flow from the wire. */
-static __always_inline void count_service(__u32 service_id)
+const struct service_counts no_counts = {}; /* too large for some stacks */
+
+/* Of a Service; `what` is a constant. */
+static __always_inline void count_service(__u32 service_id, enum service_count what)
 {
-	const __u64 none = 0;
-	__u64 *value;
+	struct service_counts *row;
 
 	if (!config.counts_services)
 		return;
-	value = bpf_map_lookup_elem(&service_connections, &service_id);
-	if (!value) {
+	row = bpf_map_lookup_elem(&service_counts, &service_id);
+	if (!row) {
 		/* Another processor may be faster. */
-		bpf_map_update_elem(&service_connections, &service_id, &none, BPF_NOEXIST);
-		value = bpf_map_lookup_elem(&service_connections, &service_id);
+		bpf_map_update_elem(&service_counts, &service_id, &no_counts, BPF_NOEXIST);
+		row = bpf_map_lookup_elem(&service_counts, &service_id);
 	}
-	if (value)
-		*value += 1;
+	if (row)
+		row->counts[what] += 1;
 }
 
 /* `index`: enum epoch. */

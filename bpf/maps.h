@@ -117,15 +117,19 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
-/* Connections of each Service, if somebody wants to know (config.counts_services; the daemon sets max_entries then).
- * Not pinned: the counts are the daemon's, and begin with it. */
+/* Connections, refusals and drops of each Service, if somebody wants to know (config.counts_services; the daemon sets
+ * max_entries then). Not pinned: the counts are the daemon's, and begin with it. */
+struct service_counts {
+	__u64 counts[SERVICE_COUNT_MAX];
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 1);
 	__type(key, __u32); /* service id */
-	__type(value, __u64);
-} service_connections SEC(".maps");
+	__type(value, struct service_counts);
+} service_counts SEC(".maps");
 
 /* Who listens to events, by slot, and what they have missed; the rings are theirs. See observe.h. */
 struct {

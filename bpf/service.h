@@ -63,15 +63,18 @@ static __always_inline int service_admit(const struct packet *packet, const stru
 {
 	if ((frontend->flags & FRONTEND_SOURCE_RANGES) && !source_is_allowed(frontend, &packet->tuple.ends.source)) {
 		count(COUNTER_DROPPED_SOURCE_RANGE);
+		count_service(frontend->service_id, SERVICE_DROPPED_SOURCE_RANGE);
 		return VERDICT_DROP;
 	}
 	if (pool->count)
 		return VERDICT_CONTINUE;
 	if (pool->on_empty == EMPTY_DROP) {
 		count(COUNTER_DROPPED_NO_LOCAL_ENDPOINT);
+		count_service(frontend->service_id, SERVICE_DROPPED_NO_LOCAL_ENDPOINT);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_REFUSED_NO_ENDPOINT);
+	count_service(frontend->service_id, SERVICE_REFUSED_NO_ENDPOINT);
 	return VERDICT_ANSWER_UNREACHABLE;
 }
 
@@ -125,6 +128,8 @@ __noinline int service_ask(hook_context *ctx)
 	pod = service_quota(given);
 	if (pod && pod->openings >= POD_OPENINGS) {
 		count(COUNTER_DROPPED_POD_QUOTA);
+		if (result == LOOKUP_FOUND)
+			count_service(given->frontend.service_id, SERVICE_DROPPED_POD_QUOTA);
 		return VERDICT_DROP;
 	}
 	verdict = service_judge(given, result);

@@ -235,12 +235,19 @@ static __always_inline enum decision request_choose(struct bpf_sock_addr *ctx, c
 		return DECISION_GO_ON;
 	if (request_is_left_to_packets(ctx, &frontend))
 		return DECISION_GO_ON;
-	if (request_is_barred(ctx, &frontend))
+	if (request_is_barred(ctx, &frontend)) {
+		count_service(frontend.service_id, SERVICE_DROPPED_SOURCE_RANGE);
 		return fail_barred(ctx, asked, key->protocol);
+	}
 	if (!frontend.inside.count && connects && request_waits_for_endpoints(ctx, key))
 		return DECISION_GO_ON;
-	if (!frontend.inside.count)
+	if (!frontend.inside.count) {
+		if (frontend.inside.on_empty == EMPTY_DROP)
+			count_service(frontend.service_id, SERVICE_DROPPED_NO_LOCAL_ENDPOINT);
+		else
+			count_service(frontend.service_id, SERVICE_REFUSED_NO_ENDPOINT);
 		return fail_empty(ctx, asked, &frontend.inside, key->protocol);
+	}
 	if (binding == BINDING_LOOPBACK) {
 		if (key->protocol != IPPROTO_TCP)
 			return fail_loopback_source(ctx, asked);
@@ -287,7 +294,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 	socket_event(ctx, asked, COUNTER_CONNECT_TRANSLATED, choice.backend_id, choice.reason);
 	origin_store(sk, &origin);
 	request_go_to_backend(request, &origin);
-	count_service(origin.service_id);
+	count_service(origin.service_id, SERVICE_CONNECTIONS);
 	return 1;
 }
 
@@ -320,7 +327,7 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);
 		socket_event(ctx, asked, COUNTER_DATAGRAM_TRANSLATED, choice.backend_id, choice.reason);
 		datagram_remember(sk, &origin);
-		count_service(origin.service_id);
+		count_service(origin.service_id, SERVICE_CONNECTIONS);
 	} else {
 		count_often(COUNTER_DATAGRAM_TRANSLATED);
 	}

@@ -89,10 +89,14 @@ fn busy(site: &Site) -> Daemon<'_> {
     for path in ["/healthz", "/livez"] {
         assert!(daemon.health(path).unwrap().contains("200 OK"));
     }
-    site.ask(10);
+    // Nobody serves it.
+    site.put_service("empty", 12);
     assert!(eventually(PATIENCE, || {
+        site.ask(10);
+        site.ask(12);
         let text = exposition(&daemon);
-        text.contains("map=\"affinities\"") && text.contains("kubelane_service_connections_total{")
+        let families = ["kubelane_service_connections_total{", "kubelane_service_verdicts_total{"];
+        text.contains("map=\"affinities\"") && families.iter().all(|family| text.contains(family))
     }));
     daemon
 }
@@ -163,7 +167,17 @@ fn connections_of_the_busiest_services_are_shown_and_no_others() {
     };
     (0..20).for_each(|_| drop(site.ask(10)));
     assert!(eventually(PATIENCE, || shown() == asked("echo", 21 * 40)), "{:?}", shown());
-    // The count goes with the Service, and its id's next owner has none of it.
+    // What is refused counts as well, with its reason.
+    site.put_slice("echo", &[]);
+    assert!(eventually(PATIENCE, || names(&site.ask(10)) != ["a"]));
+    let refused = || -> Option<f64> {
+        let text = exposition(&daemon);
+        let line = text.lines().find(|line| line.starts_with("kubelane_service_verdicts_total{"))?;
+        let is_it = line.contains("service=\"echo\"") && line.contains("verdict=\"refused_no_endpoint\"");
+        is_it.then(|| line.rsplit(' ').next()?.parse().ok()).flatten()
+    };
+    assert!(eventually(PATIENCE, || refused().is_some_and(|times| times >= 1.0)), "{}", exposition(&daemon));
+    // The counts go with the Service, and its id's next owner has none of them.
     site.server.delete(Resource::Services, "default", "echo");
     assert!(eventually(PATIENCE, || shown().len() == 1 && shown()[0].contains("\"other\"")), "{:?}", shown());
 }

@@ -157,6 +157,12 @@ fn pods_packets_refusals_and_drops_are_told_with_their_reasons() {
         let client = SocketAddr::new(own, 40_000);
         assert_eq!(last(&trace["answer"]), format!("TCP {to} -> {client}"), "{trace:#}");
     }
+    // A pod that is its own backend: nobody answers in its place.
+    let own = cluster.lab.pod("a").addresses()[0];
+    let to = vip(2, 80)[0];
+    let hairpin = traced(node, &["--from", &own.to_string(), &to.to_string()]);
+    assert_eq!(hairpin["request"]["steps"][0]["verdict"], "sent on from here", "{hairpin:#}");
+    assert_eq!(last(&hairpin["answer"]), format!("TCP {to} -> {}", SocketAddr::new(own, 40_000)), "{hairpin:#}");
     let refused = traced(node, &["--from", CLIENT, &format!("{NODE}:{EMPTY}")]);
     let step = &refused["request"]["steps"][0];
     assert_eq!((&step["verdict"], &step["counted"]), (&json!("answered from here"), &json!(["refused_no_endpoint"])));

@@ -7,7 +7,7 @@ use kubelane::bpf::{Datapath, Direction, FlowCollector, MapUsage};
 use kubelane::model::Protocol;
 use kubelane::sync::{MapIo as _, MapName};
 use wire::frame::{ACK, FIN, RST, SYN, tcp, udp};
-use wire::{CLIENT4, LOCAL4, NODE4, Node, PASS};
+use wire::{CLIENT4, LOCAL4, NODE4, Node, PASS, empty_drop};
 
 /// Both tables; returns the rows removed.
 fn collect(collector: &mut FlowCollector) -> usize {
@@ -210,15 +210,15 @@ fn maps_that_programs_fill_are_counted() {
 
 #[test]
 fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
-    assert!(node().datapath.service_connections().unwrap().is_none(), "nobody asked for it");
+    assert!(node().datapath.service_counts().unwrap().is_none(), "nobody asked for it");
     let mut node = served(Node::opened_by(Datapath::open_counting));
-    let connections = node.datapath.service_connections().unwrap().unwrap();
+    let counts = node.datapath.service_counts().unwrap().unwrap();
     let name = |node: &mut Node, text: &str| {
         node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new(text)));
     };
     let busiest = |most: usize| -> Vec<(String, u64)> {
-        let busiest = connections.busiest(most).unwrap();
-        busiest.into_iter().map(|(name, count)| (name.as_str().to_owned(), count)).collect()
+        let busiest = counts.busiest(most).unwrap();
+        busiest.into_iter().map(|count| (count.name.as_str().to_owned(), count.connections)).collect()
     };
     name(&mut node, "shop/web:http");
     assert_eq!(busiest(10), []);
@@ -231,6 +231,15 @@ fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
     assert_eq!(busiest(10), []);
     node.uplink_in(&tcp((CLIENT4, 5009), TO, SYN));
     assert_eq!(busiest(10), [("shop/cart:http".to_owned(), 1)]);
+    // What is refused and dropped counts, by its reason.
+    let mut row = node.frontend("0.0.0.0", 30081, Protocol::Tcp, &[]);
+    let empty = (NODE4, 30081);
+    (5000..5002).for_each(|port| drop(node.uplink_in(&tcp((CLIENT4, port), empty, SYN))));
+    row.outside = empty_drop();
+    node.frontend_row("0.0.0.0", 30081, Protocol::Tcp, &row);
+    (5000..5003).for_each(|port| drop(node.uplink_in(&tcp((CLIENT4, port), empty, SYN))));
+    let verdicts: Vec<_> = counts.busiest(1).unwrap()[0].verdicts().collect();
+    assert_eq!(verdicts, [("refused_no_endpoint", 2), ("dropped_no_local_endpoint", 3)]);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The real daemon at 10,000 Services with 10 endpoints each: time, processor and memory of the first sync, of a
-//! restart, and of one endpoint that changes; seen from outside, in the pinned maps, and told by the daemon itself.
+//! restart, and of one endpoint that changes, seen from outside, in the pinned maps, and told by the daemon itself; and
+//! how long `kubelane get` and `explain` take.
 //!
 //! Figures are printed beside their targets and never asserted: a machine that is busy would fail for nothing.
 
@@ -50,6 +51,9 @@ struct Arguments {
 const FIRST_SYNC_SECONDS: f64 = 3.0;
 const RESIDENT_MIB: f64 = 80.0;
 const CHANGE_MILLISECONDS: f64 = 2.0;
+/// Of an answer about one of them, or about all.
+const QUESTION_MILLISECONDS: f64 = 100.0;
+const QUESTIONS: usize = 20;
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
@@ -92,6 +96,7 @@ fn measure(arguments: &Arguments, layout: Layout) -> anyhow::Result<()> {
         starts.push(start);
         if number == arguments.starts.max(1) {
             print_starts(&starts);
+            measure_questions(&lab)?;
             measure_changes(&lab, &daemon, &mut world, arguments.changes)?;
             measure_restart(&lab, daemon, &world)?;
         }
@@ -192,6 +197,42 @@ fn measure_changes(lab: &Lab, daemon: &Daemon, world: &mut BenchWorld, count: us
         &rows,
     );
     syscalls::print(daemon.pid(), &mut changes)
+}
+
+/// How long people wait for an answer about one Service, and about all; from the start of the process to its end.
+fn measure_questions(lab: &Lab) -> anyhow::Result<()> {
+    let node = lab.node("node1");
+    let pins = node.pin_path.display().to_string();
+    let all = node.kubelane(&["get", "services", "-o", "json", "--pin-path", &pins])?;
+    let all: serde_json::Value = serde_json::from_str(&all).context("reading what `kubelane get` says")?;
+    let is_cluster_ip = |item: &&serde_json::Value| item["kinds"][0] == "ClusterIP";
+    let first = all["items"].as_array().and_then(|items| items.iter().find(is_cluster_ip)).context("no Service")?;
+    let text = |name: &str| first[name].as_str().with_context(|| format!("an item without {name}"));
+    let frontend = format!("{}/{}", text("address")?, text("protocol")?);
+    let service = format!("svc/{}/{}", text("namespace")?, text("name")?);
+    let mut rows = Vec::new();
+    for arguments in [
+        &["get", "services"][..],
+        &["get", "services", "-o", "json"],
+        &["explain", "--from", "node", &frontend],
+        &["explain", &service],
+    ] {
+        let ask = || -> anyhow::Result<Duration> {
+            let began = Instant::now();
+            node.kubelane(&[arguments, &["--pin-path", &pins]].concat())?;
+            Ok(began.elapsed())
+        };
+        let sample = Sample::milliseconds((0..QUESTIONS).map(|_| ask()).collect::<Result<Vec<_>, _>>()?);
+        rows.push(vec![
+            format!("kubelane {}", arguments.join(" ")),
+            format!("{:.1} ms", sample.median()),
+            format!("{:.1} ms", sample.max()),
+            format!("< {QUESTION_MILLISECONDS} ms"),
+        ]);
+    }
+    println!("Questions, {QUESTIONS} times each:\n");
+    print_table(&["", "p50", "worst", "target (p50)"], &rows);
+    Ok(())
 }
 
 /// What the daemon says of its own syncs, as counted since it started.

@@ -4,7 +4,6 @@
 mod ask;
 mod audit;
 mod conditions;
-mod connections;
 mod conntrack;
 mod contest;
 mod drops;
@@ -18,6 +17,7 @@ mod reach;
 mod request;
 mod retry;
 mod routes;
+mod service_counts;
 mod source;
 mod stale;
 mod trial;
@@ -84,7 +84,7 @@ pub struct Settings {
     /// What the host's connection tracking is to be set to.
     pub conntrack: HostConntrack,
     pub destroy_tcp_sockets: bool,
-    /// How many Services' connections are exposed; 0: none, and they are not counted.
+    /// How many Services' connections, refusals and drops are exposed; 0: none, and they are not counted.
     pub service_metrics: usize,
     /// Key of the taint to be taken off the Node when the daemon is ready.
     pub startup_taint: Option<String>,
@@ -196,10 +196,10 @@ fn watch_kernel(
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
     let by_service = outside::ByService::default();
-    if let Some(counts) = datapath.service_connections()? {
+    if let Some(counts) = datapath.service_counts()? {
         let metrics = Arc::clone(&app.metrics);
-        let watch = connections::watch(counts, settings.service_metrics, metrics, by_service.clone());
-        parts.spawn(async move { ("connections of Services", watch.await) });
+        let watch = service_counts::watch(counts, settings.service_metrics, metrics, by_service.clone());
+        parts.spawn(async move { ("counts of Services", watch.await) });
     }
     let outside = outside::watch(settings.datapath.pin_path.clone(), Arc::clone(&app.metrics), by_service);
     parts.spawn(async move { ("flows from outside", outside.await) });

@@ -58,7 +58,12 @@ pub(super) fn attached(pin_path: &Path, name: &str) -> Result<Option<AttachedPro
     let is_it = |program: &ProgramInfo| {
         pinned.binary_search(&program.id).is_ok() && program.name.to_string_lossy().starts_with(name)
     };
-    let Some(program) = ProgInfoIter::with_query_opts(options).find(is_it) else { return Ok(None) };
+    let mut is_visible = false;
+    let mut all = ProgInfoIter::with_query_opts(options).inspect(|_| is_visible = true);
+    let Some(program) = all.find(is_it) else {
+        ensure!(is_visible || pinned.is_empty(), "the kernel does not show its programs: CAP_SYS_ADMIN is missing");
+        return Ok(None);
+    };
     for id in &program.map_ids {
         let Ok(map) = MapHandle::from_map_id(*id) else { continue };
         if map.name().to_string_lossy().ends_with(".rodata") {

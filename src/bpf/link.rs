@@ -52,12 +52,18 @@ pub fn attachments(pin_path: &Path) -> Result<Vec<Attachment>> {
     super::pinned::expect_state(pin_path)?;
     let pins = super::pinned::children(&super::pinned::links_directory(pin_path))?;
     let read = |pin: &std::path::PathBuf| {
+        let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with("filter_") {
+            // A program: asked for as a link, the kernel would tell of it all the same, and be misread.
+            let program = Program::fd_from_pinned_path(pin).ok();
+            let program_id = program.and_then(|program| Program::id_from_fd(program.as_fd()).ok());
+            return Attachment { name, link_id: None, program_id };
+        }
         let info = Link::open(pin).ok().and_then(|link| link.info().ok());
-        let program = || Program::id_from_fd(Program::fd_from_pinned_path(pin).ok()?.as_fd()).ok();
         Attachment {
-            name: pin.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            name,
             link_id: info.as_ref().map(|info| info.id),
-            program_id: info.as_ref().map(|info| info.prog_id).or_else(program),
+            program_id: info.as_ref().map(|info| info.prog_id),
         }
     };
     Ok(pins.iter().map(read).collect())

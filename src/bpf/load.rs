@@ -12,13 +12,13 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
 use super::btf::EmptyBtf;
-use super::connections::ServiceConnections;
 use super::devices::Devices;
 use super::epochs::RouteEpoch;
 use super::flows::FlowCollector;
 use super::maps::Maps;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
+use super::service_counts::ServiceCounts;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
 use super::stale::{Iterators, StaleSockets};
 use super::usage::MapUsage;
@@ -90,8 +90,8 @@ pub struct Datapath {
     /// The program that takes away flows which have ended.
     flow_collect: OwnedFd,
     flow_limits: FlowLimits,
-    /// `None`: connections are not counted by Service.
-    service_connections: Option<MapHandle>,
+    /// `None`: nothing is counted by Service.
+    service_counts: Option<MapHandle>,
     pin_path: PathBuf,
     _lock: pinned::Lock,
 }
@@ -103,7 +103,7 @@ impl Datapath {
         Datapath::load(settings, false)
     }
 
-    /// As [`Datapath::open`], and the programs count each Service's connections.
+    /// As [`Datapath::open`], and the programs count connections, refusals and drops of each Service.
     pub fn open_counting(settings: &Settings) -> Result<Datapath> {
         Datapath::load(settings, true)
     }
@@ -146,18 +146,18 @@ impl Datapath {
         }
         let stale_sockets = attach_iterators(&skeleton, search, settings.host_sockets_only)?;
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
-        let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_connections);
-        let service_connections = counts_services.then(|| counts(&skeleton)).transpose()?;
+        let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_counts);
+        let service_counts = counts_services.then(|| counts(&skeleton)).transpose()?;
         let flow_collect =
             skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
         let mut maps = Maps::open(&settings.pin_path)?;
         maps.know_empty(new);
         if counts_services {
-            maps.count_connections(counts(&skeleton)?);
+            maps.count_by_service(counts(&skeleton)?);
         }
         Ok(Datapath {
             maps,
-            service_connections,
+            service_counts,
             stale_sockets,
             adopted: attached == Attached::Replaced,
             socket_hooks,
@@ -207,9 +207,9 @@ impl Datapath {
     }
 
     /// Reads what the programs count, once; for use on another thread. `None`: they do not.
-    pub fn service_connections(&mut self) -> Result<Option<ServiceConnections>> {
-        let counts = self.service_connections.take();
-        counts.map(|counts| ServiceConnections::new(counts, &self.pin_path)).transpose()
+    pub fn service_counts(&mut self) -> Result<Option<ServiceCounts>> {
+        let counts = self.service_counts.take();
+        counts.map(|counts| ServiceCounts::new(counts, &self.pin_path)).transpose()
     }
 
     /// For telling that routes have changed; for use in another task.
@@ -351,7 +351,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
 fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
     rodata(skeleton)?.config.counts_services = 1;
     let most = settings.max_services.saturating_mul(2);
-    skeleton.maps.service_connections.set_max_entries(most).context("cannot size the map service_connections")
+    skeleton.maps.service_counts.set_max_entries(most).context("cannot size the map service_counts")
 }
 
 fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {

@@ -30,7 +30,7 @@ pub struct Maps {
     filter: WireFilter,
     tracked: Tracked,
     /// By service id; `None`: nobody counts.
-    connections: Option<MapHandle>,
+    service_counts: Option<MapHandle>,
     /// Made by this process, and neither written to nor read yet.
     empty: Vec<MapName>,
     /// There was no frontend when they were read.
@@ -49,14 +49,14 @@ impl Maps {
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
-        let (filter, tracked, connections) = (WireFilter::open(pin_path)?, Tracked::open(pin_path)?, None);
+        let (filter, tracked) = (WireFilter::open(pin_path)?, Tracked::open(pin_path)?);
         Ok(Maps {
             handles,
             counters,
             epochs,
             filter,
             tracked,
-            connections,
+            service_counts: None,
             empty: Vec::new(),
             is_first: false,
             syscalls: 0,
@@ -70,8 +70,8 @@ impl Maps {
     }
 
     /// From now on the count of a Service goes with its name, so that the id's next owner begins with none.
-    pub(super) fn count_connections(&mut self, counts: MapHandle) {
-        self.connections = Some(counts);
+    pub(super) fn count_by_service(&mut self, counts: MapHandle) {
+        self.service_counts = Some(counts);
     }
 
     /// bpf(2) calls made so far.
@@ -263,7 +263,7 @@ impl MapIo for Maps {
         }
         let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);
         let failures = in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT));
-        if let Some(counts) = self.connections.as_ref().filter(|_| map == MapName::Services) {
+        if let Some(counts) = self.service_counts.as_ref().filter(|_| map == MapName::Services) {
             // A Service that was never asked for has no count.
             keys.chunks_exact(key_size).for_each(|id| drop(counts.delete(id)));
             self.syscalls += rows as u64;

@@ -158,7 +158,11 @@ impl Rehearsal {
     pub fn run(&mut self, hook: Hook, frame: &[u8], from: u32, interface: u32) -> Result<Trial> {
         self.overheard.begin()?;
         let outcome = match hook {
-            Hook::Wire(direction) => run::run_from(&self.devices, direction, frame, from, interface),
+            Hook::Wire(direction) => match run::run_from(&self.devices, direction, frame, from, interface) {
+                // Before 5.16 nothing can be said of the device that it came in by.
+                Err(_) if from != 0 => run::run_from(&self.devices, direction, frame, 0, interface),
+                result => result,
+            },
             Hook::FromPod => run::run_pod(&self.devices, frame, interface, 1),
         }?;
         Ok(Trial { outcome, events: self.overheard.take()?, counted: self.counted()?, changes: self.changes()? })

@@ -222,8 +222,8 @@ pub struct RunFlags {
     #[arg(long, help_heading = "Node")]
     pub destroy_tcp_sockets: bool,
 
-    /// Count connections per Service, and export this many of the busiest as kubelane_service_connections_total. 0
-    /// counts nothing
+    /// Count connections, refusals and drops per Service, and export those of this many of the busiest as
+    /// kubelane_service_connections_total and kubelane_service_verdicts_total. 0 counts nothing
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1000))]
     #[arg(help_heading = "Node")]
     pub service_metrics: u16,

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use anyhow::Context as _;
 use futures::TryStreamExt as _;
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::link::{InfoPortKind, LinkAttribute, LinkInfo};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Error, Handle, RouteMessageBuilder};
@@ -38,6 +39,7 @@ async fn find(handle: &Handle, to: IpAddr, forwarded: Option<(IpAddr, u32)>) -> 
     let length = if to.is_ipv4() { 32 } else { 128 };
     let mut request = RouteMessageBuilder::<IpAddr>::new().destination_prefix(to, length)?;
     if let Some((from, interface)) = forwarded {
+        let interface = bridge_of(handle, interface).await?.unwrap_or(interface);
         request = request.source_prefix(from, length)?.input_interface(interface);
     }
     let route = match handle.route().get(request.build()).execute().try_next().await {
@@ -51,6 +53,23 @@ async fn find(handle: &Handle, to: IpAddr, forwarded: Option<(IpAddr, u32)>) -> 
         way.port = port(handle, way.interface, gateway(&route).unwrap_or(to)).await?;
     }
     Ok(Some(way))
+}
+
+/// What comes in by the port of a bridge comes to the host's stack by the bridge.
+async fn bridge_of(handle: &Handle, port: u32) -> anyhow::Result<Option<u32>> {
+    let link =
+        handle.link().get().match_index(port).execute().try_next().await.context("asking for a device (netlink)")?;
+    let attributes = link.map(|link| link.attributes).unwrap_or_default();
+    let is_port = |info: &LinkInfo| matches!(info, LinkInfo::PortKind(InfoPortKind::Bridge));
+    let is_bridged = attributes.iter().any(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.iter().any(is_port),
+        _ => false,
+    });
+    let controller = attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    });
+    Ok(controller.filter(|_| is_bridged))
 }
 
 fn way_of(route: &RouteMessage) -> Option<Way> {

@@ -17,20 +17,13 @@
 	}
 
 static struct native_map maps[] = {
-	MAP(frontends, 256),	   MAP(slots, 1024),
-	MAP(backends, 256),	   MAP(addresses, 256),
-	MAP(affinities, 1024),	   MAP(counters, 0),
-	MAP(new_affinities, 1024), MAP(source_ranges, 64),
-	MAP(devices, 64),	   MAP(pod_devices, 64),
-	MAP(flows4, 1024),	   MAP(flows6, 1024),
-	MAP(flow_locks, 0),	   MAP(flow_limits, 0),
-	MAP(flow_counts, 0),	   MAP(flow_openings, 0),
-	MAP(outgoing, 1024),	   MAP(handed, 1024),
-	MAP(fragments, 1024),	   MAP(ports, 0),
-	MAP(wire_filter, 0),	   MAP(epochs, 0),
-	MAP(known_routes, 0),	   MAP(answer_budgets, 0),
-	MAP(scratches, 0),	   MAP(service_connections, 256),
-	MAP(listening, 0),
+	MAP(frontends, 256),   MAP(slots, 1024),	 MAP(backends, 256),	    MAP(addresses, 256),
+	MAP(affinities, 1024), MAP(counters, 0),	 MAP(new_affinities, 1024), MAP(source_ranges, 64),
+	MAP(devices, 64),      MAP(pod_devices, 64),	 MAP(flows4, 1024),	    MAP(flows6, 1024),
+	MAP(flow_locks, 0),    MAP(flow_limits, 0),	 MAP(flow_counts, 0),	    MAP(flow_openings, 0),
+	MAP(outgoing, 1024),   MAP(handed, 1024),	 MAP(fragments, 1024),	    MAP(ports, 0),
+	MAP(wire_filter, 0),   MAP(epochs, 0),		 MAP(known_routes, 0),	    MAP(answer_budgets, 0),
+	MAP(scratches, 0),     MAP(service_counts, 256), MAP(listening, 0),
 };
 
 const struct native_program native_programs[] = {

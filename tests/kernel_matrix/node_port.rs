@@ -6,9 +6,11 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use kubelane::abi::ServiceName;
 use kubelane::abi::counter::COUNTER_FLOW_REMOTE;
-use kubelane::bpf::{Device, Direction, Hook, LinkLayer, Rehearsal, Role};
+use kubelane::bpf::{Datapath, Device, Direction, Hook, LinkLayer, Rehearsal, Role};
 use kubelane::model::Protocol;
+use kubelane::sync::MapName;
 
 use crate::node::can_run;
 use crate::wire::cluster::{
@@ -164,6 +166,22 @@ fn a_packet_is_tried_as_it_would_be_served_and_the_tables_stay_as_they_are() {
         assert_eq!(changed(frame), (0, false, false));
     }
     assert_eq!((node.flow_rows(), node.counters()), (before, counters));
+}
+
+#[test]
+fn programs_that_count_by_service_pass_the_verifier_and_count_what_is_refused() {
+    if !can_run() {
+        return;
+    }
+    let mut node = wire::Node::opened_by(Datapath::open_counting);
+    let counts = node.datapath.service_counts().unwrap().unwrap();
+    let name = ServiceName::new("shop/web:http");
+    node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&name));
+    node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[]);
+    node.uplink_in(&tcp((CLIENT4, 4000), (NODE4, 30080), SYN));
+    let [shop] = counts.busiest(2).unwrap()[..] else { panic!("one Service was asked for") };
+    let verdicts: Vec<_> = shop.verdicts().collect();
+    assert_eq!((shop.name, shop.connections, verdicts), (name, 0, vec![("refused_no_endpoint", 1)]));
 }
 
 /// Of each family: client, router, node, pod here, pod elsewhere, the node's address towards it.

@@ -34,6 +34,8 @@ pub enum Client {
     Socket { is_host: bool, ip: Option<Ipx>, cookies: Vec<u64> },
     /// A packet from outside.
     Packet(Option<Ipx>),
+    /// A packet of a pod of this node.
+    PodPacket(Option<Ipx>),
 }
 
 /// Why no backend gets it.
@@ -48,6 +50,8 @@ pub enum Reason {
     SctpPort,
     /// There is no hook for sockets of SCTP.
     SctpSocket,
+    /// The daemon was told to leave pods' sockets alone, and to keep off their devices.
+    PodsNotServed,
     /// No Service has this address and port.
     NoService,
     /// A cluster IP, and the client is outside.
@@ -121,6 +125,10 @@ pub fn is_this_host(ip: Ipx) -> bool {
 pub fn decide(kernel: &dyn Kernel, to: Destination, client: &Client) -> Result<Decision> {
     let found = match client {
         Client::Socket { is_host, .. } => socket_look_up(kernel, to, *is_host)?,
+        Client::PodPacket(_) if !kernel.configuration().has_pod_devices => {
+            Err(Verdict::Untouched(Reason::PodsNotServed))
+        }
+        Client::PodPacket(_) => socket_look_up(kernel, to, false)?,
         Client::Packet(_) => packet_look_up(kernel, to)?,
     };
     match found {
@@ -140,14 +148,16 @@ pub fn decide_found(
     row: Frontend,
     client: &Client,
 ) -> Result<Decision> {
-    let pool = if matches!(client, Client::Socket { .. }) { row.inside } else { row.outside };
+    let pool = if matches!(client, Client::Packet(_)) { row.outside } else { row.inside };
     let seats = seats(kernel, &row, &pool)?;
     // A pod's socket is left alone where there are ranges, and its packets are judged.
     let is_admitted = match client {
         _ if row.flags & FRONTEND_SOURCE_RANGES == 0 => None,
         Client::Socket { is_host: true, .. } => Some(row.flags & FRONTEND_NODE_ADMITTED != 0),
         Client::Socket { .. } if !kernel.configuration().has_pod_devices => None,
-        Client::Packet(Some(ip)) | Client::Socket { ip: Some(ip), .. } => Some(kernel.admits(row.service_id, *ip)?),
+        Client::Packet(Some(ip)) | Client::PodPacket(Some(ip)) | Client::Socket { ip: Some(ip), .. } => {
+            Some(kernel.admits(row.service_id, *ip)?)
+        }
         _ => None,
     };
     let remembered = if row.affinity_seconds > 0 { remembered(kernel, to, &row, &pool, client)? } else { None };
@@ -266,21 +276,19 @@ fn remembered(
     client: &Client,
 ) -> Result<Option<Remembered>> {
     let keys: Vec<AffinityKey> = match client {
-        // Their packets are served.
-        Client::Socket { is_host: false, ip, .. } if kernel.configuration().host_sockets_only => {
-            ip.iter().map(|ip| AffinityKey::of_address(*ip, row.service_id)).collect()
-        }
         Client::Socket { cookies, .. } => {
             let key = |cookie: &u64| AffinityKey::of_namespace(*cookie, to.at.ip.family(), row.service_id);
             cookies.iter().map(key).collect()
         }
-        Client::Packet(ip) => ip.iter().map(|ip| AffinityKey::of_address(*ip, row.service_id)).collect(),
+        Client::Packet(ip) | Client::PodPacket(ip) => {
+            ip.iter().map(|ip| AffinityKey::of_address(*ip, row.service_id)).collect()
+        }
     };
     for key in &keys {
         if let Some(found) = recall(kernel, kernel.affinity(key)?, row, pool)? {
             return Ok(Some(found));
         }
-        if matches!(client, Client::Packet(_)) {
+        if !matches!(client, Client::Socket { .. }) {
             return recall(kernel, kernel.new_affinity(key)?, row, pool);
         }
     }

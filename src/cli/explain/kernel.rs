@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::abi::{Affinity, AffinityKey, Backend, DeviceAddresses, Frontend, FrontendKey, ServiceName, SourceRangeKey};
 use crate::bpf::{Configuration, PinnedMap, WireMarks, configuration};
+use crate::chain::chain;
 use crate::model::Ipx;
 
 /// What a decision asks of the maps.
@@ -46,6 +47,8 @@ pub struct Live {
     devices: PinnedMap,
     marks: WireMarks,
     configuration: Configuration,
+    /// Why it is taken to be as it is without options.
+    pub unknown_configuration: Option<String>,
 }
 
 impl Live {
@@ -53,6 +56,13 @@ impl Live {
     /// When nothing of this version is pinned there, or the kernel refuses.
     pub fn open(pin_path: &Path) -> Result<Live> {
         let open = |name| PinnedMap::open(pin_path, name);
+        let configuration = configuration(pin_path);
+        let unknown_configuration = configuration.as_ref().err().map(|error| {
+            format!(
+                "{}: what the daemon was told (--external-cluster-ip, --pod-devices) is not known",
+                chain(error.as_ref())
+            )
+        });
         Ok(Live {
             frontends: open("frontends")?,
             addresses: open("addresses")?,
@@ -64,7 +74,8 @@ impl Live {
             new_affinities: open("new_affinities")?,
             devices: open("devices")?,
             marks: WireMarks::read(pin_path)?,
-            configuration: configuration(pin_path)?.unwrap_or_default(),
+            configuration: configuration.ok().flatten().unwrap_or_default(),
+            unknown_configuration,
         })
     }
 

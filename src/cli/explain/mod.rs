@@ -99,7 +99,14 @@ fn explain(flags: &ExplainFlags, live: &Live, pin_path: &Path) -> anyhow::Result
         warnings: answer.iter().flat_map(|answer| warnings(&answer.services)).collect(),
         notes,
     };
-    let clients = clients(flags.from, &mut explanation.notes);
+    let mut clients = clients(flags.from, &mut explanation.notes);
+    let configuration = kernel::Kernel::configuration(live);
+    for (client, _) in clients.iter_mut().filter(|_| configuration.host_sockets_only) {
+        if let Client::Socket { is_host: false, ip, .. } = client {
+            *client = Client::PodPacket(*ip);
+        }
+    }
+    explanation.notes.extend(live.unknown_configuration.clone());
     for (to, found) in &ways {
         for (client, from) in &clients {
             let way = Way { to: *to, found: found.as_ref(), client, from: from.clone(), is_wide: clients.len() > 1 };

@@ -167,7 +167,7 @@ fn affinity(found: &Found, client: &Client) -> Affinity {
         backend: found.remembered.map(|known| known.at.to_string()),
         left_seconds: found.remembered.map(|known| known.left_seconds),
         is_known_client: match client {
-            Client::Packet(ip) => ip.is_some(),
+            Client::Packet(ip) | Client::PodPacket(ip) => ip.is_some(),
             Client::Socket { cookies, .. } => !cookies.is_empty(),
         },
     }

@@ -15,6 +15,7 @@ pub fn label(reason: Reason) -> &'static str {
         Reason::SourceRange => "dropped_source_range",
         Reason::SctpPort => "dropped_sctp_port",
         Reason::SctpSocket => "sctp_socket",
+        Reason::PodsNotServed => "pods_not_served",
         Reason::NoService => "no_service",
         Reason::ClusterIpOutside => "cluster_ip_outside",
         Reason::LoopbackInPod => "loopback_in_pod",
@@ -27,7 +28,7 @@ pub fn label(reason: Reason) -> &'static str {
 /// What the next connection gets.
 pub fn next(asked: &Asked) -> String {
     let found = asked.decision.found.as_ref();
-    let is_outside = matches!(asked.client, Client::Packet(_));
+    let is_packet = !matches!(asked.client, Client::Socket { .. });
     match asked.decision.verdict {
         Verdict::Backend => {
             let remembered = found.and_then(|found| found.remembered);
@@ -38,9 +39,9 @@ pub fn next(asked: &Asked) -> String {
                 (None, many) => format!("one of {}, at random", many.len()),
             }
         }
-        Verdict::Refused(_) if is_outside => "refused: ICMP port unreachable".to_owned(),
+        Verdict::Refused(_) if is_packet => "refused: ICMP port unreachable".to_owned(),
         Verdict::Refused(_) => "refused: ECONNREFUSED at once (EPERM before Linux 5.18)".to_owned(),
-        Verdict::Dropped(_) if is_outside => "dropped without an answer".to_owned(),
+        Verdict::Dropped(_) if is_packet => "dropped without an answer".to_owned(),
         Verdict::Dropped(_) if asked.to.protocol == Protocol::Tcp => {
             "dropped: ETIMEDOUT at once (EPERM before Linux 5.18)".to_owned()
         }
@@ -75,6 +76,9 @@ pub fn remedy(reason: Reason, asked: &Asked) -> Option<String> {
              from outside"
                 .to_owned()
         }
+        Reason::PodsNotServed => "the daemon runs with --socket-lb host and without pods' devices: one of both \
+            (--socket-lb all, --pod-devices auto) has to serve pods"
+            .to_owned(),
         Reason::NoService => no_service(asked),
         Reason::ClusterIpOutside => {
             "cluster IPs serve clients on nodes only: use a NodePort, a load balancer IP or an \

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use serde::Serialize;
 use socket2::{Domain, Socket, Type};
 
@@ -45,6 +46,8 @@ struct Cgroup {
     path: PathBuf,
     /// Where the process was before.
     before: PathBuf,
+    /// What was held back before.
+    signals: SigSet,
 }
 
 impl Cgroup {
@@ -53,11 +56,25 @@ impl Cgroup {
         let own = membership.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
         let before = find_cgroup(None)?.path.join(own.trim_start_matches('/'));
         let path = below.join(format!("kubelane-trace-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("cannot make the control group {}", path.display()))?;
-        let cgroup = Cgroup { path, before };
+        let signals = hold_signals()?;
+        if let Err(error) = fs::create_dir(&path) {
+            let _ = signals.thread_set_mask();
+            return Err(error).with_context(|| {
+                format!(
+                    "cannot make the control group {} (in the daemon's pod the hierarchy is read-only: run this on the node)",
+                    path.display()
+                )
+            });
+        }
+        let cgroup = Cgroup { path, before, signals };
         join(&cgroup.path)?;
         Ok(cgroup)
     }
+}
+
+/// Whoever ends this process has to wait until its group is gone.
+fn hold_signals() -> Result<SigSet> {
+    SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK).context("cannot hold back signals")
 }
 
 fn join(cgroup: &Path) -> Result<()> {
@@ -70,7 +87,10 @@ impl Drop for Cgroup {
         // Where it was may be out of sight of this namespace: then the group above will do.
         let above = self.path.parent().map(Path::to_owned);
         let _ = join(&self.before).or_else(|error| above.map_or(Err(error), |above| join(&above)));
-        let _ = fs::remove_dir(&self.path);
+        if let Err(error) = fs::remove_dir(&self.path) {
+            eprintln!("cannot remove the control group {}: {error}; it is empty once this ends", self.path.display());
+        }
+        let _ = self.signals.thread_set_mask();
     }
 }
 

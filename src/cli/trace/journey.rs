@@ -2,7 +2,7 @@
 //! the device that it leaves by.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::packet::{Packet, address_to, route};
 use super::rows::{Row, changed, choice, flow_words};
+use crate::abi::flow_flag::FLOW_REPLY;
 use crate::abi::{DeviceAddresses, Ends, Flow, FlowKey, FlowKey4, PodDevice, counter};
 use crate::bpf::{Direction, Hook, PinnedMap, Rehearsal, Trial, hardware_address};
 use crate::cli::explain::{Client, Destination, Live, decide};
@@ -176,7 +177,7 @@ impl Node {
             is_sent = action == REDIRECT;
         }
         let now = Packet::read(&frame)?;
-        let is_answer = is_sent && now.answers(&packet) && now.to != packet.to;
+        let is_answer = is_sent && now.answers(&packet);
         let to = now.to.map(|to| to.ip()).context("the packet has no destination")?;
         let way = match (is_sent, is_answer) {
             (true, true) => Some(Way { interface: device, port: None, is_local: false }),
@@ -222,16 +223,31 @@ impl Node {
         device: u32,
         is_answer: bool,
     ) -> Result<(Passage, Option<Arrival>)> {
-        if matches!(self.devices.get(&device), Some(Role::Outward | Role::Pod { .. })) {
+        let mut device = device;
+        loop {
+            if !matches!(self.devices.get(&device), Some(Role::Outward | Role::Pod { .. })) {
+                break;
+            }
+            // A reply that leaves by another device than its client's packets come in by is sent there.
+            let flow = self.flow(&Packet::read(&frame)?)?.filter(|(_, _, flow)| flow.has(FLOW_REPLY));
+            let elsewhere = flow.map(|(_, _, flow)| flow.generation_or_interface).filter(|interface| *interface != 0);
             let (step, after, action) = self.step(Hook::Wire(Direction::Out), &frame, from, device)?;
             steps.push(step);
             if action == SHOT {
                 return Ok((Passage { steps, end: "it is dropped".to_owned() }, None));
             }
             frame = after;
+            match elsewhere.filter(|elsewhere| action == REDIRECT && *elsewhere != device) {
+                Some(elsewhere) => device = elsewhere,
+                None => break,
+            }
         }
         let packet = Packet::read(&frame)?;
-        let end = format!("it leaves by {}: {}", self.device_name(device), packet.words());
+        let untried = match self.devices.get(&device) {
+            Some(Role::Bare) => ", whose program was not tried: it has no link headers",
+            _ => "",
+        };
+        let end = format!("it leaves by {}{untried}: {}", self.device_name(device), packet.words());
         Ok((Passage { steps, end }, Some(Arrival { packet, device: Some(device), is_answer })))
     }
 
@@ -244,7 +260,7 @@ impl Node {
         let (zero, names) = (self.monotonic_zero, &mut self.names);
         let events = events.iter().filter_map(|event| Record::new(event, names, zero, None)).collect();
         let becomes = Packet::read(&outcome.frame).ok().filter(|after| *after != packet);
-        let is_answer = becomes.as_ref().is_some_and(|after| after.answers(&packet) && after.to != packet.to);
+        let is_answer = becomes.as_ref().is_some_and(|after| after.answers(&packet));
         let verdict = match (outcome.action, hook) {
             (SHOT, _) => "dropped",
             (REDIRECT, _) if is_answer => "answered from here",
@@ -268,41 +284,39 @@ impl Node {
         Ok((step, outcome.frame, outcome.action))
     }
 
+    /// The row of a packet's flow, with its table and key.
+    fn flow(&self, packet: &Packet) -> Result<Option<(&'static str, FlowKey, Flow)>> {
+        let Some((table, key)) = flow_key(packet) else { return Ok(None) };
+        let flow: Option<Flow> = match (packet.from, packet.to) {
+            (Some(SocketAddr::V4(from)), Some(SocketAddr::V4(to))) => {
+                let key = FlowKey4 {
+                    source: from.ip().octets(),
+                    destination: to.ip().octets(),
+                    source_port_be: key.ends.source_port_be,
+                    destination_port_be: key.ends.destination_port_be,
+                    protocol: key.protocol,
+                    zero: key.zero,
+                };
+                self.rehearsal.get(table, &key)?
+            }
+            _ => self.rehearsal.get(table, &key)?,
+        };
+        if let Some(flow) = flow {
+            return Ok(Some((table, key, flow)));
+        }
+        Ok(self.rehearsal.get("handed", &key)?.map(|flow| ("handed", key, flow)))
+    }
+
     /// The rows that decide, in the order in which programs look at them.
     fn look_up(&self, hook: Hook, packet: &Packet) -> Result<Vec<Row>> {
         let read = |map, text| Row { map, what: "read", text };
+        if let Some((table, key, flow)) = self.flow(packet)? {
+            return Ok(vec![read(table, flow_words(&key, &flow))]);
+        }
         let (Some(from), Some(to), Some(protocol)) = (packet.from, packet.to, packet.known_protocol()) else {
             return Ok(Vec::new());
         };
-        let ends = Ends {
-            source: Ipx::from(from.ip()).0,
-            destination: Ipx::from(to.ip()).0,
-            source_port_be: from.port().to_be_bytes(),
-            destination_port_be: to.port().to_be_bytes(),
-        };
-        let key = FlowKey { ends, protocol: protocol as u8, zero: [0; 3] };
-        let (table, flow): (_, Option<Flow>) = match (from.ip(), to.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let (source, destination) = (source.octets(), destination.octets());
-                let Ends { source_port_be, destination_port_be, .. } = ends;
-                let key = FlowKey4 {
-                    source,
-                    destination,
-                    source_port_be,
-                    destination_port_be,
-                    protocol: key.protocol,
-                    zero: [0; 3],
-                };
-                ("flows4", self.rehearsal.get("flows4", &key)?)
-            }
-            _ => ("flows6", self.rehearsal.get("flows6", &key)?),
-        };
-        if let Some(flow) = flow {
-            return Ok(vec![read(table, flow_words(&key, &flow))]);
-        }
-        if let Some(flow) = self.rehearsal.get::<_, Flow>("handed", &key)? {
-            return Ok(vec![read("handed", flow_words(&key, &flow))]);
-        }
+        let Some((table, _)) = flow_key(packet) else { return Ok(Vec::new()) };
         let mut rows = vec![read(table, "no row: no flow that is known".to_owned())];
         if hook == Hook::Wire(Direction::Out) {
             return Ok(rows);
@@ -310,7 +324,7 @@ impl Node {
         let at = SocketAddrx { ip: Ipx::from(to.ip()), port: to.port() };
         let ip = Some(Ipx::from(from.ip()));
         let client = match hook {
-            Hook::FromPod => Client::Socket { is_host: false, ip, cookies: Vec::new() },
+            Hook::FromPod => Client::PodPacket(ip),
             Hook::Wire(_) => Client::Packet(ip),
         };
         let decision = decide(&self.live, Destination { at, protocol }, &client)?;
@@ -337,4 +351,17 @@ impl Node {
         rows.push(read("slots", pool));
         Ok(rows)
     }
+}
+
+/// Of a packet that has ports: its flow's table and key.
+fn flow_key(packet: &Packet) -> Option<(&'static str, FlowKey)> {
+    let (from, to, protocol) = (packet.from?, packet.to?, packet.known_protocol()?);
+    let ends = Ends {
+        source: Ipx::from(from.ip()).0,
+        destination: Ipx::from(to.ip()).0,
+        source_port_be: from.port().to_be_bytes(),
+        destination_port_be: to.port().to_be_bytes(),
+    };
+    let table = if from.is_ipv4() { "flows4" } else { "flows6" };
+    Some((table, FlowKey { ends, protocol: protocol as u8, zero: [0; 3] }))
 }

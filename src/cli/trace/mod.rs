@@ -10,7 +10,7 @@ mod packet;
 mod render;
 mod rows;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
 
 pub use flags::TraceFlags;
@@ -18,12 +18,15 @@ pub use flags::TraceFlags;
 use super::UsageError;
 use super::flags::Format;
 use crate::bpf::hardware_address;
+use crate::chain::chain;
 use crate::model::Protocol;
 use journey::{Node, Passage};
-use packet::{Ask, Packet, answer, build};
+use packet::{Ask, Packet, answer, build, untagged};
 
 /// Of a client that did not say.
 const CLIENT_PORT: u16 = 40_000;
+/// Bytes of a packet that BPF_PROG_TEST_RUN takes everywhere: a page, less room before and behind it.
+const LARGEST: usize = 3500;
 
 /// Everything that is told. JSON is this object.
 #[derive(Debug, Serialize)]
@@ -67,8 +70,15 @@ fn trace(flags: &TraceFlags) -> Result<Trace> {
     let mut node = Node::open(&flags.pins.pin_path)?;
     let (device, frame) = match &flags.read {
         Some(path) => {
-            let frame = capture::packet(path, flags.packet as usize)?;
-            let packet = Packet::read(&frame).with_context(|| format!("packet {}", flags.packet))?;
+            let number = || format!("packet {}", flags.packet);
+            let frame = untagged(capture::packet(path, flags.packet as usize)?).with_context(number)?;
+            ensure!(
+                frame.len() <= LARGEST,
+                "packet {} has {} bytes, and the kernel tries single packets of {LARGEST} at most",
+                flags.packet,
+                frame.len()
+            );
+            let packet = Packet::read(&frame).with_context(number)?;
             let from = packet.from.context("the packet has no source")?;
             (device(flags, &node, from.ip())?, frame)
         }
@@ -102,9 +112,12 @@ fn trace(flags: &TraceFlags) -> Result<Trace> {
              has not learned yet where the client is, name the client's device with --device"
         ));
     }
-    let answer = match arrival {
-        Some(arrival) if !arrival.is_answer && !flags.no_answer => answered(&mut node, &arrival)?,
-        _ => None,
+    let answer = match arrival.filter(|arrival| !arrival.is_answer && !flags.no_answer) {
+        Some(arrival) => answered(&mut node, &arrival).unwrap_or_else(|error| {
+            notes.push(format!("no answer was tried: {}", chain(error.as_ref())));
+            None
+        }),
+        None => None,
     };
     Ok(Trace { device: device_name, request, answer, notes })
 }

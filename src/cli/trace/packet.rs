@@ -236,9 +236,9 @@ impl Packet {
         all.into_iter().find(|protocol| protocol.as_str() == self.protocol)
     }
 
-    /// Whether it goes back to where `other` came from.
+    /// Whether a program has answered `other` with it: by an ICMP error.
     pub fn answers(&self, other: &Packet) -> bool {
-        self.to.map(|to| to.ip()) == other.from.map(|from| from.ip())
+        self.message.is_some() && other.message.is_none()
     }
 
     /// "TCP 172.31.0.1:40000 -> 172.31.0.11:30080 [S], 54 bytes, hop limit 64"
@@ -275,6 +275,24 @@ fn udp_checksum(udp: &UdpSlice<'_>, from: IpAddr, to: IpAddr) -> Result<u16, Val
         (IpAddr::V6(from), IpAddr::V6(to)) => header.calc_checksum_ipv6_raw(from.octets(), to.octets(), payload),
         _ => Ok(0),
     }
+}
+
+/// Without a priority tag (VLAN 0), as programs get it.
+///
+/// # Errors
+/// When it has another tag.
+pub fn untagged(mut frame: Vec<u8>) -> Result<Vec<u8>> {
+    const AT: usize = 12;
+    let word = |at: usize| Some(u16::from_be_bytes(frame.get(at..at + 2)?.try_into().ok()?));
+    match (word(AT), word(AT + 2)) {
+        (Some(0x8100 | 0x88a8), Some(tag)) if tag & 0xfff == 0 => drop(frame.drain(AT..AT + 4)),
+        (Some(0x8100 | 0x88a8), Some(tag)) => bail!(
+            "it is tagged for VLAN {}: programs meet it without the tag, on the VLAN's device; capture there",
+            tag & 0xfff
+        ),
+        _ => {}
+    }
+    Ok(frame)
 }
 
 /// As a router does: one hop less. `false`: it has none left.
@@ -366,6 +384,16 @@ mod tests {
         assert_eq!(frame[LINK_HEADER + 20 + 8..][..4], (SEQUENCE + 1).to_be_bytes());
         let reset = build(&ask(Protocol::Tcp, "10.0.0.1:1", "10.0.0.2:2", "R"), DEVICE).unwrap();
         assert_eq!(answer(&Packet::read(&reset).unwrap(), DEVICE).unwrap(), None);
+    }
+
+    #[test]
+    fn a_priority_tag_goes_and_another_is_refused() {
+        let frame = build(&ask(Protocol::Udp, "10.0.0.1:1", "10.0.0.2:2", ""), DEVICE).unwrap();
+        let tagged = |tag: u16| [&frame[..12], &[0x81, 0], &tag.to_be_bytes(), &frame[12..]].concat();
+        assert_eq!(untagged(tagged(0xe000)).unwrap(), frame);
+        assert_eq!(untagged(frame.clone()).unwrap(), frame);
+        assert!(untagged(tagged(100)).unwrap_err().to_string().contains("VLAN 100"));
+        assert!(untagged(vec![0; 13]).is_ok());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::abi::choice_reason::CHOSEN_NONE;
 use crate::abi::client_kind::CLIENT_ADDRESS;
+use crate::abi::event_number::EVENT_FLOW_ENDED;
 use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_WAY};
 use crate::abi::flow_way::{WAY_HAIRPIN, WAY_HALVES, WAY_ROUTED, WAY_STACK};
 use crate::abi::{Affinity, AffinityKey, Ends, Flow, FlowKey, FlowKey4};
@@ -100,7 +101,8 @@ fn affinity(key: &AffinityKey, change: &Change, names: &mut Names) -> String {
 
 /// Which backend an event has chosen.
 pub fn choice(event: &Event) -> Option<Row> {
-    let is_choice = event.has_backend != 0 && event.reason != CHOSEN_NONE;
+    // Of a flow that ends `reason` is another.
+    let is_choice = event.has_backend != 0 && event.reason != CHOSEN_NONE && event.number != EVENT_FLOW_ENDED;
     let at =
         shown((Ipx(event.becomes.destination).to_ip(), u16::from_be_bytes(event.becomes.destination_port_be)).into());
     let text = format!("{} (generation {}): {at}", event.backend_id, event.generation);

@@ -1,4 +1,4 @@
-//! Connections of the busiest Services, for the metrics: asked of the kernel now and then, never by who scrapes.
+//! Connections, refusals and drops of the busiest Services, for the metrics: asked of the kernel now and then, never by who scrapes.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,24 +8,19 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::outside::ByService;
 use crate::abi::ServiceName;
-use crate::bpf::ServiceConnections;
+use crate::bpf::{ServiceCount, ServiceCounts};
 use crate::serve::{Metrics, Sample};
 
 const EVERY: Duration = Duration::from_secs(5);
 
 /// What is exposed until the next look.
-type Latest = Arc<Mutex<Vec<(ServiceName, u64)>>>;
+type Latest = Arc<Mutex<Vec<ServiceCount>>>;
 
 /// Runs for ever, and exposes `most` Services at most; counts that cannot be read are told of when the reason is new.
 ///
 /// # Errors
 /// When the metric's name is taken, or a look breaks off.
-pub async fn watch(
-    connections: ServiceConnections,
-    most: usize,
-    metrics: Arc<Metrics>,
-    flows: ByService,
-) -> anyhow::Result<()> {
+pub async fn watch(counts: ServiceCounts, most: usize, metrics: Arc<Metrics>, flows: ByService) -> anyhow::Result<()> {
     let latest = Latest::default();
     let read = Arc::clone(&latest);
     metrics.read_counters(
@@ -34,7 +29,17 @@ pub async fn watch(
         &["namespace", "service", "port"],
         move || {
             let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
-            busiest.iter().map(|(name, count)| (labels(name.as_str()), *count as f64)).collect()
+            busiest.iter().map(|count| (labels(count.name.as_str()), count.connections as f64)).collect()
+        },
+    )?;
+    let read = Arc::clone(&latest);
+    metrics.read_counters(
+        "kubelane_service_verdicts_total",
+        "Refusals and drops of what asked for the same Service ports, by verdict",
+        &["namespace", "service", "port", "verdict"],
+        move || {
+            let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
+            busiest.iter().flat_map(verdict_samples).collect()
         },
     )?;
     let read = Arc::clone(&latest);
@@ -44,18 +49,18 @@ pub async fn watch(
         &["namespace", "service", "port", "state"],
         move || {
             let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
-            busiest.iter().flat_map(|(name, _)| flow_samples(name, &flows)).collect()
+            busiest.iter().flat_map(|count| flow_samples(&count.name, &flows)).collect()
         },
     )?;
-    let connections = Arc::new(connections);
+    let counts = Arc::new(counts);
     let mut told = None;
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let look = Arc::clone(&connections);
+        let look = Arc::clone(&counts);
         let busiest = tokio::task::spawn_blocking(move || look.busiest(most)).await;
-        match busiest.context("counting connections broke off")? {
+        match busiest.context("counting by Service broke off")? {
             Ok(busiest) => {
                 *latest.lock().unwrap_or_else(PoisonError::into_inner) = busiest;
                 told = None;
@@ -69,6 +74,15 @@ pub async fn watch(
             }
         }
     }
+}
+
+fn verdict_samples(count: &ServiceCount) -> Vec<Sample> {
+    let sample = |(verdict, times): (&str, u64)| {
+        let mut labels = labels(count.name.as_str());
+        labels.push(verdict.to_owned());
+        (labels, times as f64)
+    };
+    count.verdicts().map(sample).collect()
 }
 
 fn flow_samples(name: &ServiceName, flows: &ByService) -> [Sample; 3] {
