@@ -1,7 +1,5 @@
 //! What is programmed in the kernel, read back from the live maps and joined into records that a person can read.
 
-use std::collections::{BTreeMap, HashMap};
-
 use anyhow::Context as _;
 use bytemuck::Pod;
 use serde::{Deserialize, Serialize};
@@ -12,13 +10,17 @@ use crate::abi::{
 };
 use crate::model::{Ipx, Protocol, SocketAddrx};
 use crate::sync::{MapIo, MapName};
+use crate::table::HashMap;
 
 /// The maps' rows, by key.
 pub struct Snapshot {
     names: HashMap<u32, String>,
-    backends: BTreeMap<u32, Backend>,
-    slots: HashMap<u32, u32>,
+    backends: HashMap<u32, Backend>,
+    /// As far as pools reach.
+    slots: Vec<u32>,
     frontends: Vec<(FrontendKey, Frontend)>,
+    /// Backends and slots were not read.
+    is_counted: bool,
 }
 
 /// A service port's name, in its parts.
@@ -55,8 +57,10 @@ pub struct FrontendRecord {
 #[derive(Clone, Debug, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolRecord {
-    /// "IP:port", in the order of the slots.
+    /// "IP:port", in the order of the slots; none when they were only counted.
     pub endpoints: Vec<String>,
+    #[serde(skip)]
+    pub count: usize,
     /// What a client gets when there are none: "refused" or "dropped".
     pub when_empty: &'static str,
 }
@@ -87,16 +91,30 @@ impl Snapshot {
     /// # Errors
     /// When a map cannot be read to its end, or its rows are not those of this version.
     pub fn read(maps: &mut dyn MapIo) -> anyhow::Result<Self> {
-        let frontends: Vec<(FrontendKey, Frontend)> = rows(maps, MapName::Frontends)?;
-        let slots: Vec<(u32, u32)> = rows(maps, MapName::Slots)?;
+        let mut counted = Snapshot::count(maps)?;
+        let pools = counted.frontends.iter().flat_map(|(_, row)| [row.inside, row.outside]);
+        let end = pools.map(|pool| pool.base.saturating_add(pool.count)).max().unwrap_or(0);
+        let slots: Vec<(u32, u32)> = rows_of(maps, MapName::Slots, Some(end))?;
+        counted.slots.resize(slots.last().map_or(0, |(slot, _)| *slot as usize + 1), 0);
+        for (slot, id) in slots {
+            if let Some(known) = counted.slots.get_mut(slot as usize) {
+                *known = id;
+            }
+        }
         let backends: Vec<(u32, Backend)> = rows(maps, MapName::Backends)?;
+        let living = backends.into_iter().filter(|(_, b)| u32::from(b.state) != backend_state::BACKEND_GONE);
+        Ok(Snapshot { backends: living.collect(), is_counted: false, ..counted })
+    }
+
+    /// Reads no backends: frontends know how many they have.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::read`].
+    pub fn count(maps: &mut dyn MapIo) -> anyhow::Result<Self> {
+        let frontends = rows(maps, MapName::Frontends)?;
         let names: Vec<(u32, ServiceName)> = rows(maps, MapName::Services)?;
-        Ok(Snapshot {
-            names: names.into_iter().map(|(id, name)| (id, name.as_str().to_owned())).collect(),
-            backends: backends.into_iter().filter(|(_, b)| u32::from(b.state) != backend_state::BACKEND_GONE).collect(),
-            slots: slots.into_iter().collect(),
-            frontends,
-        })
+        let names = names.into_iter().map(|(id, name)| (id, name.as_str().to_owned())).collect();
+        Ok(Snapshot { names, backends: HashMap::default(), slots: Vec::new(), frontends, is_counted: true })
     }
 
     /// Sorted by name, then as the kinds are declared, then by address.
@@ -139,13 +157,14 @@ impl Snapshot {
     }
 
     fn pool(&self, pool: &Pool) -> PoolRecord {
-        let ids = (0..pool.count).map(|n| {
-            // A slot that holds backend 0 is all zeros, and so not in a dump.
-            self.slots.get(&pool.base.wrapping_add(n)).copied().unwrap_or(0)
-        });
+        // A slot that holds backend 0 is all zeros, and so not in a dump.
+        let id = |n| self.slots.get(pool.base.wrapping_add(n) as usize).copied().unwrap_or(0);
+        let ids = (0..pool.count).filter(|_| !self.is_counted).map(id);
         let found = ids.filter_map(|id| self.backends.get(&id));
+        let endpoints: Vec<String> = found.map(|b| address(b.address, u16::from_be_bytes(b.port_be))).collect();
         PoolRecord {
-            endpoints: found.map(|b| address(b.address, u16::from_be_bytes(b.port_be))).collect(),
+            count: if self.is_counted { pool.count as usize } else { endpoints.len() },
+            endpoints,
             when_empty: if u32::from(pool.on_empty) == pool_empty::EMPTY_DROP { "dropped" } else { "refused" },
         }
     }
@@ -168,15 +187,24 @@ pub fn port_name(text: &str) -> PortName {
 /// # Errors
 /// When the map cannot be read to its end, or its rows are not those of this version.
 pub fn rows<K: Pod, V: Pod>(maps: &mut dyn MapIo, map: MapName) -> anyhow::Result<Vec<(K, V)>> {
+    rows_of(maps, map, None)
+}
+
+/// `first`: of an array so many only.
+fn rows_of<K: Pod, V: Pod>(maps: &mut dyn MapIo, map: MapName, first: Option<u32>) -> anyhow::Result<Vec<(K, V)>> {
     let mut rows = Vec::new();
     let mut foreign = false;
-    let read = maps.dump(map, &mut |key, value| match (
+    let mut take = |key: &[u8], value: &[u8]| match (
         bytemuck::try_pod_read_unaligned(key),
         bytemuck::try_pod_read_unaligned(value),
     ) {
         (Ok(key), Ok(value)) => rows.push((key, value)),
         _ => foreign = true,
-    });
+    };
+    let read = match first {
+        Some(first) => maps.dump_first(map, first, &mut take),
+        None => maps.dump(map, &mut take),
+    };
     read.with_context(|| format!("reading the map {:?}", map.as_str()))?;
     anyhow::ensure!(!foreign, "the map {:?} has rows of another size: it is not this version's", map.as_str());
     Ok(rows)

@@ -271,6 +271,23 @@ impl MapIo for Maps {
         failures
     }
 
+    fn dump_first(&mut self, map: MapName, rows: u32, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
+        let handle = self.handle(map);
+        let (mut batches, mut calls, mut left) = (Batches::new(handle), 0, rows as usize);
+        while left > 0 {
+            let batch = batches.next(handle, BATCH)?;
+            calls += 1;
+            let first = batch.rows().take(left).filter(|(_, value)| value.iter().any(|byte| *byte != 0));
+            first.for_each(|(key, value)| each(key, value));
+            left = left.saturating_sub(batch.len());
+            if batch.ended {
+                break;
+            }
+        }
+        self.syscalls += calls;
+        Ok(())
+    }
+
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
         if let Some(at) = self.empty.iter().position(|empty| *empty == map) {
             self.empty.swap_remove(at);

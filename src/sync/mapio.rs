@@ -71,6 +71,15 @@ pub trait MapIo {
     /// than ending early: an incomplete dump is never taken for the whole.
     fn dump(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()>;
 
+    /// As [`MapIo::dump`], of the first `rows` rows of an array only.
+    fn dump_first(&mut self, map: MapName, rows: u32, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
+        self.dump(map, &mut |key, value| {
+            if key.try_into().is_ok_and(|key| u32::from_ne_bytes(key) < rows) {
+                each(key, value);
+            }
+        })
+    }
+
     /// One row, or `None`; of an array, a row of zeros is none.
     fn read(&mut self, map: MapName, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let mut found = None;

@@ -111,12 +111,15 @@ fn heads(what: What) -> Heads {
 fn each(flags: &GetFlags, each: &mut dyn FnMut(Box<dyn Record>) -> Result<()>) -> Result<()> {
     let (pins, filter) = (&flags.pins.pin_path, &flags.filter());
     let mut take = |record: Box<dyn Record>| if filter.takes(&*record) { each(record) } else { Ok(()) };
+    // A table has the number of endpoints, which are most of all rows.
+    let is_counted = flags.output.is_none() && flags.address.is_none() && flags.sort_by.is_none();
+    let snapshot = if is_counted { services::counted } else { services::snapshot };
     match flags.what {
-        What::Services => services::snapshot(pins)?.frontends().into_iter().try_for_each(|r| take(Box::new(r))),
+        What::Services => snapshot(pins)?.frontends().into_iter().try_for_each(|r| take(Box::new(r))),
         What::Backends => services::snapshot(pins)?.backends().into_iter().try_for_each(|r| take(Box::new(r))),
         What::Nodeports => {
             let addresses = services::node_addresses(pins)?;
-            let all = services::node_ports(services::snapshot(pins)?.frontends(), &addresses);
+            let all = services::node_ports(snapshot(pins)?.frontends(), &addresses);
             all.into_iter().try_for_each(|r| take(Box::new(r)))
         }
         What::Flows => flows::each(pins, &mut |r| take(Box::new(r))),

@@ -48,6 +48,14 @@ pub fn snapshot(pin_path: &Path) -> Result<Snapshot> {
     Snapshot::read(&mut Maps::open(pin_path)?)
 }
 
+/// As [`snapshot`], of frontends only; endpoints are counted, and not read.
+///
+/// # Errors
+/// As for [`snapshot`].
+pub fn counted(pin_path: &Path) -> Result<Snapshot> {
+    Snapshot::count(&mut Maps::open(pin_path)?)
+}
+
 impl Record for FrontendRecord {
     fn cells(&self) -> Vec<String> {
         let affinity = Some(self.affinity_seconds).filter(|s| *s != 0).map(|s| format!("{s}s"));
@@ -80,7 +88,7 @@ impl Record for FrontendRecord {
     }
 
     fn state(&self) -> String {
-        let is_empty = self.inside.endpoints.is_empty() && self.outside.endpoints.is_empty();
+        let is_empty = self.inside.count == 0 && self.outside.count == 0;
         if is_empty { self.inside.when_empty } else { "serving" }.to_owned()
     }
 
@@ -125,11 +133,11 @@ impl Record for BackendRecord {
 
 /// The number of endpoints for clients on this node, and that for packets from the wire where it differs.
 fn endpoints(inside: &PoolRecord, outside: &PoolRecord) -> String {
-    let count = |pool: &PoolRecord| match pool.endpoints.len() {
+    let count = |pool: &PoolRecord| match pool.count {
         0 => format!("0 ({})", pool.when_empty),
         n => n.to_string(),
     };
-    if inside == outside {
+    if (inside.count, inside.when_empty) == (outside.count, outside.when_empty) {
         return count(inside);
     }
     format!("{}, from outside {}", count(inside), count(outside))
@@ -179,7 +187,7 @@ impl Record for NodePortRecord {
     }
 
     fn state(&self) -> String {
-        let is_empty = self.inside.endpoints.is_empty() && self.outside.endpoints.is_empty();
+        let is_empty = self.inside.count == 0 && self.outside.count == 0;
         if is_empty { self.inside.when_empty } else { "serving" }.to_owned()
     }
 

@@ -109,6 +109,20 @@ fn rendered(what: What, output: Option<Output>) -> String {
 }
 
 #[test]
+fn a_table_is_the_same_whether_endpoints_were_read_or_counted() {
+    let cells = |snapshot: Snapshot| -> Vec<(Vec<String>, String)> {
+        let row = |record: FrontendRecord| {
+            let cells = record.cells();
+            (cells[..services::SERVICE_HEADS.narrow].to_vec(), record.state())
+        };
+        snapshot.frontends().into_iter().map(row).collect()
+    };
+    let read = cells(Snapshot::read(&mut maps()).unwrap());
+    assert_eq!(cells(Snapshot::count(&mut maps()).unwrap()), read);
+    assert_eq!(read.len(), 4);
+}
+
+#[test]
 fn services_are_shown_as_a_table_like_kubectls() {
     assert_eq!(
         rendered(What::Services, None),
