@@ -198,11 +198,21 @@ impl<R: Rows> Table<R> {
 impl<V: Copy + PartialEq + Eq + Hash + Pod> Table<Indexed<V>> {
     /// Where in `range` the rows are that are wanted to be one of `values`; sorted.
     pub fn find(&self, range: Range<u32>, values: &[V]) -> Vec<u32> {
-        let set: HashSet<V> = if values.len() > 4 { values.iter().copied().collect() } else { HashSet::default() };
-        let is_wanted = |row: &V| if values.len() > 4 { set.contains(row) } else { values.contains(row) };
+        const FEW: usize = 4;
+        const BLOCK: usize = 64;
+        let is_few = values.len() <= FEW;
+        let set: HashSet<V> = if is_few { HashSet::default() } else { values.iter().copied().collect() };
+        let is_wanted = |row: &V| if is_few { values.contains(row) } else { set.contains(row) };
+        // Without a branch for each row, which processors do for many rows at once: most blocks have none.
+        let may_have = |block: &[V]| {
+            let has = |value: &V| block.iter().fold(false, |found, row| found | (row == value));
+            !is_few || values.iter().any(has)
+        };
         let end = self.applied.rows.len().min(range.end as usize);
         let applied = self.applied.rows.get(range.start as usize..end).unwrap_or_default();
-        let found = (range.start..).zip(applied).filter(|(_, row)| is_wanted(row)).map(|(key, _)| key);
+        let blocks = (range.start..).step_by(BLOCK).zip(applied.chunks(BLOCK)).filter(|(_, block)| may_have(block));
+        let rows = blocks.flat_map(|(first, block)| (first..).zip(block));
+        let found = rows.filter(|(_, row)| is_wanted(row)).map(|(key, _)| key);
         let mut keys: Vec<u32> = found.filter(|key| !self.pending.contains_key(key)).collect();
         let waiting =
             self.pending.iter().filter(|(key, row)| range.contains(key) && row.is_some_and(|r| is_wanted(&r)));
@@ -251,6 +261,19 @@ mod tests {
             assert_eq!(table.find(3..20, values), [3, 4, 7, 8, 12]);
         }
         assert!(table.find(30..40, &[1]).is_empty());
+        // Rows are looked at in blocks: at the ends of them, and before and behind the range.
+        let mut long = Small::default();
+        for key in 0..300 {
+            long.set(key, 5);
+            long.confirm(key, Some(5));
+        }
+        for key in [9, 10, 73, 74, 137, 138, 201, 209, 210] {
+            long.set(key, 7);
+            long.confirm(key, Some(7));
+        }
+        for values in [&[7][..], &[7, 8, 9, 11, 12]] {
+            assert_eq!(long.find(10..210, values), [10, 73, 74, 137, 138, 201, 209]);
+        }
     }
 
     #[test]

@@ -97,6 +97,12 @@ fn binds(pod: &PodSpec, bpffs: &Path, config: &Path) -> Vec<String> {
         let volume = pod.volumes.iter().flatten().find(|volume| volume.name == mount.name).unwrap();
         let source = match (&volume.host_path, &volume.config_map) {
             (Some(host), None) if host.path == "/sys/fs/bpf" => bpffs.to_owned(),
+            // Empty, it goes with the state of any daemon of the host that is cleaned up.
+            (Some(host), None) if host.path == "/run/kubelane" => {
+                let own = config.with_file_name("sockets");
+                fs::create_dir_all(&own).unwrap();
+                own
+            }
             (Some(host), None) => {
                 // As the kubelet does.
                 if host.type_.as_deref() == Some("DirectoryOrCreate") {
