@@ -21,6 +21,8 @@ use crate::model::Protocol;
 
 /// A socket that no processor tells of within this time is not told of.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// Of a group's name, before the process id.
+const GROUP: &str = "kubelane-trace-";
 
 /// What became of it.
 #[derive(Debug, Serialize)]
@@ -55,7 +57,8 @@ impl Cgroup {
         let membership = fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
         let own = membership.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
         let before = find_cgroup(None)?.path.join(own.trim_start_matches('/'));
-        let path = below.join(format!("kubelane-trace-{}", std::process::id()));
+        let path = below.join(format!("{GROUP}{}", std::process::id()));
+        sweep(below);
         let signals = hold_signals()?;
         if let Err(error) = fs::create_dir(&path) {
             let _ = signals.thread_set_mask();
@@ -69,6 +72,17 @@ impl Cgroup {
         let cgroup = Cgroup { path, before, signals };
         join(&cgroup.path)?;
         Ok(cgroup)
+    }
+}
+
+/// Takes away what killed processes have left; one that runs may not have joined its group yet.
+fn sweep(below: &Path) {
+    for entry in fs::read_dir(below).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(GROUP)?.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            let _ = fs::remove_dir(entry.path());
+        }
     }
 }
 
