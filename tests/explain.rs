@@ -147,6 +147,7 @@ fn what_the_daemon_was_told_counts_whether_it_runs_or_not() {
     for (options, outside, other_port, pods_sctp) in [
         (&[][..], "untouched", "untouched", "refused"),
         (&["--external-cluster-ip", "--pod-devices", "none"][..], "backend", "refused", "untouched"),
+        (&["--socket-lb", "host", "--pod-devices", "none"], "untouched", "untouched", "untouched"),
     ] {
         let daemon = Daemon::start_with(&cluster.lab, "node1", &cluster.manifests.dir, options).unwrap();
         let verdicts = || {
