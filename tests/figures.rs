@@ -7,7 +7,7 @@ mod support;
 
 use std::process::Command;
 
-use figures::{Change, Figures, Found, Table, release_line};
+use figures::{Change, Difference, Figures, Found, Table, release_line};
 
 const FILE: &str = "\
 # A head
@@ -92,6 +92,23 @@ fn eleven_percent_more_time_fails_and_nine_or_what_the_clock_cannot_tell_does_no
     assert_eq!(fails(1.09, 0.0199), [""; 0]);
     assert_eq!(fails(1.11, 0.0199), ["to a local backend"]);
     assert_eq!(fails(1.09, 0.0211), ["unrelated"]);
+}
+
+#[test]
+fn a_first_packet_may_take_a_quarter_longer_and_no_third() {
+    let name = "UDP IPv4 to a remote backend, proving the flow";
+    let text = FILE.replace("to a local backend    ", &format!("{name} ")).replace("unrelated", "refused     ");
+    let fails = |value: f64| {
+        let differences = Figures::parse(&text).unwrap().compare(Table::Ways, MACHINE, &[way(name, value)], GRAIN);
+        differences.iter().any(Difference::fails)
+    };
+    assert_eq!((fails(1.25), fails(1.33)), (false, true));
+    assert!(
+        figures::is_single("TCP IPv6 refused, no endpoint") && figures::is_single("TCP IPv4 to a local backend, first")
+    );
+    for other in ["TCP IPv4 to a local backend", "UDP IPv4 to a local backend, first piece of a datagram"] {
+        assert!(!figures::is_single(other));
+    }
 }
 
 #[test]

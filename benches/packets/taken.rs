@@ -6,8 +6,8 @@ use anyhow::Result;
 use kubelane::bpf::verifier;
 use kubelane::bpf::yardstick::Yardstick;
 
-use crate::figures::Found;
-use crate::measure::{Lowest, measure};
+use crate::figures::{self, Found};
+use crate::measure::{Lowest, Packets, measure};
 use crate::ways;
 use crate::wire::Node;
 
@@ -57,5 +57,13 @@ fn take(is_chosen: impl Fn(&str) -> bool, rounds: usize) -> Result<Vec<(String, 
     let mut node = Node::new();
     let mut ways = ways::all(&mut node);
     ways.retain(|way| is_chosen(&way.name));
+    for way in &ways {
+        let is_single = matches!(way.packets, Packets::Fresh(_));
+        anyhow::ensure!(
+            figures::is_single(&way.name) == is_single,
+            "{}: figures.rs takes it for another kind",
+            way.name
+        );
+    }
     Ok(ways.iter_mut().map(|way| (way.name.clone(), measure(&mut node, &yardstick, way, rounds))).collect())
 }
