@@ -225,27 +225,29 @@ impl Port {
     /// Dismisses those that are `gone`, and seats those that `came`: few, among many tenants.
     fn exchange(&mut self, gone: Vec<Tenant>, came: Vec<Tenant>, space: &mut Space) {
         space.tenants = space.tenants + came.len() - gone.len();
-        match gone[..] {
-            [] => {}
-            [one] => {
-                if let Ok(place) = self.tenants.binary_search_by_key(&one.at, |tenant| tenant.at) {
-                    self.tenants.remove(place);
+        let tenants = &mut self.tenants;
+        let place = |tenants: &[Tenant], at| tenants.partition_point(|tenant| tenant.at < at);
+        match (&gone[..], &came[..]) {
+            ([], []) => {}
+            ([], [one]) => tenants.insert(place(tenants, one.at), *one),
+            ([one], []) => drop(tenants.remove(place(tenants, one.at))),
+            // As a rollout does: only those between the two move.
+            ([old], [new]) => {
+                let (hole, to) = (place(tenants, old.at), place(tenants, new.at));
+                match hole < to {
+                    true => tenants[hole..to].rotate_left(1),
+                    false => tenants[to..=hole].rotate_right(1),
                 }
+                tenants[if hole < to { to - 1 } else { to }] = *new;
             }
             _ => {
                 let ids: HashSet<u32> = gone.iter().map(|tenant| tenant.id).collect();
-                self.tenants.retain(|tenant| !ids.contains(&tenant.id));
+                tenants.retain(|tenant| !ids.contains(&tenant.id));
+                tenants.extend(came);
+                tenants.sort_by_key(|tenant| tenant.at);
             }
         }
         gone.into_iter().for_each(|tenant| self.dismiss(tenant, space));
-        match came[..] {
-            [] => {}
-            [one] => self.tenants.insert(self.tenants.partition_point(|tenant| tenant.at < one.at), one),
-            _ => {
-                self.tenants.extend(came);
-                self.tenants.sort_by_key(|tenant| tenant.at);
-            }
-        }
     }
 
     /// A backend that was to go and comes back before the kernel heard of it keeps its id and generation.

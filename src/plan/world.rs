@@ -44,6 +44,7 @@ impl Listing {
 struct Entry {
     service: Option<Box<Service>>,
     stamp: u32,
+    /// With the epoch of the list that had them last; sorted by name.
     slices: Vec<(u32, Box<Slice>)>,
     /// Of all slices, as `fit::endpoint_rows`.
     endpoint_rows: u32,
@@ -54,6 +55,11 @@ struct Entry {
 }
 
 impl Entry {
+    /// Where the slice of this name is, or would be.
+    fn find(&self, slice: &ObjectName) -> Result<usize, usize> {
+        self.slices.binary_search_by(|(_, known)| known.name.cmp(slice))
+    }
+
     /// The Service is another.
     fn ask(&mut self, shares: &mut Shares) {
         let rows = self.service.as_deref().map(|service| fit::demand(service, self.endpoint_rows)).unwrap_or_default();
@@ -355,34 +361,38 @@ impl World {
         let stamp = self.slices.epoch;
         let place = place(&self.node_name, &self.node);
         let entry = self.entries.entry(owner.clone()).or_default();
-        if let Some((old_stamp, old)) = entry.slices.iter_mut().find(|(_, s)| s.name == slice.name) {
-            *old_stamp = stamp;
-            if old.ports != slice.ports || old.endpoints != slice.endpoints {
-                self.arrivals.slice_changed(&owner, &slice, Some(old));
-                let is_noted = note_slice(&mut entry.large, Some(old), Some(&slice), place);
-                self.dirty.note(owner, !is_noted);
+        match entry.find(&slice.name) {
+            Ok(at) => {
+                let (old_stamp, old) = &mut entry.slices[at];
+                *old_stamp = stamp;
+                if old.ports != slice.ports || old.endpoints != slice.endpoints {
+                    self.arrivals.slice_changed(&owner, &slice, Some(old));
+                    let is_noted = note_slice(&mut entry.large, Some(old), Some(&slice), place);
+                    self.dirty.note(owner, !is_noted);
+                }
+                self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
+                let (before, now) = (fit::endpoint_rows(old), fit::endpoint_rows(&slice));
+                *old = slice;
+                entry.ask_for_slice(before, now, &mut self.shares);
             }
-            self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
-            let (before, now) = (fit::endpoint_rows(old), fit::endpoint_rows(&slice));
-            *old = slice;
-            entry.ask_for_slice(before, now, &mut self.shares);
-            return;
+            Err(at) => {
+                self.endpoint_count += slice.endpoints.len();
+                self.owners.insert(slice.name.clone(), owner.clone());
+                self.arrivals.slice_changed(&owner, &slice, None);
+                self.dirty.note(owner, !note_slice(&mut entry.large, None, Some(&slice), place));
+                let rows = fit::endpoint_rows(&slice);
+                entry.slices.insert(at, (stamp, slice));
+                entry.ask_for_slice(0, rows, &mut self.shares);
+            }
         }
-        self.endpoint_count += slice.endpoints.len();
-        self.owners.insert(slice.name.clone(), owner.clone());
-        self.arrivals.slice_changed(&owner, &slice, None);
-        self.dirty.note(owner, !note_slice(&mut entry.large, None, Some(&slice), place));
-        let rows = fit::endpoint_rows(&slice);
-        entry.slices.push((stamp, slice));
-        entry.ask_for_slice(0, rows, &mut self.shares);
     }
 
     fn slice_gone(&mut self, name: &ObjectName) {
         let Some(owner) = self.owners.remove(name) else { return };
         let Some(entry) = self.entries.get_mut(&owner) else { return };
         let mut is_noted = false;
-        if let Some(at) = entry.slices.iter().position(|(_, slice)| slice.name == *name) {
-            let (_, slice) = entry.slices.swap_remove(at);
+        if let Ok(at) = entry.find(name) {
+            let (_, slice) = entry.slices.remove(at);
             self.endpoint_count -= slice.endpoints.len();
             entry.ask_for_slice(fit::endpoint_rows(&slice), 0, &mut self.shares);
             let place = place(&self.node_name, &self.node);
