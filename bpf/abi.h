@@ -130,6 +130,20 @@ enum service_count {
 	SERVICE_COUNT_MAX = 12,
 };
 
+/* What is measured of each Service's traffic, if somebody wants to know: indices into struct service_traffic. */
+enum service_amount {
+	AMOUNT_REQUEST_PACKETS = 0, /* packets of flows, from clients to backends */
+	AMOUNT_REQUEST_BYTES = 1, /* of these, with their IP headers */
+	AMOUNT_REPLY_PACKETS = 2, /* the same from backends to clients */
+	AMOUNT_REPLY_BYTES = 3, /* of these */
+	AMOUNT_SOCKET_SENT = 4, /* bytes of translated TCP sockets that have closed, which the backends acknowledged */
+	AMOUNT_SOCKET_RECEIVED = 5, /* and which they received */
+	AMOUNT_CONNECT_FAILED = 6, /* translated TCP sockets that closed before they were connected */
+	AMOUNT_CONNECT_NS = 7, /* how long all took that were connected */
+	AMOUNT_CONNECTED = 8, /* and how many took up to each of connect_limits; the last: longer */
+	AMOUNT_MAX = 19,
+};
+
 /* frontends: what is asked for. A NodePort has the wildcard address of its family: :: or ::ffff:0.0.0.0. */
 struct frontend_key {
 	struct address address;

@@ -20,6 +20,8 @@ struct config {
 	__u16 moved_ports;
 	/* Connections, refusals and drops are counted by Service. */
 	__u32 counts_services;
+	/* And what its clients and backends send each other. */
+	__u32 counts_traffic;
 	/* As many proved flows of TCP, and of all other protocols, have room in the table. */
 	__u32 flows_tcp;
 	__u32 flows_other;

@@ -182,17 +182,16 @@ static __always_inline int datagram_recall(struct bpf_sock *sk, const struct fro
 	return hit && found->service_id == service_id && backend_get_living(found->backend_id, found->generation);
 }
 
-static __always_inline void datagram_remember(struct bpf_sock *sk, const struct origin *origin)
+/* 0: the kernel had no memory for it. */
+static __always_inline int datagram_remember(struct bpf_sock *sk, const struct origin *origin)
 {
 	struct datagram_table *table = datagram_table_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
 	struct datagram_more_table *more;
 	__u64 sequence;
 	int is_put;
 
-	if (!table) {
-		count_often(COUNTER_FAILED_STORAGE);
-		return;
-	}
+	if (!table)
+		return 0;
 	bpf_spin_lock(&table->lock);
 	sequence = ++table->sequence;
 	is_put = records_put(table->records, DATAGRAM_RECORDS, origin, sequence, 0);
@@ -200,15 +199,14 @@ static __always_inline void datagram_remember(struct bpf_sock *sk, const struct 
 		table->overflowed = 1;
 	bpf_spin_unlock(&table->lock);
 	if (is_put)
-		return;
+		return 1;
 	more = datagram_more_of(sk, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!more) {
-		count_often(COUNTER_FAILED_STORAGE);
-		return;
-	}
+	if (!more)
+		return 0;
 	bpf_spin_lock(&more->lock);
 	records_put(more->records, DATAGRAM_MORE_RECORDS, origin, sequence, 1);
 	bpf_spin_unlock(&more->lock);
+	return 1;
 }
 
 /* The socket sends to an address that is no Service's. Nearly no socket has a table: one pointer that is NULL. */

@@ -105,6 +105,8 @@ static __always_inline int deliver_packet(hook_context *ctx, const enum hook hoo
 	given->rewrite_mode = REWRITE_HOST;
 	if (!deliver_is_possible(given->flow.state, from_pod))
 		return VERDICT_PASS;
+	if (config.counts_traffic)
+		traffic_packet(ctx);
 	if (flow_way(given->flow.state) != WAY_STACK && deliver_has_refused_options(ctx, &given->packet)) {
 		count(COUNTER_DROPPED_OPTIONS);
 		return VERDICT_DROP;

@@ -54,6 +54,12 @@ static __always_inline __u32 hook_segment_size(hook_context *ctx)
 	return ctx->gso_size;
 }
 
+/* How many packets it is on the wire. */
+static __always_inline __u32 hook_packets(hook_context *ctx)
+{
+	return ctx->gso_segs ? ctx->gso_segs : 1;
+}
+
 static __always_inline __u32 hook_interface(hook_context *ctx)
 {
 	return ctx->ifindex;

@@ -31,6 +31,7 @@
  *   rewrite.h    new ends for a packet
  *   flow.h       the table of flows: states, proof, both directions
  *   flow_end.h   why a flow goes, and how
+ *   traffic.h    what a Service's clients and backends send each other, of sockets, too
  *   snat.h       which ends a backend sees
  *   route.h      where a packet goes next
  *   icmp.h       errors that are answered with here
@@ -77,6 +78,7 @@
 #include "rewrite.h"
 #include "flow.h"
 #include "flow_end.h"
+#include "traffic.h"
 #include "snat.h"
 #include "route.h"
 #include "icmp.h"
@@ -198,6 +200,14 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	if (request.translated)
 		request_to_ip6(&request, ctx);
 	return ANSWER_GO_ON;
+}
+
+/* TCP's changes of state (5.7 for its link). On the cgroup while traffic is counted, else nowhere. */
+SEC("sockops")
+int tcp_states(struct bpf_sock_ops *ctx)
+{
+	traffic_socket(ctx);
+	return 1;
 }
 
 /* Read by the daemon after a backend has gone or a frontend has changed hands: prints a struct stale_socket for each

@@ -131,6 +131,35 @@ struct {
 	__type(value, struct service_counts);
 } service_counts SEC(".maps");
 
+/* What the clients and backends of each Service send each other; likewise (config.counts_traffic). */
+struct service_traffic {
+	__u64 amounts[AMOUNT_MAX];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, __u32); /* service id */
+	__type(value, struct service_traffic);
+} service_traffic SEC(".maps");
+
+/* Sockets that this daemon's programs have seen connecting. */
+struct socket_traffic {
+	__u64 since_ns;
+	__u32 backend_id;
+	__u32 generation;
+	__u32 is_connected;
+	__u32 zero;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct socket_traffic);
+} socket_traffic SEC(".maps");
+
 /* Who listens to events, by slot, and what they have missed; the rings are theirs. See observe.h. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

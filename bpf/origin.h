@@ -68,14 +68,15 @@ static __always_inline int origin_recall(struct bpf_sock *sk, const struct front
 	       backend_get_living(found->backend_id, found->generation);
 }
 
-static __always_inline void origin_store(struct bpf_sock *sk, const struct origin *origin)
+/* 0: the kernel had no memory for it. */
+static __always_inline int origin_store(struct bpf_sock *sk, const struct origin *origin)
 {
 	struct origin *stored = bpf_sk_storage_get(&socket_origins, sk, (void *)0, BPF_SK_STORAGE_GET_F_CREATE);
 
-	if (stored)
-		*stored = *origin;
-	else
-		count_often(COUNTER_FAILED_STORAGE);
+	if (!stored)
+		return 0;
+	*stored = *origin;
+	return 1;
 }
 
 /* The socket now goes somewhere else. Nearly none has a record, which a look-up tells at the cost of a pointer that is

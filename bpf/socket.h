@@ -292,7 +292,8 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 		return decision;
 	origin_fill(&origin, &request->target, ctx->protocol, &choice);
 	socket_event(ctx, asked, COUNTER_CONNECT_TRANSLATED, choice.backend_id, choice.reason);
-	origin_store(sk, &origin);
+	if (!origin_store(sk, &origin))
+		socket_event(ctx, asked, COUNTER_FAILED_STORAGE, choice.backend_id, choice.reason);
 	request_go_to_backend(request, &origin);
 	count_service(origin.service_id, SERVICE_CONNECTIONS);
 	return 1;
@@ -326,7 +327,8 @@ static __always_inline int socket_send(struct bpf_sock_addr *ctx, struct request
 			return decision;
 		origin_fill(&origin, &request->target, ctx->protocol, &choice);
 		socket_event(ctx, asked, COUNTER_DATAGRAM_TRANSLATED, choice.backend_id, choice.reason);
-		datagram_remember(sk, &origin);
+		if (!datagram_remember(sk, &origin))
+			socket_event(ctx, asked, COUNTER_FAILED_STORAGE, choice.backend_id, choice.reason);
 		count_service(origin.service_id, SERVICE_CONNECTIONS);
 	} else {
 		count_often(COUNTER_DATAGRAM_TRANSLATED);

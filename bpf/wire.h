@@ -243,6 +243,8 @@ static __always_inline int wire_out(hook_context *ctx, __u32 l3, __u32 is_ip6)
 			return VERDICT_PASS;
 		}
 		given->flow.generation_or_interface = packet->interface;
+	} else if (config.counts_traffic) {
+		traffic_packet(ctx);
 	}
 	given->rewrite_mode = REWRITE_HOST;
 	if (rewrite_packet(ctx, HOOK_TC_EGRESS, given)) {

@@ -85,7 +85,7 @@ fn complaints(promtool: &PathBuf, text: &str) -> Vec<String> {
 
 /// Every family has a sample.
 fn busy(site: &Site) -> Daemon<'_> {
-    let daemon = site.start_with(&["--service-metrics", "2"]);
+    let daemon = site.start_with(&["--service-metrics", "2", "--service-traffic"]);
     for path in ["/healthz", "/livez"] {
         assert!(daemon.health(path).unwrap().contains("200 OK"));
     }
@@ -95,8 +95,9 @@ fn busy(site: &Site) -> Daemon<'_> {
         site.ask(10);
         site.ask(12);
         let text = exposition(&daemon);
-        let families = ["kubelane_service_connections_total{", "kubelane_service_verdicts_total{"];
-        text.contains("map=\"affinities\"") && families.iter().all(|family| text.contains(family))
+        let families = ["connections_total{", "verdicts_total{", "connect_duration_seconds_count{"];
+        text.contains("map=\"affinities\"")
+            && families.iter().all(|family| text.contains(&format!("kubelane_service_{family}")))
     }));
     daemon
 }
@@ -180,6 +181,70 @@ fn connections_of_the_busiest_services_are_shown_and_no_others() {
     // The counts go with the Service, and its id's next owner has none of them.
     site.server.delete(Resource::Services, "default", "echo");
     assert!(eventually(PATIENCE, || shown().len() == 1 && shown()[0].contains("\"other\"")), "{:?}", shown());
+}
+
+/// The value of the series of this name that has all these labels; 0 while there is none.
+fn value(text: &str, name: &str, labels: &[&str]) -> f64 {
+    let is_it = |line: &&str| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'))
+            && labels.iter().all(|label| line.contains(label))
+    };
+    let mut found = text.lines().filter(is_it);
+    let line = found.next();
+    assert_eq!(found.next(), None, "{name} {labels:?}");
+    line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
+}
+
+#[test]
+fn traffic_of_services_is_measured_while_somebody_wants_to_know() {
+    let Some(site) = Site::or_skip() else { return };
+    let is_observed = || {
+        let attachments = kubelane::bpf::attachments(&site.cluster.lab.node("node1").pin_path).unwrap();
+        attachments.iter().any(|attachment| attachment.name == "tcp_states")
+    };
+    let plain = site.start_with(&["--service-metrics", "5"]);
+    assert!(eventually(PATIENCE, || exposition(&plain).contains("kubelane_service_connections_total") || {
+        site.ask(10);
+        false
+    }));
+    assert!(!exposition(&plain).contains("kubelane_service_connect_") && !is_observed());
+    plain.kill();
+
+    let daemon = site.start_with(&["--service-metrics", "5", "--service-traffic"]);
+    assert!(is_observed());
+    // Nobody listens there.
+    site.put_service("closed", 11);
+    let endpoints = [Endpoint::ready(site.address("b"), "node2")];
+    site.server.upsert(slice("closed-1", "closed", &[("tcp", "TCP", 9)], &endpoints));
+    assert!(eventually(PATIENCE, || daemon.metric("kubelane_endpoints").unwrap() >= 3.0));
+    let read = |name: &str, labels: &[&str]| value(&exposition(&daemon), &format!("kubelane_service_{name}"), labels);
+    let (asked, refused) = ("service=\"echo\"", "service=\"closed\"");
+    // Each of 40 connections says a byte and is told one.
+    site.ask(10);
+    assert_eq!(names(&site.ask(11)), ["ECONNREFUSED"]);
+    let times = |limit: &str| read("connect_duration_seconds_bucket", &[asked, &format!("le=\"{limit}\"")]);
+    assert!(eventually(PATIENCE, || times("+Inf") == 40.0), "{}", exposition(&daemon));
+    assert!(eventually(PATIENCE, || read("connect_failures_total", &[refused]) == 40.0), "{}", exposition(&daemon));
+    assert_eq!(read("connect_failures_total", &[asked]), 0.0);
+    assert_eq!(read("connect_duration_seconds_count", &[refused]), 0.0);
+    let limits = ["0.0001", "0.0005", "0.001", "0.005", "0.01", "0.05", "0.1", "0.5", "1", "5", "+Inf"];
+    let all = limits.map(times);
+    assert!(all.is_sorted() && all[9] == 40.0, "{all:?}");
+    let seconds = read("connect_duration_seconds_sum", &[asked]);
+    assert!(seconds > 0.0 && seconds < 40.0, "{seconds}");
+    // SYN and FIN count as a byte each; the backend's SYN does not.
+    let bytes =
+        |direction: &str| read("bytes_total", &[asked, "path=\"sockets\"", &format!("direction=\"{direction}\"")]);
+    assert!(eventually(PATIENCE, || (80.0..=120.0).contains(&bytes("request"))), "{}", bytes("request"));
+    assert!((40.0..=80.0).contains(&bytes("reply")), "{}", bytes("reply"));
+    assert_eq!(read("packets_total", &[asked, "direction=\"request\""]), 0.0, "these were no packets of ours");
+    // A Service's id passes on with none of it.
+    site.server.delete(Resource::Services, "default", "closed");
+    assert!(eventually(PATIENCE, || read("connect_failures_total", &[refused]) == 0.0));
+    daemon.kill();
+
+    drop(site.start());
+    assert!(!is_observed());
 }
 
 #[test]

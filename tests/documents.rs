@@ -116,7 +116,12 @@ fn registered_metrics() -> BTreeSet<String> {
         let code = text.split("#[cfg(test)]").next().unwrap();
         names.extend(code.split('"').filter(|string| is_metric(string)).map(str::to_owned));
     }
-    names
+    // A histogram's series are no metrics of their own.
+    let is_series = |name: &String| {
+        let bases = ["_bucket", "_count", "_sum"].iter().filter_map(|end| name.strip_suffix(end));
+        bases.into_iter().any(|base| names.contains(base))
+    };
+    names.iter().filter(|name| !is_series(name)).cloned().collect()
 }
 
 /// "kubelane_flows"; "kubelane_trial" is a BPF program, and what ends in an underscore is only a part of a name.

@@ -49,7 +49,8 @@ fn situations(cluster: &Cluster) {
 
 fn start(cluster: &Cluster) -> Daemon<'_> {
     let manifests = &cluster.manifests.dir;
-    Daemon::start_with(&cluster.lab, "node1", manifests, &["--service-metrics", "50"]).expect("the daemon starts")
+    Daemon::start_with(&cluster.lab, "node1", manifests, &["--service-metrics", "50", "--service-traffic"])
+        .expect("the daemon starts")
 }
 
 /// The line of a Service port.
@@ -95,6 +96,9 @@ fn services_are_shown_with_their_connections_and_what_is_refused() {
             && order(&screen).first() == Some(&"default/busy:tcp")
             && rate(line(&screen, "busy:tcp")).is_some_and(|rate| rate > 0.0)
             && rate(line(&screen, "outer:tcp")) == Some(0.0)
+            && screen.contains("BYTES/S")
+            && line(&screen, "busy:tcp").contains("B ")
+            && !line(&screen, "busy:tcp").contains(" 0 B ")
             && is_refused
         {
             break;
@@ -107,6 +111,9 @@ fn services_are_shown_with_their_connections_and_what_is_refused() {
     });
     assert_eq!(line(&screen, "busy:tcp").split_whitespace().nth(2), Some("-"), "{screen}");
     println!("{screen}");
+    terminal.press(ENTER);
+    let screen = terminal.wait_for_text("ms to connect on average of");
+    assert!(screen.contains("default/busy:tcp: ") && screen.contains("B since the daemon started"), "{screen}");
     drop(connected);
     terminal.press("q");
     assert!(terminal.wait().success());

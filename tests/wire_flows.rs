@@ -2,12 +2,12 @@
 
 mod wire;
 
-use kubelane::abi::ServiceName;
-use kubelane::bpf::{Datapath, Direction, FlowCollector, MapUsage};
+use kubelane::abi::{Backend, ServiceName};
+use kubelane::bpf::{Counting, Datapath, Direction, FlowCollector, MapUsage};
 use kubelane::model::Protocol;
 use kubelane::sync::{MapIo as _, MapName};
 use wire::frame::{ACK, FIN, RST, SYN, tcp, udp};
-use wire::{CLIENT4, LOCAL4, NODE4, Node, PASS, empty_drop};
+use wire::{CLIENT4, LOCAL4, NODE4, Node, PASS, REDIRECT, REMOTE4, TUNNEL4, empty_drop};
 
 /// Both tables; returns the rows removed.
 fn collect(collector: &mut FlowCollector) -> usize {
@@ -211,7 +211,7 @@ fn maps_that_programs_fill_are_counted() {
 #[test]
 fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
     assert!(node().datapath.service_counts().unwrap().is_none(), "nobody asked for it");
-    let mut node = served(Node::opened_by(Datapath::open_counting));
+    let mut node = served(Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Connections)));
     let counts = node.datapath.service_counts().unwrap().unwrap();
     let name = |node: &mut Node, text: &str| {
         node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new(text)));
@@ -240,6 +240,37 @@ fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
     (5000..5003).for_each(|port| drop(node.uplink_in(&tcp((CLIENT4, port), empty, SYN))));
     let verdicts: Vec<_> = counts.busiest(1).unwrap()[0].verdicts().collect();
     assert_eq!(verdicts, [("refused_no_endpoint", 2), ("dropped_no_local_endpoint", 3)]);
+}
+
+#[test]
+fn packets_and_bytes_of_a_services_flows_are_counted_in_both_directions() {
+    let mut node = served(Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Traffic)));
+    let counts = node.datapath.service_counts().unwrap().unwrap();
+    node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new("shop/web")));
+    let measured = || {
+        let traffic = counts.busiest(1).unwrap()[0].traffic.unwrap();
+        (traffic.packets(), traffic.packet_bytes())
+    };
+    let length = |frame: &wire::frame::Frame| frame.packet().len() as u64;
+    open(&mut node);
+    let head = length(&tcp(FROM, TO, ACK));
+    assert_eq!(measured(), ([2, 1], [2 * head, head]));
+    // A backend elsewhere, whose replies come in.
+    node.backend(3, REMOTE4, 80, Protocol::Tcp, false);
+    node.frontend("0.0.0.0", 30081, Protocol::Tcp, &[3]);
+    let request = tcp(FROM, (NODE4, 30081), SYN);
+    let (_, sent) = node.uplink_in(&request);
+    let reply = tcp((REMOTE4, 80), (TUNNEL4, sent.ports().0), SYN | ACK).numbered(7000, 1001).carrying(100);
+    assert_eq!(node.tunnel_in(&reply).0, REDIRECT);
+    assert_eq!(measured(), ([3, 2], [3 * head, head + length(&reply)]));
+    // What is no flow's is nobody's.
+    node.uplink_in(&tcp(FROM, (NODE4, 22), SYN));
+    node.uplink_in(&tcp(FROM, TO, RST));
+    assert_eq!(measured().0, [4, 2]);
+    // The backend is gone, and its id another Service's.
+    node.backend_row(1, &Backend { generation: 2, ..wire::backend(LOCAL4, 80, Protocol::Tcp, true) });
+    node.uplink_in(&tcp(FROM, TO, ACK).numbered(1001, 7001));
+    assert_eq!(measured().0, [4, 2]);
 }
 
 #[test]

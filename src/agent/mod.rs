@@ -84,7 +84,9 @@ pub struct Settings {
     /// What the host's connection tracking is to be set to.
     pub conntrack: HostConntrack,
     pub destroy_tcp_sockets: bool,
-    /// How many Services' connections, refusals and drops are exposed; 0: none, and they are not counted.
+    /// What is counted of each Service.
+    pub counting: bpf::Counting,
+    /// Of how many Services that is exposed.
     pub service_metrics: usize,
     /// Key of the taint to be taken off the Node when the daemon is ready.
     pub startup_taint: Option<String>,
@@ -104,10 +106,7 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let source = Source::prepare(&settings.source).await?;
     let network = netdev::watch().await.context("reading the node's addresses and devices")?;
 
-    let mut datapath = match settings.service_metrics {
-        0 => Datapath::open(&settings.datapath)?,
-        _ => Datapath::open_counting(&settings.datapath)?,
-    };
+    let mut datapath = Datapath::open_counting(&settings.datapath, settings.counting)?;
     let status = Arc::new(SourceStatus::default());
     register_counters(&app.metrics, &settings.datapath.pin_path)?;
     register_watches(&app.metrics, &status)?;

@@ -1,4 +1,5 @@
-//! Connections, refusals and drops of the busiest Services, for the metrics: asked of the kernel now and then, never by who scrapes.
+//! Connections, refusals, drops and traffic of the busiest Services, for the metrics: asked of the kernel now and then, never
+//! by who scrapes.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -7,14 +8,45 @@ use anyhow::Context as _;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::outside::ByService;
-use crate::abi::ServiceName;
-use crate::bpf::{ServiceCount, ServiceCounts};
-use crate::serve::{Metrics, Sample};
+use crate::bpf::{ServiceCount, ServiceCounts, Traffic};
+use crate::serve::{Durations, Metrics};
 
 const EVERY: Duration = Duration::from_secs(5);
+/// From clients to backends, and from backends to clients.
+const DIRECTIONS: [&str; 2] = ["request", "reply"];
 
 /// What is exposed until the next look.
-type Latest = Arc<Mutex<Vec<ServiceCount>>>;
+#[derive(Clone, Default)]
+struct Latest(Arc<Mutex<Vec<ServiceCount>>>);
+
+impl Latest {
+    /// `labelled` for all: label values behind those of the Service port, and a value.
+    fn read<T, S>(
+        &self,
+        samples: impl Fn(&ServiceCount) -> S + Send + Sync + 'static,
+    ) -> impl Fn() -> Vec<(Vec<String>, T)> + Send + Sync + 'static
+    where
+        S: IntoIterator<Item = (Vec<&'static str>, T)>,
+    {
+        let latest = self.clone();
+        move || {
+            let busiest = latest.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let of_one = |count: &ServiceCount| -> Vec<(Vec<String>, T)> {
+                let named = |(more, value): (Vec<&'static str>, T)| {
+                    let mut labels = labels(count.name.as_str());
+                    labels.extend(more.into_iter().map(str::to_owned));
+                    (labels, value)
+                };
+                samples(count).into_iter().map(named).collect()
+            };
+            busiest.iter().flat_map(of_one).collect()
+        }
+    }
+
+    fn set(&self, busiest: Vec<ServiceCount>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = busiest;
+    }
+}
 
 /// Runs for ever, and exposes `most` Services at most; counts that cannot be read are told of when the reason is new.
 ///
@@ -22,36 +54,10 @@ type Latest = Arc<Mutex<Vec<ServiceCount>>>;
 /// When the metric's name is taken, or a look breaks off.
 pub async fn watch(counts: ServiceCounts, most: usize, metrics: Arc<Metrics>, flows: ByService) -> anyhow::Result<()> {
     let latest = Latest::default();
-    let read = Arc::clone(&latest);
-    metrics.read_counters(
-        "kubelane_service_connections_total",
-        "Connections, first datagrams and flows of the busiest Service ports",
-        &["namespace", "service", "port"],
-        move || {
-            let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
-            busiest.iter().map(|count| (labels(count.name.as_str()), count.connections as f64)).collect()
-        },
-    )?;
-    let read = Arc::clone(&latest);
-    metrics.read_counters(
-        "kubelane_service_verdicts_total",
-        "Refusals and drops of what asked for the same Service ports, by verdict",
-        &["namespace", "service", "port", "verdict"],
-        move || {
-            let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
-            busiest.iter().flat_map(verdict_samples).collect()
-        },
-    )?;
-    let read = Arc::clone(&latest);
-    metrics.read_gauges(
-        "kubelane_service_flows",
-        "Flows of packets from outside of the same Service ports, by state; counted once a minute",
-        &["namespace", "service", "port", "state"],
-        move || {
-            let busiest = read.lock().unwrap_or_else(PoisonError::into_inner);
-            busiest.iter().flat_map(|count| flow_samples(&count.name, &flows)).collect()
-        },
-    )?;
+    expose(&latest, &metrics, flows)?;
+    if counts.has_traffic() {
+        expose_traffic(&latest, &metrics)?;
+    }
     let counts = Arc::new(counts);
     let mut told = None;
     let mut ticks = interval(EVERY);
@@ -62,7 +68,7 @@ pub async fn watch(counts: ServiceCounts, most: usize, metrics: Arc<Metrics>, fl
         let busiest = tokio::task::spawn_blocking(move || look.busiest(most)).await;
         match busiest.context("counting by Service broke off")? {
             Ok(busiest) => {
-                *latest.lock().unwrap_or_else(PoisonError::into_inner) = busiest;
+                latest.set(busiest);
                 told = None;
             }
             Err(error) => {
@@ -76,21 +82,65 @@ pub async fn watch(counts: ServiceCounts, most: usize, metrics: Arc<Metrics>, fl
     }
 }
 
-fn verdict_samples(count: &ServiceCount) -> Vec<Sample> {
-    let sample = |(verdict, times): (&str, u64)| {
-        let mut labels = labels(count.name.as_str());
-        labels.push(verdict.to_owned());
-        (labels, times as f64)
-    };
-    count.verdicts().map(sample).collect()
+fn expose(latest: &Latest, metrics: &Metrics, flows: ByService) -> anyhow::Result<()> {
+    metrics.read_counters(
+        "kubelane_service_connections_total",
+        "Connections, first datagrams and flows of the busiest Service ports",
+        &["namespace", "service", "port"],
+        latest.read(|count| [(Vec::new(), count.connections as f64)]),
+    )?;
+    metrics.read_counters(
+        "kubelane_service_verdicts_total",
+        "Refusals and drops of what asked for the same Service ports, by verdict",
+        &["namespace", "service", "port", "verdict"],
+        latest.read(|count| count.verdicts().map(|(verdict, times)| (vec![verdict], times as f64)).collect::<Vec<_>>()),
+    )?;
+    metrics.read_gauges(
+        "kubelane_service_flows",
+        "Flows of packets from outside of the same Service ports, by state; counted once a minute",
+        &["namespace", "service", "port", "state"],
+        latest.read(move |count| flows.of(&count.name).map(|(state, number)| (vec![state], number as f64))),
+    )
 }
 
-fn flow_samples(name: &ServiceName, flows: &ByService) -> [Sample; 3] {
-    flows.of(name).map(|(state, count)| {
-        let mut labels = labels(name.as_str());
-        labels.push(state.to_owned());
-        (labels, count as f64)
-    })
+fn expose_traffic(latest: &Latest, metrics: &Metrics) -> anyhow::Result<()> {
+    metrics.read_counters(
+        "kubelane_service_packets_total",
+        "Translated packets of the same Service ports, by direction (request, reply)",
+        &["namespace", "service", "port", "direction"],
+        latest.read(|count| {
+            let packets = count.traffic.map(|traffic| traffic.packets()).unwrap_or_default();
+            DIRECTIONS.into_iter().zip(packets).map(|(direction, n)| (vec![direction], n as f64)).collect::<Vec<_>>()
+        }),
+    )?;
+    metrics.read_counters(
+        "kubelane_service_bytes_total",
+        "Bytes of translated packets, and of translated TCP sockets that have closed, of the same Service ports",
+        &["namespace", "service", "port", "path", "direction"],
+        latest.read(|count| {
+            let of = |path: &'static str, bytes: fn(&Traffic) -> [u64; 2]| {
+                let bytes = count.traffic.as_ref().map(bytes).unwrap_or_default();
+                DIRECTIONS.into_iter().zip(bytes).map(move |(direction, n)| (vec![path, direction], n as f64))
+            };
+            of("packets", Traffic::packet_bytes).chain(of("sockets", Traffic::socket_bytes)).collect::<Vec<_>>()
+        }),
+    )?;
+    metrics.read_histograms(
+        "kubelane_service_connect_duration_seconds",
+        "How long translated TCP sockets took to connect, of the same Service ports",
+        &["namespace", "service", "port"],
+        latest.read(|count| {
+            let durations =
+                |traffic: Traffic| Durations { buckets: traffic.connects().collect(), sum: traffic.connect_seconds() };
+            count.traffic.map(|traffic| (Vec::new(), durations(traffic)))
+        }),
+    )?;
+    metrics.read_counters(
+        "kubelane_service_connect_failures_total",
+        "Translated TCP sockets that closed before they were connected, of the same Service ports",
+        &["namespace", "service", "port"],
+        latest.read(|count| count.traffic.map(|traffic| (Vec::new(), traffic.connects_failed() as f64))),
+    )
 }
 
 /// Of "namespace/name:port", or "namespace/name" for a port without a name.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 use libbpf_rs::query::{LinkInfo, LinkTypeInfo};
 
+use super::load::Counting;
 use super::skeleton::KubelaneSkel;
 use super::{link, pinned};
 
@@ -47,6 +48,9 @@ struct Hook {
     program: OwnedFd,
 }
 
+/// The program that is attached only while it counts.
+const TCP_STATES: &str = "tcp_states";
+
 /// The programs of the cgroup's hooks, for putting back what somebody takes off.
 #[derive(Clone)]
 pub struct SocketHooks {
@@ -57,13 +61,17 @@ pub struct SocketHooks {
 
 impl SocketHooks {
     /// Attaches all, replies and names before requests: no socket is translated whose answers would not be.
-    /// [`Attached::Replaced`]: all of them took an earlier daemon's place.
+    /// [`Attached::Replaced`]: all that translate took an earlier daemon's place.
     pub(super) fn attach(
         skeleton: &KubelaneSkel<'_>,
         cgroup: Cgroup,
         pin_path: &Path,
+        counting: Counting,
     ) -> Result<(SocketHooks, Attached)> {
         let progs = &skeleton.progs;
+        let links = pinned::links_directory(pin_path);
+        let counts_traffic = counting == Counting::Traffic;
+        let observer = counts_traffic.then(|| (TCP_STATES, libbpf_sys::BPF_CGROUP_SOCK_OPS, progs.tcp_states.as_fd()));
         let hooks = [
             ("recvmsg4", libbpf_sys::BPF_CGROUP_UDP4_RECVMSG, progs.recvmsg4.as_fd()),
             ("recvmsg6", libbpf_sys::BPF_CGROUP_UDP6_RECVMSG, progs.recvmsg6.as_fd()),
@@ -78,14 +86,16 @@ impl SocketHooks {
             let program = program.try_clone_to_owned().context("cannot keep a BPF program")?;
             Ok(Hook { name, kind, program })
         };
-        let hooks = hooks.into_iter().map(own).collect::<Result<Vec<Hook>>>()?;
-        let links = pinned::links_directory(pin_path);
+        let hooks = hooks.into_iter().chain(observer).map(own).collect::<Result<Vec<Hook>>>()?;
         let all = SocketHooks { cgroup: Arc::new(cgroup), hooks: hooks.into(), links };
         let mut outcome = Attached::Replaced;
         for hook in all.hooks.iter() {
-            if all.attach_one(hook)? == Attached::New {
+            if all.attach_one(hook)? == Attached::New && hook.name != TCP_STATES {
                 outcome = Attached::New;
             }
+        }
+        if !counts_traffic {
+            take_off(&all.links.join(TCP_STATES))?;
         }
         Ok((all, outcome))
     }
@@ -143,4 +153,11 @@ impl SocketHooks {
     fn is_attached_here(&self, info: &LinkInfo) -> bool {
         matches!(&info.info, LinkTypeInfo::Cgroup(info) if info.cgroup_id == self.cgroup.id)
     }
+}
+
+/// Removes the link that an earlier daemon has pinned here, if it has.
+fn take_off(pin: &Path) -> Result<()> {
+    let Some((link, _)) = link::pinned(pin)? else { return Ok(()) };
+    link.detach().with_context(|| format!("cannot detach the link of {}", pin.display()))?;
+    std::fs::remove_file(pin).with_context(|| format!("cannot remove {}", pin.display()))
 }

@@ -90,6 +90,7 @@ impl AttachedProgram {
         *rodata = self.rodata()?;
         // The counts are the daemon's own, in a map that is not pinned.
         rodata.config.counts_services = 0;
+        rodata.config.counts_traffic = 0;
         Ok(())
     }
 }

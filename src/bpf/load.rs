@@ -18,7 +18,7 @@ use super::flows::FlowCollector;
 use super::maps::Maps;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
-use super::service_counts::ServiceCounts;
+use super::service_counts::{CountMaps, ServiceCounts};
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
 use super::stale::{Iterators, StaleSockets};
 use super::usage::MapUsage;
@@ -78,6 +78,17 @@ pub struct Settings {
     pub external_cluster_ips: bool,
 }
 
+/// What the programs count of each Service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Counting {
+    #[default]
+    Nothing,
+    /// Connections, refusals and drops.
+    Connections,
+    /// And what its clients and backends send each other: packets of flows, and TCP sockets that are translated.
+    Traffic,
+}
+
 /// The attached datapath. Dropping it leaves everything attached and pinned.
 pub struct Datapath {
     maps: Maps,
@@ -91,7 +102,7 @@ pub struct Datapath {
     flow_collect: OwnedFd,
     flow_limits: FlowLimits,
     /// `None`: nothing is counted by Service.
-    service_counts: Option<MapHandle>,
+    count_maps: Option<CountMaps>,
     pin_path: PathBuf,
     _lock: pinned::Lock,
 }
@@ -100,15 +111,11 @@ impl Datapath {
     /// Loads the object, takes over what is pinned, and attaches the programs to the cgroup. On an error nothing that
     /// was attached before is touched.
     pub fn open(settings: &Settings) -> Result<Datapath> {
-        Datapath::load(settings, false)
+        Datapath::open_counting(settings, Counting::Nothing)
     }
 
-    /// As [`Datapath::open`], and the programs count connections, refusals and drops of each Service.
-    pub fn open_counting(settings: &Settings) -> Result<Datapath> {
-        Datapath::load(settings, true)
-    }
-
-    fn load(settings: &Settings, counts_services: bool) -> Result<Datapath> {
+    /// As [`Datapath::open`], and the programs count.
+    pub fn open_counting(settings: &Settings, counting: Counting) -> Result<Datapath> {
         libbpf_rs::set_print(Some((PrintLevel::Warn, log_libbpf)));
         let missing = Privileges::own().missing();
         ensure!(
@@ -128,9 +135,7 @@ impl Datapath {
         config.host_sockets_only = settings.host_sockets_only.into();
         config.has_pod_devices = settings.has_pod_devices.into();
         config.external_cluster_ips = settings.external_cluster_ips.into();
-        if counts_services {
-            count_services(&mut skeleton, settings)?;
-        }
+        count_services(&mut skeleton, settings, counting)?;
         let skeleton = uninterrupted(|| skeleton.load()).with_context(|| {
             format!(
                 "the kernel rejected the BPF object (see the lines above; `kubelane check` names what is missing; if the maps in {} have another layout, `kubelane cleanup` removes them)",
@@ -140,24 +145,21 @@ impl Datapath {
         for index in [FLOW_LIMITS_SET, FLOW_LIMITS_NOW] {
             flows::write_limits(&skeleton.maps.flow_limits, index, &settings.flow_limits)?;
         }
-        let (socket_hooks, attached) = SocketHooks::attach(&skeleton, cgroup, &settings.pin_path)?;
+        let (socket_hooks, attached) = SocketHooks::attach(&skeleton, cgroup, &settings.pin_path, counting)?;
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
         }
         let stale_sockets = attach_iterators(&skeleton, search, settings.host_sockets_only)?;
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
-        let counts = |skeleton: &KubelaneSkel<'_>| MapHandle::try_from(&skeleton.maps.service_counts);
-        let service_counts = counts_services.then(|| counts(&skeleton)).transpose()?;
+        let count_maps = CountMaps::new(&skeleton, counting)?;
         let flow_collect =
             skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
         let mut maps = Maps::open(&settings.pin_path)?;
         maps.know_empty(new);
-        if counts_services {
-            maps.count_by_service(counts(&skeleton)?);
-        }
+        maps.count_by_service(count_maps.as_ref().map_or(Ok(Vec::new()), CountMaps::handles)?);
         Ok(Datapath {
             maps,
-            service_counts,
+            count_maps,
             stale_sockets,
             adopted: attached == Attached::Replaced,
             socket_hooks,
@@ -208,8 +210,8 @@ impl Datapath {
 
     /// Reads what the programs count, once; for use on another thread. `None`: they do not.
     pub fn service_counts(&mut self) -> Result<Option<ServiceCounts>> {
-        let counts = self.service_counts.take();
-        counts.map(|counts| ServiceCounts::new(counts, &self.pin_path)).transpose()
+        let maps = self.count_maps.take();
+        maps.map(|maps| ServiceCounts::new(maps, &self.pin_path)).transpose()
     }
 
     /// For telling that routes have changed; for use in another task.
@@ -348,10 +350,20 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
 }
 
 /// For as many as may have names.
-fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
-    rodata(skeleton)?.config.counts_services = 1;
+fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings, counting: Counting) -> Result<()> {
+    let config = &mut rodata(skeleton)?.config;
+    config.counts_services = (counting != Counting::Nothing).into();
+    config.counts_traffic = (counting == Counting::Traffic).into();
+    skeleton.progs.tcp_states.set_autoload(counting == Counting::Traffic);
     let most = settings.max_services.saturating_mul(2);
-    skeleton.maps.service_counts.set_max_entries(most).context("cannot size the map service_counts")
+    let maps = &mut skeleton.maps;
+    if counting != Counting::Nothing {
+        maps.service_counts.set_max_entries(most).context("cannot size the map service_counts")?;
+    }
+    if counting == Counting::Traffic {
+        maps.service_traffic.set_max_entries(most).context("cannot size the map service_traffic")?;
+    }
+    Ok(())
 }
 
 fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {

@@ -29,8 +29,8 @@ pub struct Maps {
     epochs: MapHandle,
     filter: WireFilter,
     tracked: Tracked,
-    /// By service id; `None`: nobody counts.
-    service_counts: Option<MapHandle>,
+    /// By service id; none: nobody counts.
+    counts: Vec<MapHandle>,
     /// Made by this process, and neither written to nor read yet.
     empty: Vec<MapName>,
     /// There was no frontend when they were read.
@@ -56,7 +56,7 @@ impl Maps {
             epochs,
             filter,
             tracked,
-            service_counts: None,
+            counts: Vec::new(),
             empty: Vec::new(),
             is_first: false,
             syscalls: 0,
@@ -69,9 +69,9 @@ impl Maps {
         self.empty = maps;
     }
 
-    /// From now on the count of a Service goes with its name, so that the id's next owner begins with none.
-    pub(super) fn count_by_service(&mut self, counts: MapHandle) {
-        self.service_counts = Some(counts);
+    /// From now on the counts of a Service go with its name, so that the id's next owner begins with none.
+    pub(super) fn count_by_service(&mut self, counts: Vec<MapHandle>) {
+        self.counts = counts;
     }
 
     /// bpf(2) calls made so far.
@@ -263,7 +263,7 @@ impl MapIo for Maps {
         }
         let batch = |first: usize, n: usize| self.delete_batch(map, &keys[first * key_size..][..n * key_size], n);
         let failures = in_batches(rows, batch, |error| error.raw_os_error() != Some(libc::ENOENT));
-        if let Some(counts) = self.service_counts.as_ref().filter(|_| map == MapName::Services) {
+        for counts in self.counts.iter().filter(|_| map == MapName::Services) {
             // A Service that was never asked for has no count.
             keys.chunks_exact(key_size).for_each(|id| drop(counts.delete(id)));
             self.syscalls += rows as u64;

@@ -1,4 +1,5 @@
-//! How many connections, refusals and drops each Service had, if the programs count them.
+//! How many connections, refusals and drops each Service had, and what its clients and backends sent each other, if the
+//! programs count it.
 
 use std::path::Path;
 
@@ -6,7 +7,10 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::batch::Batches;
+use super::load::Counting;
 use super::pinned;
+use super::skeleton::KubelaneSkel;
+use crate::abi::service_amount::{self, AMOUNT_CONNECTED, AMOUNT_MAX};
 use crate::abi::service_count::{self, SERVICE_COUNT_MAX};
 use crate::abi::{ServiceName, counter};
 
@@ -33,20 +37,56 @@ const _: () = {
     assert!(service_count::SERVICE_DROPPED_SCTP_PORT as usize == VERDICTS.len());
 };
 
+/// By [`service_amount`].
+type Amounts = [u64; AMOUNT_MAX as usize];
+/// Of the times that connecting took.
+const BUCKETS: usize = (AMOUNT_MAX - AMOUNT_CONNECTED) as usize;
+
+/// The maps that the programs count in, which belong to this daemon alone.
+pub(super) struct CountMaps {
+    counts: MapHandle,
+    /// With the upper limits of the buckets, in nanoseconds.
+    traffic: Option<(MapHandle, [u64; BUCKETS - 1])>,
+}
+
+impl CountMaps {
+    /// `None`: the programs do not count.
+    pub fn new(skeleton: &KubelaneSkel<'_>, counting: Counting) -> Result<Option<CountMaps>> {
+        if counting == Counting::Nothing {
+            return Ok(None);
+        }
+        let counts = MapHandle::try_from(&skeleton.maps.service_counts)?;
+        let mut traffic = None;
+        if counting == Counting::Traffic {
+            let rodata = skeleton.maps.rodata_data.context("the BPF object has no read-only data")?;
+            traffic = Some((MapHandle::try_from(&skeleton.maps.service_traffic)?, rodata.connect_limits));
+        }
+        Ok(Some(CountMaps { counts, traffic }))
+    }
+
+    /// A second handle on each.
+    pub fn handles(&self) -> Result<Vec<MapHandle>> {
+        let all = std::iter::once(&self.counts).chain(self.traffic.as_ref().map(|(map, _)| map));
+        Ok(all.map(MapHandle::try_from).collect::<Result<_, _>>()?)
+    }
+}
+
 /// Handles on the counts, and on the names of those who have them.
 pub struct ServiceCounts {
-    counts: MapHandle,
+    maps: CountMaps,
     names: MapHandle,
 }
 
 /// What a Service port had since the daemon started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ServiceCount {
     pub name: ServiceName,
     /// Connections, first datagrams of sockets, and flows.
     pub connections: u64,
     /// By [`ServiceCount::verdicts`].
     refused: [u64; VERDICTS.len()],
+    /// `None`: there was none, or it is not counted.
+    pub traffic: Option<Traffic>,
 }
 
 impl ServiceCount {
@@ -57,11 +97,65 @@ impl ServiceCount {
     }
 }
 
+/// What the clients and backends of a Service port have sent each other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Traffic {
+    amounts: Amounts,
+    limits: [u64; BUCKETS - 1],
+}
+
+impl Traffic {
+    /// Packets of flows: from clients, from backends.
+    pub fn packets(&self) -> [u64; 2] {
+        [service_amount::AMOUNT_REQUEST_PACKETS, service_amount::AMOUNT_REPLY_PACKETS].map(|index| self.amount(index))
+    }
+
+    /// Bytes of these packets, with their IP headers; an aggregate has one header.
+    pub fn packet_bytes(&self) -> [u64; 2] {
+        [service_amount::AMOUNT_REQUEST_BYTES, service_amount::AMOUNT_REPLY_BYTES].map(|index| self.amount(index))
+    }
+
+    /// Bytes of TCP sockets that were translated and have closed: from clients, from backends. Up to two more than were
+    /// written, for SYN and FIN.
+    pub fn socket_bytes(&self) -> [u64; 2] {
+        [service_amount::AMOUNT_SOCKET_SENT, service_amount::AMOUNT_SOCKET_RECEIVED].map(|index| self.amount(index))
+    }
+
+    /// Sockets that were closed before they were connected: refused, timed out or given up.
+    pub fn connects_failed(&self) -> u64 {
+        self.amount(service_amount::AMOUNT_CONNECT_FAILED)
+    }
+
+    /// Seconds that connecting took, of all sockets that were connected.
+    pub fn connect_seconds(&self) -> f64 {
+        self.amount(service_amount::AMOUNT_CONNECT_NS) as f64 / 1e9
+    }
+
+    /// Upper limit in seconds, and how many took no longer; the last has all.
+    pub fn connects(&self) -> impl Iterator<Item = (f64, u64)> {
+        let limits = self.limits.into_iter().map(|limit| limit as f64 / 1e9).chain([f64::INFINITY]);
+        let counts = self.amounts.into_iter().skip(AMOUNT_CONNECTED as usize);
+        limits.zip(counts.scan(0, |sum, count| {
+            *sum += count;
+            Some(*sum)
+        }))
+    }
+
+    fn amount(&self, index: u32) -> u64 {
+        self.amounts.get(index as usize).copied().unwrap_or(0)
+    }
+}
+
 impl ServiceCounts {
-    pub(super) fn new(counts: MapHandle, pin_path: &Path) -> Result<ServiceCounts> {
+    pub(super) fn new(maps: CountMaps, pin_path: &Path) -> Result<ServiceCounts> {
         let names = pinned::maps_directory(pin_path).join("services");
         let names = MapHandle::from_pinned_path(&names).with_context(|| format!("cannot open {}", names.display()))?;
-        Ok(ServiceCounts { counts, names })
+        Ok(ServiceCounts { maps, names })
+    }
+
+    /// Whether packets, bytes and times are counted, too.
+    pub fn has_traffic(&self) -> bool {
+        self.maps.traffic.is_some()
     }
 
     /// The `most` Service ports with the most connections, refusals and drops, sorted by name. Reads the row of every
@@ -71,9 +165,10 @@ impl ServiceCounts {
     /// When a map cannot be read.
     pub fn busiest(&self, most: usize) -> Result<Vec<ServiceCount>> {
         let mut rows: Vec<(u64, [u8; 4], [u64; SERVICE_COUNT_MAX as usize])> = Vec::new();
-        let mut batches = Batches::new(&self.counts);
+        let counts = &self.maps.counts;
+        let mut batches = Batches::new(counts);
         loop {
-            let batch = batches.next(&self.counts, ROWS_AT_ONCE).context("cannot read the counts of Services")?;
+            let batch = batches.next(counts, ROWS_AT_ONCE).context("cannot read the counts of Services")?;
             for (id, values) in batch.rows() {
                 let counts = sum(values);
                 rows.extend(id.try_into().ok().map(|id| (counts.iter().sum(), id, counts)));
@@ -89,19 +184,25 @@ impl ServiceCounts {
             let name = self.names.lookup(&id, MapFlags::ANY).context("cannot read the names of Services")?;
             // Without a name: the Service went a moment ago.
             if let Some(name) = name.and_then(|name| bytemuck::try_pod_read_unaligned::<ServiceName>(&name).ok()) {
-                named.push(ServiceCount { name, connections, refused });
+                named.push(ServiceCount { name, connections, refused, traffic: self.traffic(&id)? });
             }
         }
         named.sort_unstable_by_key(|count| count.name.text);
         Ok(named)
     }
+
+    fn traffic(&self, id: &[u8]) -> Result<Option<Traffic>> {
+        let Some((map, limits)) = &self.maps.traffic else { return Ok(None) };
+        let row = map.lookup_percpu(id, MapFlags::ANY).context("cannot read the traffic of Services")?;
+        Ok(row.map(|processors| Traffic { amounts: sum(&processors.concat()), limits: *limits }))
+    }
 }
 
 /// Over the processors.
-fn sum(values: &[u8]) -> [u64; SERVICE_COUNT_MAX as usize] {
-    let mut sums = [0; SERVICE_COUNT_MAX as usize];
+fn sum<const N: usize>(values: &[u8]) -> [u64; N] {
+    let mut sums = [0; N];
     for (at, value) in values.as_chunks::<8>().0.iter().enumerate() {
-        sums[at % SERVICE_COUNT_MAX as usize] += u64::from_ne_bytes(*value);
+        sums[at % N] += u64::from_ne_bytes(*value);
     }
     sums
 }

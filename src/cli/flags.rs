@@ -228,6 +228,12 @@ pub struct RunFlags {
     #[arg(help_heading = "Node")]
     pub service_metrics: u16,
 
+    /// With --service-metrics, also measure what clients and backends send each other: packets and bytes per Service,
+    /// bytes of translated TCP sockets once they are closed, how long these took to connect, and how many never did. Costs
+    /// translated packets a map lookup or two, and TCP sockets a call at each change of their state
+    #[arg(long, help_heading = "Node")]
+    pub service_traffic: bool,
+
     /// Serve a page for browsers at / of --metrics-bind-address. It shows names and addresses of Services to everyone who
     /// can connect: `auto` (only if that address is a loopback address), `always` or `never`
     #[arg(long, value_name = "WHEN", default_value = "auto", help_heading = "Node")]

@@ -12,7 +12,7 @@ use super::flags::{RunFlags, Source, SourceFlags};
 use super::merge::Remarks;
 use super::{host, log};
 use crate::agent::{self, Settings, SourceSettings};
-use crate::bpf;
+use crate::bpf::{self, Counting};
 use crate::model::{FlowTimeouts, SocketLb};
 use crate::netdev::PodDevices;
 
@@ -28,6 +28,10 @@ const LAST_WORK: Duration = Duration::from_secs(1);
 pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
     let Remarks { ignored, odd } = flags.complete()?;
     let source = choose_source(&flags.source, in_cluster())?;
+    if flags.service_traffic && flags.service_metrics == 0 {
+        let words = "--service-traffic measures the Services that --service-metrics N names: give it, with N above 0";
+        return Err(UsageError(words.to_owned()).into());
+    }
     log::start(flags.log).map_err(|error| UsageError(format!("{error:#}")))?;
     if !odd.is_empty() {
         warn!("these settings are malformed, and are read as kube-proxy reads them: {}", odd.join(", "));
@@ -98,6 +102,11 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         forward_through: traffic.forward_through.unwrap_or_default(),
         conntrack: traffic.host_conntrack(host::processors()),
         destroy_tcp_sockets: flags.destroy_tcp_sockets,
+        counting: match (flags.service_metrics, flags.service_traffic) {
+            (0, _) => Counting::Nothing,
+            (_, false) => Counting::Connections,
+            (_, true) => Counting::Traffic,
+        },
         service_metrics: usize::from(flags.service_metrics),
         startup_taint: flags.startup_taint,
     })

@@ -4,10 +4,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::exposition::samples;
+use super::exposition::{Sample, samples};
 use crate::table::HashMap;
 
-const FAMILIES: [&str; 15] = [
+const FAMILIES: [&str; 19] = [
     "kubelane_build_info",
     "kubelane_services",
     "kubelane_degraded_services",
@@ -20,6 +20,10 @@ const FAMILIES: [&str; 15] = [
     "kubelane_source_last_event_timestamp_seconds",
     "kubelane_source_errors_total",
     "kubelane_service_connections_total",
+    "kubelane_service_bytes_total",
+    "kubelane_service_connect_duration_seconds_sum",
+    "kubelane_service_connect_duration_seconds_count",
+    "kubelane_service_connect_failures_total",
     "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
     "kubeproxy_sync_proxy_rules_service_changes_pending",
     "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
@@ -47,6 +51,22 @@ pub struct Measures {
     /// By "namespace/name:port". `None`: the daemon does not count them.
     #[serde(skip)]
     pub connections: Option<HashMap<String, f64>>,
+    /// The same.
+    #[serde(skip)]
+    pub traffic: Option<HashMap<String, PortTraffic>>,
+}
+
+/// What the clients and backends of a Service port have sent each other, since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PortTraffic {
+    /// In both directions.
+    pub bytes: f64,
+    /// Sockets that were connected.
+    pub connects: f64,
+    /// And how long that took, together.
+    pub connect_seconds: f64,
+    /// Sockets that never were.
+    pub connects_failed: f64,
 }
 
 /// How full a map is.
@@ -109,9 +129,12 @@ impl Measures {
                 }
                 "kubelane_source_errors_total" => measures.watch(sample.label("kind")).errors = count,
                 "kubelane_service_connections_total" => {
-                    let name = (sample.label("namespace"), sample.label("service"), sample.label("port"));
-                    measures.connections.get_or_insert_default().insert(full_name(name), value);
+                    measures.connections.get_or_insert_default().insert(port_of(&sample), value);
                 }
+                "kubelane_service_bytes_total" => measures.port(&sample).bytes += value,
+                "kubelane_service_connect_duration_seconds_sum" => measures.port(&sample).connect_seconds = value,
+                "kubelane_service_connect_duration_seconds_count" => measures.port(&sample).connects = value,
+                "kubelane_service_connect_failures_total" => measures.port(&sample).connects_failed = value,
                 "kubeproxy_sync_proxy_rules_last_timestamp_seconds" => measures.last_sync_seconds = age(value),
                 "kubeproxy_sync_proxy_rules_service_changes_pending"
                 | "kubeproxy_sync_proxy_rules_endpoint_changes_pending" => measures.pending += count,
@@ -121,6 +144,10 @@ impl Measures {
         measures.maps.retain(|map| map.capacity > 0);
         measures.maps.sort_by(|a, b| b.share().total_cmp(&a.share()).then_with(|| a.name.cmp(&b.name)));
         measures
+    }
+
+    fn port(&mut self, sample: &Sample) -> &mut PortTraffic {
+        self.traffic.get_or_insert_default().entry(port_of(sample)).or_default()
     }
 
     fn map(&mut self, name: &str) -> &mut MapFill {
@@ -138,6 +165,10 @@ impl Measures {
         });
         &mut self.watches[at]
     }
+}
+
+fn port_of(sample: &Sample) -> String {
+    full_name((sample.label("namespace"), sample.label("service"), sample.label("port")))
 }
 
 /// Of a namespace, a Service and a port.

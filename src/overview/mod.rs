@@ -19,10 +19,10 @@ use serde::Serialize;
 use crate::abi::counter;
 use crate::bpf::Maps;
 use crate::table::HashMap;
-pub use measures::{Flows, MapFill, Measures, Watch};
+pub use measures::{Flows, MapFill, Measures, PortTraffic, Watch};
 pub use open::Open;
 use pace::Paced;
-use rates::{ConnectionRates, Rates};
+use rates::{Rates, ServiceRates};
 pub use services::ServicePort;
 
 /// Looks at the maps, and remembers what rates need.
@@ -32,7 +32,8 @@ pub struct Reader {
     services: Paced<Vec<ServicePort>>,
     open: Paced<Open>,
     verdicts: Rates,
-    connections: ConnectionRates,
+    connections: ServiceRates,
+    bytes: ServiceRates,
 }
 
 /// One look.
@@ -42,6 +43,8 @@ pub struct Overview {
     pub open: Arc<Open>,
     /// New connections in a second, by "namespace/name:port". `None`: the daemon does not count them.
     connections: Option<HashMap<String, f64>>,
+    /// Bytes in a second, likewise.
+    bytes: Option<HashMap<String, f64>>,
     pub verdicts: Vec<Verdict>,
     /// `None`: no daemon answers.
     pub measures: Option<Measures>,
@@ -66,7 +69,8 @@ impl Reader {
             services: Paced::default(),
             open: Paced::default(),
             verdicts: Rates::default(),
-            connections: ConnectionRates::default(),
+            connections: ServiceRates::default(),
+            bytes: ServiceRates::default(),
         }
     }
 
@@ -92,10 +96,15 @@ impl Reader {
         };
         let measures = metrics.map(|text| Measures::read(text, SystemTime::now()));
         let counted = measures.as_ref().and_then(|measures| measures.connections.clone());
+        let traffic = measures.as_ref().and_then(|measures| measures.traffic.as_ref());
+        let bytes = |traffic: &HashMap<String, PortTraffic>| -> HashMap<String, f64> {
+            traffic.iter().map(|(name, traffic)| (name.clone(), traffic.bytes)).collect()
+        };
         Ok(Overview {
             services,
             open,
             connections: counted.map(|counts| self.connections.note(counts, now).clone()),
+            bytes: traffic.map(|traffic| self.bytes.note(bytes(traffic), now).clone()),
             verdicts: all.map(verdict).filter(|verdict| is_shown(verdict.name)).collect(),
             measures,
         })
@@ -124,6 +133,8 @@ pub struct Row<'a> {
     pub port: &'a ServicePort,
     /// New connections in a second. `None`: not counted, or not among the busiest.
     pub rate: Option<f64>,
+    /// Bytes in a second, likewise.
+    pub bytes: Option<f64>,
     pub open: Option<u64>,
 }
 
@@ -133,7 +144,15 @@ impl Overview {
         let search = search.to_lowercase();
         let words: Vec<&str> = search.split_whitespace().collect();
         let found = self.services.iter().filter(|port| words.iter().all(|word| port.searched.contains(word)));
-        let row = |port| Row { port, rate: self.rate(port), open: self.open.of_port(port.id) };
+        let of = |rates: &Option<HashMap<String, f64>>, port: &ServicePort| -> Option<f64> {
+            rates.as_ref()?.get(&port.full_name).copied()
+        };
+        let row = |port| Row {
+            port,
+            rate: of(&self.connections, port),
+            bytes: of(&self.bytes, port),
+            open: self.open.of_port(port.id),
+        };
         let mut rows: Vec<Row> = found.map(row).collect();
         // Stable: those that are alike stay in the order of their names.
         match order {
@@ -153,8 +172,8 @@ impl Overview {
         self.connections.is_some()
     }
 
-    fn rate(&self, port: &ServicePort) -> Option<f64> {
-        self.connections.as_ref()?.get(&port.full_name).copied()
+    pub fn counts_traffic(&self) -> bool {
+        self.bytes.is_some()
     }
 }
 

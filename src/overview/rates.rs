@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::table::HashMap;
 
-/// Between two counts of Services' connections (`agent/connections.rs`), which is how often these counters move.
+/// Between two looks at the counts of Services (`agent/service_counts.rs`), which is how often these counters move.
 pub const COUNTED_EVERY: Duration = Duration::from_secs(5);
 
 /// Of counters that always are what they say.
@@ -25,17 +25,17 @@ impl Rates {
     }
 }
 
-/// Of Services' connections, by "namespace/name:port".
+/// Of what is counted of Services, by "namespace/name:port".
 #[derive(Debug, Default)]
-pub struct ConnectionRates {
+pub struct ServiceRates {
     counts: HashMap<String, f64>,
     /// When these were first seen.
     since: Option<Instant>,
     rates: HashMap<String, f64>,
 }
 
-impl ConnectionRates {
-    /// New connections in a second. Of those that had no count before, nothing is known.
+impl ServiceRates {
+    /// How much came in a second. Of those that had no count before, nothing is known.
     pub fn note(&mut self, counts: HashMap<String, f64>, now: Instant) -> &HashMap<String, f64> {
         let Some(since) = self.since else {
             (self.counts, self.since) = (counts, Some(now));
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn connections_that_are_counted_every_five_seconds_have_an_even_rate() {
-        let mut rates = ConnectionRates::default();
+        let mut rates = ServiceRates::default();
         let start = Instant::now();
         let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
         let counts = |web: f64, dns: f64| -> HashMap<String, f64> {

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 pub use health::Stage;
 pub use health::{Health, UPDATE_TIMEOUT};
 pub use http::listen;
-pub use metrics::{Changes, Metrics, Sample, SyncSample, Totals};
+pub use metrics::{Changes, Durations, Metrics, Sample, SyncSample, Totals};
 pub use page::{Ask, MetricsPage, Page};
 pub use places::Limits;
 pub use service_health::{HealthChecks, run as run_service_health};

@@ -23,7 +23,7 @@ static struct native_map maps[] = {
 	MAP(flow_locks, 0),    MAP(flow_limits, 0),	 MAP(flow_counts, 0),	    MAP(flow_openings, 0),
 	MAP(outgoing, 1024),   MAP(handed, 1024),	 MAP(fragments, 1024),	    MAP(ports, 0),
 	MAP(wire_filter, 0),   MAP(epochs, 0),		 MAP(known_routes, 0),	    MAP(answer_budgets, 0),
-	MAP(scratches, 0),     MAP(service_counts, 256), MAP(listening, 0),
+	MAP(scratches, 0),     MAP(service_counts, 256), MAP(listening, 0),	    MAP(service_traffic, 256),
 };
 
 const struct native_program native_programs[] = {
@@ -55,6 +55,7 @@ void native_configure(__u16 snat_first, __u16 snat_ports, int tcp_be_liberal, __
 	writable->flows_tcp = flows;
 	writable->flows_other = flows;
 	writable->counts_services = 1;
+	writable->counts_traffic = 1;
 	writable->has_pod_devices = 1;
 	writable->external_cluster_ips = external_cluster_ips;
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kubelane::abi::ServiceName;
 use kubelane::abi::counter::COUNTER_FLOW_REMOTE;
-use kubelane::bpf::{Datapath, Device, Direction, Hook, LinkLayer, Rehearsal, Role};
+use kubelane::bpf::{Counting, Datapath, Device, Direction, Hook, LinkLayer, Rehearsal, Role};
 use kubelane::model::Protocol;
 use kubelane::sync::MapName;
 
@@ -173,7 +173,7 @@ fn programs_that_count_by_service_pass_the_verifier_and_count_what_is_refused() 
     if !can_run() {
         return;
     }
-    let mut node = wire::Node::opened_by(Datapath::open_counting);
+    let mut node = wire::Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Traffic));
     let counts = node.datapath.service_counts().unwrap().unwrap();
     let name = ServiceName::new("shop/web:http");
     node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&name));

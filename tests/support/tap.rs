@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use anyhow::Context as _;
 use kubelane::abi::PodDevice;
@@ -53,39 +54,50 @@ impl TapPod {
         wiring: Wiring,
         listen: &str,
     ) -> anyhow::Result<TapPod> {
-        let node = lab.node(node);
-        let (net, of) = (if wiring == Wiring::Routed { 245 } else { 244 }, node.number);
-        let v4 = Ipv4Addr::new(10, net, of, number);
-        // Written as in decimal, as those of the laboratory's nodes.
-        let v6: Ipv6Addr = format!("fd{}:0:0:{of}::{number}", net - 200).parse()?;
-        let place = Place {
-            name: name.to_owned(),
-            v4,
-            v6,
-            cgroup: node.cgroup.join("pods").join(name),
-            log: lab.dir.join(format!("{name}.log")),
-            ..node.host.clone()
-        };
-        fs::create_dir_all(&place.cgroup).with_context(|| format!("creating {}", place.cgroup.display()))?;
+        let (place, addresses, gateways) = plan(lab, node, name, number, wiring)?;
         let device = format!("tap-{name}");
-        let (prefixes, gateways) = match wiring {
-            Wiring::Bridged | Wiring::Machine => ([24, 64], [format!("10.244.{of}.1"), format!("fd44:0:0:{of}::1")]),
-            Wiring::Routed => ([32, 128], GATEWAY.map(str::to_owned)),
-        };
-        let addresses = [format!("{v4}/{}", prefixes[0]), format!("{v6}/{}", prefixes[1])];
         let mut arguments = vec!["tap-pod", "--name", name, "--device", &device];
         arguments.extend(addresses.iter().flat_map(|address| ["--address", address]));
         arguments.extend(gateways.iter().flat_map(|gateway| ["--gateway", gateway]));
         arguments.extend(listen.split_whitespace());
         arguments.extend((wiring == Wiring::Machine).then_some("--offloads"));
         let client = Client::once_ready(place.spawn(&lab_binary()?, &arguments)?).with_context(|| place.log_tail())?;
-        let gateway = if wiring == Wiring::Routed { GATEWAY_LINK } else { bridge_address(of) };
-        let pod = TapPod { name: name.to_owned(), v4, v6, device, gateway, client };
+        let gateway = if wiring == Wiring::Routed { GATEWAY_LINK } else { bridge_address(lab.node(node).number) };
+        let pod = TapPod { name: name.to_owned(), v4: place.v4, v6: place.v6, device, gateway, client };
         match wiring {
             Wiring::Bridged | Wiring::Machine => place.ip(&[&format!("link set dev {} master cbr0 up", pod.device)])?,
             Wiring::Routed => pod.route(lab, &place)?,
         }
         Ok(pod)
+    }
+
+    /// Boots a virtual machine as a pod in the node's bridge: `kernel` has `vmlinux` and `initramfs-pod`, as tests/vm makes
+    /// them. `listen` are options of `kubelane-lab serve`.
+    pub fn boot(lab: &Lab, node: &str, name: &str, number: u8, kernel: &Path, listen: &str) -> anyhow::Result<TapPod> {
+        let (place, [v4, v6], [gateway4, gateway6]) = plan(lab, node, name, number, Wiring::Machine)?;
+        let device = format!("tap-{name}");
+        place.ip(&[&format!("tuntap add dev {device} mode tap"), &format!("link set dev {device} master cbr0 up")])?;
+        let (program, listen) = (lab_binary()?.display().to_string(), listen.replace(' ', ","));
+        let append = format!(
+            "console=ttyS0 panic=-1 mitigations=off random.trust_cpu=on apparmor=0 audit=0 pod.name={name} pod.v4={v4} \
+             pod.v6={v6} pod.gateway4={gateway4} pod.gateway6={gateway6} pod.program={program} pod.listen={listen}"
+        );
+        let [vmlinux, initramfs] = ["vmlinux", "initramfs-pod"].map(|file| kernel.join(file).display().to_string());
+        let console = format!("file:{}", lab.dir.join(format!("{name}.console")).display());
+        let tap = format!("tap,id=pod,ifname={device},script=no,downscript=no");
+        let machine = ["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off,smap=off", "-m", "512"];
+        let bare =
+            ["-nographic", "-no-reboot", "-nodefaults", "-monitor", "none", "-serial", &console, "-serial", "stdio"];
+        let boot = ["-kernel", &vmlinux, "-initrd", &initramfs, "-append", &append];
+        let files = ["-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"];
+        let devices = ["-device", "virtio-9p-pci,fsdev=host,mount_tag=host", "-netdev", &tap];
+        let card = ["-device", "virtio-net-pci,netdev=pod"];
+        let arguments = [&machine[..], &bare, &boot, &files, &devices, &card].concat();
+        let process = place.spawn(Path::new("/usr/bin/qemu-system-x86_64"), &arguments)?;
+        let console = || std::fs::read_to_string(lab.dir.join(format!("{name}.console"))).unwrap_or_default();
+        let client = Client::once_ready(process).with_context(|| format!("{}\n{}", place.log_tail(), console()))?;
+        let gateway = bridge_address(lab.node(node).number);
+        Ok(TapPod { name: name.to_owned(), v4: place.v4, v6: place.v6, device, gateway, client })
     }
 
     /// Whether the daemon of the pod's node has its programs on the device, for both directions, and knows at which link
@@ -131,4 +143,33 @@ impl TapPod {
         }
         Ok(())
     }
+}
+
+/// The place of a pod's process, its addresses with their prefixes, and its gateways; IPv4 first.
+fn plan(
+    lab: &Lab,
+    node: &str,
+    name: &str,
+    number: u8,
+    wiring: Wiring,
+) -> anyhow::Result<(Place, [String; 2], [String; 2])> {
+    let node = lab.node(node);
+    let (net, of) = (if wiring == Wiring::Routed { 245 } else { 244 }, node.number);
+    let v4 = Ipv4Addr::new(10, net, of, number);
+    // Written as in decimal, as those of the laboratory's nodes.
+    let v6: Ipv6Addr = format!("fd{}:0:0:{of}::{number}", net - 200).parse()?;
+    let place = Place {
+        name: name.to_owned(),
+        v4,
+        v6,
+        cgroup: node.cgroup.join("pods").join(name),
+        log: lab.dir.join(format!("{name}.log")),
+        ..node.host.clone()
+    };
+    fs::create_dir_all(&place.cgroup).with_context(|| format!("creating {}", place.cgroup.display()))?;
+    let (prefixes, gateways) = match wiring {
+        Wiring::Bridged | Wiring::Machine => ([24, 64], [format!("10.244.{of}.1"), format!("fd44:0:0:{of}::1")]),
+        Wiring::Routed => ([32, 128], GATEWAY.map(str::to_owned)),
+    };
+    Ok((place, [format!("{v4}/{}", prefixes[0]), format!("{v6}/{}", prefixes[1])], gateways))
 }

@@ -21,7 +21,7 @@ VM_NEEDED := \
 
 .PHONY: test-vm test-arm64
 
-test-vm: setup ## Run the kernel matrix: the BPF tests on Debian's kernels, emulated (root; KERNELS="5.10 6.1 6.12 newest")
+test-vm: setup ## Run the BPF tests on Debian's kernels, emulated, and a virtual machine as a pod (root; KERNELS="5.10 6.1 6.12 newest")
 	@missing=(); \
 	for entry in $(VM_NEEDED); do [[ -e $${entry%:*} ]] || missing+=("$${entry#*:}"); done; \
 	if (( $${#missing[@]} )); then \
@@ -32,6 +32,7 @@ test-vm: setup ## Run the kernel matrix: the BPF tests on Debian's kernels, emul
 		apt-get install -q -y --no-install-recommends "$${missing[@]}" < /dev/null; \
 	fi
 	KERNELS="$(KERNELS)" VM_SKIP="$(strip $(VM_SKIP))" tests/vm/matrix $(VM_TESTS)
+	tests/vm/pods
 
 # Its own small world instead of the tests: these would have to be built for arm64, too.
 test-arm64: setup ## Boot Debian's arm64 kernel, emulated, and have the daemon of `make static-binary` serve there (root)

@@ -108,7 +108,7 @@ const EVENTS: [(u32, Kind, Verdict); 31] = [
 ];
 
 /// The same that only tell of something odd.
-const FAILURES: [u32; 2] = [COUNTER_FAILED_BACKEND_MISSING, COUNTER_NEIGHBOUR_UNKNOWN];
+const FAILURES: [u32; 3] = [COUNTER_FAILED_BACKEND_MISSING, COUNTER_FAILED_STORAGE, COUNTER_NEIGHBOUR_UNKNOWN];
 
 /// Why flows end, as `--reason` has it, and in words.
 const ENDS: [(&str, &str); 7] = [
@@ -189,8 +189,7 @@ mod tests {
     const _: () = assert!(EVENT_FLOW_ENDED >= COUNTER_MAX);
 
     /// What a packet or a call may count again and again, or what another event tells.
-    const SILENT: [u32; 6] = [
-        COUNTER_FAILED_STORAGE,
+    const SILENT: [u32; 5] = [
         COUNTER_REPLY_TRANSLATED,
         COUNTER_PEER_TRANSLATED,
         COUNTER_FLOW_MIDSTREAM,

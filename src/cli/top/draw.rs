@@ -9,7 +9,7 @@ use super::app::App;
 use super::detail;
 use super::theme::Theme;
 use crate::escape;
-use crate::overview::{Flows, MapFill, Measures, Order, Overview, Row as Port, Verdict, Watch};
+use crate::overview::{Flows, MapFill, Measures, Order, Overview, PortTraffic, Row as Port, Verdict, Watch};
 
 /// From this height on the page has its head whole, and lines for what is refused and dropped.
 const TALL: u16 = 18;
@@ -171,7 +171,7 @@ struct Column {
     cell: fn(&Port<'_>) -> String,
 }
 
-const COLUMNS: [Column; 6] = [
+const COLUMNS: [Column; 7] = [
     Column {
         head: "SERVICE",
         width: Constraint::Fill(3),
@@ -202,6 +202,13 @@ const COLUMNS: [Column; 6] = [
             0 => row.port.when_empty.to_owned(),
             count => count.to_string(),
         },
+    },
+    Column {
+        head: "BYTES/S",
+        width: Constraint::Length(8),
+        least: 54,
+        is_known: Overview::counts_traffic,
+        cell: |row| row.bytes.map_or_else(|| "-".to_owned(), bytes),
     },
     Column {
         head: "ADDRESS",
@@ -252,6 +259,8 @@ fn service(frame: &mut Frame, app: &mut App, theme: &Theme, area: Rect) {
     let Some((namespace, name)) = &app.service else { return };
     let title = Line::styled(escape::line(&format!("{namespace}/{name}")), theme.selected());
     let mut lines = vec![title];
+    let measures = app.overview.as_ref().and_then(|overview| overview.measures.as_ref());
+    lines.extend(traffic(measures, namespace, name));
     let open = app.overview.as_ref().map(|overview| overview.open.clone()).unwrap_or_default();
     match &app.detail {
         None => lines.push(Line::raw("asking")),
@@ -265,6 +274,45 @@ fn service(frame: &mut Frame, app: &mut App, theme: &Theme, area: Rect) {
     app.scroll = app.scroll.min(count.saturating_sub(1));
     let scroll = (u16::try_from(app.scroll).unwrap_or(u16::MAX), 0);
     frame.render_widget(Paragraph::new(lines).wrap(Wrap { trim: false }).scroll(scroll), area);
+}
+
+/// What the Service's ports have moved, where that is measured.
+fn traffic(measures: Option<&Measures>, namespace: &str, name: &str) -> Vec<Line<'static>> {
+    let full = format!("{namespace}/{name}");
+    let all = measures.and_then(|measures| measures.traffic.as_ref()).into_iter().flatten();
+    let of_service = |(port, traffic): (&'_ String, &PortTraffic)| {
+        let rest = port.strip_prefix(&full)?;
+        (rest.is_empty() || rest.starts_with(':')).then(|| (port.clone(), *traffic))
+    };
+    let mut ports: Vec<(String, PortTraffic)> = all.filter_map(of_service).collect();
+    ports.sort_by(|a, b| a.0.cmp(&b.0));
+    let line = |(port, traffic): (String, PortTraffic)| {
+        let mut text = format!("{}: {} since the daemon started", escape::line(&port), bytes(traffic.bytes));
+        if traffic.connects > 0.0 {
+            let milliseconds = traffic.connect_seconds / traffic.connects * 1e3;
+            text += &format!(", {milliseconds:.2} ms to connect on average of {}", traffic.connects);
+        }
+        if traffic.connects_failed > 0.0 {
+            text += &format!(", {} never connected", traffic.connects_failed);
+        }
+        Line::raw(text)
+    };
+    ports.into_iter().map(line).collect()
+}
+
+/// "999 B", "1.0 kB", "12.3 MB".
+fn bytes(count: f64) -> String {
+    const UNITS: [&str; 5] = ["kB", "MB", "GB", "TB", "PB"];
+    if count < 1000.0 {
+        return format!("{count:.0} B");
+    }
+    let mut value = count / 1000.0;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
 }
 
 fn footer(app: &App, theme: &Theme) -> Paragraph<'static> {

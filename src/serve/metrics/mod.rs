@@ -18,7 +18,7 @@ use at_scrape::{Read, ReadAtScrape};
 use kube_proxy::KubeProxy;
 use make::{counter, counters, gauge, int_gauge, int_gauges};
 
-pub use at_scrape::Sample;
+pub use at_scrape::{Durations, Sample};
 pub use kube_proxy::Changes;
 
 use crate::model::Family;
@@ -214,7 +214,7 @@ impl Metrics {
         labels: &[&'static str],
         read: impl Fn() -> Vec<Sample> + Send + Sync + 'static,
     ) -> anyhow::Result<()> {
-        self.read_at_scrape(name, help, labels, true, Box::new(read))
+        self.read_at_scrape(name, help, labels, Read::Counters(Box::new(read)))
     }
 
     /// A family of gauges that `read` reports at each scrape.
@@ -228,20 +228,27 @@ impl Metrics {
         labels: &[&'static str],
         read: impl Fn() -> Vec<Sample> + Send + Sync + 'static,
     ) -> anyhow::Result<()> {
-        self.read_at_scrape(name, help, labels, false, Box::new(read))
+        self.read_at_scrape(name, help, labels, Read::Gauges(Box::new(read)))
     }
 
-    fn read_at_scrape(
+    /// A family of histograms that `read` reports at each scrape.
+    ///
+    /// # Errors
+    /// When the name is not valid or taken.
+    pub fn read_histograms(
         &self,
         name: &str,
         help: &str,
         labels: &[&'static str],
-        counts: bool,
-        read: Read,
+        read: impl Fn() -> Vec<(Vec<String>, Durations)> + Send + Sync + 'static,
     ) -> anyhow::Result<()> {
+        self.read_at_scrape(name, help, labels, Read::Histograms(Box::new(read)))
+    }
+
+    fn read_at_scrape(&self, name: &str, help: &str, labels: &[&'static str], read: Read) -> anyhow::Result<()> {
         let options = Opts::new(name, help);
         let desc = GaugeVec::new(options.clone(), labels)?.desc().into_iter().cloned().collect();
-        self.registry.register(Box::new(ReadAtScrape { options, labels: labels.to_vec(), counts, desc, read }))?;
+        self.registry.register(Box::new(ReadAtScrape { options, labels: labels.to_vec(), desc, read }))?;
         Ok(())
     }
 
