@@ -19,6 +19,7 @@ NEEDED := \
 	command:nft:nftables \
 	command:bpftool:bpftool \
 	command:openssl:openssl \
+	command:strace:strace \
 	file:/usr/lib/cni/portmap:containernetworking-plugins \
 	file:/usr/include/libelf.h:libelf-dev \
 	file:/usr/include/zlib.h:zlib1g-dev \

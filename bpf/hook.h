@@ -54,10 +54,15 @@ static __always_inline __u32 hook_segment_size(hook_context *ctx)
 	return ctx->gso_size;
 }
 
-/* How many packets it is on the wire. */
-static __always_inline __u32 hook_packets(hook_context *ctx)
+/* How many packets it is on the wire. Of aggregates that come from a virtual machine or its host, the kernel knows only how
+ * large each is (SKB_GSO_DODGY). `l4`: where the transport header is; TCP's options are taken for data. */
+static __always_inline __u32 hook_packets(hook_context *ctx, __u32 l4, __u8 protocol)
 {
-	return ctx->gso_segs ? ctx->gso_segs : 1;
+	__u32 size = ctx->gso_size, headers = l4 + (protocol == IPPROTO_TCP ? 20 : 8), length = ctx->len;
+
+	if (ctx->gso_segs)
+		return ctx->gso_segs;
+	return size && length > headers ? (length - headers + size - 1) / size : 1;
 }
 
 static __always_inline __u32 hook_interface(hook_context *ctx)

@@ -144,13 +144,21 @@ struct {
 	__type(value, struct service_traffic);
 } service_traffic SEC(".maps");
 
+/* When a Service's traffic was first measured, by bpf_ktime_get_ns(): who has its id later has another. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__type(key, __u32); /* service id */
+	__type(value, __u64);
+} service_births SEC(".maps");
+
 /* Sockets that this daemon's programs have seen connecting. */
 struct socket_traffic {
 	__u64 since_ns;
-	__u32 backend_id;
-	__u32 generation;
+	__u64 service_birth;
+	__u32 service_id;
 	__u32 is_connected;
-	__u32 zero;
 };
 
 struct {

@@ -15,9 +15,10 @@ use serde_json::json;
 
 use apiserver::Resource;
 use site::Site;
-use support::cluster::names;
+use support::cluster::{names, vip};
 use support::daemon::{Daemon, PATIENCE};
 use support::manifests::{Endpoint, slice};
+use support::wire::Kind::Tcp4;
 use support::{eventually, skip};
 
 /// The body of /metrics.
@@ -238,9 +239,26 @@ fn traffic_of_services_is_measured_while_somebody_wants_to_know() {
     assert!(eventually(PATIENCE, || (80.0..=120.0).contains(&bytes("request"))), "{}", bytes("request"));
     assert!((40.0..=80.0).contains(&bytes("reply")), "{}", bytes("reply"));
     assert_eq!(read("packets_total", &[asked, "direction=\"request\""]), 0.0, "these were no packets of ours");
-    // A Service's id passes on with none of it.
     site.server.delete(Resource::Services, "default", "closed");
-    assert!(eventually(PATIENCE, || read("connect_failures_total", &[refused]) == 0.0));
+    assert!(eventually(PATIENCE, || !exposition(&daemon).contains(refused)));
+    // A socket outlives its Service, and another Service gets the id: it gets nothing else.
+    let mut client = site.cluster.client("client");
+    let mut socket = client.open(Tcp4).unwrap();
+    socket.connect(vip(10, 90)[0]).unwrap();
+    (0..100).for_each(|_| socket.send().and_then(|()| socket.receive().map(drop)).unwrap());
+    site.server.delete(Resource::Services, "default", "echo");
+    assert!(eventually(PATIENCE, || !exposition(&daemon).contains(asked)));
+    site.put_service("heir", 12);
+    site.put_slice("heir", &["c"]);
+    assert!(eventually(PATIENCE, || names(&site.ask(12)) == ["c"]));
+    drop(socket);
+    drop(client);
+    let heirs = |name: &str, labels: &[&str]| read(name, &[&["service=\"heir\""], labels].concat());
+    let (connected, sent) = ("connect_duration_seconds_count", &["path=\"sockets\"", "direction=\"request\""]);
+    let is_even = || heirs(connected, &[]) >= 40.0 && heirs("bytes_total", sent) >= heirs(connected, &[]) * 2.0;
+    assert!(eventually(PATIENCE, is_even), "{}", exposition(&daemon));
+    let (connects, bytes) = (heirs(connected, &[]), heirs("bytes_total", sent));
+    assert!(bytes <= connects * 3.0, "{connects} connects said {bytes} bytes");
     daemon.kill();
 
     drop(site.start());

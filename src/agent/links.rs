@@ -77,5 +77,8 @@ fn look(
             }
         }
     }
+    if hooks.restore_observer()? {
+        warn!("another process detached the program that measures TCP sockets from the cgroup: attached again");
+    }
     Ok(())
 }

@@ -56,6 +56,8 @@ const TCP_STATES: &str = "tcp_states";
 pub struct SocketHooks {
     cgroup: Arc<Cgroup>,
     hooks: Arc<[Hook]>,
+    /// Of `TCP_STATES`, while it is attached.
+    observer: Option<Arc<Hook>>,
     links: PathBuf,
 }
 
@@ -70,8 +72,6 @@ impl SocketHooks {
     ) -> Result<(SocketHooks, Attached)> {
         let progs = &skeleton.progs;
         let links = pinned::links_directory(pin_path);
-        let counts_traffic = counting == Counting::Traffic;
-        let observer = counts_traffic.then(|| (TCP_STATES, libbpf_sys::BPF_CGROUP_SOCK_OPS, progs.tcp_states.as_fd()));
         let hooks = [
             ("recvmsg4", libbpf_sys::BPF_CGROUP_UDP4_RECVMSG, progs.recvmsg4.as_fd()),
             ("recvmsg6", libbpf_sys::BPF_CGROUP_UDP6_RECVMSG, progs.recvmsg6.as_fd()),
@@ -86,15 +86,22 @@ impl SocketHooks {
             let program = program.try_clone_to_owned().context("cannot keep a BPF program")?;
             Ok(Hook { name, kind, program })
         };
-        let hooks = hooks.into_iter().chain(observer).map(own).collect::<Result<Vec<Hook>>>()?;
-        let all = SocketHooks { cgroup: Arc::new(cgroup), hooks: hooks.into(), links };
+        let hooks = hooks.into_iter().map(own).collect::<Result<Vec<Hook>>>()?;
+        let mut all = SocketHooks { cgroup: Arc::new(cgroup), hooks: hooks.into(), observer: None, links };
         let mut outcome = Attached::Replaced;
         for hook in all.hooks.iter() {
-            if all.attach_one(hook)? == Attached::New && hook.name != TCP_STATES {
+            if all.attach_one(hook)? == Attached::New {
                 outcome = Attached::New;
             }
         }
-        if !counts_traffic {
+        if counting == Counting::Traffic {
+            let observer = own((TCP_STATES, libbpf_sys::BPF_CGROUP_SOCK_OPS, progs.tcp_states.as_fd()))?;
+            // Somebody's older program may have the hook for itself. To serve is more than to measure.
+            match all.attach_one(&observer) {
+                Ok(_) => all.observer = Some(Arc::new(observer)),
+                Err(error) => tracing::warn!("--service-traffic does not measure TCP sockets: {error:#}"),
+            }
+        } else {
             take_off(&all.links.join(TCP_STATES))?;
         }
         Ok((all, outcome))
@@ -109,17 +116,28 @@ impl SocketHooks {
     pub fn missing(&self) -> Result<Vec<&'static str>> {
         let mut missing = Vec::new();
         for hook in self.hooks.iter() {
-            let is_there = match link::pinned(&self.links.join(hook.name))? {
-                Some((_, info)) => {
-                    self.is_attached_here(&info) && link::is_program(info.prog_id, hook.program.as_fd())?
-                }
-                None => false,
-            };
-            if !is_there {
+            if !self.is_there(hook)? {
                 missing.push(hook.name);
             }
         }
         Ok(missing)
+    }
+
+    fn is_there(&self, hook: &Hook) -> Result<bool> {
+        match link::pinned(&self.links.join(hook.name))? {
+            Some((_, info)) if self.is_attached_here(&info) => link::is_program(info.prog_id, hook.program.as_fd()),
+            _ => Ok(false),
+        }
+    }
+
+    /// Attaches the program that only measures again, should somebody have taken it off; whether somebody had.
+    pub fn restore_observer(&self) -> Result<bool> {
+        let Some(observer) = self.observer.as_deref() else { return Ok(false) };
+        let is_there = self.is_there(observer)?;
+        if !is_there {
+            self.attach_one(observer)?;
+        }
+        Ok(!is_there)
     }
 
     /// Attaches and pins the program of one hook again.
@@ -155,9 +173,12 @@ impl SocketHooks {
     }
 }
 
-/// Removes the link that an earlier daemon has pinned here, if it has.
+/// Removes the link that an earlier daemon has pinned here, if it has, or was about to.
 fn take_off(pin: &Path) -> Result<()> {
-    let Some((link, _)) = link::pinned(pin)? else { return Ok(()) };
-    link.detach().with_context(|| format!("cannot detach the link of {}", pin.display()))?;
-    std::fs::remove_file(pin).with_context(|| format!("cannot remove {}", pin.display()))
+    for pin in [link::begun(pin), pin.to_owned()] {
+        let Some((link, _)) = link::pinned(&pin)? else { continue };
+        link.detach().with_context(|| format!("cannot detach the link of {}", pin.display()))?;
+        std::fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use libbpf_rs::query::{LinkInfo, ProgInfoIter};
@@ -80,11 +80,16 @@ pub(super) fn update(link: &Link, program: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Pins a link or a program at `path`, in place of what was pinned there. (bpffs allows no dots in names.)
-pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
+/// Where what will be pinned at `path` is pinned first. (bpffs allows no dots in names.)
+pub(super) fn begun(path: &Path) -> PathBuf {
     let mut new = path.as_os_str().to_owned();
     new.push("_new");
-    let new = Path::new(&new);
+    new.into()
+}
+
+/// Pins a link or a program at `path`, in place of what was pinned there.
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let new = &begun(path);
     let _ = fs::remove_file(new);
     let name = CString::new(new.as_os_str().as_bytes()).context("a pin path holds a NUL byte")?;
     // SAFETY: `name` is a NUL-terminated string that outlives the call.

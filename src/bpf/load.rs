@@ -349,19 +349,30 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     Ok(())
 }
 
-/// For as many as may have names.
+/// Before 5.11 the kernel reserves a per-CPU map's rows at once, filled or not, and refuses more than 4 GiB.
+const COUNTED_BYTES: usize = 256 << 20;
+
+/// Rows for as many Services as may have names, if that is not too much.
+fn counted_rows(services: u32, row: usize) -> Result<u32> {
+    let most = COUNTED_BYTES / (row * processors()? as usize);
+    Ok(services.saturating_mul(2).min(u32::try_from(most).unwrap_or(u32::MAX)))
+}
+
 fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings, counting: Counting) -> Result<()> {
     let config = &mut rodata(skeleton)?.config;
     config.counts_services = (counting != Counting::Nothing).into();
     config.counts_traffic = (counting == Counting::Traffic).into();
     skeleton.progs.tcp_states.set_autoload(counting == Counting::Traffic);
-    let most = settings.max_services.saturating_mul(2);
+    let services = settings.max_services;
     let maps = &mut skeleton.maps;
     if counting != Counting::Nothing {
-        maps.service_counts.set_max_entries(most).context("cannot size the map service_counts")?;
+        let rows = counted_rows(services, size_of::<types::service_counts>())?;
+        maps.service_counts.set_max_entries(rows).context("cannot size the map service_counts")?;
     }
     if counting == Counting::Traffic {
-        maps.service_traffic.set_max_entries(most).context("cannot size the map service_traffic")?;
+        let rows = counted_rows(services, size_of::<types::service_traffic>())?;
+        maps.service_traffic.set_max_entries(rows).context("cannot size the map service_traffic")?;
+        maps.service_births.set_max_entries(rows).context("cannot size the map service_births")?;
     }
     Ok(())
 }

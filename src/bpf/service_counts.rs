@@ -13,6 +13,7 @@ use super::skeleton::KubelaneSkel;
 use crate::abi::service_amount::{self, AMOUNT_CONNECTED, AMOUNT_MAX};
 use crate::abi::service_count::{self, SERVICE_COUNT_MAX};
 use crate::abi::{ServiceName, counter};
+use crate::table::HashSet;
 
 const ROWS_AT_ONCE: usize = 1024;
 
@@ -45,8 +46,14 @@ const BUCKETS: usize = (AMOUNT_MAX - AMOUNT_CONNECTED) as usize;
 /// The maps that the programs count in, which belong to this daemon alone.
 pub(super) struct CountMaps {
     counts: MapHandle,
-    /// With the upper limits of the buckets, in nanoseconds.
-    traffic: Option<(MapHandle, [u64; BUCKETS - 1])>,
+    traffic: Option<TrafficMaps>,
+}
+
+struct TrafficMaps {
+    amounts: MapHandle,
+    births: MapHandle,
+    /// Upper limits of the buckets, in nanoseconds.
+    limits: [u64; BUCKETS - 1],
 }
 
 impl CountMaps {
@@ -59,14 +66,19 @@ impl CountMaps {
         let mut traffic = None;
         if counting == Counting::Traffic {
             let rodata = skeleton.maps.rodata_data.context("the BPF object has no read-only data")?;
-            traffic = Some((MapHandle::try_from(&skeleton.maps.service_traffic)?, rodata.connect_limits));
+            traffic = Some(TrafficMaps {
+                amounts: MapHandle::try_from(&skeleton.maps.service_traffic)?,
+                births: MapHandle::try_from(&skeleton.maps.service_births)?,
+                limits: rodata.connect_limits,
+            });
         }
         Ok(Some(CountMaps { counts, traffic }))
     }
 
-    /// A second handle on each.
+    /// A second handle on each, that of births first: what has no birth is not counted any more.
     pub fn handles(&self) -> Result<Vec<MapHandle>> {
-        let all = std::iter::once(&self.counts).chain(self.traffic.as_ref().map(|(map, _)| map));
+        let traffic = self.traffic.iter().flat_map(|maps| [&maps.births, &maps.amounts]);
+        let all = traffic.chain([&self.counts]);
         Ok(all.map(MapHandle::try_from).collect::<Result<_, _>>()?)
     }
 }
@@ -85,7 +97,7 @@ pub struct ServiceCount {
     pub connections: u64,
     /// By [`ServiceCount::verdicts`].
     refused: [u64; VERDICTS.len()],
-    /// `None`: there was none, or it is not counted.
+    /// `None`: it is not measured.
     pub traffic: Option<Traffic>,
 }
 
@@ -159,23 +171,19 @@ impl ServiceCounts {
     }
 
     /// The `most` Service ports with the most connections, refusals and drops, sorted by name. Reads the row of every
-    /// Service that had one.
+    /// Service that had one, or traffic.
     ///
     /// # Errors
     /// When a map cannot be read.
     pub fn busiest(&self, most: usize) -> Result<Vec<ServiceCount>> {
-        let mut rows: Vec<(u64, [u8; 4], [u64; SERVICE_COUNT_MAX as usize])> = Vec::new();
-        let counts = &self.maps.counts;
-        let mut batches = Batches::new(counts);
-        loop {
-            let batch = batches.next(counts, ROWS_AT_ONCE).context("cannot read the counts of Services")?;
-            for (id, values) in batch.rows() {
-                let counts = sum(values);
-                rows.extend(id.try_into().ok().map(|id| (counts.iter().sum(), id, counts)));
-            }
-            if batch.ended {
-                break;
-            }
+        let counts = each::<{ SERVICE_COUNT_MAX as usize }>(&self.maps.counts)?;
+        let mut rows: Vec<_> =
+            counts.into_iter().map(|(id, counts)| (counts.iter().sum::<u64>(), id, counts)).collect();
+        if let Some(maps) = &self.maps.traffic {
+            // Flows may be older than this daemon.
+            let known: HashSet<[u8; 4]> = rows.iter().map(|(_, id, _)| *id).collect();
+            let others = each::<{ AMOUNT_MAX as usize }>(&maps.amounts)?.into_iter().map(|(id, _)| id);
+            rows.extend(others.filter(|id| !known.contains(id)).map(|id| (0, id, [0; SERVICE_COUNT_MAX as usize])));
         }
         rows.sort_unstable_by(|a, b| b.cmp(a));
         rows.truncate(most);
@@ -192,9 +200,21 @@ impl ServiceCounts {
     }
 
     fn traffic(&self, id: &[u8]) -> Result<Option<Traffic>> {
-        let Some((map, limits)) = &self.maps.traffic else { return Ok(None) };
-        let row = map.lookup_percpu(id, MapFlags::ANY).context("cannot read the traffic of Services")?;
-        Ok(row.map(|processors| Traffic { amounts: sum(&processors.concat()), limits: *limits }))
+        let Some(TrafficMaps { amounts, limits, .. }) = &self.maps.traffic else { return Ok(None) };
+        let row = amounts.lookup_percpu(id, MapFlags::ANY).context("cannot read the traffic of Services")?;
+        Ok(Some(Traffic { amounts: sum(&row.unwrap_or_default().concat()), limits: *limits }))
+    }
+}
+
+/// The rows of a map, summed over the processors.
+fn each<const N: usize>(map: &MapHandle) -> Result<Vec<([u8; 4], [u64; N])>> {
+    let (mut rows, mut batches) = (Vec::new(), Batches::new(map));
+    loop {
+        let batch = batches.next(map, ROWS_AT_ONCE).context("cannot read the counts of Services")?;
+        rows.extend(batch.rows().filter_map(|(id, values)| Some((id.try_into().ok()?, sum(values)))));
+        if batch.ended {
+            return Ok(rows);
+        }
     }
 }
 

@@ -230,7 +230,7 @@ pub struct RunFlags {
 
     /// With --service-metrics, also measure what clients and backends send each other: packets and bytes per Service,
     /// bytes of translated TCP sockets once they are closed, how long these took to connect, and how many never did. Costs
-    /// translated packets a map lookup or two, and TCP sockets a call at each change of their state
+    /// translated packets a map lookup or two, and TCP sockets a few calls of one more program
     #[arg(long, help_heading = "Node")]
     pub service_traffic: bool,
 
