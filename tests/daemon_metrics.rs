@@ -251,7 +251,6 @@ fn traffic_of_services_is_measured_while_somebody_wants_to_know() {
     site.put_service("heir", 12);
     site.put_slice("heir", &["c"]);
     assert!(eventually(PATIENCE, || names(&site.ask(12)) == ["c"]));
-    drop(socket);
     drop(client);
     let heirs = |name: &str, labels: &[&str]| read(name, &[&["service=\"heir\""], labels].concat());
     let (connected, sent) = ("connect_duration_seconds_count", &["path=\"sockets\"", "direction=\"request\""]);

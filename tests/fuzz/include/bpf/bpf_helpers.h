@@ -59,6 +59,7 @@ long bpf_sk_release(void *sk);
 #define bpf_set_retval(value) (abort(), (value) ? 1 : 0)
 #define bpf_sk_storage_get(map, sk, value, flags) (abort(), (map) && (sk) && (flags) ? (void *)(value) : (void *)0)
 #define bpf_sk_storage_delete(map, sk) (abort(), (map) && (sk) ? 1L : 0L)
+#define bpf_sock_ops_cb_flags_set(ctx, flags) (abort(), (ctx) && (flags) ? 1L : 0L)
 #define bpf_skc_to_tcp_sock(sk) (abort(), (void *)(sk))
 #define bpf_seq_write(seq, data, size) (abort(), (seq) && (data) && (size) ? 1L : 0L)
 
