@@ -227,7 +227,7 @@ static __noinline __u32 begin_replace(struct scratch *given, struct flow *reques
 	if (!lock || !reply)
 		return state;
 	bpf_spin_lock(&lock->lock);
-	if (flow_is_still(request, &given->former.ends) && flow_is_still(reply, &given->reply_row.ends)) {
+	if (flow_is_unchanged(request, &given->former) && flow_is_still(reply, &given->reply_row.ends)) {
 		state = request->state;
 		*request = given->flow;
 		if (place == PLACE_OWN) {
@@ -259,18 +259,9 @@ static __always_inline void begin_release(struct scratch *given, int place)
 /* Another processor has begun the same flow: its row counts. */
 static __noinline int begin_yield(struct scratch *given, int place)
 {
-	struct flow *row;
-
 	begin_release(given, place);
-	row = flow_find(&given->packet.tuple);
-	if (row) {
-		given->flow = *row;
-		given->addresses = checksum_change(&given->packet.tuple.ends, &given->flow.ends.source,
-						   &given->flow.ends.destination);
-		if (!(given->flow.state & (FLOW_ENDING | FLOW_REPLY)) &&
-		    ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends) == given->flow.change)
-			return VERDICT_CONTINUE;
-	}
+	if (flow_reread() == RECALL_SERVES)
+		return VERDICT_CONTINUE;
 	count(COUNTER_DROPPED_FLOW_CHANGING);
 	return VERDICT_DROP;
 }

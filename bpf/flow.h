@@ -195,6 +195,15 @@ static __always_inline int flow_is_still(const struct flow *flow, const struct e
 	return ends_equal(&flow->ends, ends);
 }
 
+/* Is the row what the copy was made of, with nothing done to it since? One that another processor has put in its place may
+ * have the same ends. */
+static __always_inline int flow_is_unchanged(const struct flow *flow, const struct flow *copy)
+{
+	return flow_is_still(flow, &copy->ends) && flow->state == copy->state &&
+	       flow->backend_or_first == copy->backend_or_first &&
+	       flow->generation_or_interface == copy->generation_or_interface;
+}
+
 /*
  * Sets and clears flags of the row that scratch.flow is a copy of, and notes the second. `request`: the ends of the
  * requests' key. Answers the state before; FLOW_ENDING: the row is not this flow's any more.
@@ -348,6 +357,27 @@ static __always_inline void flow_prove(struct scratch *given, struct flow *flow)
 		flow_remember_client(packet, &given->flow);
 }
 
+/* Another processor has put a flow in the place of the one that scratch.flow is a copy of, or is about to: copies what is
+ * there now. Answers an enum recall. Global, so that it is verified once. */
+__noinline int flow_reread(void)
+{
+	struct scratch *given = scratch();
+	const struct flow *row;
+
+	if (!given)
+		return RECALL_CHANGING;
+	row = flow_find(&given->packet.tuple);
+	if (!row)
+		return RECALL_NONE;
+	given->flow = *row;
+	given->addresses =
+		checksum_change(&given->packet.tuple.ends, &given->flow.ends.source, &given->flow.ends.destination);
+	if ((given->flow.state & (FLOW_ENDING | FLOW_REPLY)) ||
+	    ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends) != given->flow.change)
+		return RECALL_CHANGING;
+	return RECALL_SERVES;
+}
+
 /* A request that cannot be dealt with by a look at its row alone. */
 static __always_inline int flow_attend_request(struct scratch *given, struct flow *flow, const struct flow *reply)
 {
@@ -367,7 +397,10 @@ static __always_inline int flow_attend_request(struct scratch *given, struct flo
 			flow_note_sequence(flow, packet->sequence);
 	}
 	before = flow_mark(given, flow, &packet->tuple.ends, set, clear);
-	if (!(before & (FLOW_PROVED | FLOW_ENDING)) && reply && flow_is_proof(packet, reply, second))
+	/* The copy's answers would find no row. */
+	if (before & FLOW_ENDING)
+		return flow_reread();
+	if (!(before & FLOW_PROVED) && reply && flow_is_proof(packet, reply, second))
 		flow_prove(given, flow);
 	return RECALL_SERVES;
 }

@@ -103,8 +103,12 @@ __noinline int flow_remove(hook_context *ctx, __u32 why)
 		/* A replies' row that leads elsewhere is another flow's by now. */
 		if (reply && !ends_are_reversed(&reply->ends, &given->removed.ends))
 			reply = (void *)0;
-		if (flow_may_go(limits, given->removed.protocol, request->state, reply ? reply->state : request->state,
-				why, second)) {
+		/* An opening's row may be a later flow's since it was looked at. */
+		if (why == REMOVE_OPENING &&
+		    (!reply || flow_opening_mark(given->removed.protocol, request, reply) != given->removed_mark))
+			state = FLOW_ENDING;
+		else if (flow_may_go(limits, given->removed.protocol, request->state,
+				     reply ? reply->state : request->state, why, second)) {
 			state = request->state;
 			request->state |= FLOW_ENDING;
 			if (reply)

@@ -41,6 +41,9 @@ static __always_inline int wire_packet(hook_context *ctx, struct scratch *given,
 {
 	int recall = flow_recall(ctx, given, 0), verdict;
 
+	/* The copy may have been made while another processor wrote. */
+	if (recall == RECALL_CHANGING)
+		recall = flow_reread();
 	if (recall == RECALL_NONE) {
 		verdict = begin(ctx);
 		if (verdict != VERDICT_CONTINUE)

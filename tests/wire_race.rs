@@ -161,6 +161,50 @@ fn datagrams_of_one_socket_on_two_processors_go_one_way_and_all_are_answered() {
     assert_nothing_is_left(&node);
 }
 
+/// The flows of these ports have ended by silence, and nobody has collected them: both threads find the same row, and of two
+/// that put a flow in its place the second must see that the first was faster, also when the new flow looks like the old.
+#[test]
+fn a_port_whose_flow_has_ended_is_used_again_on_two_processors_and_all_are_answered() {
+    const PORTS: std::ops::Range<u16> = 21_000..21_200;
+    let cluster = Cluster::new();
+    cluster.serve();
+    let mut node = near_node(&cluster, Protocol::Udp);
+    let end = Instant::now() + seconds() / 3;
+    let (mut asked, mut moved, mut lost) = (0, 0, 0);
+    while Instant::now() < end {
+        cluster.inside("client", || {
+            for (port, family) in PORTS.zip([0, 1].into_iter().cycle()) {
+                let socket = UdpSocket::bind(SocketAddr::new(CLIENT[family].parse().unwrap(), port)).unwrap();
+                socket.connect(service(family)).unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                let start = Barrier::new(2);
+                let (socket, start) = (&socket, &start);
+                let found = thread::scope(|scope| {
+                    let threads = [0usize, 1].map(|n| {
+                        scope.spawn(move || {
+                            stay_on(n);
+                            ask_at_once(socket, start, n as u8)
+                        })
+                    });
+                    threads.map(|thread| thread.join().unwrap())
+                });
+                let answers: usize = found.iter().map(|(_, answers)| answers).sum();
+                let backends: std::collections::BTreeSet<IpAddr> =
+                    found.iter().flat_map(|(seen, _)| seen.keys().copied()).collect();
+                asked += 1;
+                moved += usize::from(backends.len() > 1);
+                lost += 2 * AT_ONCE - answers;
+            }
+        });
+        // Longer than flows of UDP that are not proved may be silent, and those that are.
+        node.let_flows_rest(200);
+    }
+    let found = format!("{asked} times, {moved} moved, {lost} datagrams lost");
+    println!("{found}");
+    assert!(asked > 300 && (moved, lost) == (0, 0), "{found}; counted {:?}", node.counters());
+    assert_nothing_is_left(&node);
+}
+
 /// Opens a connection from this port, says something, is answered, and closes first or last; what went wrong.
 fn connect_from(from: SocketAddr, to: SocketAddr, closes_first: bool) -> std::io::Result<()> {
     let socket = Socket::new(Domain::for_address(from), Type::STREAM, None)?;
