@@ -213,6 +213,11 @@ fn traffic_of_services_is_measured_while_somebody_wants_to_know() {
 
     let daemon = site.start_with(&["--service-metrics", "5", "--service-traffic"]);
     assert!(is_observed());
+    // What somebody takes off is put back.
+    let pin = site.cluster.lab.node("node1").pin_path.join("v3/links/tcp_states");
+    std::fs::remove_file(&pin).unwrap();
+    assert!(!is_observed());
+    assert!(eventually(PATIENCE, is_observed), "{}", daemon.log());
     // Nobody listens there.
     site.put_service("closed", 11);
     let endpoints = [Endpoint::ready(site.address("b"), "node2")];

@@ -77,8 +77,24 @@ fn look(
             }
         }
     }
-    if hooks.restore_observer()? {
-        warn!("another process detached the program that measures TCP sockets from the cgroup: attached again");
+    look_after_observer(hooks, contests, now)
+}
+
+/// The same for the program that only measures: without it all is served.
+fn look_after_observer(hooks: &SocketHooks, contests: &mut Contests, now: std::time::Instant) -> anyhow::Result<()> {
+    let Some((name, is_there)) = hooks.observer()? else { return Ok(()) };
+    if is_there {
+        contests.there(name, now);
+    } else if !contests.rests(name, now) {
+        match contests.gone(name, now) {
+            Verdict::PutBack => {
+                hooks.restore(name)?;
+                contests.put_back(name, now);
+                warn!("another process detached cgroup program {name}, which measures TCP sockets: attached again");
+            }
+            Verdict::LeaveAlone(true) => warn!("TCP sockets are not measured: cgroup program {name}: {CONTEST_REMEDY}"),
+            Verdict::LeaveAlone(false) => {}
+        }
     }
     Ok(())
 }

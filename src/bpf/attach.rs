@@ -130,19 +130,15 @@ impl SocketHooks {
         }
     }
 
-    /// Attaches the program that only measures again, should somebody have taken it off; whether somebody had.
-    pub fn restore_observer(&self) -> Result<bool> {
-        let Some(observer) = self.observer.as_deref() else { return Ok(false) };
-        let is_there = self.is_there(observer)?;
-        if !is_there {
-            self.attach_one(observer)?;
-        }
-        Ok(!is_there)
+    /// Of the program that only measures: its hook's name, and whether it still is attached. `None`: it never was.
+    pub fn observer(&self) -> Result<Option<(&'static str, bool)>> {
+        let observer = self.observer.as_deref();
+        observer.map(|hook| Ok((hook.name, self.is_there(hook)?))).transpose()
     }
 
     /// Attaches and pins the program of one hook again.
     pub fn restore(&self, name: &str) -> Result<()> {
-        let hook = self.hooks.iter().find(|hook| hook.name == name);
+        let hook = self.hooks.iter().chain(self.observer.as_deref()).find(|hook| hook.name == name);
         hook.map_or(Ok(()), |hook| self.attach_one(hook).map(drop))
     }
 
