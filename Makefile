@@ -96,7 +96,7 @@ image-binary: setup
 
 demo: setup ## Two nodes in network namespaces, Services on both, requests while backends change (root)
 	cargo build --release --features lab
-	target/release/kubelane-lab demo --manifests manifests/demo
+	$(TARGET)/release/kubelane-lab demo --manifests manifests/demo
 
 # What cannot run here says so by itself on stderr, and is counted at the end.
 test: setup promtool ## Run every test (those that need namespaces or BPF need root)
