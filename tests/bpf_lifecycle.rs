@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use kubelane::abi::{FlowLimits, FrontendKey, ServiceName, SourceRangeKey};
+use kubelane::abi::{Backend, FlowLimits, FrontendKey, ServiceName, SourceRangeKey, abi_version};
 use kubelane::bpf::{self, Datapath, Maps, Settings};
 use kubelane::model::{IpRange, Protocol};
 use kubelane::sync::{Failure, MapIo, MapName};
+use libbpf_rs::{Link, MapCore, MapHandle};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
@@ -147,6 +148,7 @@ fn a_dump_holds_every_row_of_a_hash_and_every_row_of_an_array_that_is_not_zero()
     settings.max_endpoints = 10_000;
     let mut datapath = Datapath::open(&settings).unwrap();
     let maps = datapath.maps();
+    maps.reserve(&[(MapName::Services, 20_000), (MapName::Slots, 40_000)]);
     let ids: Vec<u32> = (0..20_000).collect();
     let names: Vec<ServiceName> = ids.iter().map(|i| ServiceName::new(&format!("ns/s{i}"))).collect();
     assert!(maps.write(MapName::Services, bytemuck::cast_slice(&ids), bytemuck::cast_slice(&names), 20_000).is_empty());
@@ -192,18 +194,71 @@ fn a_second_daemon_takes_the_programs_and_rows_over_and_two_at_once_are_refused(
     assert_eq!(rows(second.maps(), MapName::Frontends), 3);
 }
 
+/// Names and identities of what is pinned in a directory.
+fn pins(directory: &Path) -> BTreeMap<String, u32> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let id = |path: &PathBuf| match MapHandle::from_pinned_path(path) {
+        Ok(map) => map.info().unwrap().info.id,
+        Err(_) => Link::open(path).unwrap().info().unwrap().id,
+    };
+    entries.map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), id(&path))).collect()
+}
+
 #[test]
-fn capacities_are_those_of_the_pinned_maps_until_cleanup() {
+fn a_map_that_fills_up_grows_and_nothing_else_changes() {
+    let world = World::new();
+    let mut settings = world.settings();
+    (settings.max_services, settings.max_endpoints) = (50_000, 50_000);
+    let mut datapath = Datapath::open(&settings).unwrap();
+    let state = settings.pin_path.join(format!("v{}", abi_version::ABI_VERSION));
+    let (maps_before, links_before) = (pins(&state.join("maps")), pins(&state.join("links")));
+    let hooks = datapath.socket_hooks();
+    let maps = datapath.maps();
+    let sizes = |maps: &Maps| MapName::ALL.map(|map| maps.size(map));
+    assert_eq!(sizes(maps), [4096, 4096, 16_384, 4096, 4096, 64]);
+    assert_eq!(maps.capacity(MapName::Frontends), 200_000);
+
+    // Not yet; then: what is half full, too, but not the others.
+    let keys = frontend_keys(3073);
+    maps.reserve(&[(MapName::Frontends, 3072), (MapName::Services, 1000)]);
+    assert!(maps.write(MapName::Frontends, &keys[..3072 * 20], &[1u8; 3072 * 36], 3072).is_empty());
+    let ids: Vec<u32> = (1..=3000).collect();
+    let backend = vec![7u8; 3000 * size_of::<Backend>()];
+    assert!(maps.write(MapName::Backends, bytemuck::cast_slice(&ids), &backend, 3000).is_empty());
+    assert_eq!(pins(&state.join("maps")), maps_before);
+    maps.reserve(&[(MapName::Frontends, 3073), (MapName::Backends, 3001), (MapName::Services, 1000)]);
+    assert_eq!(sizes(maps), [4096, 8192, 16_384, 8192, 4096, 64]);
+    assert!(maps.write(MapName::Frontends, &keys[3072 * 20..], &[1u8; 36], 1).is_empty());
+    assert_eq!((rows(maps, MapName::Frontends), rows(maps, MapName::Backends)), (3073, 3000));
+
+    let is_other = |(name, id): (&String, &u32)| (maps_before[name] != *id).then(|| name.clone());
+    let grown: Vec<String> = pins(&state.join("maps")).iter().filter_map(is_other).collect();
+    assert_eq!(grown, ["backends", "frontends"]);
+    assert_eq!(pins(&state.join("links")), links_before, "each link got another program, and stayed");
+    assert!(hooks.missing().unwrap().is_empty(), "who looks at the attachments knows the new programs");
+    assert_eq!(world.attached_to_connect4(), 1);
+
+    drop(datapath);
+    let mut next = Datapath::open(&settings).unwrap();
+    assert_eq!(sizes(next.maps()), [4096, 8192, 16_384, 8192, 4096, 64]);
+    assert_eq!((rows(next.maps(), MapName::Frontends), rows(next.maps(), MapName::Backends)), (3073, 3000));
+}
+
+#[test]
+fn a_daemon_that_is_told_of_another_limit_needs_no_cleanup() {
     let world = World::new();
     let mut settings = world.settings();
     drop(Datapath::open(&settings).unwrap());
-    settings.max_endpoints = 4096;
+    settings.max_endpoints = 100_000;
     let mut datapath = Datapath::open(&settings).unwrap();
-    assert_eq!(datapath.maps().capacity(MapName::Backends), 1024);
+    let maps = datapath.maps();
+    assert_eq!((maps.size(MapName::Backends), maps.capacity(MapName::Backends)), (1024, 100_000));
+    maps.reserve(&[(MapName::Backends, 90_000)]);
+    assert_eq!(maps.size(MapName::Backends), 100_000);
     drop(datapath);
-    bpf::cleanup(&settings.pin_path).unwrap();
-    let mut datapath = Datapath::open(&settings).unwrap();
-    assert_eq!(datapath.maps().capacity(MapName::Backends), 4096);
+    // What is there is never taken away.
+    settings.max_endpoints = 1024;
+    assert_eq!(Datapath::open(&settings).unwrap().maps().capacity(MapName::Backends), 100_000);
 }
 
 #[test]

@@ -222,7 +222,7 @@ fn a_full_map_is_warned_of_with_its_remedy_and_the_rest_goes_on() {
         [Warning {
             subject: "Service default/b".into(),
             message: "endpoints beyond 1 of each port are left out: they exceed this Service's quota of the maps; use \
-                      fewer, or stop kubelane, run `kubelane cleanup`, and start it with a higher --max-endpoints"
+                      fewer, or start kubelane with a higher --max-endpoints"
                 .into(),
         }]
     );

@@ -210,9 +210,9 @@ fn maps_that_programs_fill_are_counted() {
 
 #[test]
 fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
-    assert!(node().datapath.service_counts().unwrap().is_none(), "nobody asked for it");
+    assert!(node().datapath.service_counts().is_none(), "nobody asked for it");
     let mut node = served(Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Connections)));
-    let counts = node.datapath.service_counts().unwrap().unwrap();
+    let counts = node.datapath.service_counts().unwrap();
     let name = |node: &mut Node, text: &str| {
         node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new(text)));
     };
@@ -245,7 +245,7 @@ fn new_flows_are_counted_by_service_and_an_ids_next_owner_begins_with_none() {
 #[test]
 fn packets_and_bytes_of_a_services_flows_are_counted_in_both_directions() {
     let mut node = served(Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Traffic)));
-    let counts = node.datapath.service_counts().unwrap().unwrap();
+    let counts = node.datapath.service_counts().unwrap();
     node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&ServiceName::new("shop/web")));
     let measured = || {
         let traffic = counts.busiest(1).unwrap()[0].traffic.unwrap();

@@ -14,19 +14,24 @@ use crate::sync::{MapIo, MapName};
 /// Between two audits. Each reads every row of every map.
 const EVERY: Duration = Duration::from_secs(600);
 
-/// Runs for ever; an audit that fails is told of when its reason is new. `maps`: handles of its own.
+/// Runs for ever; an audit that fails is told of when its reason is new. `open`: handles of its own, on the maps that are
+/// in use today.
 ///
 /// # Errors
 /// When the worker or an audit breaks off.
-pub async fn run(mut maps: impl MapIo + Send + 'static, worker: mpsc::Sender<Request>, app: App) -> anyhow::Result<()> {
+pub async fn run<M: MapIo + Send + 'static>(
+    open: impl Fn() -> anyhow::Result<M>,
+    worker: mpsc::Sender<Request>,
+    app: App,
+) -> anyhow::Result<()> {
     MapName::ALL.iter().for_each(|map| app.metrics.drifted(map.as_str(), 0));
     let mut stage = app.health.stage();
     stage.wait_for(|stage| *stage == Stage::Ready).await.context("the daemon's health is no longer watched")?;
     let mut told = None;
     loop {
         tokio::time::sleep(EVERY).await;
-        let mut complete = true;
-        let mut error = None;
+        let (mut complete, mut error) = (true, None);
+        let mut maps = open()?;
         for map in MapName::ALL {
             let (reply, snapshot) = oneshot::channel();
             worker.send(Request::Snapshot(map, reply)).await.context("the worker ended")?;

@@ -39,7 +39,7 @@ use tracing::{info, warn};
 pub use source::SourceSettings;
 
 use crate::abi;
-use crate::bpf::{self, Datapath, Maps, PacketTrial};
+use crate::bpf::{self, Datapath, Maps};
 use crate::k8s::{self, ApiServer};
 use crate::model::{About, ForwardThrough, HostConntrack, Masquerade, Notice};
 use crate::netdev::{self, DeviceSelection, NodePortAddresses, PodDevices};
@@ -137,8 +137,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
         started,
     };
     let (listeners, attached) = watch::channel(None);
-    let trial = PacketTrial::open(&settings.datapath.pin_path)?;
-    let reach = reach::watch(trial, attached, inputs.network.clone(), inputs.devices.clone(), conditions.clone());
+    let pin_path = settings.datapath.pin_path.clone();
+    let reach = reach::watch(pin_path, attached, inputs.network.clone(), inputs.devices.clone(), conditions.clone());
     parts.spawn(async move { ("reach", reach.await) });
     let core = Core::new(CoreSettings { node_name: settings.node_name, masquerade: settings.masquerade });
     let (maps, devices) = datapath.parts();
@@ -195,7 +195,7 @@ fn watch_kernel(
     let (collector, usage, metrics) = (datapath.flow_collector()?, datapath.map_usage()?, Arc::clone(&app.metrics));
     parts.spawn(async move { ("flows", flows::collect(collector, usage, metrics).await) });
     let by_service = outside::ByService::default();
-    if let Some(counts) = datapath.service_counts()? {
+    if let Some(counts) = datapath.service_counts() {
         let metrics = Arc::clone(&app.metrics);
         let watch = service_counts::watch(counts, settings.service_metrics, metrics, by_service.clone());
         parts.spawn(async move { ("counts of Services", watch.await) });
@@ -215,8 +215,8 @@ fn watch_kernel(
     parts.spawn(async move { ("attachments", links.await) });
     let (pin_path, asked, shown) = (settings.datapath.pin_path.clone(), worker.clone(), Arc::clone(&app.metrics));
     parts.spawn(async move { ("answers", ask::serve(&pin_path, asked, shown).await) });
-    let (maps, audited, worker) = (Maps::open(&settings.datapath.pin_path)?, app.clone(), worker.clone());
-    parts.spawn(async move { ("audits", audit::run(maps, worker, audited).await) });
+    let (pin_path, audited, worker) = (settings.datapath.pin_path.clone(), app.clone(), worker.clone());
+    parts.spawn(async move { ("audits", audit::run(move || Maps::open(&pin_path), worker, audited).await) });
     Ok(())
 }
 

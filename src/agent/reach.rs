@@ -2,6 +2,7 @@
 //! something keeps packets from the programs, by a packet through each. The log, the metrics and `/readyz` tell.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,13 +42,13 @@ fn kept_away(name: &str, families: &str) -> String {
 /// # Errors
 /// When the worker or the watch of devices ended.
 pub async fn watch(
-    trial: PacketTrial,
+    pin_path: PathBuf,
     mut attached: watch::Receiver<Option<AttachedDevices>>,
     mut network: watch::Receiver<Network>,
     selection: DeviceSelection,
     conditions: Conditions,
 ) -> anyhow::Result<()> {
-    let trial = Arc::new(trial);
+    let pin_path: Arc<Path> = pin_path.into();
     let mut told = Told { conditions, unserved: BTreeSet::new(), tried: BTreeSet::new() };
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -65,8 +66,8 @@ pub async fn watch(
         let Some(devices) = attached.borrow_and_update().clone() else { continue };
         told.devices(&devices);
         for (device, name) in devices {
-            let trial = Arc::clone(&trial);
-            let outcome = tokio::task::spawn_blocking(move || missing(&trial, &device)).await;
+            let pin_path = Arc::clone(&pin_path);
+            let outcome = tokio::task::spawn_blocking(move || missing(&pin_path, &device)).await;
             match outcome.context("a trial failed")? {
                 Ok(families) => told.tried(&name, &families),
                 Err(error) => debug!(device = name, "cannot send a packet through the program: {error:#}"),
@@ -76,7 +77,8 @@ pub async fn watch(
 }
 
 /// Families of which packets do not get to the program of a device, though tried again.
-fn missing(trial: &PacketTrial, device: &Device) -> anyhow::Result<Vec<Family>> {
+fn missing(pin_path: &Path, device: &Device) -> anyhow::Result<Vec<Family>> {
+    let trial = PacketTrial::open(pin_path)?;
     let mut missing = Vec::new();
     for _ in 0..TIMES {
         let outcomes = trial.run(device)?;

@@ -33,6 +33,8 @@ pub struct Trial {
 #[must_use]
 #[derive(Debug)]
 pub struct TrialRows {
+    trial: Trial,
+    slot: u32,
     frontend: FrontendKey,
 }
 
@@ -59,10 +61,15 @@ impl TrialRows {
         if failures.is_empty() {
             failures = maps.write(MapName::Frontends, bytes_of(&frontend), bytes_of(&row), 1);
         }
-        let rows = TrialRows { frontend };
+        let rows = TrialRows { trial: *trial, slot, frontend };
         let Some(Failure { error, .. }) = failures.pop() else { return Ok(rows) };
         rows.remove(maps);
         Err(error).context("the kernel rejected the map entries of the test connection")
+    }
+
+    /// The slot is no longer the last one: a Service may get it. Answers the trial, to be written again.
+    pub fn is_to_move(&self, maps: &dyn MapIo) -> Option<Trial> {
+        (self.slot + 1 < maps.size(MapName::Slots)).then_some(self.trial)
     }
 
     pub fn remove(self, maps: &mut dyn MapIo) {
@@ -76,7 +83,7 @@ impl TrialRows {
 
 /// A slot that says "backend 0", as all do that no pool uses: the last one, unless the map is full.
 fn empty_slot(maps: &mut dyn MapIo) -> anyhow::Result<u32> {
-    let last = maps.capacity(MapName::Slots).saturating_sub(1);
+    let last = maps.size(MapName::Slots).saturating_sub(1);
     // This row alone: to read all millions of them took longer than everything else after the first sync.
     let is_used = maps.read(MapName::Slots, &last.to_ne_bytes()).context("reading the last slot")?.is_some();
     ensure!(!is_used, "the map slots is full: no entry is left for the test connection; see --max-endpoints");

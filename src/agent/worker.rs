@@ -204,6 +204,11 @@ impl<'m> Worker<'m> {
             return;
         }
         let report = self.core.sync(self.maps, now);
+        if let Some(trial) = self.trial.as_ref().and_then(|rows| rows.is_to_move(self.maps))
+            && let Err(error) = self.put_trial(Some(trial))
+        {
+            warn!("the test connection finds no map entries: {error:#}");
+        }
         self.tell_warnings(&report, now);
         let Inputs { outlets, nodeport_addresses, .. } = &self.inputs;
         outlets.tell(&self.core, &report, nodeport_addresses, &self.addresses.nodeport);

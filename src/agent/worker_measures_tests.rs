@@ -89,7 +89,8 @@ async fn rows_that_somebody_else_changed_are_counted_and_written_again() {
     let mut worker = stage.worker(&mut maps);
     stage.send(world());
     run_for(&mut worker, MOMENT).await;
-    tokio::spawn(audit::run(stage.maps.clone(), stage.requests.clone(), app.clone()));
+    let maps = stage.maps.clone();
+    tokio::spawn(audit::run(move || Ok(maps.clone()), stage.requests.clone(), app.clone()));
     run_for(&mut worker, Duration::from_secs(700)).await;
     let text = app.metrics.text().unwrap();
     assert!(text.contains("kubelane_drift_total{map=\"frontends\"} 0\n"), "{text}");

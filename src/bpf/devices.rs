@@ -11,9 +11,10 @@ use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, Result, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, Program};
 
 use super::attach::Attached;
 use super::hook::Fault;
@@ -72,13 +73,94 @@ pub struct Device {
     pub rp_filter: u32,
 }
 
-/// The packet programs, loaded, and where they are attached.
-pub struct Devices {
+/// The packet programs.
+pub(super) struct Programs {
     /// In and out, for each link layer.
     ethernet: [OwnedFd; 2],
     bare: [OwnedFd; 2],
     /// In, of pods' devices; out is as of other Ethernet devices.
     pod: OwnedFd,
+}
+
+impl Programs {
+    pub fn new(skeleton: &KubelaneSkel<'_>) -> Result<Programs> {
+        let own = |program: BorrowedFd<'_>| program.try_clone_to_owned().context("cannot keep a BPF program");
+        let programs = &skeleton.progs;
+        Ok(Programs {
+            ethernet: [own(programs.wire_in_ethernet.as_fd())?, own(programs.wire_out_ethernet.as_fd())?],
+            bare: [own(programs.wire_in_bare.as_fd())?, own(programs.wire_out_bare.as_fd())?],
+            pod: own(programs.pod_in_ethernet.as_fd())?,
+        })
+    }
+
+    /// Of an outward device of this link layer.
+    pub fn of(&self, direction: Direction, link_layer: LinkLayer) -> BorrowedFd<'_> {
+        let pair = match link_layer {
+            LinkLayer::Ethernet => &self.ethernet,
+            LinkLayer::None => &self.bare,
+        };
+        match direction {
+            Direction::In => pair[0].as_fd(),
+            Direction::Out => pair[1].as_fd(),
+        }
+    }
+
+    /// Of what comes in by a pod's device.
+    pub fn of_pods(&self) -> BorrowedFd<'_> {
+        self.pod.as_fd()
+    }
+
+    fn of_device(&self, direction: Direction, device: &Device) -> BorrowedFd<'_> {
+        match (direction, device.role) {
+            (Direction::In, Role::Pod { .. }) => self.of_pods(),
+            _ => self.of(direction, device.link_layer),
+        }
+    }
+
+    fn all(&self) -> [&OwnedFd; 5] {
+        let [ethernet_in, ethernet_out] = &self.ethernet;
+        let [bare_in, bare_out] = &self.bare;
+        [ethernet_in, ethernet_out, bare_in, bare_out, &self.pod]
+    }
+}
+
+/// The programs of today, for all who attach them.
+#[derive(Clone)]
+pub(super) struct SharedPrograms {
+    programs: Arc<RwLock<Arc<Programs>>>,
+    links: PathBuf,
+}
+
+impl SharedPrograms {
+    pub fn get(&self) -> Arc<Programs> {
+        Arc::clone(&self.programs.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// These programs take the place of the running ones, each atomically, wherever these still are.
+    pub fn replace(&self, new: Programs) {
+        let new = Arc::new(new);
+        let mut programs = self.programs.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *programs, Arc::clone(&new));
+        drop(programs);
+        let id = |program: &OwnedFd| Program::id_from_fd(program.as_fd()).ok();
+        let pairs = old.all().into_iter().zip(new.all());
+        let successors: Vec<_> = pairs.filter_map(|(old, new)| Some((id(old)?, new.as_fd()))).collect();
+        let pins = pinned::children(&self.links).unwrap_or_else(|error| {
+            tracing::warn!("cannot replace the programs on devices: {error:#}");
+            Vec::new()
+        });
+        for pin in pins {
+            let Some((index, direction)) = hook::device_of_pin(&pin) else { continue };
+            if let Err(error) = hook::replace(&pin, index, direction, &successors, &self.links) {
+                tracing::warn!("cannot replace the program of {}: {error:#}", pin.display());
+            }
+        }
+    }
+}
+
+/// The packet programs, loaded, and where they are attached.
+pub struct Devices {
+    shared: SharedPrograms,
     outward_rows: MapHandle,
     pod_rows: MapHandle,
     links: PathBuf,
@@ -87,19 +169,24 @@ pub struct Devices {
 
 impl Devices {
     pub(super) fn new(skeleton: &KubelaneSkel<'_>, pin_path: &Path) -> Result<Devices> {
-        let own = |program: BorrowedFd<'_>| program.try_clone_to_owned().context("cannot keep a BPF program");
-        let programs = &skeleton.progs;
-        let ethernet = [own(programs.wire_in_ethernet.as_fd())?, own(programs.wire_out_ethernet.as_fd())?];
-        let method = if hook::has_tcx(ethernet[0].as_fd()) { Method::Tcx } else { Method::Clsact };
+        let programs = Programs::new(skeleton)?;
+        let is_tcx = hook::has_tcx(programs.of(Direction::In, LinkLayer::Ethernet));
+        let links = pinned::links_directory(pin_path);
         Ok(Devices {
-            ethernet,
-            bare: [own(programs.wire_in_bare.as_fd())?, own(programs.wire_out_bare.as_fd())?],
-            pod: own(programs.pod_in_ethernet.as_fd())?,
+            shared: SharedPrograms { programs: Arc::new(RwLock::new(Arc::new(programs))), links: links.clone() },
             outward_rows: MapHandle::try_from(&skeleton.maps.devices).context("cannot keep the map devices")?,
             pod_rows: MapHandle::try_from(&skeleton.maps.pod_devices).context("cannot keep the map pod_devices")?,
-            links: pinned::links_directory(pin_path),
-            method,
+            links,
+            method: if is_tcx { Method::Tcx } else { Method::Clsact },
         })
+    }
+
+    pub(super) fn shared(&self) -> SharedPrograms {
+        self.shared.clone()
+    }
+
+    pub(super) fn programs(&self) -> Arc<Programs> {
+        self.shared.get()
     }
 
     /// How this kernel's programs are attached.
@@ -113,38 +200,15 @@ impl Devices {
         self.method = Method::Clsact;
     }
 
-    /// Of an outward device of this link layer.
-    pub(super) fn program(&self, direction: Direction, link_layer: LinkLayer) -> &OwnedFd {
-        let pair = match link_layer {
-            LinkLayer::Ethernet => &self.ethernet,
-            LinkLayer::None => &self.bare,
-        };
-        match direction {
-            Direction::In => &pair[0],
-            Direction::Out => &pair[1],
-        }
-    }
-
-    /// Of what comes in by a pod's device.
-    pub(super) fn program_of_pods(&self) -> &OwnedFd {
-        &self.pod
-    }
-
-    fn program_for(&self, direction: Direction, device: &Device) -> &OwnedFd {
-        match (direction, device.role) {
-            (Direction::In, Role::Pod { .. }) => self.program_of_pods(),
-            _ => self.program(direction, device.link_layer),
-        }
-    }
-
     /// Attaches both programs, or replaces those of an earlier daemon without a gap, and notes what the programs have to know of it.
     /// Call again when the addresses change. Fails with ENODEV in its chain when the device has vanished.
     pub fn attach(&mut self, device: &Device) -> Result<Attached> {
         self.note(device)?;
         let mut outcome = Attached::Replaced;
         let method = self.method_for(device).with_context(|| format!("cannot attach to device {}", device.index))?;
+        let programs = self.programs();
         for direction in [Direction::Out, Direction::In] {
-            let program = self.program_for(direction, device).as_fd();
+            let program = programs.of_device(direction, device);
             let attached = match method {
                 Method::Tcx => hook::attach_tcx(program, device.index, direction, &self.links),
                 Method::Clsact => hook::attach_filter(program, device.index, direction, &self.links),
@@ -183,8 +247,9 @@ impl Devices {
     pub fn faults(&self, device: &Device) -> Result<Vec<Fault>> {
         let mut faults = Vec::new();
         let method = self.method_for(device).with_context(|| format!("cannot inspect device {}", device.index))?;
+        let programs = self.programs();
         for direction in [Direction::Out, Direction::In] {
-            let program = self.program_for(direction, device).as_fd();
+            let program = programs.of_device(direction, device);
             let fault = match method {
                 // Next time it is a link, which comes before all others.
                 Method::Tcx if hook::filter_pin(&self.links, device.index, direction).exists() => {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
+use libbpf_rs::{Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
@@ -15,14 +15,16 @@ use super::btf::EmptyBtf;
 use super::devices::Devices;
 use super::epochs::RouteEpoch;
 use super::flows::FlowCollector;
+use super::grow::Grower;
 use super::maps::Maps;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
 use super::service_counts::{CountMaps, ServiceCounts};
+use super::sizes::Limits;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
 use super::stale::{Iterators, StaleSockets};
 use super::usage::MapUsage;
-use super::{flows, namespaces, pinned, ports, probe};
+use super::{flows, grow, namespaces, pinned, ports, probe};
 use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
 use crate::abi::{FlowLimits, flow_openings};
 use crate::sync::MapName;
@@ -60,11 +62,11 @@ pub struct Settings {
     pub pin_path: PathBuf,
     /// The cgroup2 directory whose processes are served.
     pub cgroup: PathBuf,
-    /// Backends that the maps can hold. Taken when the maps are first created.
+    /// Backends that the maps may hold; like the others, they have room for as many as there are.
     pub max_endpoints: u32,
-    /// Services that the maps can hold, with up to four frontends each. Taken when the maps are first created.
+    /// Services that the maps may hold, with up to four frontends each.
     pub max_services: u32,
-    /// Ranges of clients, of all Service ports together, that the maps can hold. Taken when the maps are first created.
+    /// Ranges of clients, of all Service ports together, that the maps may hold.
     pub max_source_ranges: u32,
     /// How long flows last.
     pub flow_limits: FlowLimits,
@@ -87,6 +89,46 @@ pub enum Counting {
     Connections,
     /// And what its clients and backends send each other: packets of flows, and TCP sockets that are translated.
     Traffic,
+}
+
+/// How the programs are made, and made again when their maps grow.
+pub(super) struct Loader {
+    settings: Settings,
+    counting: Counting,
+    search: SocketSearch,
+}
+
+impl Loader {
+    /// The object, configured for this kernel and as the daemon was told.
+    pub fn open<'o>(
+        &self,
+        storage: &'o mut MaybeUninit<OpenObject>,
+        btf: Option<&EmptyBtf>,
+    ) -> Result<OpenKubelaneSkel<'o>> {
+        let mut skeleton = open_object(storage, btf, self.search)?;
+        let (settings, config) = (&self.settings, &mut rodata(&mut skeleton)?.config);
+        config.tcp_be_liberal = settings.tcp_be_liberal.into();
+        config.host_sockets_only = settings.host_sockets_only.into();
+        config.has_pod_devices = settings.has_pod_devices.into();
+        config.external_cluster_ips = settings.external_cluster_ips.into();
+        count_services(&mut skeleton, settings, self.counting)?;
+        Ok(skeleton)
+    }
+
+    /// Over sockets whose backend is gone, and over UDP sockets that nobody served. `None` where the kernel has no way.
+    pub fn iterators(&self, skeleton: &KubelaneSkel<'_>) -> Result<Option<(Iterators, Link)>> {
+        let (progs, origins) = (&skeleton.progs, skeleton.maps.socket_origins.as_fd());
+        let why = "cannot create the socket iterator";
+        let stale = match self.search {
+            SocketSearch::Origins => Iterators::Origins(progs.find_stale_sockets.attach_iter(origins).context(why)?),
+            SocketSearch::Namespaces => Iterators::Namespaces {
+                udp: progs.find_stale_udp.attach().context(why)?,
+                tcp: progs.find_stale_tcp.attach().context(why)?,
+            },
+            SocketSearch::None => return Ok(None),
+        };
+        Ok(Some((stale, progs.find_unserved_udp.attach().context(why)?)))
+    }
 }
 
 /// The attached datapath. Dropping it leaves everything attached and pinned.
@@ -125,17 +167,12 @@ impl Datapath {
         );
         let cgroup = Cgroup::open(&settings.cgroup)?;
         let lock = pinned::prepare(&settings.pin_path)?;
+        let loader = Loader { settings: settings.clone(), counting, search: probe::socket_search() };
         let mut storage = MaybeUninit::uninit();
-        let (btf, search) = (btf_stand_in()?, probe::socket_search());
-        let mut skeleton = open_object(&mut storage, btf.as_ref(), search)?;
+        let btf = btf_stand_in()?;
+        let mut skeleton = loader.open(&mut storage, btf.as_ref())?;
         let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
-        let config = &mut rodata(&mut skeleton)?.config;
-        config.tcp_be_liberal = settings.tcp_be_liberal.into();
-        config.host_sockets_only = settings.host_sockets_only.into();
-        config.has_pod_devices = settings.has_pod_devices.into();
-        config.external_cluster_ips = settings.external_cluster_ips.into();
-        count_services(&mut skeleton, settings, counting)?;
         let skeleton = uninterrupted(|| skeleton.load()).with_context(|| {
             format!(
                 "the kernel rejected the BPF object (see the lines above; `kubelane check` names what is missing; if the maps in {} have another layout, `kubelane cleanup` removes them)",
@@ -149,14 +186,26 @@ impl Datapath {
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
         }
-        let stale_sockets = attach_iterators(&skeleton, search, settings.host_sockets_only)?;
+        let iterators = loader.iterators(&skeleton)?;
+        let stale_sockets =
+            iterators.map(|(stale, unserved)| StaleSockets::new(stale, unserved, settings.host_sockets_only));
         let devices = Devices::new(&skeleton, &settings.pin_path)?;
         let count_maps = CountMaps::new(&skeleton, counting)?;
         let flow_collect =
             skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
+        let grower = Grower {
+            loader,
+            maps: grow::shared_maps(&skeleton)?,
+            hooks: socket_hooks.clone(),
+            devices: devices.shared(),
+            stale: stale_sockets.clone(),
+            directory: pinned::maps_directory(&settings.pin_path),
+            retry_at: None,
+        };
         let mut maps = Maps::open(&settings.pin_path)?;
         maps.know_empty(new);
         maps.count_by_service(count_maps.as_ref().map_or(Ok(Vec::new()), CountMaps::handles)?);
+        maps.grow_by(grower, Limits::new(settings));
         Ok(Datapath {
             maps,
             count_maps,
@@ -209,9 +258,8 @@ impl Datapath {
     }
 
     /// Reads what the programs count, once; for use on another thread. `None`: they do not.
-    pub fn service_counts(&mut self) -> Result<Option<ServiceCounts>> {
-        let maps = self.count_maps.take();
-        maps.map(|maps| ServiceCounts::new(maps, &self.pin_path)).transpose()
+    pub fn service_counts(&mut self) -> Option<ServiceCounts> {
+        self.count_maps.take().map(|maps| ServiceCounts::new(maps, &self.pin_path))
     }
 
     /// For telling that routes have changed; for use in another task.
@@ -300,26 +348,26 @@ fn maps_to_be_made(pin_path: &Path) -> Vec<MapName> {
     MapName::ALL.into_iter().filter(|map| !directory.join(map.as_str()).exists()).collect()
 }
 
-/// Sizes are chosen when a map is created and kept for as long as it is pinned.
+/// A map that is pinned keeps its size until it grows.
 fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -> Result<()> {
     let directory = pinned::maps_directory(&settings.pin_path);
-    let (services, endpoints) = (settings.max_services, settings.max_endpoints);
+    let limits = Limits::new(settings);
+    let first = |map| Some(limits.first(map));
     let processors = processors()?;
     let shares = FlowShares::new(processors);
     let maps = &mut skeleton.maps;
-    // Regions of slots are powers of two, and a pool that moves has two for a moment.
     let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 28] = [
-        ("services", &mut maps.services, Some(services.saturating_mul(2))),
-        ("frontends", &mut maps.frontends, Some(services.saturating_mul(4))),
-        ("addresses", &mut maps.addresses, Some(services.saturating_mul(2))),
-        ("backends", &mut maps.backends, Some(endpoints)),
-        ("slots", &mut maps.slots, Some(endpoints.saturating_mul(4))),
+        ("services", &mut maps.services, first(MapName::Services)),
+        ("frontends", &mut maps.frontends, first(MapName::Frontends)),
+        ("addresses", &mut maps.addresses, first(MapName::Addresses)),
+        ("backends", &mut maps.backends, first(MapName::Backends)),
+        ("slots", &mut maps.slots, first(MapName::Slots)),
         ("affinities", &mut maps.affinities, Some(lru_rows(65_536, processors))),
         ("socket_origins", &mut maps.socket_origins, None),
         ("datagram_tables", &mut maps.datagram_tables, None),
         ("datagram_more", &mut maps.datagram_more, None),
         ("counters", &mut maps.counters, None),
-        ("source_ranges", &mut maps.source_ranges, Some(settings.max_source_ranges)),
+        ("source_ranges", &mut maps.source_ranges, first(MapName::SourceRanges)),
         ("devices", &mut maps.devices, None),
         ("pod_devices", &mut maps.pod_devices, None),
         ("new_affinities", &mut maps.new_affinities, Some(lru_rows(16_384, processors))),
@@ -341,8 +389,8 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     for (name, map, wanted) in sized {
         let pin = directory.join(name);
         if let Some(wanted) = wanted {
-            let kept = pinned_capacity(&pin, wanted)?;
-            map.set_max_entries(kept).with_context(|| format!("cannot size the map {name}"))?;
+            map.set_max_entries(pinned_size(&pin)?.unwrap_or(wanted))
+                .with_context(|| format!("cannot size the map {name}"))?;
         }
         map.set_pin_path(&pin).with_context(|| format!("cannot pin the map {name}"))?;
     }
@@ -377,32 +425,11 @@ fn count_services(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings, coun
     Ok(())
 }
 
-fn pinned_capacity(pin: &Path, wanted: u32) -> Result<u32> {
+/// The size of the map that is pinned there, if one is.
+fn pinned_size(pin: &Path) -> Result<Option<u32>> {
     if !pin.exists() {
-        return Ok(wanted);
+        return Ok(None);
     }
     let pinned = MapHandle::from_pinned_path(pin).with_context(|| format!("cannot open {}", pin.display()))?;
-    if pinned.max_entries() != wanted {
-        tracing::warn!(
-            "{} keeps its capacity of {} entries ({wanted} requested): --max-services, --max-endpoints and --max-source-ranges take effect when the maps are created, after `kubelane cleanup`",
-            pin.display(),
-            pinned.max_entries()
-        );
-    }
-    Ok(pinned.max_entries())
-}
-
-fn attach_iterators(skeleton: &KubelaneSkel<'_>, search: SocketSearch, own_only: bool) -> Result<Option<StaleSockets>> {
-    let (progs, origins) = (&skeleton.progs, skeleton.maps.socket_origins.as_fd());
-    let why = "cannot create the socket iterator";
-    let stale = match search {
-        SocketSearch::Origins => Iterators::Origins(progs.find_stale_sockets.attach_iter(origins).context(why)?),
-        SocketSearch::Namespaces => Iterators::Namespaces {
-            udp: progs.find_stale_udp.attach().context(why)?,
-            tcp: progs.find_stale_tcp.attach().context(why)?,
-        },
-        SocketSearch::None => return Ok(None),
-    };
-    let unserved = progs.find_unserved_udp.attach().context(why)?;
-    Ok(Some(StaleSockets::new(stale, unserved, own_only)))
+    Ok(Some(pinned.max_entries()))
 }

@@ -6,16 +6,19 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::batch::Batches;
 use super::epochs;
 use super::filter::WireFilter;
-use super::pinned;
+use super::grow::Grower;
+use super::sizes::Limits;
 use super::tracked::{Tracked, Wanted};
+use super::{memory, pinned};
 use crate::abi::{counter, epoch};
 use crate::sync::{Failure, MapIo, MapName};
 
@@ -31,6 +34,8 @@ pub struct Maps {
     tracked: Tracked,
     /// By service id; none: nobody counts.
     counts: Vec<MapHandle>,
+    /// Of the daemon's own handles: who gives the maps more room, and how much they may have.
+    growth: Option<(Grower, Limits)>,
     /// Made by this process, and neither written to nor read yet.
     empty: Vec<MapName>,
     /// There was no frontend when they were read.
@@ -57,6 +62,7 @@ impl Maps {
             filter,
             tracked,
             counts: Vec::new(),
+            growth: None,
             empty: Vec::new(),
             is_first: false,
             syscalls: 0,
@@ -72,6 +78,11 @@ impl Maps {
     /// From now on the counts of a Service go with its name, so that the id's next owner begins with none.
     pub(super) fn count_by_service(&mut self, counts: Vec<MapHandle>) {
         self.counts = counts;
+    }
+
+    /// From now on these maps have as much room as is needed, up to `limits`.
+    pub(super) fn grow_by(&mut self, grower: Grower, limits: Limits) {
+        self.growth = Some((grower, limits));
     }
 
     /// bpf(2) calls made so far.
@@ -333,7 +344,37 @@ impl MapIo for Maps {
         epochs::count_up(&self.epochs, epoch::EPOCH_HANDS).map_err(io::Error::other)
     }
 
+    fn reserve(&mut self, rows: &[(MapName, usize)]) {
+        let Some((mut grower, limits)) = self.growth.take() else { return };
+        let size = |map| self.handle(map).max_entries();
+        let is_short = rows.iter().any(|(map, rows)| limits.is_short(*map, *rows, size(*map)));
+        if is_short && grower.is_due() {
+            // What is half as full would be next: to load the programs once more is what takes time.
+            let also = rows.iter().filter(|(map, rows)| limits.is_short(*map, 2 * *rows, size(*map)));
+            let sizes: Vec<_> = also.map(|(map, rows)| (*map, limits.next(*map, *rows, size(*map)))).collect();
+            let began = Instant::now();
+            match grower.grow(&sizes) {
+                Ok(grown) => {
+                    let names = sizes.iter().map(|(map, size)| format!("{} to {size}", map.as_str()));
+                    let maps = names.collect::<Vec<_>>().join(", ");
+                    grown.into_iter().for_each(|(map, handle)| self.handles[map as usize].1 = handle);
+                    info!(took = ?began.elapsed(), "gave maps room for more entries: {maps}");
+                }
+                Err(error) => warn!(
+                    "cannot give maps room for more entries: {error:#}; what does not fit is not served; trying again"
+                ),
+            }
+            memory::release();
+        }
+        self.growth = Some((grower, limits));
+    }
+
     fn capacity(&self, map: MapName) -> u32 {
+        let limit = self.growth.as_ref().map_or(0, |(_, limits)| limits.of(map));
+        limit.max(self.size(map))
+    }
+
+    fn size(&self, map: MapName) -> u32 {
         self.handle(map).max_entries()
     }
 }

@@ -4,7 +4,6 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
@@ -132,7 +131,7 @@ impl Rehearsal {
             copy(live, &maps[*name]).with_context(|| format!("cannot copy the map {name}"))?;
         }
         let devices = Devices::new(&skeleton, pin_path)?;
-        let own = Program::id_from_fd(devices.program(Direction::In, LinkLayer::Ethernet).as_fd());
+        let own = Program::id_from_fd(devices.programs().of(Direction::In, LinkLayer::Ethernet));
         let own = own.context("cannot ask the kernel about a program")?;
         let own = ProgInfoIter::default().find(|program| program.id == own);
         let listening = MapHandle::try_from(&maps["listening"]).context("cannot keep a map")?;

@@ -1,7 +1,7 @@
 //! BPF_PROG_TEST_RUN: a packet through a program, without a device. For `kubelane trace`, tests and benches.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -55,19 +55,19 @@ pub fn run_marked(
     repeat: u32,
 ) -> Result<Outcome> {
     let context = Context { interface, mark, ..Zeroable::zeroed() };
-    run_program(devices.program(direction, LinkLayer::Ethernet).as_fd(), frame, &context, repeat)
+    run_program(devices.programs().of(direction, LinkLayer::Ethernet), frame, &context, repeat)
 }
 
 /// As [`run`], for a packet that comes in by a pod's device.
 pub fn run_pod(devices: &Devices, frame: &[u8], interface: u32, repeat: u32) -> Result<Outcome> {
     let context = Context { interface, ..Zeroable::zeroed() };
-    run_program(devices.program_of_pods().as_fd(), frame, &context, repeat)
+    run_program(devices.programs().of_pods(), frame, &context, repeat)
 }
 
 /// As [`run`], once, for a packet that came in by the device `from`.
 pub fn run_from(devices: &Devices, direction: Direction, frame: &[u8], from: u32, interface: u32) -> Result<Outcome> {
     let context = Context { ingress_interface: from, interface, ..Zeroable::zeroed() };
-    run_program(devices.program(direction, LinkLayer::Ethernet).as_fd(), frame, &context, 1)
+    run_program(devices.programs().of(direction, LinkLayer::Ethernet), frame, &context, 1)
 }
 
 /// As [`run`], with the program of a device without link headers: `packet` begins with its IP header.
@@ -84,7 +84,7 @@ pub fn run_bare(
     repeat: u32,
 ) -> Result<Outcome> {
     let context = Context { interface, ..Zeroable::zeroed() };
-    run_program(devices.program(direction, LinkLayer::None).as_fd(), packet, &context, repeat)
+    run_program(devices.programs().of(direction, LinkLayer::None), packet, &context, repeat)
 }
 
 /// Runs any packet program on `frame`, in a context that says nothing.

@@ -1,7 +1,7 @@
 //! How many connections, refusals and drops each Service had, and what its clients and backends sent each other, if the
 //! programs count it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
@@ -86,7 +86,8 @@ impl CountMaps {
 /// Handles on the counts, and on the names of those who have them.
 pub struct ServiceCounts {
     maps: CountMaps,
-    names: MapHandle,
+    /// Where names are pinned: the map may be another one tomorrow.
+    names: PathBuf,
 }
 
 /// What a Service port had since the daemon started.
@@ -159,10 +160,8 @@ impl Traffic {
 }
 
 impl ServiceCounts {
-    pub(super) fn new(maps: CountMaps, pin_path: &Path) -> Result<ServiceCounts> {
-        let names = pinned::maps_directory(pin_path).join("services");
-        let names = MapHandle::from_pinned_path(&names).with_context(|| format!("cannot open {}", names.display()))?;
-        Ok(ServiceCounts { maps, names })
+    pub(super) fn new(maps: CountMaps, pin_path: &Path) -> ServiceCounts {
+        ServiceCounts { maps, names: pinned::maps_directory(pin_path).join("services") }
     }
 
     /// Whether packets, bytes and times are counted, too.
@@ -187,9 +186,11 @@ impl ServiceCounts {
         }
         rows.sort_unstable_by(|a, b| b.cmp(a));
         rows.truncate(most);
+        let names = MapHandle::from_pinned_path(&self.names);
+        let names = names.with_context(|| format!("cannot open {}", self.names.display()))?;
         let mut named = Vec::with_capacity(rows.len());
         for (_, id, [connections, refused @ ..]) in rows {
-            let name = self.names.lookup(&id, MapFlags::ANY).context("cannot read the names of Services")?;
+            let name = names.lookup(&id, MapFlags::ANY).context("cannot read the names of Services")?;
             // Without a name: the Service went a moment ago.
             if let Some(name) = name.and_then(|name| bytemuck::try_pod_read_unaligned::<ServiceName>(&name).ok()) {
                 named.push(ServiceCount { name, connections, refused, traffic: self.traffic(&id)? });

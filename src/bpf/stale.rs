@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{Context, Result};
 use bytemuck::{Pod, Zeroable};
@@ -83,16 +83,18 @@ pub struct StalePass {
     pub hidden: usize,
 }
 
-/// The search for such sockets. Cheap to clone; the iterators' programs are loaded once.
+/// The search for such sockets. Cheap to clone; clones share the iterators' programs.
 #[derive(Clone)]
-pub struct StaleSockets(Arc<Programs>);
+pub struct StaleSockets {
+    programs: Arc<RwLock<Arc<Programs>>>,
+    /// Sockets of other namespaces than the daemon's are not translated.
+    own_only: bool,
+}
 
 struct Programs {
     stale: Iterators,
     /// Over the UDP sockets of the namespace that it is opened in.
     unserved: Link,
-    /// Sockets of other namespaces than the daemon's are not translated.
-    own_only: bool,
 }
 
 pub(super) enum Iterators {
@@ -104,13 +106,20 @@ pub(super) enum Iterators {
 
 impl StaleSockets {
     pub(super) fn new(stale: Iterators, unserved: Link, own_only: bool) -> Self {
-        StaleSockets(Arc::new(Programs { stale, unserved, own_only }))
+        let programs = Programs { stale, unserved };
+        StaleSockets { programs: Arc::new(RwLock::new(Arc::new(programs))), own_only }
+    }
+
+    /// From the next search on these are used.
+    pub(super) fn replace(&self, stale: Iterators, unserved: Link) {
+        *self.programs.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Programs { stale, unserved });
     }
 
     /// Sets right what the search finds. Blocks for as long as it takes to walk the sockets that were sent to a Service, or
     /// all of these protocols.
     pub fn settle(&self, search: Search) -> Result<StalePass> {
-        let Programs { stale, unserved, own_only } = &*self.0;
+        let programs = Arc::clone(&self.programs.read().unwrap_or_else(PoisonError::into_inner));
+        let Programs { stale, unserved } = &*programs;
         let mut pass = match stale {
             Iterators::Origins(link) => settle_everywhere(link, search.with_tcp)?,
             Iterators::Namespaces { udp, tcp } => {
@@ -119,7 +128,7 @@ impl StaleSockets {
             }
         };
         if search.unserved {
-            pass.add(settle_in_each(&[unserved], *own_only));
+            pass.add(settle_in_each(&[unserved], self.own_only));
         }
         Ok(pass)
     }

@@ -244,16 +244,15 @@ pub struct RunFlags {
     #[arg(long, value_name = "KEY", value_parser = NonEmptyStringValueParser::new(), help_heading = "Node")]
     pub startup_taint: Option<String>,
 
-    /// Maximum number of Service ports. Takes effect when the maps are created
+    /// Maximum number of Service ports. The maps grow with the number that there are
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = capacity(1 << 20), help_heading = "Capacity")]
     pub max_services: u32,
 
-    /// Maximum number of endpoints, summed over all Service ports. Takes effect when the maps are created
+    /// Maximum number of endpoints, summed over all Service ports. The maps grow with the number that there are
     #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
     pub max_endpoints: u32,
 
-    /// Maximum number of loadBalancerSourceRanges, counted once per port of their Service. Takes effect when the maps
-    /// are created
+    /// Maximum number of loadBalancerSourceRanges, counted once per port of their Service
     #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = capacity(1 << 24), help_heading = "Capacity")]
     pub max_source_ranges: u32,
 

@@ -99,7 +99,7 @@ fn node_port_rows(service: &Service, ports: &[ServicePort]) -> usize {
 
 fn says(what: &str, flag: &str) -> String {
     format!(
-        "{what} are left out: they exceed this Service's quota of the maps; use fewer, or stop kubelane, run \
-         `kubelane cleanup`, and start it with a higher {flag}"
+        "{what} are left out: they exceed this Service's quota of the maps; use fewer, or start kubelane with a higher \
+         {flag}"
     )
 }

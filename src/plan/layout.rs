@@ -398,7 +398,7 @@ impl Layout {
         if nameless > 0 {
             messages.push((format!("{nameless} ports are not served: the map services is full"), "--max-services"));
         }
-        let remedy = "stop kubelane, run `kubelane cleanup`, and start it with a higher";
+        let remedy = "start kubelane with a higher";
         let warning = |(problem, flag)| service_warning(name, format!("{problem}; {remedy} {flag}"));
         book.set(Origin::Capacity(name.clone()), messages.into_iter().map(warning).collect());
     }

@@ -86,6 +86,12 @@ impl Shares {
         }
     }
 
+    /// Rows that all Services together may get at most.
+    pub fn asked(&self, resource: Resource) -> usize {
+        let asked = self.asked[resource as usize].min(self.capacity[resource as usize].into());
+        asked.try_into().unwrap_or(usize::MAX)
+    }
+
     /// A Service is older or younger than before: it was made anew.
     pub fn change_order(&mut self) {
         self.is_stale = true;

@@ -312,6 +312,11 @@ impl World {
         self.dirty.whole.extend(self.shares.settle(all));
     }
 
+    /// Rows of `resource` that all Services together may get at most.
+    pub fn asked(&self, resource: Resource) -> usize {
+        self.shares.asked(resource)
+    }
+
     /// What load balancers are told of the Service of this name; `None` when they may not ask.
     pub fn health_check(&self, name: &ObjectName) -> Option<HealthCheck> {
         let entry = self.entries.get(name)?;

@@ -63,6 +63,7 @@ impl<'a> Applier<'a> {
     /// Writes what is pending, then gives back what nothing leads to any more.
     pub fn run(mut self, now: Instant) {
         if !self.layout.tables().is_clean() {
+            self.io.reserve(&rows_to_come(self.layout.tables()));
             self.write_names();
             self.write_source_ranges();
             self.write_backends();
@@ -229,7 +230,7 @@ impl<'a> Applier<'a> {
                 MapName::Backends | MapName::Slots => "--max-endpoints",
                 MapName::Services | MapName::Frontends | MapName::Addresses => "--max-services",
             };
-            let remedy = format!("stop kubelane, run `kubelane cleanup`, and start it with a higher {flag}");
+            let remedy = format!("start kubelane with a higher {flag}");
             let warnings = match self.full.contains(&map) {
                 true => vec![Warning {
                     subject: format!("map {name}"),
@@ -287,6 +288,25 @@ impl<'a> Applier<'a> {
         }
         failed
     }
+}
+
+/// How many rows each map has before anything is deleted.
+fn rows_to_come(tables: &Tables) -> [(MapName, usize); 6] {
+    fn hashed<R: Rows>(table: &Table<R>) -> usize {
+        let is_new = |(key, row): &(R::Key, Option<R::Value>)| row.is_some() && table.applied(*key).is_none();
+        table.rows().len() + table.pending().filter(is_new).count()
+    }
+    fn indexed<R: Rows<Key = u32>>(table: &Table<R>) -> usize {
+        table.pending().map(|(index, _)| index as usize + 1).max().unwrap_or(0)
+    }
+    [
+        (MapName::Services, hashed(&tables.services)),
+        (MapName::Backends, indexed(&tables.backends)),
+        (MapName::Slots, indexed(&tables.slots)),
+        (MapName::Frontends, hashed(&tables.frontends)),
+        (MapName::Addresses, hashed(&tables.addresses)),
+        (MapName::SourceRanges, hashed(&tables.source_ranges)),
+    ]
 }
 
 /// The pending rows that `wanted` picks, sorted by key: same world, same writes.

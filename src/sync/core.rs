@@ -143,6 +143,8 @@ impl Core {
         let in_parts = !self.synced && !self.has_found;
         if in_parts {
             dirty.sort_by_key(|name| self.world.created(name));
+            // All at once, and not part after part.
+            io.reserve(&self.expected_rows());
         }
         let mut waiting = dirty.as_slice();
         loop {
@@ -158,6 +160,20 @@ impl Core {
             }
             waiting = rest;
         }
+    }
+
+    /// By what all Services ask for.
+    fn expected_rows(&self) -> [(MapName, usize); 6] {
+        let asked = |resource| self.world.asked(resource);
+        [
+            (MapName::Services, asked(Resource::Ports)),
+            (MapName::Backends, asked(Resource::Endpoints)),
+            // Regions are powers of two.
+            (MapName::Slots, 2 * asked(Resource::Endpoints)),
+            (MapName::Frontends, asked(Resource::Frontends)),
+            (MapName::Addresses, asked(Resource::Addresses)),
+            (MapName::SourceRanges, asked(Resource::SourceRanges)),
+        ]
     }
 
     fn place(&mut self, name: &ObjectName, report: &mut SyncReport) {

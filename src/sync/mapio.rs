@@ -95,6 +95,15 @@ pub trait MapIo {
     /// that ask for them are looked at again.
     fn note_changed_hands(&mut self) -> io::Result<()>;
 
-    /// How many rows the map can hold.
+    /// These maps are about to have so many rows; of arrays, the largest index and one. Who makes room for that as it
+    /// is needed does so now, or says why not: rows that do not fit then fail.
+    fn reserve(&mut self, _rows: &[(MapName, usize)]) {}
+
+    /// How many rows the map may have at most.
     fn capacity(&self, map: MapName) -> u32;
+
+    /// How many rows it has room for now.
+    fn size(&self, map: MapName) -> u32 {
+        self.capacity(map)
+    }
 }

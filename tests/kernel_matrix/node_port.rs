@@ -174,7 +174,7 @@ fn programs_that_count_by_service_pass_the_verifier_and_count_what_is_refused() 
         return;
     }
     let mut node = wire::Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Traffic));
-    let counts = node.datapath.service_counts().unwrap().unwrap();
+    let counts = node.datapath.service_counts().unwrap();
     let name = ServiceName::new("shop/web:http");
     node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&name));
     node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[]);

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -23,6 +23,7 @@ const MOST: usize = 65_536;
 
 /// The live maps, and what was read from them.
 pub struct Names {
+    pin_path: PathBuf,
     services: PinnedMap,
     frontends: PinnedMap,
     own_host: String,
@@ -40,6 +41,7 @@ impl Names {
     pub fn open(pin_path: &Path) -> Result<Names> {
         let own_host = nix::sys::utsname::uname().map(|names| names.nodename().to_string_lossy().into_owned());
         Ok(Names {
+            pin_path: pin_path.to_owned(),
             services: PinnedMap::open(pin_path, "services")?,
             frontends: PinnedMap::open(pin_path, "frontends")?,
             own_host: own_host.unwrap_or_default(),
@@ -58,6 +60,11 @@ impl Names {
             return;
         }
         self.since = Instant::now();
+        // Maps that have grown are others.
+        let open = |name| PinnedMap::open(&self.pin_path, name);
+        if let (Ok(services), Ok(frontends)) = (open("services"), open("frontends")) {
+            (self.services, self.frontends) = (services, frontends);
+        }
         self.by_id.clear();
         self.by_destination.clear();
         self.devices.clear();
