@@ -49,6 +49,7 @@ fn rust_enums(header: &str, path: &str) -> String {
         let mut names = String::new();
         let _ = writeln!(rust, "/// `enum {name}` of {path}.\npub mod {name} {{");
         for line in body.lines().map(str::trim) {
+            assert!(!line.ends_with('='), "one enumerator a line: {line}");
             let Some((constant, value)) = line.split_once(" = ") else { continue };
             let (value, comment) = value.split_once(',').expect("one enumerator a line, ending with a comma");
             let comment = comment.trim().trim_start_matches("/*").trim_end_matches("*/").trim();

@@ -306,13 +306,11 @@ enum flow_flag {
 	FLOW_WAY = 6, /* both bits of enum flow_way */
 	FLOW_PROVED = 8, /* of requests: both ends have proved to be there; of replies: the backend has answered */
 	FLOW_FIN = 16, /* this side has closed (TCP) */
-	FLOW_FIN_FIRST =
-		32, /* of replies: before the client did, so that the backend keeps the connection in TIME_WAIT */
+	FLOW_FIN_FIRST = 32, /* of replies: before the client did, so that the backend keeps TIME_WAIT */
 	FLOW_RESET = 64, /* this side has reset the connection, and sent nothing since */
 	FLOW_AFFINE = 128, /* of requests: the Service remembers its clients */
 	FLOW_ENDING = 256, /* whoever set this deletes both rows; nobody else uses or changes them any more */
-	FLOW_SHADOWED =
-		512, /* of replies: the client has a connection to the backend itself from the same port (TCP) */
+	FLOW_SHADOWED = 512, /* of replies: the client has a connection to the backend itself from this port (TCP) */
 	FLOW_FLAGS = 1023, /* all of them */
 };
 

@@ -230,9 +230,10 @@ static __always_inline int sequence_is_near(__u32 sequence, __u32 known)
 	return sequence - known + SEQUENCE_WINDOW < 2 * SEQUENCE_WINDOW;
 }
 
+/* 0: of a flow that an earlier version began, nothing is known. */
 static __always_inline void flow_note_sequence(struct flow *flow, __u32 sequence)
 {
-	if ((__s32)(sequence - flow->sequence) > 0)
+	if (!flow->sequence || (__s32)(sequence - flow->sequence) > 0)
 		flow->sequence = sequence;
 }
 
@@ -252,7 +253,7 @@ static __always_inline void flow_judge_flags(const struct packet *packet, const 
 		*clear |= FLOW_RESET;
 	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)))
 		return;
-	if (!sequence_is_near(packet->sequence, flow->sequence) &&
+	if (flow->sequence && !sequence_is_near(packet->sequence, flow->sequence) &&
 	    (!config.tcp_be_liberal || (packet->tcp_flags & TCP_RST)))
 		return;
 	*set |= packet->tcp_flags & TCP_RST ? FLOW_RESET : FLOW_FIN;

@@ -89,6 +89,7 @@
 #include "begin.h"
 #include "wire.h"
 #include "stale.h"
+#include "former.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -219,7 +220,18 @@ int find_stale_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)
 	return 0;
 }
 
-/* The same, of one network namespace, for kernels that refuse the iterator over a map. */
+/* Read once, by a daemon that takes over from map ABI v2: over that version's datagram_tables. */
+SEC("iter/bpf_sk_storage_map")
+int carry_datagrams(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct former_datagram_table *from = ctx->value;
+
+	if (ctx->sk && from)
+		carry_datagram_table(ctx->sk, from);
+	return 0;
+}
+
+/* The same as find_stale_sockets, of one network namespace, for kernels that refuse the iterator over a map. */
 SEC("iter/udp")
 int find_stale_udp(struct bpf_iter__udp *ctx)
 {

@@ -260,6 +260,21 @@ pub struct FlowKey4 {
     pub zero: [u8; 3],
 }
 
+/// Of IPv4 ends.
+impl From<FlowKey> for FlowKey4 {
+    fn from(key: FlowKey) -> FlowKey4 {
+        let ip = |[.., a, b, c, d]: [u8; 16]| [a, b, c, d];
+        FlowKey4 {
+            source: ip(key.ends.source),
+            destination: ip(key.ends.destination),
+            source_port_be: key.ends.source_port_be,
+            destination_port_be: key.ends.destination_port_be,
+            protocol: key.protocol,
+            zero: [0; 3],
+        }
+    }
+}
+
 impl From<FlowKey4> for FlowKey {
     fn from(key: FlowKey4) -> FlowKey {
         let mapped = |ip: [u8; 4]| Ipx::from(std::net::Ipv4Addr::from(ip)).0;

@@ -44,6 +44,7 @@ impl World {
             max_endpoints: 1024,
             max_services: 64,
             max_source_ranges: 64,
+            discard_newer: false,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
             host_sockets_only: false,
@@ -259,6 +260,20 @@ fn a_daemon_that_is_told_of_another_limit_needs_no_cleanup() {
     // What is there is never taken away.
     settings.max_endpoints = 1024;
     assert_eq!(Datapath::open(&settings).unwrap().maps().capacity(MapName::Backends), 100_000);
+}
+
+#[test]
+fn what_a_newer_version_has_left_is_refused_unless_it_is_to_be_discarded() {
+    let world = World::new();
+    let mut settings = world.settings();
+    let newer = settings.pin_path.join(format!("v{}", abi_version::ABI_VERSION + 1));
+    fs::create_dir_all(newer.join("maps")).unwrap();
+    let refused = Datapath::open(&settings).err().expect("refused").to_string();
+    assert!(refused.contains("a newer kubelane has run here"), "{refused}");
+    assert!(newer.exists() && !settings.pin_path.join(format!("v{}", abi_version::ABI_VERSION)).exists());
+    settings.discard_newer = true;
+    Datapath::open(&settings).unwrap();
+    assert!(!newer.exists());
 }
 
 #[test]

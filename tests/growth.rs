@@ -66,7 +66,7 @@ impl Traffic {
     }
 
     /// New connections of a pod, and datagrams.
-    fn from_pod(&self, cluster: &Cluster) {
+    fn ask_from_pod(&self, cluster: &Cluster) {
         let mut pod = cluster.client("other");
         while self.goes_on() {
             for (kind, to) in [(Tcp4, vip(10, 90)[0]), (Tcp6, vip(10, 90)[1]), (Udp4, vip(10, 53)[0])] {
@@ -81,7 +81,7 @@ impl Traffic {
     }
 
     /// Connections from outside that stay open, to a backend on the node and to one elsewhere.
-    fn from_outside(&self, cluster: &Cluster) {
+    fn keep_open_from_outside(&self, cluster: &Cluster) {
         let node: IpAddr = cluster.lab.node("node1").host.v4.into();
         let mut clients = [NODE_PORT, REMOTE_NODE_PORT].map(|at| (at, cluster.lab.client_outside().unwrap()));
         let mut open: Vec<_> = clients.iter_mut().map(|(at, client)| (*at, client.open(Tcp4).unwrap())).collect();
@@ -126,8 +126,8 @@ fn maps_grow_under_traffic_and_a_daemon_killed_meanwhile_leaves_nothing_wrong() 
     let daemon = start();
     let traffic = Traffic::default();
     let ended = std::thread::scope(|scope| {
-        scope.spawn(|| traffic.from_pod(&cluster));
-        scope.spawn(|| traffic.from_outside(&cluster));
+        scope.spawn(|| traffic.ask_from_pod(&cluster));
+        scope.spawn(|| traffic.keep_open_from_outside(&cluster));
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             std::thread::sleep(Duration::from_secs(2));
             let quiet = traffic.p99();

@@ -136,6 +136,15 @@ impl SharedPrograms {
         Arc::clone(&self.programs.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// These programs take the place of an earlier version's, whose links are pinned here, on outward devices.
+    pub fn take_over(&self, devices: &[(u32, DeviceAddresses)]) {
+        let programs = self.get();
+        self.put_in_place(|index, direction, _| {
+            let (_, row) = devices.iter().find(|(device, _)| *device == index)?;
+            Some(programs.of(direction, if row.is_bare == 0 { LinkLayer::Ethernet } else { LinkLayer::None }))
+        });
+    }
+
     /// These programs take the place of the running ones, each atomically, wherever these still are.
     pub fn replace(&self, new: Programs) {
         let new = Arc::new(new);
@@ -145,13 +154,19 @@ impl SharedPrograms {
         let id = |program: &OwnedFd| Program::id_from_fd(program.as_fd()).ok();
         let pairs = old.all().into_iter().zip(new.all());
         let successors: Vec<_> = pairs.filter_map(|(old, new)| Some((id(old)?, new.as_fd()))).collect();
+        self.put_in_place(|_, _, id| successors.iter().find(|(old, _)| *old == id).map(|(_, new)| *new));
+    }
+
+    /// `successor`: of the program with this id, on this device, which one is to run in its place.
+    fn put_in_place<'p>(&self, successor: impl Fn(u32, Direction, u32) -> Option<BorrowedFd<'p>>) {
         let pins = pinned::children(&self.links).unwrap_or_else(|error| {
             tracing::warn!("cannot replace the programs on devices: {error:#}");
             Vec::new()
         });
         for pin in pins {
             let Some((index, direction)) = hook::device_of_pin(&pin) else { continue };
-            if let Err(error) = hook::replace(&pin, index, direction, &successors, &self.links) {
+            if let Err(error) = hook::replace(&pin, index, direction, |id| successor(index, direction, id), &self.links)
+            {
                 tracing::warn!("cannot replace the program of {}: {error:#}", pin.display());
             }
         }

@@ -251,20 +251,19 @@ pub(super) fn attach_filter(
     Ok(if existed { Attached::Replaced } else { Attached::New })
 }
 
-/// Gives what is pinned at `pin` the successor of the program that it runs; what runs another program, or has gone with its
+/// Gives what is pinned at `pin` the successor of the program that it runs, by its id; what has none, or has gone with its
 /// device, stays as it is.
-pub(super) fn replace(
+pub(super) fn replace<'p>(
     pin: &Path,
     index: u32,
     direction: Direction,
-    successors: &[(u32, BorrowedFd<'_>)],
+    successor: impl Fn(u32) -> Option<BorrowedFd<'p>>,
     links: &Path,
 ) -> Result<()> {
-    let successor = |id: u32| successors.iter().find(|(old, _)| *old == id).map(|(_, new)| *new);
     if pin == filter_pin(links, index, direction) {
         let running = Program::fd_from_pinned_path(pin).with_context(|| format!("cannot open {}", pin.display()))?;
         let new = successor(Program::id_from_fd(running.as_fd()).context("cannot ask the kernel about a program")?);
-        let is_there = |new| filter(new, index, direction, false).query().is_ok();
+        let is_there = |new: BorrowedFd<'_>| filter(new, index, direction, false).query().is_ok();
         let Some(new) = new.filter(|new| is_there(*new)) else { return Ok(()) };
         return attach_filter(new, index, direction, links).map(drop);
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
+use libbpf_rs::{Iter, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
@@ -23,6 +23,7 @@ use super::service_counts::{CountMaps, ServiceCounts};
 use super::sizes::Limits;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
 use super::stale::{Iterators, StaleSockets};
+use super::upgrade::Upgrade;
 use super::usage::MapUsage;
 use super::{flows, grow, namespaces, pinned, ports, probe};
 use crate::abi::flow_limits_of::{FLOW_LIMITS_NOW, FLOW_LIMITS_SET};
@@ -78,6 +79,8 @@ pub struct Settings {
     pub has_pod_devices: bool,
     /// Cluster IPs serve the wire.
     pub external_cluster_ips: bool,
+    /// What a newer version has left, which this one cannot read, is removed.
+    pub discard_newer: bool,
 }
 
 /// What the programs count of each Service.
@@ -166,11 +169,12 @@ impl Datapath {
             missing.join(", ")
         );
         let cgroup = Cgroup::open(&settings.cgroup)?;
-        let lock = pinned::prepare(&settings.pin_path)?;
+        let lock = pinned::prepare(&settings.pin_path, settings.discard_newer)?;
         let loader = Loader { settings: settings.clone(), counting, search: probe::socket_search() };
         let mut storage = MaybeUninit::uninit();
         let btf = btf_stand_in()?;
         let mut skeleton = loader.open(&mut storage, btf.as_ref())?;
+        let mut upgrade = Upgrade::begin(&settings.pin_path)?;
         let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
         let skeleton = uninterrupted(|| skeleton.load()).with_context(|| {
@@ -182,14 +186,20 @@ impl Datapath {
         for index in [FLOW_LIMITS_SET, FLOW_LIMITS_NOW] {
             flows::write_limits(&skeleton.maps.flow_limits, index, &settings.flow_limits)?;
         }
+        if let Some(upgrade) = &mut upgrade {
+            upgrade.fill()?;
+        }
         let (socket_hooks, attached) = SocketHooks::attach(&skeleton, cgroup, &settings.pin_path, counting)?;
+        let devices = Devices::new(&skeleton, &settings.pin_path)?;
+        if let Some(upgrade) = upgrade {
+            upgrade.finish(&devices.shared())?;
+        }
         for pin in pinned::remove_other_versions(&settings.pin_path)? {
             tracing::info!("removed {pin}, left by another version");
         }
         let iterators = loader.iterators(&skeleton)?;
         let stale_sockets =
             iterators.map(|(stale, unserved)| StaleSockets::new(stale, unserved, settings.host_sockets_only));
-        let devices = Devices::new(&skeleton, &settings.pin_path)?;
         let count_maps = CountMaps::new(&skeleton, counting)?;
         let flow_collect =
             skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
@@ -326,7 +336,30 @@ pub(super) fn open_object<'o>(
     skeleton.progs.find_stale_udp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_unserved_udp.set_autoload(search != SocketSearch::None);
+    skeleton.progs.carry_datagrams.set_autoload(false);
     Ok(skeleton)
+}
+
+/// The one program that reads what sockets remember as `former`, an earlier version's map, says, and writes that into
+/// `datagram_tables`, the present map.
+pub(super) fn load_carrier(former: &MapHandle, datagram_tables: &Path) -> Result<Iter> {
+    let mut storage = MaybeUninit::uninit();
+    let btf = btf_stand_in()?;
+    let mut skeleton = open_object(&mut storage, btf.as_ref(), SocketSearch::None)?;
+    for mut program in skeleton.open_object_mut().progs_mut() {
+        let is_carrier = program.name() == "carry_datagrams";
+        program.set_autoload(is_carrier);
+    }
+    for mut map in skeleton.open_object_mut().maps_mut() {
+        if map.name() == "datagram_tables" {
+            map.reuse_pinned_map(datagram_tables)?;
+        } else if !map.name().to_string_lossy().contains('.') {
+            map.set_autocreate(false)?;
+        }
+    }
+    let skeleton = uninterrupted(|| skeleton.load())?;
+    let link = skeleton.progs.carry_datagrams.attach_iter(former.as_fd())?;
+    Ok(Iter::new(&link)?)
 }
 
 /// Rows of an LRU map in which so many are of use: before 6.16 each processor keeps up to 128 free ones for itself.

@@ -12,6 +12,7 @@ mod devices;
 mod epochs;
 mod filter;
 mod flows;
+mod former;
 mod grow;
 mod hook;
 mod link;
@@ -37,6 +38,7 @@ mod stale;
 mod test_run;
 mod tracked;
 mod trial;
+mod upgrade;
 mod usage;
 pub mod verifier;
 #[cfg(feature = "lab")]

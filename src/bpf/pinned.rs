@@ -63,15 +63,29 @@ pub fn is_on_bpffs(path: &Path) -> bool {
 /// An exclusive hold on a pin directory; two daemons must not write one state. Freed with the process, however it ends.
 pub struct Lock(#[expect(dead_code, reason = "held for its Drop")] Flock<File>);
 
-/// Makes the directories (mounting bpffs at its usual place when it is not there) and locks them.
-pub fn prepare(pin_path: &Path) -> Result<Lock> {
+/// Makes the directories (mounting bpffs at its usual place when it is not there) and locks them. What a newer version has
+/// left there is not for this one to take over: it fails, unless that is to be discarded.
+pub fn prepare(pin_path: &Path, discard_newer: bool) -> Result<Lock> {
     if !is_on_bpffs(pin_path) {
         mount_bpffs(pin_path)?;
+    }
+    if let Some(newer) = newest_version(pin_path).filter(|newest| *newest > ABI_VERSION && !discard_newer) {
+        let at = pin_path.display();
+        bail!(
+            "the state below {at} has map ABI v{newer}: a newer kubelane has run here, and this one reads v{ABI_VERSION}. \
+             Start that one again; or start this one with --discard-newer-state, which makes flows from outside and \
+             clients' affinity begin anew"
+        );
     }
     for directory in [maps_directory(pin_path), links_directory(pin_path)] {
         fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     }
     lock(pin_path, "stop it first, or give this one its own --pin-path")
+}
+
+fn newest_version(pin_path: &Path) -> Option<u32> {
+    let versions = fs::read_dir(pin_path).into_iter().flatten().flatten().map(|entry| entry.path());
+    versions.filter(|path| is_abi_directory(path)).filter_map(|path| abi_version_of(&path)).max()
 }
 
 fn mount_bpffs(pin_path: &Path) -> Result<()> {
@@ -143,9 +157,13 @@ pub fn remove_other_versions(pin_path: &Path) -> Result<Vec<String>> {
     Ok(removed)
 }
 
+fn abi_version_of(path: &Path) -> Option<u32> {
+    let digits = path.file_name()?.to_str()?.strip_prefix('v')?;
+    digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())?
+}
+
 fn is_abi_directory(path: &Path) -> bool {
-    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    name.strip_prefix('v').is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) && path.is_dir()
+    abi_version_of(path).is_some() && path.is_dir()
 }
 
 fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()> {

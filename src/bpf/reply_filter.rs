@@ -15,8 +15,9 @@ use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapHandle};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::abi::flow_flag::FLOW_REPLY;
 use crate::abi::reply_filter_size::REPLY_FILTER_SIZE;
-use crate::abi::{FlowKey, reply_index};
+use crate::abi::{Flow, FlowKey, reply_index};
 
 /// `struct port_table`: bytes before the filters, and all of them.
 const FILTERS_AT: usize = 65_536;
@@ -76,6 +77,19 @@ impl ReplyFilter {
     pub fn note(&self, key: &FlowKey) {
         let ends = &key.ends;
         self.other()[reply_index(&ends.source, &ends.destination, ends.source_port_be)].store(1, Ordering::Relaxed);
+    }
+
+    /// Packets of this row will be looked at, by whichever filter is read: as the program that begins a flow sees to it.
+    pub fn note_flow(&self, key: &FlowKey, flow: &Flow) {
+        let ends = &key.ends;
+        if flow.is_at_egress() {
+            let index = reply_index(&ends.source, &ends.destination, ends.source_port_be);
+            for filter in 0..2 {
+                self.bytes()[FILTERS_AT + filter * FILTER + index].store(1, Ordering::Relaxed);
+            }
+        } else if flow.has(FLOW_REPLY) {
+            self.bytes()[usize::from(u16::from_be_bytes(ends.destination_port_be))].store(1, Ordering::Relaxed);
+        }
     }
 
     /// All rows were seen since [`begin`](Self::begin): from now on the other one is read, unless another daemon has begun

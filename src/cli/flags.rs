@@ -261,6 +261,11 @@ pub struct RunFlags {
     #[arg(value_parser = clap::value_parser!(i16).range(-1000..=1000))]
     pub oom_score_adj: Option<i16>,
 
+    /// Start although a newer version has left maps that this one cannot read, and remove them: flows from outside and
+    /// clients' affinity begin anew
+    #[arg(long, help_heading = "Node")]
+    pub discard_newer_state: bool,
+
     /// Do what `kubelane cleanup` does, and exit
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false)]
     #[arg(default_missing_value = "true", hide_default_value = true, value_parser = BoolishValueParser::new())]

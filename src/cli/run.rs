@@ -85,6 +85,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
             max_endpoints: flags.max_endpoints,
             max_services: flags.max_services,
             max_source_ranges: flags.max_source_ranges,
+            discard_newer: flags.discard_newer_state,
             flow_limits: FlowTimeouts::from(traffic.timeouts).into(),
             tcp_be_liberal: traffic.conntrack_tcp_be_liberal.unwrap_or_default(),
             host_sockets_only: flags.socket_lb == SocketLb::Host,

@@ -177,6 +177,7 @@ impl Node {
             max_endpoints: 256,
             max_services: 64,
             max_source_ranges: 65_536,
+            discard_newer: false,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
             host_sockets_only: false,

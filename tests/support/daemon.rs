@@ -170,7 +170,7 @@ impl<'a> Daemon<'a> {
 }
 
 /// The command line of a node's daemon on the source that these options name.
-fn arguments(node: &Node, source: &[&str], options: &[&str]) -> Vec<String> {
+pub fn arguments(node: &Node, source: &[&str], options: &[&str]) -> Vec<String> {
     let (cgroup, pins) = (node.cgroup.display().to_string(), node.pin_path.display().to_string());
     let own = ["run", "--hostname-override", &node.name, "--cgroup", &cgroup, "--pin-path", &pins];
     let own = own.into_iter().chain(["--healthz-bind-address", HEALTH, "--metrics-bind-address", METRICS]);

@@ -81,6 +81,7 @@ impl Place {
             max_endpoints: 1024,
             max_services: 64,
             max_source_ranges: 65_536,
+            discard_newer: false,
             flow_limits: FlowLimits::default(),
             tcp_be_liberal: false,
             host_sockets_only: false,
