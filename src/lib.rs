@@ -23,6 +23,7 @@ pub mod serve;
 mod snapshot;
 pub mod sync;
 pub mod table;
+mod takeover;
 
 /// Held by unit tests that start programs, and by those that bind an address again: until a child becomes another program
 /// it has a copy of each socket of this process, and the address of one that was closed is not free.

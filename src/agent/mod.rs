@@ -48,6 +48,7 @@ use crate::serve::{
     self, App, HEALTHZ_FLAG, HealthChecks, Limits, METRICS_FLAG, Metrics, MetricsPage, Page, Sample, Stage,
 };
 use crate::sync::{Core, CoreSettings};
+use crate::takeover;
 use conditions::Conditions;
 use outlets::Outlets;
 use request::Request;
@@ -90,6 +91,8 @@ pub struct Settings {
     pub service_metrics: usize,
     /// Key of the taint to be taken off the Node when the daemon is ready.
     pub startup_taint: Option<String>,
+    /// kube-proxy's rules are removed once the daemon is ready.
+    pub takeover: bool,
 }
 
 /// Runs until SIGTERM or SIGINT, and leaves the datapath serving. `started`: when the process did.
@@ -240,6 +243,10 @@ fn attend(
         trial.await;
         std::future::pending().await
     });
+    if settings.takeover {
+        let stage = app.health.stage();
+        parts.spawn(async move { ("--takeover", takeover::run(stage).await) });
+    }
     let Some(server) = server else { return Ok(Outlets { health_checks, notices, startup_taint: None }) };
     let note = concat!("kubelane ", env!("CARGO_PKG_VERSION")).to_owned();
     let starting = Notice {

@@ -261,6 +261,11 @@ pub struct RunFlags {
     #[arg(value_parser = clap::value_parser!(i16).range(-1000..=1000))]
     pub oom_score_adj: Option<i16>,
 
+    /// Once the daemon is ready and kube-proxy has ended, remove kube-proxy's rules from this node, as `kube-proxy --cleanup`
+    /// does, by the node's own iptables, nft, ipvsadm and ipset
+    #[arg(long, help_heading = "Node")]
+    pub takeover: bool,
+
     /// Start although a newer version has left maps that this one cannot read, and remove them: flows from outside and
     /// clients' affinity begin anew
     #[arg(long, help_heading = "Node")]

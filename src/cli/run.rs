@@ -110,6 +110,7 @@ fn settings(flags: RunFlags, source: SourceSettings) -> anyhow::Result<Settings>
         },
         service_metrics: usize::from(flags.service_metrics),
         startup_taint: flags.startup_taint,
+        takeover: flags.takeover,
     })
 }
 

@@ -1,0 +1,149 @@
+//! `kubelane run --takeover` on a node with kube-proxy's real rules: connections that they have begun go on, new ones are
+//! kubelane's, and when kube-proxy has ended its rules go, and nothing of anybody else's.
+#![cfg(feature = "lab")]
+
+mod rulesets;
+mod support;
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use rulesets::{Endpoint, FAMILIES, Family, Protocol, ServicePort, State, World, iptables, load, nftables};
+use serde_json::json;
+use support::client::Client;
+use support::cluster::{Cluster, vip};
+use support::daemon::{Daemon, PATIENCE};
+use support::manifests::port;
+use support::wire::Kind::Tcp4;
+use support::{eventually, lab_or_skip, netns};
+
+const LOCAL: u16 = 30_091;
+const REMOTE: u16 = 30_191;
+/// Of somebody else, and to stay. (So is KUBE-FIREWALL, which is kubelet's.)
+const FOREIGN: &str = "*nat
+:FOREIGN - [0:0]
+-A PREROUTING -p tcp -m tcp --dport 7 -m comment --comment \"-j KUBE-SERVICES\" -j FOREIGN
+-A FOREIGN -p tcp -j DNAT --to-destination 192.0.2.7:7
+COMMIT
+*filter
+-A FORWARD -s 198.51.100.0/24 -j DROP
+COMMIT
+";
+
+fn put(cluster: &Cluster, name: &str, number: u8, node_port: u16, pod: &str) -> ServicePort {
+    let mut echo = port("echo", "TCP", 91);
+    echo["nodePort"] = json!(node_port);
+    let changes = json!({"spec": {"type": "NodePort"}});
+    cluster.put_with(name, number, json!([echo]), changes, &[("echo", "TCP", 9100)], &cluster.ready(&[pod]));
+    let endpoint = |address| Endpoint {
+        at: SocketAddr::new(address, 9100),
+        is_local: cluster.lab.node_of(pod) == "node1",
+        state: State::Ready,
+    };
+    ServicePort {
+        namespace: "default".to_owned(),
+        name: name.to_owned(),
+        port_name: "echo".to_owned(),
+        protocol: Protocol::Tcp,
+        cluster_ips: vip(number, 0).map(|address| address.ip()).into(),
+        port: 91,
+        node_port,
+        endpoints: cluster.lab.pod(pod).addresses().map(endpoint).into(),
+        ..ServicePort::default()
+    }
+}
+
+/// All rules but their counters.
+fn rules(cluster: &Cluster) -> String {
+    let host = &cluster.lab.node("node1").host;
+    let legacy =
+        host.run("iptables-legacy-save", &[], "").unwrap() + &host.run("ip6tables-legacy-save", &[], "").unwrap();
+    let nft = host.run("nft", &["list", "ruleset"], "").unwrap();
+    let lines = legacy.lines().filter(|line| !line.starts_with('#') && !line.contains("KUBE-FIREWALL"));
+    let without_counters = lines.map(|line| line.split(" [").next().unwrap_or_default().to_owned());
+    without_counters.collect::<Vec<_>>().join("\n") + &nft
+}
+
+fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leaves_tables: bool) {
+    let Some(lab) = lab_or_skip(&[("node1", &["client", "a"]), ("node2", &["b"])]) else { return };
+    let cluster = Cluster::on(lab, &["a", "b"], "--echo 9100");
+    let services = vec![put(&cluster, "local", 10, LOCAL, "a"), put(&cluster, "remote", 11, REMOTE, "b")];
+    let node = cluster.lab.node("node1");
+    let world = World {
+        pods: vec!["10.244.1.0/24".parse().unwrap(), "fd44:0:0:1::/64".parse().unwrap()],
+        node: node.host.addresses().into(),
+        services,
+    };
+    // Tables stay when their last rule goes: they are there before, too.
+    let add_foreign = || node.host.run("iptables-legacy-restore", &["--noflush"], FOREIGN).unwrap();
+    let empty = || {
+        for restore in ["iptables-legacy-restore", "ip6tables-legacy-restore"] {
+            node.host.run(restore, &[], "*nat\nCOMMIT\n*filter\nCOMMIT\n").unwrap();
+        }
+    };
+    empty();
+    add_foreign();
+    let before = rules(&cluster);
+    empty();
+    node.host.inside(|| FAMILIES.iter().try_for_each(|family| render(&world, *family))).unwrap();
+    add_foreign();
+    assert_ne!(rules(&cluster), before);
+
+    let at = |number: u16| SocketAddr::new(IpAddr::V4(node.host.v4), number);
+    let mut clients: [Client; 3] =
+        [cluster.lab.client_outside().unwrap(), cluster.lab.client_outside().unwrap(), cluster.client("client")];
+    let to = [at(LOCAL), at(REMOTE), vip(10, 91)[0]];
+    let mut open: Vec<_> = clients.iter_mut().zip(to).map(|(client, to)| (client.open(Tcp4).unwrap(), to)).collect();
+    for (socket, to) in &mut open {
+        socket.connect(*to).unwrap();
+        socket.send().and_then(|()| socket.receive()).unwrap_or_else(|error| panic!("by the rules, {to}: {error}"));
+    }
+
+    // Whatever is called so counts as kube-proxy.
+    let stand_in = cluster.lab.dir.join("kube-proxy");
+    fs::copy("/bin/sleep", &stand_in).unwrap();
+    let kube_proxy = node.host.spawn(&stand_in, &["600"]).unwrap();
+    let daemon = Daemon::start_with(&cluster.lab, "node1", &cluster.manifests.dir, &["--takeover"]).unwrap();
+    let says = |text: &str| eventually(PATIENCE, || daemon.log().contains(text));
+    assert!(says("--takeover: kube-proxy still runs (pid "), "{}", daemon.log());
+    assert!(rules(&cluster).contains("KUBE-") || rules(&cluster).contains("kube-proxy"), "not while it runs");
+    drop(kube_proxy);
+    assert!(says("--takeover: removed kube-proxy's rules"), "{}", daemon.log());
+    match leaves_tables {
+        false => assert_eq!(rules(&cluster), before, "{}", daemon.log()),
+        true => assert!(!rules(&cluster).contains("KUBE-SVC"), "{}", rules(&cluster)),
+    }
+
+    for (socket, to) in &mut open {
+        for _ in 0..3 {
+            socket.send().and_then(|()| socket.receive()).unwrap_or_else(|error| panic!("afterwards, {to}: {error}"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let mut outside = cluster.lab.client_outside().unwrap();
+    let mut new = outside.open(Tcp4).unwrap();
+    new.connect(at(REMOTE)).unwrap();
+    new.send().and_then(|()| new.receive()).unwrap();
+    let flows = node.get("flows", &[]).unwrap();
+    assert_eq!(flows.matches(&format!(":{REMOTE}")).count(), 1, "the new one only: {flows}");
+}
+
+#[test]
+fn rules_of_the_iptables_mode_go_and_their_connections_go_on() {
+    take_over(|world, family| load::iptables(family, &iptables::render(world, family), load::NO_HURRY), false);
+}
+
+#[test]
+fn so_do_those_of_the_iptables_mode_that_are_in_nftables() {
+    let load = |world: &World, family| {
+        let restore = if family == Family::V4 { "iptables-nft-restore" } else { "ip6tables-nft-restore" };
+        netns::run(restore, &[], &iptables::render(world, family)).map(drop)
+    };
+    take_over(load, true);
+}
+
+#[test]
+fn rules_of_the_nftables_mode_go_and_their_connections_go_on() {
+    take_over(|world, family| load::nftables(&nftables::render(world, family), load::NO_HURRY), false);
+}
