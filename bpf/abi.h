@@ -109,7 +109,8 @@ enum counter {
 	COUNTER_REFUSED_LOOPBACK_SOURCE = 36, /* refused: loopback NodePort, from a socket that loopback holds fast */
 	COUNTER_FLOW_POD = 37, /* new flow of a pod's packets */
 	COUNTER_DROPPED_POD_QUOTA = 38, /* dropped: the pod begins more flows that nobody answers than it may */
-	COUNTER_MAX = 39,
+	COUNTER_PROBE_ANSWERED = 39, /* a load balancer's health probe answered by the packet programs */
+	COUNTER_MAX = 40,
 };
 
 /* What is counted of each Service, if somebody wants to know: indices into struct service_counts. But for the first, as
@@ -408,6 +409,52 @@ struct opening {
 	__u32 mark; /* flow_opening_mark() of the flow: a later one with the same ends is not meant */
 };
 
+/* Which answer of a port that load balancers probe. */
+enum probe_path {
+	PROBE_ANY = 0, /* every path; of a port with several answers, every other path */
+	PROBE_HEALTHZ = 1,
+	PROBE_LIVEZ = 2,
+	PROBE_READYZ = 3,
+	PROBE_METHOD = 4, /* of a port with several answers: neither GET nor HEAD */
+};
+
+enum probe_limit {
+	PROBE_BYTES = 512, /* of a row; a power of two */
+	/* The longest answer: with its headers less than the 576 bytes that every IPv4 host takes, and with its FIN less
+	 * than a step of the cookies (probe.h). */
+	PROBE_LONGEST = 508,
+	/* Rows are used for as long after the daemon has vouched for them. */
+	PROBE_FRESH_MS = 4800,
+};
+
+/* probes: what is answered at an address (the wildcard of its family: at all of the node's) and port. */
+struct probe_key {
+	struct address address;
+	__be16 port;
+	__u16 path; /* enum probe_path */
+};
+
+struct probe {
+	/* As in the key. Who has sent the bytes compares them: the kernel may give a replaced row's memory to another key
+	 * while a program reads it. */
+	__be16 port;
+	__u16 path;
+	/* Checksums of the whole answer and of its head. They do not fit if the bytes changed meanwhile, so that the client
+	 * takes no answer that is half of one. */
+	__u32 sum;
+	__u32 head_sum;
+	__u16 length;
+	__u16 head_length;
+	__u32 has_paths; /* of PROBE_ANY: the other paths have rows of their own */
+	__u8 bytes[PROBE_BYTES]; /* an HTTP response */
+};
+
+/* probe_state[0] */
+struct probe_state {
+	__u64 alive_ns; /* when the daemon last vouched for the rows, by bpf_ktime_get_ns() */
+	__u64 secret[2]; /* of the cookies: chosen once, so that a restart of the daemon breaks no connection */
+};
+
 /* Where a translated socket or datagram was meant to go, and where it went. */
 struct origin {
 	struct address service_address;
@@ -451,6 +498,9 @@ _Static_assert(sizeof(struct flow) == 56, "flow");
 _Static_assert(sizeof(struct flow_limits) == 32, "flow_limits");
 _Static_assert(sizeof(struct opening) == 44, "opening");
 _Static_assert(sizeof(struct port_table) == 589828, "port_table");
+_Static_assert(sizeof(struct probe_key) == 20, "probe_key");
+_Static_assert(sizeof(struct probe) == 532, "probe");
+_Static_assert(sizeof(struct probe_state) == 24, "probe_state");
 _Static_assert(sizeof(struct origin) == 52, "origin");
 _Static_assert(sizeof(struct stale_socket) == 68, "stale_socket");
 

@@ -46,15 +46,20 @@ static __always_inline int icmp_may_answer(const struct address *source)
 	return address_is_ip4(source) ? first < 0xe0000000 : first >> 24 != 0xff;
 }
 
-static __always_inline int icmp_store_ip4(hook_context *ctx, const struct packet *packet, __u32 length)
+/* The IP header of what is answered in the packet's place, with `length` bytes behind it. */
+static __always_inline int answer_store_ip4(hook_context *ctx, const struct packet *packet, const __u8 protocol,
+					    __u32 length)
 {
 	struct iphdr ip = {
 		.version = 4,
 		.ihl = 5,
-		.tos = 0xc0, /* RFC 1812 4.3.2.5: internetwork control, as Linux does */
+		/* RFC 1812 4.3.2.5: internetwork control, as Linux does */
+		.tos = protocol == IPPROTO_ICMP ? 0xc0 : 0,
 		.tot_len = bpf_htons(sizeof(struct iphdr) + length),
+		/* TCP: as Linux does, too. */
+		.frag_off = protocol == IPPROTO_TCP ? bpf_htons(IP4_DONT_FRAGMENT) : 0,
 		.ttl = ANSWER_TTL,
-		.protocol = IPPROTO_ICMP,
+		.protocol = protocol,
 		.saddr = address_words(&packet->tuple.ends.destination)->word[3],
 		.daddr = address_words(&packet->tuple.ends.source)->word[3],
 	};
@@ -63,12 +68,13 @@ static __always_inline int icmp_store_ip4(hook_context *ctx, const struct packet
 	return hook_store(ctx, packet->l3, &ip, sizeof(ip));
 }
 
-static __always_inline int icmp_store_ip6(hook_context *ctx, const struct packet *packet, __u32 length)
+static __always_inline int answer_store_ip6(hook_context *ctx, const struct packet *packet, const __u8 protocol,
+					    __u32 length)
 {
 	struct ipv6hdr ip = {
 		.version = 6,
 		.payload_len = bpf_htons(length),
-		.nexthdr = IPPROTO_ICMPV6,
+		.nexthdr = protocol,
 		.hop_limit = ANSWER_TTL,
 	};
 
@@ -89,7 +95,7 @@ static __always_inline __u32 icmp_seed(const struct packet *packet, __u32 length
 }
 
 /* Back to where the packet came from, which has shown that it knows the way. Answers a verdict. */
-static __always_inline int icmp_return(hook_context *ctx, const struct packet *packet)
+static __always_inline int answer_return(hook_context *ctx, const struct packet *packet)
 {
 	struct route back = {.interface = packet->interface};
 
@@ -138,8 +144,8 @@ static __always_inline int icmp_store(hook_context *ctx, const struct packet *pa
 
 	/* The longest transport header before a checksum, and a little more. */
 	return hook_resize(ctx, packet->l3, header + ICMP_HEADER + quoted, packet->l4 - packet->l3 + 40) ||
-	       (packet->is_ip6 ? icmp_store_ip6(ctx, packet, ICMP_HEADER + quoted)
-			       : icmp_store_ip4(ctx, packet, ICMP_HEADER + quoted)) ||
+	       (packet->is_ip6 ? answer_store_ip6(ctx, packet, IPPROTO_ICMPV6, ICMP_HEADER + quoted)
+			       : answer_store_ip4(ctx, packet, IPPROTO_ICMP, ICMP_HEADER + quoted)) ||
 	       hook_store(ctx, packet->l3 + header, message, ICMP_HEADER + quote_length(quoted));
 }
 
@@ -167,7 +173,7 @@ __noinline int icmp_answer(hook_context *ctx, __u32 verdict)
 	/* What was not quoted is zero and adds nothing. */
 	message.check = (__u16)~checksum_fold16((__u32)bpf_csum_diff((void *)0, 0, (void *)&message, sizeof(message),
 								     icmp_seed(packet, ICMP_HEADER + quoted)));
-	return icmp_store(ctx, packet, &message, quoted) ? VERDICT_DROP : icmp_return(ctx, packet);
+	return icmp_store(ctx, packet, &message, quoted) ? VERDICT_DROP : answer_return(ctx, packet);
 }
 
 #endif

@@ -40,6 +40,7 @@
  *   owner.h      is the packet a connection's of this node?
  *   service.h    a packet of no flow: what it asks for, and whether it may have it
  *   begin.h      the flow that it begins
+ *   probe.h      a packet of no Service that is a load balancer's health probe
  *   wire.h       the verdict on a packet
  *
  * The families differ in the entry points below, packet.h and rewrite.h (IPv4 is v4-mapped everywhere else).
@@ -87,6 +88,7 @@
 #include "owner.h"
 #include "service.h"
 #include "begin.h"
+#include "probe.h"
 #include "wire.h"
 #include "stale.h"
 #include "former.h"

@@ -340,6 +340,22 @@ struct {
 	__type(value, __u32);
 } epochs SEC(".maps");
 
+/* Health probes that are answered here, and since when the daemon has been silent; see probe.h. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct probe_key);
+	__type(value, struct probe);
+} probes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct probe_state);
+} probe_state SEC(".maps");
+
 /* What a route look-up answered, on this processor; see route.h. */
 enum route_cache_size {
 	ROUTES_KNOWN = 1024,

@@ -22,6 +22,15 @@ struct route {
 	__u32 mtu; /* what fits; 0: not to be remembered */
 };
 
+/* What a health probe gets in its place; see probe.h. */
+struct probe_reply {
+	__u32 sequence;
+	__u32 acknowledgement;
+	__u32 flags; /* with TCP_PSH: an answer */
+	__u32 asked; /* whose: enum probe_path, and PROBE_IS_HEAD */
+	__u32 mss; /* 0: not said */
+};
+
 struct scratch {
 	struct packet packet;
 	struct packet quoted; /* what an ICMP error quotes */
@@ -55,6 +64,7 @@ struct scratch {
 	struct ends removed_ends; /* and its row's */
 	struct packet smallest; /* one that fits any route, for the cache of routes */
 	struct ends backend_ends; /* the backend, and this node's address towards it */
+	struct probe_reply probe;
 	__u32 removed_mark; /* of the flow that is meant, of an opening */
 	__u32 openings; /* how many flows began on this processor */
 	__u32 second; /* of CLOCK_MONOTONIC */

@@ -121,7 +121,9 @@ __noinline int service_ask(hook_context *ctx)
 	/* Before the frontend is looked up: it may change hands meanwhile. */
 	given->flow.sequence = epoch_now(EPOCH_HANDS);
 	result = service_find(given);
-	if (result == LOOKUP_NOT_OURS || owner_is_other(ctx))
+	if (result == LOOKUP_NOT_OURS)
+		return VERDICT_UNKNOWN;
+	if (owner_is_other(ctx))
 		return VERDICT_PASS;
 	if (service_refuse_packet(&given->packet))
 		return VERDICT_DROP;

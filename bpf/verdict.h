@@ -12,6 +12,7 @@ enum verdict {
 	VERDICT_ANSWER_TOO_BIG = 5, /* fragmentation needed, packet too big: packet->mtu fits */
 	VERDICT_CONTINUE = 6, /* none yet */
 	VERDICT_HAND_OVER = 7, /* to the host's stack, which fragments it */
+	VERDICT_UNKNOWN = 8, /* no Service's: to the stack, if it is no health probe */
 };
 
 #endif

@@ -46,6 +46,8 @@ static __always_inline int wire_packet(hook_context *ctx, struct scratch *given,
 		recall = flow_reread();
 	if (recall == RECALL_NONE) {
 		verdict = begin(ctx);
+		if (verdict == VERDICT_UNKNOWN)
+			return from_pod ? VERDICT_PASS : probe_answer(ctx);
 		if (verdict != VERDICT_CONTINUE)
 			return verdict;
 	} else if (recall == RECALL_FOREIGN) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::model::{Family, FlowTimeouts, IpRange, Ipx, Protocol};
+use crate::model::{Family, FlowTimeouts, IpRange, Ipx, ProbeAnswer, Protocol};
 
 include!(concat!(env!("OUT_DIR"), "/abi_enums.rs"));
 
@@ -415,6 +415,77 @@ pub fn reply_index(backend: &[u8; 16], client: &[u8; 16], port_be: [u8; 2]) -> u
     (sum.wrapping_add(u32::from(u16::from_ne_bytes(port_be)).wrapping_mul(0xc2b2_ae35)) >> 14) as usize
 }
 
+/// Key of `probes`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct ProbeKey {
+    pub address: [u8; 16],
+    /// Network order.
+    pub port_be: [u8; 2],
+    /// One of [`probe_path`].
+    pub path: u16,
+}
+
+impl ProbeKey {
+    pub fn of(answer: &ProbeAnswer) -> Self {
+        ProbeKey { address: answer.address.0, port_be: answer.port.to_be_bytes(), path: answer.path as u16 }
+    }
+
+    /// Host order.
+    pub fn port(&self) -> u16 {
+        u16::from_be_bytes(self.port_be)
+    }
+}
+
+/// Value of `probes`: an HTTP response.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Probe {
+    /// As in the key.
+    pub port_be: [u8; 2],
+    pub path: u16,
+    /// Sums of the packet's checksum (RFC 1071), of the whole response and of its head.
+    pub sum: u32,
+    pub head_sum: u32,
+    pub length: u16,
+    pub head_length: u16,
+    /// 0 or 1.
+    pub has_paths: u32,
+    pub bytes: [u8; probe_limit::PROBE_BYTES as usize],
+}
+
+impl Probe {
+    /// What is longer than [`probe_limit::PROBE_LONGEST`] is cut.
+    pub fn of(answer: &ProbeAnswer) -> Self {
+        let text = [answer.head.as_bytes(), answer.body.as_bytes()].concat();
+        let length = text.len().min(probe_limit::PROBE_LONGEST as usize);
+        let head_length = answer.head.len().min(length);
+        let mut bytes = [0; probe_limit::PROBE_BYTES as usize];
+        bytes[..length].copy_from_slice(&text[..length]);
+        let word = |pair: &[u8]| u32::from(u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        let sum = |bytes: &[u8]| bytes.chunks(2).map(word).sum();
+        Probe {
+            port_be: answer.port.to_be_bytes(),
+            path: answer.path as u16,
+            sum: sum(&bytes[..length]),
+            head_sum: sum(&bytes[..head_length]),
+            length: length as u16,
+            head_length: head_length as u16,
+            has_paths: answer.has_paths.into(),
+            bytes,
+        }
+    }
+}
+
+/// The row of `probe_state`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct ProbeState {
+    /// Nanoseconds of CLOCK_MONOTONIC.
+    pub alive_ns: u64,
+    pub secret: [u64; 2],
+}
+
 /// A connected socket whose backend is gone, as the socket iterator prints it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
@@ -456,4 +527,7 @@ const _: () = {
     assert!(size_of::<FlowKey4>() == 16);
     assert!(size_of::<Flow>() == 56);
     assert!(size_of::<FlowLimits>() == 32);
+    assert!(size_of::<ProbeKey>() == 20);
+    assert!(size_of::<Probe>() == 532);
+    assert!(size_of::<ProbeState>() == 24);
 };

@@ -265,7 +265,8 @@ fn one_stranger_at_the_health_port_does_not_keep_others_from_it() {
         };
         (0..200).map(half).collect()
     };
-    let mut held = cluster.lab.outside(hold).unwrap();
+    // Of a pod: who is outside is answered by the packet programs, and holds nothing.
+    let mut held = cluster.lab.pod("client").inside(hold).unwrap();
     for address in ["127.0.0.1:10256", "[::1]:10256", "172.31.0.11:10256", "[fd31::11]:10256"] {
         let answer = daemon.get(address, "/livez").unwrap();
         assert!(answer.starts_with("HTTP/1.1 200"), "{address}: {answer}");

@@ -143,7 +143,8 @@ fn services_that_ask_for_more_than_the_maps_hold_are_degraded_alone() {
     is_well(&daemon);
 }
 
-/// A connection from one of the addresses outside to node1's health port.
+/// A connection from one of a pod's addresses to node1's health port. (Who is outside is answered by the packet programs, and
+/// holds nothing of the daemon's.)
 fn connect(from: Ipv4Addr) -> anyhow::Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.bind(&SocketAddr::from((from, 0)).into())?;
@@ -166,13 +167,13 @@ fn six_strangers_with_endless_requests_block_no_probe_and_cost_little_memory() {
     let Some(site) = Site::or_skip() else { return };
     let options = ["--healthz-bind-address", "0.0.0.0:10256"];
     let daemon = site.start_with(&options);
-    let lab = &site.cluster.lab;
+    let pod = site.cluster.lab.pod("client");
     let before = peak(&daemon);
-    let strangers: Vec<Ipv4Addr> = (201..207).map(|last| Ipv4Addr::new(172, 31, 0, last)).collect();
+    let strangers: Vec<Ipv4Addr> = (201..207).map(|last| Ipv4Addr::new(10, 244, 1, last)).collect();
     let add = || {
         let listed = Command::new("ip").args(["-o", "-4", "addr"]).output()?;
         let listed = String::from_utf8(listed.stdout)?;
-        let line = listed.lines().find(|line| line.contains(" 172.31.0.1/")).expect("the address outside");
+        let line = listed.lines().find(|line| line.contains(&format!(" {}/", pod.v4))).expect("the pod's address");
         let device = line.split_whitespace().nth(1).expect("a device");
         for stranger in &strangers {
             let added = Command::new("ip").args(["addr", "add", &format!("{stranger}/32"), "dev", device]).status()?;
@@ -180,7 +181,7 @@ fn six_strangers_with_endless_requests_block_no_probe_and_cost_little_memory() {
         }
         Ok(())
     };
-    lab.outside(add).unwrap();
+    pod.inside(add).unwrap();
     let head = format!("GET /livez HTTP/1.1\r\nHost: x\r\nX: {}", "y".repeat(390 << 10));
     let hold = || -> anyhow::Result<Vec<TcpStream>> {
         let half = |n: usize| -> anyhow::Result<TcpStream> {
@@ -192,9 +193,9 @@ fn six_strangers_with_endless_requests_block_no_probe_and_cost_little_memory() {
         };
         (0..900).map(half).collect()
     };
-    let held = lab.outside(hold).unwrap();
+    let held = pod.inside(hold).unwrap();
     for _ in 0..16 {
-        assert!(lab.outside(|| is_alive(Ipv4Addr::new(172, 31, 0, 1))).unwrap(), "a seventh client");
+        assert!(pod.inside(|| is_alive(pod.v4)).unwrap(), "a seventh client");
         is_well(&daemon);
     }
     let grown = peak(&daemon) - before;

@@ -346,8 +346,9 @@ fn each_packet_moves_its_own_counters_and_no_others_and_is_told_to_who_listens()
 const FLOODED: &str = "dropped_answer_limit";
 /// Counters that tests of their own move: `FLOODED`, those of a full table, of a ring that went round, of a flow that
 /// another processor is just replacing, of IP options, of the host's stack, and of pods (tests/packet_pods.rs).
-const ELSEWHERE: [&str; 9] = [
+const ELSEWHERE: [&str; 10] = [
     "flow_pod",
+    "probe_answered",
     "dropped_pod_quota",
     "handed_to_stack",
     FLOODED,

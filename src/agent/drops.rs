@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     /// What Services, clients and load balancers do every day.
-    const NORMAL: [&str; 24] = [
+    const NORMAL: [&str; 25] = [
         "handed_to_stack",
         "dropped_flow_changing",
         "dropped_options",
@@ -204,6 +204,7 @@ mod tests {
         "flow_local",
         "flow_remote",
         "flow_pod",
+        "probe_answered",
         "flow_midstream",
         "flow_established",
         "snat_retry",

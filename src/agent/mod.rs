@@ -13,6 +13,7 @@ mod listeners;
 mod outlets;
 mod outside;
 mod probe;
+mod probes;
 mod reach;
 mod request;
 mod retry;
@@ -118,6 +119,8 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
     for server in servers {
         parts.spawn(part(server.flag, serve::run(server, Arc::clone(&limits))));
     }
+    let probes = probes::run(datapath.probe_rows()?, app.clone(), settings.healthz.is_some());
+    parts.spawn(part("answers to health probes", probes));
     let conditions = Conditions::new(Arc::clone(&app.health), &app.metrics)?;
     watch_kernel(&mut parts, &mut datapath, &settings, &app, &conditions, &asking)?;
     let outlets = attend(&mut parts, &settings, &app, limits, source.api_server(), asking)?;
@@ -174,7 +177,8 @@ fn servers(settings: &Settings, app: &App, worker: &mpsc::Sender<Request>) -> an
     let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
     let server = |(flag, address, router)| {
         let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
-        Ok(serve::Server { flag, address, router, listener })
+        let health = (flag == HEALTHZ_FLAG).then(|| Arc::clone(&app.health));
+        Ok(serve::Server { flag, address, router, listener, health })
     };
     wanted.map(server).collect()
 }

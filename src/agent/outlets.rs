@@ -19,12 +19,17 @@ pub struct Outlets {
 }
 
 impl Outlets {
+    /// Vouches for what load balancers are told, at this time of `bpf::clock_ns`.
+    pub fn vouch(&self, now_ns: u64) {
+        self.health_checks.send_modify(|told| told.vouched_ns = now_ns);
+    }
+
     /// `addresses`: those that serve NodePorts.
     pub fn tell(&self, core: &Core, report: &SyncReport, choice: &NodePortAddresses, addresses: &[Ipx]) {
         let addresses = (*choice != NodePortAddresses::All).then(|| addresses.to_vec());
         if report.health_checks_changed || self.health_checks.borrow().addresses != addresses {
-            self.health_checks
-                .send_replace(HealthChecks { addresses, checks: core.health_checks().cloned().collect() });
+            let checks = core.health_checks().cloned().collect();
+            self.health_checks.send_modify(|told| (told.addresses, told.checks) = (addresses, checks));
         }
         if let Some((key, tainted)) = &self.startup_taint {
             let is = core.node().is_some_and(|node| node.taints.iter().any(|taint| **taint == **key));

@@ -32,6 +32,8 @@ const NODE_GRACE: Duration = Duration::from_secs(5);
 /// A sync of this many rows, or of this length, is worth a line in the log.
 const NOTABLE_ROWS: usize = 100;
 const NOTABLE_DURATION: Duration = Duration::from_millis(50);
+/// How often the worker vouches for what load balancers are told. Their probes are answered for some seconds longer.
+const VOUCHING: Duration = Duration::from_millis(500);
 
 /// What the worker listens to, and what it serves.
 pub struct Inputs {
@@ -117,9 +119,15 @@ impl<'m> Worker<'m> {
     /// # Errors
     /// When the watch of the node's addresses ended.
     pub async fn run(&mut self) -> anyhow::Result<()> {
+        let mut vouching = tokio::time::interval(VOUCHING);
+        vouching.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let wake = self.wake_at();
             tokio::select! {
+                _ = vouching.tick(), if self.synced => {
+                    self.inputs.outlets.vouch(bpf::clock_ns());
+                    continue;
+                }
                 received = self.inputs.changes.recv_many(&mut self.buffer, DRAIN) => {
                     if received == 0 {
                         return Ok(());
@@ -215,6 +223,7 @@ impl<'m> Worker<'m> {
         if self.core.ready() {
             self.follow_devices(now);
             self.after_sync(&report, now);
+            self.inputs.outlets.vouch(bpf::clock_ns());
         }
     }
 

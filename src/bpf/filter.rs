@@ -93,6 +93,11 @@ impl WireFilter {
         self.set(marks.into_iter())
     }
 
+    /// The same for ports at which health probes are answered: they are no Service's.
+    pub fn add_ports(&mut self, ports: impl Iterator<Item = u16>) -> io::Result<u64> {
+        self.set(ports.map(|port| (PORTS + usize::from(port), 1)))
+    }
+
     /// Ports of rows that this process has let through for the first time. The kernel's bytes would not do: they outlive
     /// programs, and a daemon that ended before it had asked.
     pub fn take_new_ports(&mut self) -> BTreeSet<u16> {

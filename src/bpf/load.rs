@@ -19,6 +19,7 @@ use super::grow::Grower;
 use super::maps::Maps;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
+use super::probes::ProbeRows;
 use super::service_counts::{CountMaps, ServiceCounts};
 use super::sizes::Limits;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
@@ -272,6 +273,11 @@ impl Datapath {
         self.count_maps.take().map(|maps| ServiceCounts::new(maps, &self.pin_path))
     }
 
+    /// Writes what is answered to health probes; for use in another task.
+    pub fn probe_rows(&self) -> Result<ProbeRows> {
+        ProbeRows::open(&self.pin_path, self.maps.shared_filter())
+    }
+
     /// For telling that routes have changed; for use in another task.
     pub fn route_epoch(&self) -> Result<RouteEpoch> {
         RouteEpoch::open(&self.pin_path)
@@ -389,7 +395,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     let processors = processors()?;
     let shares = FlowShares::new(processors);
     let maps = &mut skeleton.maps;
-    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 28] = [
+    let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 30] = [
         ("services", &mut maps.services, first(MapName::Services)),
         ("frontends", &mut maps.frontends, first(MapName::Frontends)),
         ("addresses", &mut maps.addresses, first(MapName::Addresses)),
@@ -415,6 +421,8 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("ports", &mut maps.ports, None),
         ("wire_filter", &mut maps.wire_filter, None),
         ("epochs", &mut maps.epochs, None),
+        ("probes", &mut maps.probes, None),
+        ("probe_state", &mut maps.probe_state, None),
         ("listening", &mut maps.listening, None),
         ("listener_states", &mut maps.listener_states, None),
         ("listener_rings", &mut maps.listener_rings, None),

@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -30,7 +31,7 @@ pub struct Maps {
     handles: Vec<(MapName, MapHandle)>,
     counters: MapHandle,
     epochs: MapHandle,
-    filter: WireFilter,
+    filter: Arc<Mutex<WireFilter>>,
     tracked: Tracked,
     /// By service id; none: nobody counts.
     counts: Vec<MapHandle>,
@@ -54,7 +55,7 @@ impl Maps {
         };
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
-        let (filter, tracked) = (WireFilter::open(pin_path)?, Tracked::open(pin_path)?);
+        let (filter, tracked) = (Arc::new(Mutex::new(WireFilter::open(pin_path)?)), Tracked::open(pin_path)?);
         Ok(Maps {
             handles,
             counters,
@@ -102,12 +103,22 @@ impl Maps {
         Ok(sums)
     }
 
+    fn filter(&self) -> MutexGuard<'_, WireFilter> {
+        // Whoever panicked has ended the daemon.
+        self.filter.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The filter, for another writer: it is written whole, so that there is one copy of it.
+    pub(super) fn shared_filter(&self) -> Arc<Mutex<WireFilter>> {
+        Arc::clone(&self.filter)
+    }
+
     /// Lets packets to what these rows stand for be looked at. Before the rows: else a flow could begin whose packets
     /// are not.
     fn open_filter(&mut self, map: MapName, keys: &[u8], values: &[u8]) -> io::Result<()> {
         self.syscalls += match map {
-            MapName::Addresses => self.filter.add_addresses(keys, values)?,
-            MapName::Frontends => self.filter.add_frontends(keys, values)?,
+            MapName::Addresses => self.filter().add_addresses(keys, values)?,
+            MapName::Frontends => self.filter().add_frontends(keys, values)?,
             _ => 0,
         };
         Ok(())
@@ -117,7 +128,7 @@ impl Maps {
     /// comes in for theirs.
     fn note_tracked(&mut self) {
         let all_translated = std::mem::take(&mut self.is_first);
-        let wanted = Wanted { ports: self.filter.take_new_ports(), all_translated };
+        let wanted = Wanted { ports: self.filter().take_new_ports(), all_translated };
         match self.tracked.note(&wanted) {
             Ok(0) => {}
             Ok(packets) => debug!(packets, ?wanted, "connections that are older than their Services are the host's"),

@@ -23,7 +23,7 @@ use super::{pinned, probe};
 use crate::abi::counter::COUNTER_MAX;
 
 /// No packet program writes to them.
-const READ_ONLY: [&str; 9] = [
+const READ_ONLY: [&str; 11] = [
     "frontends",
     "slots",
     "backends",
@@ -33,6 +33,8 @@ const READ_ONLY: [&str; 9] = [
     "devices",
     "flow_limits",
     "wire_filter",
+    "probes",
+    "probe_state",
 ];
 /// Begun with the rows that the live ones have. All others begin empty: the ring of flows that are not proved, too, whose
 /// position each processor keeps for itself, so that a packet that is tried pushes nobody out.

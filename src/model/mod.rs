@@ -7,6 +7,7 @@ mod change;
 mod datapath;
 mod endpoint;
 mod notice;
+mod probe;
 mod service;
 
 pub use address::{Family, IpRange, Ipx, SocketAddrx};
@@ -14,6 +15,7 @@ pub use change::{Change, Kind, Warning};
 pub use datapath::{ClientSource, FlowTimeouts, ForwardThrough, HostConntrack, Masquerade, SocketLb};
 pub use endpoint::{Endpoint, Hints, Slice, SlicePort};
 pub use notice::{About, HealthCheck, Notice};
+pub use probe::ProbeAnswer;
 pub use service::{ObjectName, Protocol, Service, ServicePort, TrafficPolicy};
 
 /// This node, as the API server describes it.

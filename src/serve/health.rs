@@ -9,6 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use serde::Serialize;
 use tokio::sync::watch;
 
+use super::probes::Probed;
+
 /// kube-proxy's default `--iptables-sync-period` and `--nftables-sync-period`.
 const SYNC_PERIOD: Duration = Duration::from_secs(30);
 /// An update that has been waiting for longer than this makes the daemon unhealthy.
@@ -18,6 +20,7 @@ pub const UPDATE_TIMEOUT: Duration = SYNC_PERIOD.saturating_mul(2);
 pub struct Health {
     facts: Mutex<Facts>,
     stage: watch::Sender<Stage>,
+    probed: watch::Sender<Probed>,
 }
 
 /// How far the daemon has come. It never goes back.
@@ -87,7 +90,11 @@ impl Default for Health {
             node_leaves: false,
             unserved: None,
         };
-        Health { facts: Mutex::new(facts), stage: watch::Sender::new(Stage::Starting) }
+        Health {
+            facts: Mutex::new(facts),
+            stage: watch::Sender::new(Stage::Starting),
+            probed: watch::Sender::default(),
+        }
     }
 }
 
@@ -135,6 +142,15 @@ impl Health {
     /// How far the daemon has come, from now on.
     pub fn stage(&self) -> watch::Receiver<Stage> {
         self.stage.subscribe()
+    }
+
+    /// The ports at which servers of this daemon answer, from now on.
+    pub fn probed_ports(&self) -> watch::Receiver<Probed> {
+        self.probed.subscribe()
+    }
+
+    pub(super) fn change_probed(&self, change: impl FnOnce(&mut Probed)) {
+        self.probed.send_modify(change);
     }
 
     fn come_to(&self, stage: Stage) {

@@ -5,6 +5,7 @@ mod http;
 mod metrics;
 mod page;
 mod places;
+mod probes;
 mod service_health;
 
 use std::io;
@@ -92,12 +93,14 @@ pub struct Server {
     pub router: Router,
     /// Where it listens already.
     pub listener: Option<TcpListener>,
+    /// Of [`health_router`]: who is told that it is listened at.
+    pub health: Option<Arc<Health>>,
 }
 
 /// Serves until it is dropped. Services do not wait for a port that somebody else has: it is told once, and had when it is
 /// free.
 pub async fn run(server: Server, limits: Arc<Limits>) {
-    let Server { flag, address, router, mut listener } = server;
+    let Server { flag, address, router, mut listener, health } = server;
     let mut told = None;
     let listener = loop {
         match listener.take().map_or_else(|| bind(flag, address), Ok) {
@@ -113,6 +116,9 @@ pub async fn run(server: Server, limits: Arc<Limits>) {
         tokio::time::sleep(RETRY).await;
     };
     info!("{flag}: listening on {address}");
+    if let Some(health) = health {
+        health.change_probed(|probed| probed.healthz = Some(address));
+    }
     http::serve(listener, router, limits).await;
 }
 

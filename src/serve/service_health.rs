@@ -23,7 +23,7 @@ use crate::model::{About, HealthCheck, Ipx, Notice, ObjectName};
 
 /// Before a port that could not be had is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
+pub(super) const WEIGHT: &str = "x-load-balancing-endpoint-weight";
 
 /// What is asked about, and where.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub struct HealthChecks {
     /// The addresses of this node that serve NodePorts; `None`: every address.
     pub addresses: Option<Vec<Ipx>>,
     pub checks: Vec<HealthCheck>,
+    /// When they were last known to be true: nanoseconds of CLOCK_MONOTONIC, 0: not yet.
+    pub vouched_ns: u64,
 }
 
 #[derive(Serialize)]
@@ -76,9 +78,15 @@ pub async fn run(
     notices: mpsc::Sender<Notice>,
 ) {
     let mut servers = Servers { node, app, limits, notices, open: BTreeMap::new(), failed: BTreeMap::new() };
+    let mut followed = HealthChecks::default();
     loop {
         let checks = wanted.borrow_and_update().clone();
-        servers.follow(&checks).await;
+        let is_followed = checks.checks == followed.checks && checks.addresses == followed.addresses;
+        if !is_followed || !servers.failed.is_empty() {
+            servers.follow(&checks).await;
+        }
+        servers.tell(&checks);
+        followed = checks;
         let retry = async {
             match servers.failed.is_empty() {
                 true => std::future::pending().await,
@@ -120,6 +128,16 @@ impl Servers {
                 }
             }
         }
+    }
+
+    /// What is listened at, for those who answer probes in the place of the servers.
+    fn tell(&self, wanted: &HealthChecks) {
+        let at = |check| {
+            let open = self::keys(check, wanted).into_iter().filter(|key| self.open.contains_key(key));
+            open.map(|key| (key.1, check.clone()))
+        };
+        let checks = wanted.checks.iter().flat_map(at).collect();
+        self.app.health.change_probed(|probed| (probed.checks, probed.vouched_ns) = (checks, wanted.vouched_ns));
     }
 
     fn start(&mut self, key: Key, check: &HealthCheck) {
@@ -174,7 +192,7 @@ fn router(service: ObjectName, local_endpoints: Arc<AtomicU32>, health: Arc<Heal
         .fallback(async move || answer(&service, local_endpoints.load(Relaxed), health.facts().serves(Instant::now())))
 }
 
-fn answer(service: &ObjectName, local_endpoints: u32, healthy: bool) -> Response {
+pub(super) fn answer_of(service: &ObjectName, local_endpoints: u32, healthy: bool) -> (StatusCode, String) {
     let code = if local_endpoints > 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = Body {
         service: Name { namespace: &service.namespace, name: &service.name },
@@ -184,10 +202,15 @@ fn answer(service: &ObjectName, local_endpoints: u32, healthy: bool) -> Response
     let mut text = Vec::new();
     // kube-proxy's indentation. Strings, a number and a bool cannot fail to be written into memory.
     let _ = body.serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(b"\t")));
+    (code, String::from_utf8(text).unwrap_or_default())
+}
+
+fn answer(service: &ObjectName, local_endpoints: u32, healthy: bool) -> Response {
+    let (code, text) = answer_of(service, local_endpoints, healthy);
     let headers = [
         (header::CONTENT_TYPE, "application/json".to_owned()),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
-        (WEIGHT, local_endpoints.to_string()),
+        (HeaderName::from_static(WEIGHT), local_endpoints.to_string()),
     ];
     (code, headers, text).into_response()
 }
@@ -208,7 +231,8 @@ mod tests {
     fn checks(port: u16, local_endpoints: u32) -> HealthChecks {
         let service = ObjectName::new("shop", "web");
         let loopback = Ipx::from(IpAddr::from(Ipv4Addr::LOCALHOST));
-        HealthChecks { addresses: Some(vec![loopback]), checks: vec![HealthCheck { service, port, local_endpoints }] }
+        let checks = vec![HealthCheck { service, port, local_endpoints }];
+        HealthChecks { addresses: Some(vec![loopback]), checks, vouched_ns: 0 }
     }
 
     #[tokio::test]

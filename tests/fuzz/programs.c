@@ -24,6 +24,7 @@ static struct native_map maps[] = {
 	MAP(outgoing, 1024),   MAP(handed, 1024),	 MAP(fragments, 1024),	    MAP(ports, 0),
 	MAP(wire_filter, 0),   MAP(epochs, 0),		 MAP(known_routes, 0),	    MAP(answer_budgets, 0),
 	MAP(scratches, 0),     MAP(service_counts, 256), MAP(listening, 0),	    MAP(service_traffic, 256),
+	MAP(probes, 64),       MAP(probe_state, 0),
 };
 
 const struct native_program native_programs[] = {

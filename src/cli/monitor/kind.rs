@@ -189,12 +189,13 @@ mod tests {
     const _: () = assert!(EVENT_FLOW_ENDED >= COUNTER_MAX);
 
     /// What a packet or a call may count again and again, or what another event tells.
-    const SILENT: [u32; 5] = [
+    const SILENT: [u32; 6] = [
         COUNTER_REPLY_TRANSLATED,
         COUNTER_PEER_TRANSLATED,
         COUNTER_FLOW_MIDSTREAM,
         COUNTER_FLOW_PUSHED_OUT,
         COUNTER_HANDED_TO_STACK,
+        COUNTER_PROBE_ANSWERED,
     ];
 
     #[test]
