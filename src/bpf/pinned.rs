@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -61,7 +62,7 @@ pub fn is_on_bpffs(path: &Path) -> bool {
 }
 
 /// An exclusive hold on a pin directory; two daemons must not write one state. Freed with the process, however it ends.
-pub struct Lock(#[expect(dead_code, reason = "held for its Drop")] Flock<File>);
+pub struct Lock(Flock<File>);
 
 /// Makes the directories (mounting bpffs at its usual place when it is not there) and locks them. What a newer version has
 /// left there is not for this one to take over: it fails, unless that is to be discarded.
@@ -69,6 +70,15 @@ pub fn prepare(pin_path: &Path, discard_newer: bool) -> Result<Lock> {
     if !is_on_bpffs(pin_path) {
         mount_bpffs(pin_path)?;
     }
+    let create = |directory: &Path| {
+        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))
+    };
+    let lock = loop {
+        create(pin_path)?;
+        if let Some(lock) = lock(pin_path, "stop it first, or give this one its own --pin-path")? {
+            break lock;
+        }
+    };
     if let Some(newer) = newest_version(pin_path).filter(|newest| *newest > ABI_VERSION && !discard_newer) {
         let at = pin_path.display();
         bail!(
@@ -78,9 +88,9 @@ pub fn prepare(pin_path: &Path, discard_newer: bool) -> Result<Lock> {
         );
     }
     for directory in [maps_directory(pin_path), links_directory(pin_path)] {
-        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        create(&directory)?;
     }
-    lock(pin_path, "stop it first, or give this one its own --pin-path")
+    Ok(lock)
 }
 
 fn newest_version(pin_path: &Path) -> Option<u32> {
@@ -113,24 +123,47 @@ fn has_own_mounts() -> bool {
     matches!((namespace("self"), namespace("1")), (Some(own), Some(first)) if own != first)
 }
 
-fn lock(pin_path: &Path, remedy: &str) -> Result<Lock> {
-    let directory = File::open(pin_path).with_context(|| format!("cannot open {}", pin_path.display()))?;
-    match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Lock(lock)),
+/// `None`: there is no such directory, or none any more. A cleanup may have taken it away after it was opened here; whoever
+/// locked what is left of it would hold nothing, beside a daemon that has made it anew.
+fn lock(pin_path: &Path, remedy: &str) -> Result<Option<Lock>> {
+    let directory = match File::open(pin_path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.with_context(|| format!("cannot open {}", pin_path.display()))?,
+    };
+    let lock = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Lock(lock),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
             bail!("a running kubelane holds {}: {remedy}", pin_path.display())
         }
-        Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", pin_path.display())),
+        Err((_, error)) => return Err(error).with_context(|| format!("cannot lock {}", pin_path.display())),
+    };
+    Ok(lock.is_of(pin_path)?.then_some(lock))
+}
+
+impl Lock {
+    /// Whether what is locked still is the directory of this name.
+    fn is_of(&self, pin_path: &Path) -> Result<bool> {
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let locked = self.0.metadata().map(identity);
+        match fs::metadata(pin_path).map(identity) {
+            Ok(named) => Ok(named == locked.with_context(|| format!("cannot stat {}", pin_path.display()))?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("cannot look into {}", pin_path.display())),
+        }
     }
 }
 
 /// Removes everything below `pin_path` and the directory itself: links first, so that no program runs on a map that is
 /// going away. Returns what was removed; empty when there was nothing. Fails while a daemon holds the directory.
 pub fn cleanup(pin_path: &Path) -> Result<Vec<String>> {
-    if !pin_path.try_exists().with_context(|| format!("cannot look into {}", pin_path.display()))? {
-        return Ok(Vec::new());
-    }
-    let _lock = lock(pin_path, "stop it first")?;
+    let _lock = loop {
+        if !pin_path.try_exists().with_context(|| format!("cannot look into {}", pin_path.display()))? {
+            return Ok(Vec::new());
+        }
+        if let Some(lock) = lock(pin_path, "stop it first")? {
+            break lock;
+        }
+    };
     let mut removed = Vec::new();
     let mut versions = children(pin_path)?;
     versions.retain(|p| is_abi_directory(p));
