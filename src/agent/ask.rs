@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,12 +23,15 @@ const AT_ONCE: usize = 4;
 /// Within which a question has to come, and its answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// After which a socket is found again that has the name of a pin directory on another file system.
+const RENAMED: Duration = Duration::from_secs(5);
+
 /// Answers until the daemon ends. A socket that cannot be had is told once, and nothing else depends on it.
 ///
 /// # Errors
 /// Never: it ends with the daemon.
 pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<Metrics>) -> anyhow::Result<()> {
-    let listener = match listen(pin_path) {
+    let (mut listener, mut path) = match listen(pin_path) {
         Ok(listener) => listener,
         Err(error) => {
             warn!(
@@ -39,9 +42,22 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<
         }
     };
     let places = Arc::new(Semaphore::new(AT_ONCE));
+    let mut ticks = tokio::time::interval(RENAMED);
     loop {
         let place = Arc::clone(&places).acquire_owned().await.context("places are never closed")?;
-        let stream = match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = ticks.tick() => {
+                if sockets_path(pin_path).is_ok_and(|now| now != path)
+                    && let Ok(again) = listen(pin_path)
+                {
+                    let _ = fs::remove_file(&path);
+                    (listener, path) = again;
+                }
+                continue;
+            }
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // No more open files, most likely.
@@ -63,7 +79,7 @@ pub async fn serve(pin_path: &Path, worker: mpsc::Sender<Request>, metrics: Arc<
 }
 
 /// Whoever takes away the last socket takes the directory with it, which may be just before this daemon's is made.
-fn listen(pin_path: &Path) -> anyhow::Result<UnixListener> {
+fn listen(pin_path: &Path) -> anyhow::Result<(UnixListener, PathBuf)> {
     const TRIES: usize = 5;
     let is_missing = |error: &anyhow::Error| {
         error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::NotFound)
@@ -79,7 +95,7 @@ fn listen(pin_path: &Path) -> anyhow::Result<UnixListener> {
 
 /// The socket is made under another name: at its own name there is never one that does not listen yet. The lock on the
 /// pin directory keeps it from being made by two.
-fn make_socket(pin_path: &Path) -> anyhow::Result<UnixListener> {
+fn make_socket(pin_path: &Path) -> anyhow::Result<(UnixListener, PathBuf)> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -96,7 +112,7 @@ fn make_socket(pin_path: &Path) -> anyhow::Result<UnixListener> {
     fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600)).with_context(named)?;
     fs::rename(&fresh, &path).with_context(named)?;
     sweep(&path);
-    Ok(listener)
+    Ok((listener, path))
 }
 
 /// Takes away the sockets of daemons that are no more: nobody listens there.

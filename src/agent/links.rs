@@ -8,12 +8,12 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::conditions::{Conditions, Place, Reason};
 use super::contest::{Contests, Verdict};
 use super::request::Request;
-use crate::bpf::SocketHooks;
+use crate::bpf::{Pins, SocketHooks};
 
 /// Between two looks. One takes some system calls for each program.
 const EVERY: Duration = Duration::from_secs(2);
@@ -27,12 +27,21 @@ pub const CONTEST_REMEDY: &str = "another process undoes this again and again, s
 ///
 /// # Errors
 /// When the worker ended.
-pub async fn watch(hooks: SocketHooks, worker: mpsc::Sender<Request>, conditions: Conditions) -> anyhow::Result<()> {
-    let (mut contests, mut told) = (Contests::default(), None);
+pub async fn watch(
+    hooks: SocketHooks,
+    pins: Pins,
+    worker: mpsc::Sender<Request>,
+    conditions: Conditions,
+) -> anyhow::Result<()> {
+    let (mut contests, mut told, mut trouble) = (Contests::default(), None, None);
     let mut ticks = interval(EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        // Without their pins programs look as if they were detached.
+        if !look_after(&pins, &mut trouble) {
+            continue;
+        }
         let error = look(&hooks, &mut contests, &conditions, Instant::now().into_std()).err();
         let error = error.map(|error| format!("cannot inspect the programs on the cgroup: {error:#}"));
         if let Some(error) = error.as_ref().filter(|error| told.as_ref() != Some(*error)) {
@@ -41,6 +50,27 @@ pub async fn watch(hooks: SocketHooks, worker: mpsc::Sender<Request>, conditions
         told = error;
         worker.send(Request::Devices).await.context("the worker ended")?;
     }
+}
+
+/// Whether the pins are where they belong. `trouble`: why they were not the last time.
+fn look_after(pins: &Pins, trouble: &mut Option<String>) -> bool {
+    let error = match pins.look_after() {
+        Ok(again) => {
+            if again > 0 {
+                warn!("another process removed pins, or unmounted their BPF file system: {again} are pinned again");
+            }
+            if let Some(error) = trouble.take() {
+                info!("resolved: {error}");
+            }
+            return true;
+        }
+        Err(error) => format!("{error:#}"),
+    };
+    if trouble.as_ref() != Some(&error) {
+        warn!("{error}");
+        *trouble = Some(error);
+    }
+    false
 }
 
 fn look(

@@ -218,7 +218,7 @@ fn watch_kernel(
     parts.spawn(async move { ("drops", drops::watch(counters).await) });
     let pin_path = settings.datapath.pin_path.clone();
     parts.spawn(async move { ("listeners", listeners::watch(pin_path).await) });
-    let links = links::watch(datapath.socket_hooks(), worker.clone(), conditions.clone());
+    let links = links::watch(datapath.socket_hooks(), datapath.pins(), worker.clone(), conditions.clone());
     parts.spawn(async move { ("attachments", links.await) });
     let (pin_path, asked, shown) = (settings.datapath.pin_path.clone(), worker.clone(), Arc::clone(&app.metrics));
     parts.spawn(async move { ("answers", ask::serve(&pin_path, asked, shown).await) });

@@ -17,6 +17,7 @@ use super::epochs::RouteEpoch;
 use super::flows::FlowCollector;
 use super::grow::Grower;
 use super::maps::Maps;
+use super::pins::Pins;
 use super::privileges::Privileges;
 use super::probe::SocketSearch;
 use super::probes::ProbeRows;
@@ -150,7 +151,7 @@ pub struct Datapath {
     /// `None`: nothing is counted by Service.
     count_maps: Option<CountMaps>,
     pin_path: PathBuf,
-    _lock: pinned::Lock,
+    pins: Pins,
 }
 
 impl Datapath {
@@ -227,7 +228,7 @@ impl Datapath {
             flow_collect,
             flow_limits: settings.flow_limits,
             pin_path: settings.pin_path.clone(),
-            _lock: lock,
+            pins: Pins::new(&settings.pin_path, lock)?,
         })
     }
 
@@ -249,6 +250,11 @@ impl Datapath {
     /// The programs of the cgroup's hooks, for putting them back; for use in another task.
     pub fn socket_hooks(&self) -> SocketHooks {
         self.socket_hooks.clone()
+    }
+
+    /// What is pinned, to be looked after; for use in another task.
+    pub fn pins(&self) -> Pins {
+        self.pins.clone()
     }
 
     /// The outward devices, where packets from the wire are met.

@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -70,15 +71,9 @@ pub fn prepare(pin_path: &Path, discard_newer: bool) -> Result<Lock> {
     if !is_on_bpffs(pin_path) {
         mount_bpffs(pin_path)?;
     }
-    let create = |directory: &Path| {
-        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))
-    };
-    let lock = loop {
-        create(pin_path)?;
-        if let Some(lock) = lock(pin_path, "stop it first, or give this one its own --pin-path")? {
-            break lock;
-        }
-    };
+    if let Some(existing) = pin_path.ancestors().find(|path| path.exists()) {
+        expect_writable(existing)?;
+    }
     if let Some(newer) = newest_version(pin_path).filter(|newest| *newest > ABI_VERSION && !discard_newer) {
         let at = pin_path.display();
         bail!(
@@ -87,10 +82,42 @@ pub fn prepare(pin_path: &Path, discard_newer: bool) -> Result<Lock> {
              clients' affinity begin anew"
         );
     }
-    for directory in [maps_directory(pin_path), links_directory(pin_path)] {
-        create(&directory)?;
+    hold(pin_path)
+}
+
+/// Fails with a remedy where nothing can be pinned, and no pin be opened.
+pub(super) fn expect_writable(path: &Path) -> Result<()> {
+    let at = path.display();
+    let system = nix::sys::statvfs::statvfs(path).with_context(|| format!("cannot look into {at}"))?;
+    if system.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
+        bail!(
+            "the BPF file system of {at} is mounted read-only: what is attached serves on, but nothing can be attached \
+             or inspected; mount it writable (`mount -o remount,rw DIRECTORY`; in a container, a volume that is not \
+             readOnly)"
+        );
     }
+    Ok(())
+}
+
+/// Makes the directories and locks them.
+pub(super) fn hold(pin_path: &Path) -> Result<Lock> {
+    let lock = loop {
+        create(pin_path)?;
+        if let Some(lock) = lock(pin_path, "stop it first, or give this one its own --pin-path")? {
+            break lock;
+        }
+    };
+    make_directories(pin_path)?;
     Ok(lock)
+}
+
+/// By whoever holds the pin directory.
+pub(super) fn make_directories(pin_path: &Path) -> Result<()> {
+    [maps_directory(pin_path), links_directory(pin_path)].iter().try_for_each(|directory| create(directory))
+}
+
+fn create(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))
 }
 
 fn newest_version(pin_path: &Path) -> Option<u32> {
@@ -141,8 +168,13 @@ fn lock(pin_path: &Path, remedy: &str) -> Result<Option<Lock>> {
 }
 
 impl Lock {
+    /// A path to what is locked, whatever has become of its name.
+    pub(super) fn reach(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
+
     /// Whether what is locked still is the directory of this name.
-    fn is_of(&self, pin_path: &Path) -> Result<bool> {
+    pub(super) fn is_of(&self, pin_path: &Path) -> Result<bool> {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let locked = self.0.metadata().map(identity);
         match fs::metadata(pin_path).map(identity) {
