@@ -2,7 +2,7 @@
 //! never disturbs another: it is told of once, and tried again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -10,18 +10,15 @@ use tracing::{debug, info, warn};
 use super::conditions::{Conditions, Place, Reason};
 use super::contest::{Contests, Verdict};
 use super::links::CONTEST_REMEDY;
+use super::retry::Retry;
 use crate::bpf::{Attached, Device, Devices, Direction, Fault, LinkLayer, Role};
 use crate::model::{Family, Ipx};
 use crate::netdev::{Layer, NetDevice, PodEnd};
 
-/// Before a device that failed is tried again, unless something changes earlier.
-const RETRY: Duration = Duration::from_secs(30);
-
 /// Pods' devices that one audit looks at: there may be hundreds, and each takes some system calls.
 const PODS_AN_AUDIT: usize = 32;
 
-/// The same for a device that was fine a moment ago.
-const SOON: Duration = Duration::from_secs(2);
+const DETACH_REMEDY: &str = "the device is still served; trying again";
 
 /// Where programs are attached: [`Devices`], or the tests' model of it.
 pub trait Hooks {
@@ -73,7 +70,11 @@ pub struct Wire<'d> {
     audited: u32,
     /// What audits found wrong, and could not put right at once.
     faulty: BTreeMap<u32, Vec<Fault>>,
-    due: Option<Instant>,
+    /// Devices that an audit could not look at: attached anew by the next round, whatever they are.
+    unknown: BTreeSet<u32>,
+    /// Devices of an earlier daemon that this one has not attached to yet.
+    inherited: BTreeSet<u32>,
+    retry: Retry,
 }
 
 impl<'d> Wire<'d> {
@@ -88,7 +89,9 @@ impl<'d> Wire<'d> {
             adopted: false,
             audited: 0,
             faulty: BTreeMap::new(),
-            due: None,
+            unknown: BTreeSet::new(),
+            inherited: BTreeSet::new(),
+            retry: Retry::default(),
         }
     }
 
@@ -99,7 +102,7 @@ impl<'d> Wire<'d> {
 
     /// When to call again although nothing changed; `None` when nothing failed.
     pub fn due(&self) -> Option<Instant> {
-        self.due
+        self.retry.due()
     }
 
     /// Attaches to these devices and to no others.
@@ -112,15 +115,17 @@ impl<'d> Wire<'d> {
                     debug!(device = name, index, "detached from this pod's device");
                 }
                 Ok(()) => info!(device = name, index, "detached from this device"),
-                Err(error) => drop(failures.insert(index, (name.clone(), format!("{error:#}")))),
+                Err(error) => drop(failures.insert(index, (name.clone(), format!("{error:#}; {DETACH_REMEDY}")))),
             }
             self.attached.remove(&index);
             self.faulty.remove(&index);
+            self.unknown.remove(&index);
             self.conditions.over(&subject(&name), Reason::Contested);
         }
         for (device, name) in wanted {
             let index = device.index;
-            if self.attached.get(&index).is_some_and(|(known, called)| *known == device && *called == name) {
+            let is_known = self.attached.get(&index).is_some_and(|(known, called)| *known == device && *called == name);
+            if is_known && !self.unknown.contains(&index) {
                 continue;
             }
             match self.hooks.attach(&device) {
@@ -130,15 +135,17 @@ impl<'d> Wire<'d> {
                         None => tell(&device, &name, self.attached.contains_key(&index), how),
                     }
                     self.attached.insert(index, (device, name));
+                    self.unknown.remove(&index);
+                    self.inherited.remove(&index);
                 }
                 // Pods come and go; netlink will tell. One of the two programs may have been attached.
                 Err(error) if is_gone(&error) => {
                     debug!(device = name, "gone: {error:#}");
                     if let Err(error) = self.hooks.detach(index) {
-                        failures.insert(index, (name, format!("{error:#}")));
+                        failures.insert(index, (name, format!("{error:#}; {DETACH_REMEDY}")));
                     }
                 }
-                Err(error) => drop(failures.insert(index, (name, format!("{error:#}")))),
+                Err(error) => drop(failures.insert(index, (name, self.explain(&error, &device)))),
             }
         }
         self.note(failures, now);
@@ -157,6 +164,7 @@ impl<'d> Wire<'d> {
         if !self.adopted {
             match self.hooks.attached() {
                 Ok(indices) => {
+                    self.inherited = indices.iter().copied().collect();
                     leaving.extend(indices.into_iter().map(|index| (index, format!("interface {index}"))));
                     self.adopted = true;
                 }
@@ -170,16 +178,41 @@ impl<'d> Wire<'d> {
         leaving
     }
 
+    /// Why a device could not be attached to, or looked at, and what that means: what was attached stays as it is.
+    fn explain(&self, error: &anyhow::Error, device: &Device) -> String {
+        let index = &device.index;
+        let was_attached = self.attached.contains_key(index) || self.inherited.contains(index);
+        let meaning = match (was_attached && !self.faulty.contains_key(index), is_of_pod(device)) {
+            (true, _) => "what was attached there before still serves; trying again",
+            (false, true) => {
+                "Services are not served to this pod's packets, only to its sockets; trying again (to leave this \
+                 device alone, name the others with --pod-devices)"
+            }
+            (false, false) => {
+                "NodePorts and load balancer addresses are not served there; trying again (to leave this device \
+                 alone, name the others with --devices)"
+            }
+        };
+        format!("{error:#}; {meaning}")
+    }
+
+    /// The failures of a round, which are all that there are.
     fn note(&mut self, failures: BTreeMap<u32, (String, String)>, now: Instant) {
-        const REMEDY: &str = "NodePorts and load balancer addresses are not served there; trying again (to leave \
-            this device alone, name the others with --devices)";
         let over = self.failures.iter().filter(|(index, _)| !failures.contains_key(index));
         over.for_each(|(_, name)| self.conditions.over(&subject(name), Reason::NotAttached));
-        for (name, error) in failures.values() {
-            self.conditions.holds(&subject(name), Reason::NotAttached, &format!("{error}; {REMEDY}"));
+        self.failures.clear();
+        match failures.is_empty() && self.adopted {
+            true => self.retry.succeeded(),
+            false => self.hold(failures, now),
         }
-        self.due = (!failures.is_empty() || !self.adopted).then(|| now + RETRY);
-        self.failures = failures.into_iter().map(|(index, (name, _))| (index, name)).collect();
+    }
+
+    fn hold(&mut self, failures: BTreeMap<u32, (String, String)>, now: Instant) {
+        for (index, (name, error)) in failures {
+            self.conditions.holds(&subject(&name), Reason::NotAttached, &error);
+            self.failures.insert(index, name);
+        }
+        self.retry.failed(now);
     }
 
     /// The next ones, in the order of their indices.
@@ -204,7 +237,7 @@ impl<'d> Wire<'d> {
 
     /// Puts back what somebody has taken off the devices, or put others before.
     pub fn audit(&mut self, now: Instant) {
-        let (mut failures, mut righted, mut faulty) = (BTreeMap::new(), Vec::new(), Vec::new());
+        let (mut failures, mut righted) = (BTreeMap::new(), Vec::new());
         let pods = self.pods_to_audit();
         for (index, (device, name)) in &self.attached {
             if is_of_pod(device) && !pods.contains(index) {
@@ -229,7 +262,7 @@ impl<'d> Wire<'d> {
                         }
                         Err(error) if is_gone(&error) => continue,
                         Err(error) => {
-                            faulty.push((*index, faults));
+                            self.faulty.insert(*index, faults);
                             error
                         }
                     },
@@ -240,18 +273,18 @@ impl<'d> Wire<'d> {
                     }
                 },
                 Err(error) if is_gone(&error) => continue,
-                Err(error) => error,
+                Err(error) => {
+                    self.unknown.insert(*index);
+                    error
+                }
             };
-            failures.insert(*index, (name.clone(), format!("{error:#}")));
+            failures.insert(*index, (name.clone(), self.explain(&error, device)));
         }
-        self.faulty.extend(faulty);
         righted.into_iter().for_each(|(faults, name)| self.put_right(&faults, &name, now));
         // Attached anew by the next round.
         if !failures.is_empty() {
-            self.attached.retain(|index, _| !failures.contains_key(index));
-            self.note(failures, now);
-            // The kernel may not have let go yet of a link that lost its pin a moment ago.
-            self.due = Some(now + SOON);
+            self.attached.retain(|index, _| !self.faulty.contains_key(index));
+            self.hold(failures, now);
         }
     }
 }
@@ -333,138 +366,5 @@ fn hook_of(device: &NetDevice) -> Device {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Default)]
-    struct Model {
-        attached: BTreeMap<u32, Device>,
-        refuses: BTreeSet<u32>,
-        /// As soon as it is attached.
-        taken_off: bool,
-        calls: usize,
-    }
-
-    impl Hooks for Model {
-        fn attach(&mut self, device: &Device) -> anyhow::Result<Attached> {
-            self.calls += 1;
-            anyhow::ensure!(!self.refuses.contains(&device.index), "no such device");
-            let before = self.attached.insert(device.index, device.clone());
-            Ok(if before.is_some() { Attached::Replaced } else { Attached::New })
-        }
-
-        fn detach(&mut self, index: u32) -> anyhow::Result<()> {
-            self.calls += 1;
-            anyhow::ensure!(!self.refuses.contains(&index), "busy");
-            self.attached.remove(&index);
-            Ok(())
-        }
-
-        fn attached(&self) -> anyhow::Result<Vec<u32>> {
-            Ok(self.attached.keys().copied().collect())
-        }
-
-        fn faults(&self, device: &Device) -> anyhow::Result<Vec<Fault>> {
-            anyhow::ensure!(!self.refuses.contains(&device.index), "no such device");
-            Ok(if self.taken_off { vec![Fault::Detached(Direction::In)] } else { vec![] })
-        }
-    }
-
-    fn device(index: u32, address: &str) -> NetDevice {
-        NetDevice {
-            has_default_route: true,
-            addresses: vec![address.parse().unwrap()],
-            has_subnet: true,
-            ..NetDevice::for_test(index, &format!("eth{index}"), None)
-        }
-    }
-
-    fn model(hooks: &Model) -> Vec<u32> {
-        hooks.attached.keys().copied().collect()
-    }
-
-    #[test]
-    fn devices_are_attached_once_again_when_addresses_change_and_detached_when_they_go() {
-        let mut hooks = Model::default();
-        // Left by an earlier daemon.
-        let left = device(9, "192.0.2.9");
-        hooks.attached.insert(9, hook_of(&left));
-        let (one, two, now) = (device(1, "192.0.2.1"), device(2, "2001:db8::2"), Instant::now());
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], &[], now);
-        wire.follow(&[&one, &two], &[], now);
-        assert_eq!(wire.due(), None);
-        assert_eq!((model(&hooks), hooks.calls), (vec![1, 2], 3));
-        assert_eq!(hooks.attached[&2].ip6, Some("2001:db8::2".parse().unwrap()));
-
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], &[], now);
-        let moved = device(2, "192.0.2.2");
-        wire.follow(&[&one, &moved], &[], now);
-        wire.follow(&[&moved], &[], now);
-        assert_eq!((model(&hooks), hooks.calls), (vec![2], 7));
-        assert_eq!((hooks.attached[&2].ip4, hooks.attached[&2].ip6), (Some([192, 0, 2, 2].into()), None));
-    }
-
-    #[test]
-    fn a_device_that_fails_disturbs_no_other_and_is_tried_again() {
-        let mut hooks = Model { refuses: [1].into(), ..Model::default() };
-        let (one, two, now) = (device(1, "192.0.2.1"), device(2, "192.0.2.2"), Instant::now());
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], &[], now);
-        assert_eq!(wire.due(), Some(now + RETRY));
-        wire.follow(&[&one, &two], &[], now + RETRY);
-        assert_eq!((model(&hooks), hooks.calls), (vec![2], 3));
-
-        hooks.refuses.clear();
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one, &two], &[], now);
-        assert_eq!(wire.due(), None);
-        assert_eq!(model(&hooks), [1, 2]);
-    }
-
-    #[test]
-    fn a_device_that_cannot_be_detached_is_tried_again() {
-        let mut hooks = Model { refuses: [1].into(), ..Model::default() };
-        hooks.attached.insert(1, hook_of(&device(1, "192.0.2.1")));
-        let now = Instant::now();
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[], &[], now);
-        wire.follow(&[], &[], now);
-        assert_eq!(wire.due(), Some(now + RETRY));
-        assert_eq!((model(&hooks), hooks.calls), (vec![1], 2));
-    }
-
-    #[test]
-    fn what_is_taken_off_a_device_is_put_back_until_it_is_a_contest_and_again_when_that_is_over() {
-        let mut hooks = Model { taken_off: true, ..Model::default() };
-        let (one, now) = (device(1, "192.0.2.1"), Instant::now());
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one], &[], now);
-        for second in 0..20 {
-            wire.audit(now + Duration::from_secs(second));
-        }
-        assert_eq!((wire.due(), hooks.calls), (None, 6), "attached once, put back five times");
-
-        hooks.taken_off = false;
-        let mut wire = Wire::new(&mut hooks);
-        wire.follow(&[&one], &[], now);
-        wire.audit(now);
-        assert_eq!(hooks.calls, 7, "what is in its place is left there");
-    }
-
-    #[test]
-    fn a_device_that_cannot_be_looked_at_is_attached_anew_by_the_next_round() {
-        let mut hooks = Model::default();
-        let (one, now) = (device(1, "192.0.2.1"), Instant::now());
-        Wire::new(&mut hooks).follow(&[&one], &[], now);
-        hooks.refuses.insert(1);
-        let mut wire = Wire::new(&mut hooks);
-        wire.attached.insert(1, (hook_of(&one), one.name.clone()));
-        wire.adopted = true;
-        wire.audit(now);
-        assert_eq!(wire.due(), Some(now + SOON));
-        wire.follow(&[&one], &[], now + SOON);
-        assert_eq!((wire.due(), hooks.calls), (Some(now + SOON + RETRY), 2));
-    }
-}
+#[path = "wire_tests.rs"]
+mod tests;
