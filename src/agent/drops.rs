@@ -86,7 +86,11 @@ const REMEDIES: [(&str, &str); 15] = [
         "a node or gateway does not answer ARP or neighbour discovery, and packets sent there are lost: `ip neigh` \
          shows which (FAILED, INCOMPLETE), `ip route get` with the backends' addresses why it is used",
     ),
-    ("dropped_flow_table", "find out what uses up the node's memory"),
+    (
+        "dropped_flow_table",
+        "raise the memory limit of the daemon's container, to which entries of its maps are charged, or find out what \
+         uses up the node's memory",
+    ),
     ("dropped_rewrite", "find out what uses up the node's memory"),
 ];
 

@@ -101,6 +101,11 @@ pub struct Settings {
 /// # Errors
 /// When a part cannot start, or ends.
 pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
+    let pins = settings.datapath.pin_path.clone();
+    serve_until_told(settings, started).await.with_context(|| what_remains(&pins))
+}
+
+async fn serve_until_told(settings: Settings, started: Instant) -> anyhow::Result<()> {
     let mut signals = Signals::listen()?;
     let app = App { health: Arc::default(), metrics: Arc::new(Metrics::new()?) };
     let mut parts = JoinSet::new();
@@ -160,6 +165,14 @@ pub async fn run(settings: Settings, started: Instant) -> anyhow::Result<()> {
             // The worker ends when the source did, and the source knows better why.
             Err(why(tokio::time::timeout(LAST_WORDS, parts.join_next()).await.unwrap_or_default()))
         }
+    }
+}
+
+/// Whoever reads that the daemon has failed wants to know first what that means for traffic.
+fn what_remains(pin_path: &Path) -> &'static str {
+    match bpf::attachments(pin_path).is_ok_and(|all| !all.is_empty()) {
+        true => "the daemon ends; what is attached still serves, as of its last change",
+        false => "the daemon ends, and nothing is attached",
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Iter, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
+use libbpf_rs::{ErrorKind, Iter, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
@@ -179,11 +179,9 @@ impl Datapath {
         let mut upgrade = Upgrade::begin(&settings.pin_path)?;
         let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
-        let skeleton = uninterrupted(|| skeleton.load()).with_context(|| {
-            format!(
-                "the kernel rejected the BPF object (see the lines above; `kubelane check` names what is missing; if the maps in {} have another layout, `kubelane cleanup` removes them)",
-                settings.pin_path.display()
-            )
+        let skeleton = uninterrupted(|| skeleton.load()).map_err(|error| {
+            let rejected = rejected(&error, &settings.pin_path);
+            anyhow::Error::from(error).context(rejected)
         })?;
         for index in [FLOW_LIMITS_SET, FLOW_LIMITS_NOW] {
             flows::write_limits(&skeleton.maps.flow_limits, index, &settings.flow_limits)?;
@@ -320,6 +318,22 @@ pub(super) fn uninterrupted<T>(load: impl FnOnce() -> T) -> T {
     // It cannot fail for a mask that the kernel has told.
     let _ = before.map(|before| before.thread_set_mask());
     result
+}
+
+/// What to say of an object that was not loaded. (To clean up is to stop serving: only what cannot be helped otherwise.)
+fn rejected(error: &libbpf_rs::Error, pin_path: &Path) -> String {
+    let remedy = match error.kind() {
+        ErrorKind::OutOfMemory => {
+            "raise the memory limit of the daemon's container, or free memory on the node".to_owned()
+        }
+        ErrorKind::InvalidInput => format!(
+            "if the maps in {} have another layout, `kubelane cleanup` removes them, and nothing is served until the \
+             next start",
+            pin_path.display()
+        ),
+        _ => "`kubelane check` names what is missing".to_owned(),
+    };
+    format!("the kernel rejected the BPF object (the lines above say which part; {remedy})")
 }
 
 /// The object, configured for this kernel.

@@ -276,7 +276,7 @@ impl<'a> Applier<'a> {
                     self.full.insert(map);
                     self.report.rows_without_room += 1;
                 }
-                self.report.failures.push((map, failure.error.to_string()));
+                self.report.failures.push((map, failure.reason()));
             }
             let table = table(self.layout.tables_mut());
             for (index, (key, value)) in batch.iter().enumerate() {

@@ -56,6 +56,18 @@ impl Failure {
     pub fn is_full(&self) -> bool {
         matches!(self.error.raw_os_error(), Some(libc::E2BIG | libc::ENOSPC))
     }
+
+    /// The kernel's words, and what to do about it.
+    pub fn reason(&self) -> String {
+        let error = &self.error;
+        match error.raw_os_error() {
+            Some(libc::ENOMEM) => format!(
+                "{error}: the memory limit of the container whose daemon created the maps, to which their entries are \
+                 charged, is reached, or the node has no memory; raise the one or free the other"
+            ),
+            _ => error.to_string(),
+        }
+    }
 }
 
 /// Reads and writes the kernel's maps. Rows of one call are independent: each succeeds or fails alone, and rows that
