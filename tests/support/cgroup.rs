@@ -23,6 +23,76 @@ pub fn mount_point() -> anyhow::Result<PathBuf> {
     bail!("cgroup2 is not mounted (mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified)")
 }
 
+/// Where the memory controller of cgroup1 is, on machines that have it beside cgroup2.
+pub fn memory_mount_point() -> Option<PathBuf> {
+    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let mut mounts = table.lines().filter_map(|line| line.split_once(" - "));
+    let (fixed, _) = mounts.find(|(_, rest)| {
+        let mut words = rest.split(' ');
+        words.next() == Some("cgroup") && words.nth(1).is_some_and(|options| options.split(',').any(|o| o == "memory"))
+    })?;
+    fixed.split(' ').nth(4).map(PathBuf::from)
+}
+
+/// A group whose processes, and the maps that they make, share a limit of memory. Removed when dropped.
+pub struct MemoryGroup {
+    pub path: PathBuf,
+    is_v2: bool,
+}
+
+impl MemoryGroup {
+    /// Of this name in cgroup1; in cgroup2 below `parent`, in which a daemon has to be to be served itself. `None`: no
+    /// hierarchy has the memory controller.
+    pub fn new(name: &str, parent: &Path) -> Option<MemoryGroup> {
+        let group = match memory_mount_point() {
+            Some(mount) => MemoryGroup { path: mount.join(name), is_v2: false },
+            None => {
+                let top = mount_point().ok()?;
+                let mut above: Vec<&Path> = parent.ancestors().take_while(|path| path.starts_with(&top)).collect();
+                above.reverse();
+                above.iter().try_for_each(|path| fs::write(path.join("cgroup.subtree_control"), "+memory")).ok()?;
+                MemoryGroup { path: parent.join("memory"), is_v2: true }
+            }
+        };
+        fs::create_dir(&group.path).ok()?;
+        Some(group)
+    }
+
+    fn file(&self, v1: &str, v2: &str) -> PathBuf {
+        self.path.join(if self.is_v2 { v2 } else { v1 })
+    }
+
+    /// Leaves room for so many bytes more than are in use, once nothing of that can be given back.
+    pub fn leave(&self, room: u64) -> anyhow::Result<()> {
+        // Fails when not all can be.
+        let _ = fs::write(self.file("memory.force_empty", "memory.reclaim"), if self.is_v2 { "1G" } else { "0" });
+        self.limit(Some(self.usage()? + room))
+    }
+
+    /// `None`: none.
+    pub fn limit(&self, bytes: Option<u64>) -> anyhow::Result<()> {
+        let none = if self.is_v2 { "max" } else { "-1" };
+        let file = self.file("memory.limit_in_bytes", "memory.max");
+        fs::write(&file, bytes.map_or(none.to_owned(), |bytes| bytes.to_string()))
+            .with_context(|| format!("limiting {}", file.display()))
+    }
+
+    /// Bytes in use.
+    fn usage(&self) -> anyhow::Result<u64> {
+        let file = self.file("memory.usage_in_bytes", "memory.current");
+        let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        Ok(text.trim().parse()?)
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        if let Err(error) = remove(&self.path) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// Kills every process in `group` and below, by cgroup.kill (kernel 5.14+) or one by one.
 pub fn kill_all(group: &Path) {
     if fs::write(group.join("cgroup.kill"), "1").is_ok() {

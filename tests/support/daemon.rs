@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 
+use super::cgroup::MemoryGroup;
 use super::kubelane_binary;
 use super::lab::{Lab, Node};
 use super::process::Process;
@@ -67,6 +68,17 @@ impl<'a> Daemon<'a> {
         let words = ["--bounding-set", &bounds, &kubelane];
         let all: Vec<&str> = words.into_iter().chain(arguments.iter().map(String::as_str)).collect();
         Daemon::start_program(lab, node, Path::new("/usr/bin/setpriv"), &all)
+    }
+
+    /// As [`Daemon::start`], in this group, too.
+    pub fn start_in(lab: &'a Lab, node: &str, manifests: &Path, group: &MemoryGroup) -> anyhow::Result<Daemon<'a>> {
+        let source = format!("dir:{}", manifests.display());
+        let (kubelane, processes) =
+            (kubelane_binary()?.display().to_string(), group.path.join("cgroup.procs").display().to_string());
+        let arguments = arguments(lab.node(node), &["--source", &source], &[]);
+        let words = ["-c", "echo $$ > \"$0\" && exec \"$@\"", &processes, &kubelane];
+        let all: Vec<&str> = words.into_iter().chain(arguments.iter().map(String::as_str)).collect();
+        Daemon::start_program(lab, node, Path::new("/bin/sh"), &all)
     }
 
     /// As [`Daemon::start_as`], where `program` is another binary, or becomes the daemon.

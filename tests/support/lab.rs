@@ -195,6 +195,11 @@ impl Lab {
         Ok(cgroup)
     }
 
+    /// A group with a limit of memory, for processes of this node. `None`: the machine has no such groups.
+    pub fn memory_group(&self, node: &str) -> Option<cgroup::MemoryGroup> {
+        cgroup::MemoryGroup::new(&format!("{CGROUP_PREFIX}{}", self.id), &self.node(node).cgroup)
+    }
+
     /// A pod whose processes no program sees connect, as if they ran on another kernel: only its packets are served.
     pub fn pod_of_packets(&self, pod: &str) -> anyhow::Result<Place> {
         Ok(Place { cgroup: self.cgroup_outside()?, ..self.pod(pod).clone() })

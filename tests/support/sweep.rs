@@ -62,6 +62,9 @@ pub fn remove_own() {
 fn remove(id: &str) -> anyhow::Result<()> {
     let dir = Path::new(RUN).join(id);
     cgroup::remove(&cgroup::mount_point()?.join(format!("{CGROUP_PREFIX}{id}")))?;
+    if let Some(mount) = cgroup::memory_mount_point() {
+        cgroup::remove(&mount.join(format!("{CGROUP_PREFIX}{id}")))?;
+    }
     // Sockets of its daemons are named by their pin directories.
     for pins in fs::read_dir(dir.join("bpf")).into_iter().flatten().flatten() {
         let _ = kubelane::explain::sockets_path(&pins.path()).and_then(fs::remove_file);

@@ -1,0 +1,25 @@
+//! What goes wrong around a daemon goes wrong here, while real sockets of a pod and of a client outside ask: it is killed at
+//! its system calls, the kernel refuses them, its BPF file system or its API server goes away, memory runs out, and another
+//! daemon starts beside it. Connections to Services that do not change never fail, and afterwards all is right again.
+//!
+//! What goes wrong is drawn; a run prints its seed. `KUBELANE_SEED=N` repeats it, `KUBELANE_POINTS=N` takes so many points
+//! of each kind of run (0: all of them).
+#![cfg(feature = "lab")]
+
+#[path = "../apiserver/mod.rs"]
+mod apiserver;
+#[path = "../site/mod.rs"]
+mod site;
+#[path = "../support/mod.rs"]
+mod support;
+
+mod bpffs;
+mod changes;
+mod draw;
+mod faults;
+mod kills;
+mod memory;
+mod outage;
+mod traced;
+mod two;
+mod world;
