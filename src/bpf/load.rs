@@ -3,9 +3,10 @@
 use std::mem::MaybeUninit;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{ErrorKind, Iter, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 use nix::sys::signal::{SigSet, SigmaskHow};
@@ -179,10 +180,15 @@ impl Datapath {
         let mut upgrade = Upgrade::begin(&settings.pin_path)?;
         let new = maps_to_be_made(&settings.pin_path);
         size_and_pin_maps(&mut skeleton, settings)?;
-        let skeleton = uninterrupted(|| skeleton.load()).map_err(|error| {
+        let load = AssertUnwindSafe(|| skeleton.load());
+        let Ok(loaded) = uninterrupted(|| catch_unwind(load)) else { bail!(unnamed(&settings.pin_path)) };
+        let skeleton = loaded.map_err(|error| {
             let rejected = rejected(&error, &settings.pin_path);
             anyhow::Error::from(error).context(rejected)
         })?;
+        if !new.is_empty() {
+            expect_names(&settings.pin_path)?;
+        }
         for index in [FLOW_LIMITS_SET, FLOW_LIMITS_NOW] {
             flows::write_limits(&skeleton.maps.flow_limits, index, &settings.flow_limits)?;
         }
@@ -318,6 +324,34 @@ pub(super) fn uninterrupted<T>(load: impl FnOnce() -> T) -> T {
     // It cannot fail for a mask that the kernel has told.
     let _ = before.map(|before| before.thread_set_mask());
     result
+}
+
+/// The generated code panics when libbpf has other names for maps than the object: those that the kernel tells.
+fn unnamed(pin_path: &Path) -> String {
+    let at = pin_path.display();
+    format!(
+        "the kernel does not tell the maps in {at} by their names: start again, and if that does not help, `kubelane \
+         cleanup` removes them, and nothing is served until the next start"
+    )
+}
+
+/// libbpf asks the kernel once whether maps can have names, and takes every failure for a no. Maps without are unpinned
+/// at once: no daemon could take them over.
+fn expect_names(pin_path: &Path) -> Result<()> {
+    let mut nameless = 0;
+    for pin in pinned::children(&pinned::maps_directory(pin_path))? {
+        let map = MapHandle::from_pinned_path(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
+        if map.name().is_empty() {
+            std::fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
+            nameless += 1;
+        }
+    }
+    ensure!(
+        nameless == 0,
+        "{nameless} new maps in {} could not be told by their names, and have been removed: start again",
+        pin_path.display()
+    );
+    Ok(())
 }
 
 /// What to say of an object that was not loaded. (To clean up is to stop serving: only what cannot be helped otherwise.)
