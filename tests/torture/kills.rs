@@ -14,10 +14,10 @@ use crate::world::{STEADY, assert_world, put_steady, put_world, traced_cluster_o
 /// All by which a daemon changes what outlives it: maps, programs and links, pins, files, qdiscs and filters (netlink).
 const CALLS: &str = "bpf,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,mount,umount2,\
                      sendto,sendmsg,ftruncate,write";
-const POINTS: usize = 10;
+const POINTS: usize = 8;
 
 fn plan(what: &'static str) -> Plan<'static> {
-    Plan { what, calls: CALLS, points: POINTS, fault: &|_, _| "signal=SIGKILL".to_owned() }
+    Plan { what, calls: CALLS, points: POINTS, also: None, fault: &|_, _| "signal=SIGKILL".to_owned() }
 }
 
 fn start<'c>(cluster: &'c Cluster, what: &str) -> Daemon<'c> {

@@ -22,7 +22,7 @@ pub const STRACE: &str = "/usr/bin/strace";
 const HEALTH: &str = "127.0.0.1:10256";
 
 /// The first, second ... of the calls of this name that a thread makes.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Call {
     pub name: String,
     pub number: usize,
@@ -36,6 +36,8 @@ pub struct Plan<'a> {
     pub calls: &'a str,
     /// So many points, if KUBELANE_POINTS says nothing else.
     pub points: usize,
+    /// One more point, which is no matter of chance.
+    pub also: Option<Call>,
     /// What happens at a call, as strace takes it: `error=EIO`.
     pub fault: &'a dyn Fn(&mut Draw, &Call) -> String,
 }
@@ -191,7 +193,8 @@ impl<'c> Traced<'c> {
         let calls = self.calls(plan);
         check(0, "a whole run", &Outcome { is_ready: true, said: String::new() });
         assert!(calls.len() > 10, "{what} makes {} calls", calls.len());
-        let chosen = self.draw.places(plan.points, calls.len());
+        let mut chosen = self.draw.places(plan.points, calls.len());
+        chosen.extend(calls.iter().position(|call| Some(call) == plan.also.as_ref()));
         println!("{what}: {} calls, chosen are {chosen:?}", calls.len());
         for (number, at) in chosen.into_iter().enumerate() {
             let call = &calls[at];
