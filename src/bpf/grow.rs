@@ -25,6 +25,7 @@ use super::batch::Batches;
 use super::devices::{Programs, SharedPrograms};
 use super::link;
 use super::load::{Loader, btf_stand_in, uninterrupted};
+use super::pins::Pins;
 use super::skeleton::KubelaneSkel;
 use super::stale::StaleSockets;
 use crate::sync::MapName;
@@ -37,6 +38,7 @@ const RETRY: Duration = Duration::from_secs(30);
 /// Everything that leads to the maps that grow.
 pub(super) struct Grower {
     pub loader: Loader,
+    pub pins: Pins,
     /// All maps of the object by name, but for its constants.
     pub maps: HashMap<String, MapHandle>,
     pub hooks: SocketHooks,
@@ -101,6 +103,9 @@ impl Grower {
         }
         let (hooks, devices) = (self.hooks.successors(&skeleton)?, Programs::new(&skeleton)?);
         let iterators = self.loader.iterators(&skeleton)?;
+        let second = |map: &MapHandle| Ok((MapHandle::try_from(map)?, map.as_fd().try_clone_to_owned()?));
+        let handles =
+            grown.iter().map(|(_, map)| second(map)).collect::<Result<Vec<_>>>().context("cannot keep a map")?;
         self.pin(&grown)?;
         // From here on nothing fails that has to be undone.
         self.hooks.replace(hooks);
@@ -108,8 +113,9 @@ impl Grower {
         if let (Some(stale), Some((iterators, unserved))) = (&self.stale, iterators) {
             stale.replace(iterators, unserved);
         }
-        for (name, map) in &grown {
-            self.maps.insert(name.as_str().to_owned(), MapHandle::try_from(map).context("cannot keep a map")?);
+        for ((name, _), (shared, held)) in grown.iter().zip(handles) {
+            self.maps.insert(name.as_str().to_owned(), shared);
+            self.pins.exchange(name.as_str(), held);
         }
         Ok(grown)
     }

@@ -209,8 +209,10 @@ impl Datapath {
         let count_maps = CountMaps::new(&skeleton, counting)?;
         let flow_collect =
             skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
+        let pins = Pins::new(&settings.pin_path, lock)?;
         let grower = Grower {
             loader,
+            pins: pins.clone(),
             maps: grow::shared_maps(&skeleton)?,
             hooks: socket_hooks.clone(),
             devices: devices.shared(),
@@ -232,7 +234,7 @@ impl Datapath {
             flow_collect,
             flow_limits: settings.flow_limits,
             pin_path: settings.pin_path.clone(),
-            pins: Pins::new(&settings.pin_path, lock)?,
+            pins,
         })
     }
 

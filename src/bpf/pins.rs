@@ -21,7 +21,7 @@ pub struct Pins(Arc<Held>);
 struct Held {
     path: PathBuf,
     /// By name.
-    maps: Vec<(OsString, OwnedFd)>,
+    maps: Mutex<Vec<(OsString, OwnedFd)>>,
     lock: Mutex<Lock>,
 }
 
@@ -30,7 +30,15 @@ impl Pins {
     pub(super) fn new(path: &Path, lock: Lock) -> Result<Pins> {
         let maps = children(&pinned::maps_directory(path))?;
         let maps = maps.iter().map(|pin| Ok((name_of(pin), open(pin)?))).collect::<Result<_>>()?;
-        Ok(Pins(Arc::new(Held { path: path.to_owned(), maps, lock: Mutex::new(lock) })))
+        Ok(Pins(Arc::new(Held { path: path.to_owned(), maps: Mutex::new(maps), lock: Mutex::new(lock) })))
+    }
+
+    /// Another map has been pinned in the place of the one of this name.
+    pub(super) fn exchange(&self, name: &str, map: OwnedFd) {
+        let mut maps = self.0.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = maps.iter_mut().find(|(held, _)| held.as_os_str() == name) {
+            held.1 = map;
+        }
     }
 
     /// Pins again what is not pinned any more; answers how much that was. (A link that somebody has unpinned is attached
@@ -56,7 +64,7 @@ impl Pins {
         pinned::expect_writable(path)?;
         pinned::make_directories(path)?;
         let directory = pinned::maps_directory(path);
-        for (name, map) in maps {
+        for (name, map) in maps.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             let pin = directory.join(name);
             if !pin.exists() {
                 link::pin(map.as_fd(), &pin)?;

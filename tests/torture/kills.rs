@@ -16,7 +16,8 @@ const CALLS: &str = "bpf,rename,renameat,renameat2,link,linkat,symlink,symlinkat
                      sendto,sendmsg,ftruncate,write";
 const POINTS: usize = 8;
 
-fn plan(what: &'static str) -> Plan<'static> {
+/// Killed as it enters a call.
+pub fn plan(what: &'static str) -> Plan<'static> {
     Plan { what, calls: CALLS, points: POINTS, also: None, fault: &|_, _| "signal=SIGKILL".to_owned() }
 }
 

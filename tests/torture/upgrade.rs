@@ -1,21 +1,20 @@
 //! An upgrade from the former map ABI, under traffic.
-#![cfg(feature = "lab")]
-
-mod former;
-mod support;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use former::{FORMER, run_former};
+use crate::former::{FORMER, run_former};
+use crate::kills::{self, check_start};
+use crate::support::cluster::{Cluster, all, names, vip};
+use crate::support::daemon::{Daemon, PATIENCE};
+use crate::support::manifests::port;
+use crate::support::wire::Kind::{self, Tcp4, Tcp6, Udp4, Udp6};
+use crate::support::{eventually, lab_or_skip};
+use crate::traced::{Outcome, Plan, Traced};
+use crate::world::{put_steady, put_world, traced_cluster_or_skip};
 use serde_json::json;
-use support::cluster::{Cluster, all, names, vip};
-use support::daemon::Daemon;
-use support::lab_or_skip;
-use support::manifests::port;
-use support::wire::Kind::{self, Tcp4, Tcp6, Udp4, Udp6};
 
 /// A Service with a NodePort for each of its ports, 90 (tcp), 53 (udp) and 91 (echo) above `node_port`.
 fn put(cluster: &Cluster, name: &str, number: u8, node_port: u16, pod: &str) {
@@ -53,7 +52,7 @@ impl Traffic {
     }
 
     /// One socket that stays open and asks again and again.
-    fn keep(&self, mut client: support::client::Client, kind: Kind, to: SocketAddr, is_connected: bool) {
+    fn keep(&self, mut client: crate::support::client::Client, kind: Kind, to: SocketAddr, is_connected: bool) {
         let what = format!("{kind:?} to {to}, connected: {is_connected}");
         let mut socket = client.open(kind).unwrap();
         if is_connected {
@@ -129,7 +128,7 @@ fn what_the_former_version_has_begun_goes_on_while_the_present_one_takes_over() 
         scope.spawn(|| traffic.ask_anew(cluster));
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let begun = || traffic.ready.load(Ordering::Relaxed) == count || !traffic.goes_on();
-            assert!(support::eventually(support::daemon::PATIENCE, begun));
+            assert!(eventually(PATIENCE, begun));
             let failures = traffic.failures.lock().unwrap().clone();
             assert!(failures.is_empty(), "before the upgrade: {failures:?}; {}", node.host.log_tail());
             // UDP flows count as assured after two seconds of both ways.
@@ -155,4 +154,25 @@ fn what_the_former_version_has_begun_goes_on_while_the_present_one_takes_over() 
     let flows = node.get("flows", &["-o", "wide"]).unwrap();
     println!("{flows}");
     assert_eq!(names(&cluster.client("client").ask(Tcp4, vip(11, 90)[0], 3)), ["b"]);
+}
+
+#[test]
+fn killed_at_any_system_call_of_an_upgrade_it_leaves_what_the_next_start_finishes() {
+    let Some(cluster) = traced_cluster_or_skip() else { return };
+    let node = cluster.lab.node("node1");
+    put_steady(&cluster);
+    let prepare = |number: usize| {
+        if node.pin_path.exists() {
+            node.cleanup().unwrap();
+        }
+        put_world(&cluster, number + 1);
+        run_former(&cluster);
+        put_world(&cluster, number);
+    };
+    let check = |number: usize, what: &str, _: &Outcome| {
+        check_start(&cluster, number, what);
+        assert!(!node.pin_path.join(FORMER).exists(), "{what}");
+    };
+    let plan = Plan { points: 4, ..kills::plan("run") };
+    Traced::new(&cluster).at_each(&plan, prepare, check);
 }

@@ -1,20 +1,20 @@
 //! A cluster that becomes larger than the maps: these grow while connections go on, and nobody notices; also not when the
 //! daemon is killed meanwhile.
-#![cfg(feature = "lab")]
-
-mod support;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::kills;
+use crate::support::cluster::{Cluster, all, names, vip};
+use crate::support::daemon::{Daemon, LOADING};
+use crate::support::manifests::{Endpoint, port, service, slice};
+use crate::support::wire::Kind::{Tcp4, Tcp6, Udp4};
+use crate::support::{eventually, lab_or_skip};
+use crate::traced::{Outcome, Plan, Traced};
+use crate::world::{self, traced_cluster_or_skip};
 use serde_json::{Value, json};
-use support::cluster::{Cluster, all, names, vip};
-use support::daemon::{Daemon, LOADING};
-use support::manifests::{Endpoint, port, service, slice};
-use support::wire::Kind::{Tcp4, Tcp6, Udp4};
-use support::{eventually, lab_or_skip};
 
 const NODE_PORT: u16 = 30_090;
 const REMOTE_NODE_PORT: u16 = 30_091;
@@ -166,4 +166,30 @@ fn maps_grow_under_traffic_and_a_daemon_killed_meanwhile_leaves_nothing_wrong() 
     }
     assert!(failures.is_empty() && exchanges > 100, "{exchanges} exchanges: {failures:?}");
     assert_eq!(names(&cluster.client("client").ask(Tcp4, vip(11, 90)[0], 3)), ["b"]);
+}
+
+#[test]
+fn killed_at_any_system_call_while_maps_grow_it_leaves_maps_that_the_next_start_takes_over() {
+    const MANY: u32 = 3200;
+    let Some(cluster) = traced_cluster_or_skip() else { return };
+    world::put_steady(&cluster);
+    let prepare = |number: usize| {
+        let node = cluster.lab.node("node1");
+        if node.pin_path.exists() {
+            node.cleanup().unwrap();
+        }
+        world::put_world(&cluster, number);
+        put_many(&cluster, 1);
+        Daemon::start(&cluster.lab, "node1", &cluster.manifests.dir).expect("the daemon starts").kill();
+        put_many(&cluster, MANY);
+    };
+    let check = |number: usize, what: &str, _: &Outcome| {
+        let daemon = Daemon::start(&cluster.lab, "node1", &cluster.manifests.dir);
+        let daemon = daemon.unwrap_or_else(|error| panic!("the next start: {error:#}: {what}"));
+        assert!(is_served(&cluster, MANY), "{what}: {}", daemon.log());
+        world::assert_world(&cluster, number, what);
+        daemon.kill();
+    };
+    let plan = Plan { points: 4, ..kills::plan("run") };
+    Traced::new(&cluster).at_each(&plan, prepare, check);
 }
