@@ -239,8 +239,20 @@ fn a_map_that_fills_up_grows_and_nothing_else_changes() {
     assert!(hooks.missing().unwrap().is_empty(), "who looks at the attachments knows the new programs");
     assert_eq!(world.attached_to_connect4(), 1);
 
+    // Nobody holds the smaller ones any more. The kernel frees them a moment later.
+    for name in ["backends", "frontends"] {
+        let since = Instant::now();
+        while MapHandle::from_map_id(maps_before[name]).is_ok() {
+            assert!(since.elapsed() < Duration::from_secs(10), "the former map {name} is still there");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    // As if it had been killed while they grew once more.
+    MapHandle::from_pinned_path(state.join("maps/slots")).unwrap().pin(state.join("maps/slots_new")).unwrap();
     drop(datapath);
     let mut next = Datapath::open(&settings).unwrap();
+    assert!(!state.join("maps/slots_new").exists());
     assert_eq!(sizes(next.maps()), [4096, 8192, 16_384, 8192, 4096, 64]);
     assert_eq!((rows(next.maps(), MapName::Frontends), rows(next.maps(), MapName::Backends)), (3073, 3000));
 }

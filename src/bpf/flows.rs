@@ -9,6 +9,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -95,12 +96,15 @@ struct Table {
     last: Option<Seen>,
 }
 
+/// The program flow_collect of today.
+pub(super) type SharedProgram = Arc<Mutex<OwnedFd>>;
+
 /// The collector; each call goes on where the last one stopped.
 pub struct FlowCollector {
     /// Of IPv4, then IPv6.
     tables: [Table; 2],
     turn: usize,
-    program: OwnedFd,
+    program: SharedProgram,
     limits: MapHandle,
     counts: MapHandle,
     /// Proved flows that have room: of TCP, of all others.
@@ -127,7 +131,7 @@ impl FlowCollector {
     /// and of all others, have room.
     pub(super) fn open(
         pin_path: &Path,
-        program: OwnedFd,
+        program: SharedProgram,
         shares: [u64; 2],
         wanted: FlowLimits,
     ) -> Result<FlowCollector> {
@@ -248,7 +252,7 @@ impl Table {
     /// True at the end of the table. Replies that leave are noted in `filter`.
     fn collect(
         &mut self,
-        program: &OwnedFd,
+        program: &SharedProgram,
         budget: usize,
         second: u32,
         limits: &FlowLimits,
@@ -287,9 +291,10 @@ impl Table {
 }
 
 /// Removes those of these flows that are over; returns how many rows went.
-fn remove(program: &OwnedFd, keys: &[FlowKey]) -> Result<usize> {
+fn remove(program: &SharedProgram, keys: &[FlowKey]) -> Result<usize> {
     let mut input = vec![0u8; COLLECT_HEAD as usize];
     input.extend_from_slice(bytemuck::cast_slice(keys));
+    let program = program.lock().unwrap_or_else(PoisonError::into_inner);
     let (removed, ..) = test_run(program.as_fd(), &input, &[], &mut [], 1).context("cannot remove ended flows")?;
     Ok(removed as usize)
 }

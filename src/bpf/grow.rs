@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::PathBuf;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -23,8 +24,9 @@ use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 use super::attach::SocketHooks;
 use super::batch::Batches;
 use super::devices::{Programs, SharedPrograms};
+use super::flows::SharedProgram;
 use super::link;
-use super::load::{Loader, btf_stand_in, uninterrupted};
+use super::load::{Loader, btf_stand_in, collecting_program, uninterrupted};
 use super::pins::Pins;
 use super::skeleton::KubelaneSkel;
 use super::stale::StaleSockets;
@@ -44,6 +46,7 @@ pub(super) struct Grower {
     pub hooks: SocketHooks,
     pub devices: SharedPrograms,
     pub stale: Option<StaleSockets>,
+    pub flow_collect: SharedProgram,
     /// Where maps are pinned.
     pub directory: PathBuf,
     pub retry_at: Option<Instant>,
@@ -106,10 +109,12 @@ impl Grower {
         let second = |map: &MapHandle| Ok((MapHandle::try_from(map)?, map.as_fd().try_clone_to_owned()?));
         let handles =
             grown.iter().map(|(_, map)| second(map)).collect::<Result<Vec<_>>>().context("cannot keep a map")?;
+        let flow_collect = collecting_program(&skeleton)?;
         self.pin(&grown)?;
         // From here on nothing fails that has to be undone.
         self.hooks.replace(hooks);
         self.devices.replace(devices);
+        *self.flow_collect.lock().unwrap_or_else(PoisonError::into_inner) = flow_collect;
         if let (Some(stale), Some((iterators, unserved))) = (&self.stale, iterators) {
             stale.replace(iterators, unserved);
         }

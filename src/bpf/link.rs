@@ -80,11 +80,19 @@ pub(super) fn update(link: &Link, program: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Where what will be pinned at `path` is pinned first. (bpffs allows no dots in names.)
+/// Of what will be pinned, but has not got its name yet. (bpffs allows no dots in names.)
+const BEGUN: &str = "_new";
+
+/// Where what will be pinned at `path` is pinned first.
 pub(super) fn begun(path: &Path) -> PathBuf {
     let mut new = path.as_os_str().to_owned();
-    new.push("_new");
+    new.push(BEGUN);
     new.into()
+}
+
+/// Whether [`begun`] gave this path.
+pub(super) fn is_begun(path: &Path) -> bool {
+    path.as_os_str().as_bytes().ends_with(BEGUN.as_bytes())
 }
 
 /// Pins a link or a program at `path`, in place of what was pinned there.

@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -15,7 +16,7 @@ use super::attach::{Attached, Cgroup, SocketHooks};
 use super::btf::EmptyBtf;
 use super::devices::Devices;
 use super::epochs::RouteEpoch;
-use super::flows::FlowCollector;
+use super::flows::{FlowCollector, SharedProgram};
 use super::grow::Grower;
 use super::maps::Maps;
 use super::pins::Pins;
@@ -147,7 +148,7 @@ pub struct Datapath {
     socket_hooks: SocketHooks,
     devices: Devices,
     /// The program that takes away flows which have ended.
-    flow_collect: OwnedFd,
+    flow_collect: SharedProgram,
     flow_limits: FlowLimits,
     /// `None`: nothing is counted by Service.
     count_maps: Option<CountMaps>,
@@ -207,8 +208,7 @@ impl Datapath {
         let stale_sockets =
             iterators.map(|(stale, unserved)| StaleSockets::new(stale, unserved, settings.host_sockets_only));
         let count_maps = CountMaps::new(&skeleton, counting)?;
-        let flow_collect =
-            skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")?;
+        let flow_collect = Arc::new(Mutex::new(collecting_program(&skeleton)?));
         let pins = Pins::new(&settings.pin_path, lock)?;
         let grower = Grower {
             loader,
@@ -217,6 +217,7 @@ impl Datapath {
             hooks: socket_hooks.clone(),
             devices: devices.shared(),
             stale: stale_sockets.clone(),
+            flow_collect: Arc::clone(&flow_collect),
             directory: pinned::maps_directory(&settings.pin_path),
             retry_at: None,
         };
@@ -270,7 +271,7 @@ impl Datapath {
 
     /// Takes away flows that have ended; for use on another thread.
     pub fn flow_collector(&self) -> Result<FlowCollector> {
-        let program = self.flow_collect.try_clone().context("cannot keep a BPF program")?;
+        let program = Arc::clone(&self.flow_collect);
         let shares = FlowShares::new(processors()?);
         FlowCollector::open(&self.pin_path, program, [shares.tcp.into(), shares.other.into()], self.flow_limits)
     }
@@ -308,6 +309,10 @@ fn log_libbpf(level: PrintLevel, message: String) {
         PrintLevel::Warn => tracing::warn!("{}", message.trim_end()),
         _ => tracing::debug!("{}", message.trim_end()),
     }
+}
+
+pub(super) fn collecting_program(skeleton: &KubelaneSkel<'_>) -> Result<OwnedFd> {
+    skeleton.progs.flow_collect.as_fd().try_clone_to_owned().context("cannot keep a BPF program")
 }
 
 /// What the object is relocated against on a kernel without BTF; must live until the object is loaded.

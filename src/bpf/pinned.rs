@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
-use super::hook;
+use super::{hook, link};
 use crate::abi::abi_version::ABI_VERSION;
 
 /// Where bpffs is by convention, and where it is mounted if nobody has.
@@ -82,7 +82,12 @@ pub fn prepare(pin_path: &Path, discard_newer: bool) -> Result<Lock> {
              clients' affinity begin anew"
         );
     }
-    hold(pin_path)
+    let lock = hold(pin_path)?;
+    // Of a daemon that was killed while its maps grew: what was not in use yet.
+    for pin in children(&maps_directory(pin_path))?.into_iter().filter(|pin| link::is_begun(pin)) {
+        fs::remove_file(&pin).with_context(|| format!("cannot remove {}", pin.display()))?;
+    }
+    Ok(lock)
 }
 
 /// Fails with a remedy where nothing can be pinned, and no pin be opened.
