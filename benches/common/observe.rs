@@ -1,10 +1,12 @@
 //! Looking at the daemon from outside: its rows in the pinned maps, and what /proc says of the process.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -27,26 +29,49 @@ const PAUSE: Duration = Duration::from_micros(200);
 /// time, half of it in the mean, stays in there.
 const LOOK_EVERY: Duration = Duration::from_micros(50);
 
+/// The maps of a daemon may be larger ones after so long.
+const REOPEN: Duration = Duration::from_millis(10);
+
 /// The pinned maps, read row by row.
 pub struct Eyes {
+    pin_path: PathBuf,
+    open: RefCell<(Instant, Rc<Open>)>,
+}
+
+struct Open {
     frontends: MapHandle,
     slots: MapHandle,
     backends: MapHandle,
     addresses: MapHandle,
 }
 
-impl Eyes {
-    pub fn open(pin_path: &Path) -> anyhow::Result<Eyes> {
+impl Open {
+    fn new(pin_path: &Path) -> anyhow::Result<Open> {
         let open = |map: MapName| {
             let path = pinned::maps_directory(pin_path).join(map.as_str());
             MapHandle::from_pinned_path(&path).with_context(|| format!("opening {}", path.display()))
         };
-        Ok(Eyes {
+        Ok(Open {
             frontends: open(MapName::Frontends)?,
             slots: open(MapName::Slots)?,
             backends: open(MapName::Backends)?,
             addresses: open(MapName::Addresses)?,
         })
+    }
+}
+
+impl Eyes {
+    pub fn open(pin_path: &Path) -> anyhow::Result<Eyes> {
+        let open = RefCell::new((Instant::now(), Rc::new(Open::new(pin_path)?)));
+        Ok(Eyes { pin_path: pin_path.to_owned(), open })
+    }
+
+    fn maps(&self) -> anyhow::Result<Rc<Open>> {
+        let mut open = self.open.borrow_mut();
+        if open.0.elapsed() > REOPEN {
+            *open = (Instant::now(), Rc::new(Open::new(&self.pin_path)?));
+        }
+        Ok(Rc::clone(&open.1))
     }
 
     /// Waits until the maps are there and hold every frontend and every address of the world; how long after `began`
@@ -68,25 +93,25 @@ impl Eyes {
         };
         for service in &world.services {
             let key = frontend_key(service.cluster_ip());
-            eyes.wait_for(&eyes.frontends, bytemuck::bytes_of(&key), began, check)?;
+            eyes.wait_for(|maps| &maps.frontends, bytemuck::bytes_of(&key), began, check)?;
         }
         for service in &world.services {
-            eyes.wait_for(&eyes.addresses, &Ipx::from(service.cluster_ip()).0, began, check)?;
+            eyes.wait_for(|maps| &maps.addresses, &Ipx::from(service.cluster_ip()).0, began, check)?;
         }
         Ok(began.elapsed())
     }
 
     fn wait_for(
         &self,
-        map: &MapHandle,
+        map: fn(&Open) -> &MapHandle,
         key: &[u8],
         began: Instant,
         check: &mut dyn FnMut() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        while map.lookup(key, MapFlags::ANY)?.is_none() {
+        while map(&self.maps()?).lookup(key, MapFlags::ANY)?.is_none() {
             check()?;
             if began.elapsed() > PATIENCE {
-                bail!("a row of {:?} has not come within {PATIENCE:?}", map.name());
+                bail!("a row of {:?} has not come within {PATIENCE:?}", map(&self.maps()?).name());
             }
             std::thread::sleep(PAUSE);
         }
@@ -96,7 +121,7 @@ impl Eyes {
     /// Waits until the maps know the cluster IP.
     pub fn wait_for_frontend(&self, cluster_ip: Ipv4Addr) -> anyhow::Result<()> {
         let key = frontend_key(cluster_ip);
-        self.wait_for(&self.frontends, bytemuck::bytes_of(&key), Instant::now(), &mut || Ok(()))
+        self.wait_for(|maps| &maps.frontends, bytemuck::bytes_of(&key), Instant::now(), &mut || Ok(()))
     }
 
     /// Looks until new connections to the cluster IP would go to `wanted`, all of them and no other.
@@ -140,14 +165,15 @@ impl Eyes {
     /// The slots of a cluster IP's pool; none without a frontend.
     fn pool(&self, cluster_ip: Ipv4Addr) -> anyhow::Result<Range<u32>> {
         let key = frontend_key(cluster_ip);
-        let row = self.frontends.lookup(bytemuck::bytes_of(&key), MapFlags::ANY)?;
+        let row = self.maps()?.frontends.lookup(bytemuck::bytes_of(&key), MapFlags::ANY)?;
         let pool = row.map(|row| bytemuck::pod_read_unaligned::<Frontend>(&row).inside);
         Ok(pool.map_or(0..0, |pool| pool.base..pool.base + pool.count))
     }
 
     fn endpoint(&self, slot: u32) -> anyhow::Result<Ipv4Addr> {
-        let id = self.slots.lookup(&slot.to_ne_bytes(), MapFlags::ANY)?.context("a slot beyond the map's end")?;
-        let row = self.backends.lookup(&id, MapFlags::ANY)?.context("a backend beyond the map's end")?;
+        let maps = self.maps()?;
+        let id = maps.slots.lookup(&slot.to_ne_bytes(), MapFlags::ANY)?.context("a slot beyond the map's end")?;
+        let row = maps.backends.lookup(&id, MapFlags::ANY)?.context("a backend beyond the map's end")?;
         match Ipx(bytemuck::pod_read_unaligned::<Backend>(&row).address).to_ip() {
             IpAddr::V4(ip) => Ok(ip),
             // An empty row, which a slot leads to only for as long as it takes to read both.

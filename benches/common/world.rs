@@ -271,10 +271,11 @@ impl BenchWorld {
         self.services.iter().map(|service| service.endpoints.len()).sum()
     }
 
-    /// The daemon's limits, with which its maps hold the world and what changes leave behind for a while.
+    /// The daemon's limits, with which its maps may hold the world, what changes leave behind for a while, and what comes
+    /// later.
     pub fn limits(&self) -> [String; 4] {
-        let services = (self.services.len() * 5 / 4).max(65_536);
-        let endpoints = (self.endpoints() * 5 / 4).max(262_144);
+        let services = (self.services.len() * 5 / 4).max(262_144);
+        let endpoints = (self.endpoints() * 5 / 4).max(4 << 20);
         ["--max-services".to_owned(), services.to_string(), "--max-endpoints".to_owned(), endpoints.to_string()]
     }
 

@@ -58,6 +58,9 @@ struct Arguments {
     /// Endpoints of the Service that gets thousands.
     #[arg(long, default_value_t = 5000, default_value_if("quick", "true", "1000"))]
     grown: usize,
+    /// Services that come at once after all of that, which the maps grow for; 0: none.
+    #[arg(long, default_value_t = 0)]
+    more: usize,
     /// How long to look at an idle daemon, in seconds; 0: not at all.
     #[arg(long, default_value_t = 0)]
     idle: u64,

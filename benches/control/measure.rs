@@ -37,6 +37,7 @@ pub fn measure(arguments: &Arguments, figures: &mut Figures) -> anyhow::Result<(
             add_starts(figures, &starts);
             measure_changes(&daemon, &mut server, arguments, figures)?;
             measure_idle(&daemon, arguments.idle, figures)?;
+            measure_more(&daemon, &mut server, arguments, figures)?;
             measure_restart(&lab, daemon, &server, &world, figures)?;
         }
     }
@@ -65,6 +66,7 @@ impl Start {
     }
 }
 
+/// With the same limits at each start of a measurement.
 fn spawn<'a>(lab: &'a Lab, server: &Server, world: &BenchWorld) -> anyhow::Result<Daemon<'a>> {
     let (kubeconfig, limits) = (server.kubeconfig.display().to_string(), world.limits());
     Daemon::spawn_on(lab, NODE, &["--kubeconfig", &kubeconfig], &refs(&limits))
@@ -165,6 +167,27 @@ fn add_changes(figures: &mut Figures, ids: [&'static str; 3], what: &str, work: 
     figures.add(ids[0], &format!("{what}: event to the row, p50"), "ms", Growth::Flat, times.median());
     figures.add(ids[1], &format!("{what}: event to the row, p99"), "ms", Growth::Flat, times.percentile(99.0));
     figures.add(ids[2], &format!("{what}: processor time"), "ms", Growth::Flat, each);
+}
+
+fn measure_more(
+    daemon: &Daemon,
+    server: &mut Server,
+    arguments: &Arguments,
+    figures: &mut Figures,
+) -> anyhow::Result<()> {
+    let Arguments { more: services, endpoints, .. } = *arguments;
+    if services == 0 {
+        return Ok(());
+    }
+    let work = Work::of(daemon, server, Order::More { services, endpoints })?;
+    let name = |what: &str| format!("{services} Services more: {what}");
+    let (none, seconds) = (Growth::None, 1e-3);
+    figures.add("more", &name("first event to the last row"), "s", none, work.report.milliseconds[0] * seconds);
+    figures.add("more_sent", &name("of it until the server had sent them"), "s", none, work.report.sent * seconds);
+    figures.add("more_cpu", &name("processor time"), "s", none, work.cpu.as_secs_f64());
+    // What the daemon says of each growth, during which it writes nothing.
+    daemon.log().lines().filter(|line| line.contains("room for more entries")).for_each(|line| println!("{line}"));
+    Ok(())
 }
 
 fn measure_idle(daemon: &Daemon, seconds: u64, figures: &mut Figures) -> anyhow::Result<()> {

@@ -28,6 +28,8 @@ pub enum Order {
     Burst { changes: usize },
     /// A new Service, which gets so many endpoints at once.
     Grow { endpoints: usize },
+    /// So many Services more, as large as the first ones.
+    More { services: usize, endpoints: usize },
 }
 
 /// Whose endpoints change.
@@ -148,6 +150,7 @@ impl Cluster {
             Order::Change { changes, rate, of } => self.change(changes, rate, of, eyes),
             Order::Burst { changes } => self.burst(changes, eyes),
             Order::Grow { endpoints } => self.grow(endpoints, eyes),
+            Order::More { services, endpoints } => self.more(services, endpoints, eyes),
         }
     }
 
@@ -210,6 +213,24 @@ impl Cluster {
             }
         }
         Ok(Report { milliseconds: vec![milliseconds(last)], sent: milliseconds(sent) })
+    }
+
+    fn more(&mut self, services: usize, endpoints: usize, eyes: &Eyes) -> anyhow::Result<Report> {
+        let first = self.world.services.len();
+        for number in first..first + services {
+            let endpoints = (0..endpoints).map(|_| self.world.fresh_ip()).collect();
+            self.world.services.push(BenchService { number, endpoints });
+        }
+        let began = Instant::now();
+        for service in &self.world.services[first..] {
+            self.server.upsert(service.service());
+            self.send((0..service.slices()).map(|index| service.slice(index)).collect());
+        }
+        let sent = began.elapsed();
+        for service in self.world.services[first..].iter().rev() {
+            eyes.watch_until(service.cluster_ip(), &wanted(service))?;
+        }
+        Ok(Report { milliseconds: vec![milliseconds(began.elapsed())], sent: milliseconds(sent) })
     }
 
     /// The Service is there before its endpoints are, which come in slices as the controller makes them.

@@ -2,8 +2,6 @@
 //! for it. See bpf/probe.h.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -111,7 +109,7 @@ fn secret(map: &MapHandle) -> Result<[u64; 2]> {
         return Ok(state.secret);
     }
     let mut bytes = [0; 16];
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).context("reading /dev/urandom")?;
+    getrandom::fill(&mut bytes).context("the kernel gives no random bytes")?;
     let secret = bytemuck::cast(bytes);
     let state = ProbeState { alive_ns: 0, secret };
     map.update(&STATE, bytemuck::bytes_of(&state), MapFlags::ANY).context("cannot write the map probe_state")?;
