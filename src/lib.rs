@@ -20,10 +20,12 @@ pub mod objects;
 mod overview;
 pub mod plan;
 pub mod serve;
+pub mod shadow;
 mod snapshot;
 pub mod sync;
 pub mod table;
 mod takeover;
+mod tool;
 
 /// Held by unit tests that start programs, and by those that bind an address again: until a child becomes another program
 /// it has a copy of each socket of this process, and the address of one that was closed is not free.

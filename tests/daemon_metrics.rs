@@ -118,7 +118,14 @@ fn prometheus_reads_all_of_it_and_minds_nothing_but_a_name_of_kube_proxys() {
 #[test]
 fn the_reference_lists_every_metric_with_its_type_and_labels() {
     let Some(site) = Site::or_skip() else { return };
-    assert_eq!(exposed(&exposition(&busy(&site))), documented());
+    let mut all = exposed(&exposition(&busy(&site)));
+    // These only a daemon has that serves nothing.
+    let manifests = format!("dir:{}", site.cluster.manifests.dir.display());
+    let shadow = Daemon::spawn_on(&site.cluster.lab, "node2", &["--source", &manifests], &["--shadow"]).unwrap();
+    assert!(eventually(PATIENCE, || shadow.metrics().is_ok()));
+    let of_shadow = exposed(&exposition(&shadow));
+    all.extend(of_shadow.into_iter().filter(|(name, _)| name.starts_with("kubelane_shadow_")));
+    assert_eq!(all, documented());
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod request;
 mod retry;
 mod routes;
 mod service_counts;
+mod shadow;
 mod source;
 mod stale;
 mod trial;
@@ -37,6 +38,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+pub use shadow::{Outcome, Shadow, run as run_shadow};
 pub use source::SourceSettings;
 
 use crate::abi;

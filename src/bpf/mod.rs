@@ -67,5 +67,6 @@ pub use probes::{ProbeRows, clock_ns};
 pub use read::{PinnedMap, WireMarks};
 pub use rehearsal::{Change, Hook, Rehearsal, Trial};
 pub use service_counts::{ServiceCount, ServiceCounts, Traffic};
+pub use sizes::rows_at_most;
 pub use stale::{Search, StalePass, StaleSockets};
 pub use usage::MapUsage;

@@ -13,17 +13,21 @@ const SLOTS: u32 = 4;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits([u32; MapName::ALL.len()]);
 
+/// How many rows the maps may have with these limits of the command line, by [`MapName`].
+pub fn rows_at_most(services: u32, endpoints: u32, source_ranges: u32) -> [u32; MapName::ALL.len()] {
+    MapName::ALL.map(|map| match map {
+        MapName::Services | MapName::Addresses => services.saturating_mul(2),
+        MapName::Frontends => services.saturating_mul(4),
+        MapName::Backends => endpoints,
+        // One block of the buddy allocator, which is filled from its beginning.
+        MapName::Slots => endpoints.saturating_mul(SLOTS).checked_next_power_of_two().unwrap_or(1 << 31),
+        MapName::SourceRanges => source_ranges,
+    })
+}
+
 impl Limits {
     pub fn new(settings: &Settings) -> Limits {
-        let (services, endpoints) = (settings.max_services, settings.max_endpoints);
-        Limits(MapName::ALL.map(|map| match map {
-            MapName::Services | MapName::Addresses => services.saturating_mul(2),
-            MapName::Frontends => services.saturating_mul(4),
-            MapName::Backends => endpoints,
-            // One block of the buddy allocator, which is filled from its beginning.
-            MapName::Slots => endpoints.saturating_mul(SLOTS).checked_next_power_of_two().unwrap_or(1 << 31),
-            MapName::SourceRanges => settings.max_source_ranges,
-        }))
+        Limits(rows_at_most(settings.max_services, settings.max_endpoints, settings.max_source_ranges))
     }
 
     pub fn of(&self, map: MapName) -> u32 {

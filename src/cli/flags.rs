@@ -271,6 +271,12 @@ pub struct RunFlags {
     #[arg(long, help_heading = "Node")]
     pub discard_newer_state: bool,
 
+    /// Attach and change nothing: compare what would be answered with the rules that kube-proxy has written on this node,
+    /// once a minute, and log the differences. `once`: print them, and exit with code 1 if there are any
+    #[arg(long, value_enum, value_name = "WHEN", num_args = 0..=1, require_equals = true, help_heading = "Node")]
+    #[arg(default_missing_value = "watch", conflicts_with = "cleanup")]
+    pub shadow: Option<Shadow>,
+
     /// Do what `kubelane cleanup` does, and exit
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false)]
     #[arg(default_missing_value = "true", hide_default_value = true, value_parser = BoolishValueParser::new())]
@@ -453,6 +459,13 @@ pub struct ManFlags {
     /// Write the pages of all subcommands to this directory, and print nothing
     #[arg(long, value_name = "DIR", conflicts_with = "command")]
     pub directory: Option<PathBuf>,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shadow {
+    /// Until it is ended
+    Watch,
+    Once,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,16 +1,9 @@
 //! What kube-proxy leaves on a node: chains, the IPVS device, a sysctl, and its process on the ports that kubelane wants.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::fs;
-use std::io::Read as _;
-use std::process::{Command, Stdio};
-use std::sync::mpsc;
-use std::thread;
-use std::time::Duration;
 
-/// A listing takes a fraction of a second even with ten thousand Services; a hung one must not hang the check.
-const TOOL_TIMEOUT: Duration = Duration::from_secs(20);
+use crate::tool::output_of;
 
 /// Tools that list the packet filter's chains, with what else must exist for them to be asked: iptables-legacy loads
 /// kernel modules when it is asked in vain.
@@ -81,39 +74,6 @@ pub const LOOPBACK_IS_ROUTED: &str = "net.ipv4.conf.all.route_localnet is on, as
 pub const LOOPBACK_REMEDY: &str = "kubelane does not need it; if kube-proxy is gone for good: sysctl -w \
     net.ipv4.conf.all.route_localnet=0, and remove it from /etc/sysctl.d";
 
-/// $PATH, and the directories of administrators' tools, which are not in everybody's.
-fn search_path() -> OsString {
-    let mut path = std::env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/sbin:/sbin");
-    path
-}
-
-/// Standard output of a command, `None` when it is not installed, fails or does not end in time.
-fn output_of(command: &[&str]) -> Option<String> {
-    let (program, arguments) = command.split_first()?;
-    let mut child = Command::new(program)
-        .args(arguments)
-        .env("PATH", search_path())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .ok()?;
-    let mut stdout = child.stdout.take()?;
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let mut text = Vec::new();
-        let read = stdout.read_to_end(&mut text);
-        let _ = sender.send(read.map(|_| String::from_utf8_lossy(&text).into_owned()));
-    });
-    let text = receiver.recv_timeout(TOOL_TIMEOUT).ok().and_then(Result::ok);
-    if text.is_none() {
-        let _ = child.kill();
-    }
-    let ended_well = child.wait().is_ok_and(|status| status.success());
-    text.filter(|_| ended_well)
-}
-
 /// "name (pid N)" of the process that listens on a TCP port of this network namespace.
 pub fn listener_on(port: u16) -> Option<String> {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
@@ -183,13 +143,5 @@ mod tests {
         // becomes another program.
         let client = std::net::TcpStream::connect(at).unwrap();
         assert_eq!(listener_on(client.local_addr().unwrap().port()), None);
-    }
-
-    #[test]
-    fn a_tool_that_is_missing_or_fails_says_nothing() {
-        let _forks = crate::FORKS.blocking_lock();
-        assert_eq!(output_of(&["kubelane-no-such-tool"]), None);
-        assert_eq!(output_of(&["false"]), None);
-        assert_eq!(output_of(&["echo", "a", "b"]).as_deref(), Some("a b\n"));
     }
 }

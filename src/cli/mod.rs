@@ -20,6 +20,7 @@ mod pipe;
 mod pods;
 mod report;
 mod run;
+mod shadow;
 mod source_check;
 mod status;
 mod table;
@@ -64,6 +65,10 @@ impl std::error::Error for UsageError {}
 pub fn main(started: Instant) -> ExitCode {
     let result = match parse(std::env::args_os().collect()).unwrap_or_else(|error| error.exit()).command {
         Command::Run(flags) if flags.cleanup => cleanup(&flags.node.pins),
+        Command::Run(flags) if flags.shadow.is_some() => match shadow::run(*flags, started) {
+            Ok(false) => return ExitCode::FAILURE,
+            result => result.map(drop),
+        },
         Command::Run(flags) => run::run(*flags, started),
         Command::Check(flags) => match check::run(*flags) {
             Ok(false) => return ExitCode::FAILURE,

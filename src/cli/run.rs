@@ -43,13 +43,17 @@ pub fn run(mut flags: RunFlags, started: Instant) -> anyhow::Result<()> {
         adjust_oom_score(score);
     }
     allow_many_files();
-    let settings = settings(flags, source)?;
+    block_on(agent::run(settings(flags, source)?, started))
+}
+
+/// Runs to the end of `work`.
+pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    let result = runtime.block_on(agent::run(settings, started));
+    let result = runtime.block_on(work);
     runtime.shutdown_timeout(LAST_WORK);
     result
 }

@@ -18,6 +18,7 @@ use crate::plan::compile::Compiled;
 use crate::plan::layout::Layout;
 use crate::plan::no_local::NoLocal;
 use crate::plan::shares::{Amounts, Resource};
+use crate::plan::tables::Tables;
 use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
 use crate::table::{HashMap, Rows as _};
@@ -292,6 +293,11 @@ impl Core {
             None => self.health_checks.remove(name),
         };
         before != check
+    }
+
+    /// The rows that are wanted, and those that have been written.
+    pub fn tables(&self) -> &Tables {
+        self.layout.tables()
     }
 
     pub fn node(&self) -> Option<&Node> {
