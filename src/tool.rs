@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 /// A listing takes a fraction of a second even with ten thousand Services; a hung one must not hang who asked.
-const TIMEOUT: Duration = Duration::from_secs(20);
+const LISTING: Duration = Duration::from_secs(20);
 /// Ten times what the rules of ten thousand Services take.
 const OUTPUT_MAX: u64 = 1 << 30;
 /// How long a tool that has failed may take to say why.
@@ -32,12 +32,13 @@ fn search_path() -> OsString {
     path
 }
 
-/// What `read` makes of the standard output of a command, which it has to read to its end.
+/// What `read` makes of the standard output of a command, which it has to read to its end. `limit`: of its time.
 ///
 /// # Errors
 /// When the command is not installed, fails, or does not end in time.
 pub fn run<T: Send + 'static>(
     command: &[&str],
+    limit: Duration,
     read: impl FnOnce(&mut dyn BufRead) -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, Failure> {
     let failed = |error: std::io::Error| Failure::Failed(error.to_string());
@@ -71,7 +72,7 @@ pub fn run<T: Send + 'static>(
         // It must not wait for somebody to read on.
         let _ = std::io::copy(&mut stderr, &mut std::io::sink());
     });
-    let result = output.recv_timeout(TIMEOUT);
+    let result = output.recv_timeout(limit);
     // Of one that fails the output makes no sense, and its own words do.
     let is_good = matches!(result, Ok(Ok(_)));
     let said = if is_good { None } else { errors.recv_timeout(LAST_WORDS).ok() };
@@ -90,7 +91,7 @@ pub fn run<T: Send + 'static>(
 
 /// Standard output of a command, `None` when it is not installed, fails or does not end in time.
 pub fn output_of(command: &[&str]) -> Option<String> {
-    let text = run(command, |output| {
+    let text = run(command, LISTING, |output| {
         let mut text = Vec::new();
         output.read_to_end(&mut text)?;
         Ok(text)
@@ -114,12 +115,19 @@ mod tests {
     fn the_reason_of_a_failure_is_what_the_tool_wrote() {
         let _forks = crate::FORKS.blocking_lock();
         let read = |output: &mut dyn BufRead| std::io::copy(output, &mut std::io::sink());
-        assert_eq!(run(&["kubelane-no-such-tool"], read), Err(Failure::NotInstalled));
-        let failure = run(&["sh", "-c", "echo no rules >&2; exit 3"], read);
+        assert_eq!(run(&["kubelane-no-such-tool"], LISTING, read), Err(Failure::NotInstalled));
+        let failure = run(&["sh", "-c", "echo no rules >&2; exit 3"], LISTING, read);
         assert_eq!(failure, Err(Failure::Failed("no rules".to_owned())));
-        assert_eq!(run(&["echo", "abc"], read), Ok(4));
+        assert_eq!(run(&["echo", "abc"], LISTING, read), Ok(4));
         let odd = |_: &mut dyn BufRead| Err::<(), _>(std::io::Error::other("odd"));
-        assert_eq!(run(&["echo", "abc"], odd), Err(Failure::Failed("odd".to_owned())));
-        assert_eq!(run(&["sh", "-c", "echo no >&2; false"], odd), Err(Failure::Failed("no".to_owned())));
+        assert_eq!(run(&["echo", "abc"], LISTING, odd), Err(Failure::Failed("odd".to_owned())));
+        assert_eq!(run(&["sh", "-c", "echo no >&2; false"], LISTING, odd), Err(Failure::Failed("no".to_owned())));
+    }
+
+    #[test]
+    fn a_tool_that_hangs_is_ended() {
+        let _forks = crate::FORKS.blocking_lock();
+        let read = |output: &mut dyn BufRead| std::io::copy(output, &mut std::io::sink());
+        assert_eq!(run(&["sleep", "600"], Duration::from_millis(50), read), Err(Failure::TooSlow));
     }
 }

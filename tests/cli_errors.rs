@@ -18,7 +18,7 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
     // arguments, then what the message must contain
-    let table: [(&[&str], &[&str]); 40] = [
+    let table: [(&[&str], &[&str]); 42] = [
         (&["run", "--source", "file:x"], &["--source", "file:x", "kubernetes", "dir:PATH"]),
         (&["run", "--source", "dir:"], &["--source", "dir:PATH"]),
         (&["run"], &["--source", "kubernetes", "dir:PATH", "--kubeconfig", "--master"]),
@@ -51,6 +51,8 @@ fn an_unknown_value_is_refused_with_its_flag_and_what_is_allowed() {
             &["--nodeport-addresses", "`primary` cannot stand in a list"],
         ),
         (&["--oom-score-adj=-1001"], &["--oom-score-adj", "-1001", "-1000"]),
+        (&["--shadow=twice"], &["--shadow", "twice", "watch, once"]),
+        (&["--shadow", "--cleanup", "--pin-path=/nowhere"], &["--shadow", "cannot be used with", "--cleanup"]),
         (&["--cleanup=perhaps"], &["--cleanup", "perhaps"]),
         (&["--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),
         (&["check", "--config=/nowhere/config.conf"], &["--config", "/nowhere/config.conf", "No such file"]),

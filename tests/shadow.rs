@@ -26,16 +26,22 @@ const KUBELANE: &str = env!("CARGO_BIN_EXE_kubelane");
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Iptables,
+    /// The same rules, which the kernel has as nftables'.
+    IptablesNft,
     Nftables,
 }
 
 impl Mode {
     fn name(self) -> &'static str {
-        if self == Mode::Iptables { "iptables" } else { "nftables" }
+        if self == Mode::Nftables { "nftables" } else { "iptables" }
     }
 
     fn command(self) -> &'static str {
-        if self == Mode::Iptables { load::iptables_command(Family::V4) } else { "nft" }
+        match self {
+            Mode::Iptables => load::iptables_command(Family::V4),
+            Mode::IptablesNft => "iptables-nft-restore",
+            Mode::Nftables => "nft",
+        }
     }
 
     /// Replaces the rules of both families.
@@ -43,6 +49,10 @@ impl Mode {
         for (family, table) in FAMILIES.into_iter().zip(["ip", "ip6"]) {
             match self {
                 Mode::Iptables => load::iptables(family, &iptables::render(world, family), load::NO_HURRY).unwrap(),
+                Mode::IptablesNft => {
+                    let command = if family == Family::V4 { "iptables-nft-restore" } else { "ip6tables-nft-restore" };
+                    netns::run(command, &["-w"], &iptables::render(world, family)).unwrap();
+                }
                 Mode::Nftables => {
                     let delete = format!("add table {table} kube-proxy\ndelete table {table} kube-proxy\n");
                     let rules = delete + &nftables::render(world, family);
@@ -55,7 +65,7 @@ impl Mode {
     fn saved(self) -> String {
         let saved = match self {
             Mode::Iptables => netns::run("iptables-legacy-save", &[], ""),
-            Mode::Nftables => netns::run("nft", &["list", "ruleset"], ""),
+            Mode::IptablesNft | Mode::Nftables => netns::run("nft", &["list", "ruleset"], ""),
         };
         let text = saved.unwrap();
         // Without times, and numbers of packets.
@@ -239,7 +249,11 @@ impl Site {
 
     /// Exit code and standard output of `--shadow=once`.
     fn once(&self) -> (Option<i32>, String, String) {
-        let Output { status, stdout, stderr } = self.command("--shadow=once").output().unwrap();
+        self.once_with(&[])
+    }
+
+    fn once_with(&self, options: &[&str]) -> (Option<i32>, String, String) {
+        let Output { status, stdout, stderr } = self.command("--shadow=once").args(options).output().unwrap();
         (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
     }
 
@@ -284,6 +298,11 @@ fn nothing_differs(mode: Mode) {
 #[test]
 fn nothing_differs_from_the_iptables_rules_of_the_same_services() {
     nothing_differs(Mode::Iptables);
+}
+
+#[test]
+fn nothing_differs_from_iptables_rules_by_way_of_nftables() {
+    nothing_differs(Mode::IptablesNft);
 }
 
 #[test]
@@ -478,4 +497,63 @@ fn a_difference_is_logged_and_measured_and_the_node_stays_as_it_is() {
         assert!(daemon.0.wait().unwrap().success(), "{}", logged());
         assert!(state() == before, "it has changed something");
     });
+}
+
+/// 10,000 Services with 10 endpoints each, in IPv4.
+fn many() -> World {
+    let service = |number: u32| {
+        let end = |n: u32| {
+            let ip = std::net::Ipv4Addr::from_bits(0x0af4_0000 + number * 10 + n);
+            Endpoint { at: (ip, 8080).into(), is_local: n == 0, state: State::Ready }
+        };
+        ServicePort {
+            name: format!("web-{number}"),
+            cluster_ips: vec![std::net::Ipv4Addr::from_bits(0x0a60_0000 + number).into()],
+            endpoints: (0..10).map(end).collect(),
+            ..service("", 1, &[])
+        }
+    };
+    World { services: (1..=10_000).map(service).collect(), ..World::default() }
+}
+
+/// For figures: `cargo test --release --test shadow many -- --ignored --nocapture`.
+fn many_services_are_compared(mode: Mode) {
+    beside(mode, || {
+        let began = Instant::now();
+        let world = many();
+        mode.load(&world);
+        let loaded = began.elapsed();
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("manifests")).unwrap();
+        let site = Site { directory };
+        let all: Vec<Value> =
+            world.services.iter().flat_map(objects).filter(|o| o["addressType"] != "IPv6").map(single_stack).collect();
+        site.manifests().save("all", &all);
+        let began = Instant::now();
+        let (code, stdout, stderr) = site.once_with(&["-v", "4"]);
+        println!("{mode:?}: loaded in {loaded:?}, compared {:?} after the start\n{stderr}", began.elapsed());
+        assert_eq!(
+            (code, stdout.as_str()),
+            (Some(0), &*format!("10000 Service ports compared with {} rules, 0 differ\n", mode.name()))
+        );
+    });
+}
+
+fn single_stack(mut object: Value) -> Value {
+    if object["kind"] == "Service" {
+        object["spec"]["ipFamilies"] = json!(["IPv4"]);
+    }
+    object
+}
+
+#[test]
+#[ignore = "takes a minute or more"]
+fn many_services_are_compared_with_iptables_rules() {
+    many_services_are_compared(Mode::Iptables);
+}
+
+#[test]
+#[ignore = "takes a minute or more"]
+fn many_services_are_compared_with_nftables_rules() {
+    many_services_are_compared(Mode::Nftables);
 }

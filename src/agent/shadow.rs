@@ -9,11 +9,12 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, anyhow};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::source::Source;
 use super::worker_warnings::WarningLog;
 use super::{CHANGES_AHEAD, LAST_WORDS, Signals, SourceSettings, register_watches, why};
+use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Masquerade};
 use crate::netdev::{self, Network, NodePortAddresses};
 use crate::objects::{self, SourceStatus};
@@ -195,7 +196,12 @@ impl Work {
                 () = sleep_until(wake) => {}
                 () = sleep_until(next.filter(|_| reading.is_none())) => {
                     let node = Arc::new(self.network.borrow().addresses.clone());
-                    reading = Some(tokio::task::spawn_blocking(move || shadow::read(&node)));
+                    reading = Some(tokio::task::spawn_blocking(move || {
+                        let began = Instant::now();
+                        let rules = shadow::read(&node);
+                        debug!(took = ?began.elapsed(), "rules read");
+                        rules
+                    }));
                     continue;
                 }
                 read = ended(&mut reading) => {
@@ -204,6 +210,8 @@ impl Work {
                     if let Some(outcome) = outcome {
                         return Ok(Some(outcome));
                     }
+                    // The rules of a whole cluster are gone until then.
+                    bpf::memory::release();
                     next = Some(Instant::now() + pause);
                     continue;
                 }
@@ -246,6 +254,7 @@ impl Work {
         if !std::mem::replace(&mut self.synced, true) {
             let (services, endpoints) = (counts.services, counts.endpoints);
             info!(after_start = ?self.started.elapsed(), services, endpoints, "first sync");
+            bpf::memory::release();
         }
     }
 
@@ -283,8 +292,10 @@ impl Work {
                 warn!("shadow: {remark}");
             }
         }
+        let began = Instant::now();
         let comparison = shadow::compare(self.core.tables(), &rules, &self.network.borrow().addresses);
         let service_ports = comparison.service_ports;
+        debug!(took = ?began.elapsed(), service_ports, "compared");
         let news = self.ledger.take(comparison);
         self.compared += 1;
         *self.counts.lock().unwrap_or_else(PoisonError::into_inner) =

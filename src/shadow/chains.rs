@@ -92,7 +92,7 @@ impl Chains {
             return found;
         }
         // Ranges alone admit clients; beside other conditions they say who is a pod.
-        let admits = rules.iter().all(|rule| rule.when == When::Source);
+        let admits = rules.iter().all(|rule| rule.when == When::Source || self.only_marks(&rule.then));
         for rule in rules {
             let (next, is_goto) = self.then(&rule.then, client, depth, seen);
             let is_return = rule.then == Then::Return;
@@ -122,6 +122,15 @@ impl Chains {
             }
         }
         found
+    }
+
+    /// Whether a target decides nothing by itself.
+    fn only_marks(&self, then: &Then) -> bool {
+        match then {
+            Then::Nothing => true,
+            Then::Jump(id) => self.rules(*id).iter().all(|rule| rule.then == Then::Nothing),
+            _ => false,
+        }
     }
 
     /// What a target leads to, and whether nothing comes back from there.

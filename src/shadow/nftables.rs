@@ -89,7 +89,7 @@ pub fn parse(text: &mut dyn BufRead, family: Family) -> io::Result<Rules> {
         timeouts: HashMap::default(),
         rules: Rules::new(MODE),
     };
-    let mut json = serde_json::Deserializer::from_reader(text);
+    let mut json = serde_json::Deserializer::from_reader(io::BufReader::with_capacity(1 << 16, text));
     json.deserialize_map(TopLevel(&mut reader)).map_err(io::Error::other)?;
     Ok(reader.finish())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::BufReader;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Rules, iptables, ipvs, nftables};
 use crate::model::{Family, Ipx};
@@ -18,6 +19,8 @@ const IPTABLES: [[(&str, Option<&str>); 2]; 2] = [
         ("ip6tables-legacy-save", Some("/proc/net/ip6_tables_names")),
     ],
 ];
+/// With ten thousand Services nft takes seconds.
+const LIMIT: Duration = Duration::from_secs(60);
 const FAMILIES: [(Family, &str); 2] = [(Family::Ipv4, "ip"), (Family::Ipv6, "ip6")];
 
 /// Why there is nothing to compare with.
@@ -66,7 +69,7 @@ fn read_iptables(variant: &[(&str, Option<&str>)], troubles: &mut BTreeSet<Strin
         if precondition.is_some_and(|path| std::fs::read(path).unwrap_or_default().is_empty()) {
             continue;
         }
-        match tool::run(&[command], move |output| iptables::parse(output, family)) {
+        match tool::run(&[command], LIMIT, move |output| iptables::parse(output, family)) {
             Ok(rules) => all.extend(rules),
             Err(failure) => note(troubles, iptables::MODE, command, failure),
         }
@@ -78,7 +81,7 @@ fn read_nftables(troubles: &mut BTreeSet<String>) -> Rules {
     let mut all = Rules::new(nftables::MODE);
     for (family, table) in FAMILIES {
         let command = ["nft", "-j", "list", "table", table, "kube-proxy"];
-        match tool::run(&command, move |output| nftables::parse(output, family)) {
+        match tool::run(&command, LIMIT, move |output| nftables::parse(output, family)) {
             Ok(rules) => all.extend(rules),
             Err(Failure::Failed(said)) if said.contains("No such file or directory") => {}
             Err(failure) => note(troubles, nftables::MODE, "nft", failure),

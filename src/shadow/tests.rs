@@ -81,6 +81,17 @@ fn a_chain_that_lets_packets_through_or_never_ends_is_not_guessed() {
 }
 
 #[test]
+fn ranges_admit_clients_also_where_the_others_are_marked_to_be_dropped() {
+    // As kube-proxy wrote them until 1.25.
+    let rules = from_iptables(&nat("-A KUBE-SERVICES -d 192.0.2.1/32 -p tcp -m tcp --dport 80 -j KUBE-FW-A\n\
+         -A KUBE-FW-A -j KUBE-MARK-MASQ\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n\
+         -A KUBE-FW-A -s 172.31.0.0/24 -j KUBE-SVC-A\n-A KUBE-FW-A -s 172.31.1.0/24 -j KUBE-SVC-A\n\
+         -A KUBE-FW-A -j KUBE-MARK-DROP\n-A KUBE-MARK-DROP -j MARK --set-xmark 0x8000/0x8000\n\
+         -A KUBE-SVC-A -p tcp -j DNAT --to-destination 10.1.1.1:80"));
+    assert_eq!(lines(&rules), [" 192.0.2.1:80/TCP: 10.1.1.1:80"]);
+}
+
+#[test]
 fn rules_of_ipvs_mode_are_no_services_of_iptables_mode() {
     let rules = from_iptables(&nat(
         "-A KUBE-SERVICES -m comment --comment \"Kubernetes service cluster ip + port for masquerade purpose\" -m set \
