@@ -86,12 +86,19 @@ IP Virtual Server version 1.2.1 (size=4096)
 Prot LocalAddress:Port Scheduler Flags
   -> RemoteAddress:Port Forward Weight ActiveConn InActConn
 TCP  0A600001:0050 rr persistent 1080000 FFFFFFFF
-  -> 0AF4010A:1F90      Masq    1      0          0         \n  -> 0AF4020A:1F90      Masq    1      3          0         \n  -> 0AF4030A:1F90      Masq    0      3          0         \nUDP  [fd96:0000:0000:0000:0000:0000:0000:0002]:0035 rr 
-  -> [fd44:0000:0000:0000:0000:0000:0002:0011]:0035      Masq    1      0          0         \nTCP  0A600003:0050 rr ops 
-TCP  AC1F000B:7531 rr 
-  -> 0AF4010A:1F90      Masq    1      0          0         \nTCP  7F000001:7531 rr 
-  -> 0AF4010A:1F90      Masq    1      0          0         \nFWM  00000001 rr 
-  -> 0AF4010A:1F90      Masq    1      0          0         \n";
+  -> 0AF4010A:1F90      Masq    1      0          0
+  -> 0AF4020A:1F90      Masq    1      3          0
+  -> 0AF4030A:1F90      Masq    0      3          0
+UDP  [fd96:0000:0000:0000:0000:0000:0000:0002]:0035 rr
+  -> [fd44:0000:0000:0000:0000:0000:0002:0011]:0035      Masq    1      0          0
+TCP  0A600003:0050 rr ops
+TCP  AC1F000B:7531 rr
+  -> 0AF4010A:1F90      Masq    1      0          0
+TCP  7F000001:7531 rr
+  -> 0AF4010A:1F90      Masq    1      0          0
+FWM  00000001 rr
+  -> 0AF4010A:1F90      Masq    1      0          0
+";
 
     #[test]
     fn virtual_servers_are_read_as_the_kernel_shows_them() {

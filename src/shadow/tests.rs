@@ -166,3 +166,101 @@ fn only_what_two_comparisons_find_counts() {
     assert_eq!((news.begun.len(), news.over.len(), news.is_open), (0, 1, false));
     assert_eq!(ledger.counts().iter().map(|(_, count)| count).sum::<usize>(), 0);
 }
+
+const UNBOUND: &[crate::model::Ipx] = &[];
+
+/// Kubelane's rows of one Service with a NodePort, external policy Local, affinity of 60 s, and an endpoint on another node;
+/// its cluster IP is 10.96.0.`number`.
+fn core_with(number: u8, protocol: Protocol) -> crate::sync::Core {
+    use crate::model::{Change, Endpoint, Kind, ObjectName, Service, ServicePort, Slice, SlicePort, TrafficPolicy};
+    let mut core =
+        crate::sync::Core::new(crate::sync::CoreSettings { node_name: "node-a".into(), ..Default::default() });
+    let service = Service {
+        name: ObjectName::new("ns", "a"),
+        created: 1,
+        cluster_ips: vec![format!("10.96.0.{number}").parse().unwrap()],
+        external_ips: vec![],
+        load_balancer_ips: vec![],
+        ports: vec![ServicePort { name: "p".into(), protocol, port: 80, node_port: 30_001 }],
+        affinity_seconds: Some(60),
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Local,
+        source_ranges: vec![],
+        health_check_node_port: 0,
+        client_source: None,
+    };
+    let end = Endpoint {
+        ip: "10.244.2.1".parse().unwrap(),
+        ready: true,
+        serving: true,
+        terminating: false,
+        node: Some("node-b".into()),
+        hints: None,
+    };
+    let slice = Slice {
+        name: ObjectName::new("ns", "a-1"),
+        service: "a".into(),
+        is_controlled: false,
+        ports: vec![SlicePort { name: "p".into(), protocol, port: 8080 }],
+        endpoints: vec![end],
+        triggered: None,
+    };
+    for kind in [Kind::Services, Kind::EndpointSlices] {
+        core.apply(Change::ListBegin(kind));
+    }
+    core.apply(Change::Service(Box::new(service)));
+    core.apply(Change::Slice(Box::new(slice)));
+    for kind in [Kind::Services, Kind::EndpointSlices] {
+        core.apply(Change::ListEnd(kind));
+    }
+    core.sync(&mut super::Nowhere { capacity: crate::bpf::rows_at_most(100, 1000, 100) }, std::time::Instant::now());
+    core
+}
+
+fn compared(core: &crate::sync::Core, rules: &Rules, bound: &[crate::model::Ipx]) -> Vec<String> {
+    let comparison = super::compare(core.tables(), rules, bound);
+    let line = |(key, difference): (&Key, &Difference)| {
+        format!("{:?} {}: {}", key.kind, Difference::destination(key), difference.text())
+    };
+    comparison.differences.iter().map(line).collect()
+}
+
+#[test]
+fn what_ipvs_cannot_do_is_known() {
+    let core = core_with(1, Protocol::Tcp);
+    let text = "TCP  0A600001:0050 rr persistent 15000 FFFFFFFF\n  -> 0AF40201:1F90      Masq    1      0          0\n\
+                TCP  AC1F000B:7531 rr persistent 60000 FFFFFFFF\n";
+    let node = ["172.31.0.11".parse().unwrap()];
+    let rules = super::ipvs::parse(&mut text.as_bytes(), &node).unwrap();
+    let expected = [
+        "Verdict NodePort 30001/TCP (IPv4) for clients on the node: the rules refuse; kubelane has the endpoints \
+         10.244.2.1:8080",
+        "Known NodePort 30001/TCP (IPv4) for clients outside: IPVS refuses where the other modes of kube-proxy drop",
+    ];
+    assert_eq!(compared(&core, &rules, UNBOUND), expected);
+    let other = text.replace("15000", "7000");
+    let rules = super::ipvs::parse(&mut other.as_bytes(), &node).unwrap();
+    let found = compared(&core, &rules, UNBOUND);
+    assert!(
+        found.contains(
+            &"Affinity 10.96.0.1:80/TCP: session affinity: 7000 jiffies in the rules, 60 s in kubelane".to_owned()
+        ),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn bound_cluster_ips_and_ports_of_sctp_are_known() {
+    let core = core_with(1, Protocol::Sctp);
+    let rules = from_iptables(&nat("-A KUBE-SERVICES -d 10.96.0.1/32 -p sctp -m sctp --dport 80 -j KUBE-SVC-A\n\
+         -A KUBE-SERVICES -d 10.96.0.9/32 -p tcp -m tcp --dport 80 -j KUBE-SVC-A\n\
+         -A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n\
+         -A KUBE-SVC-A -m recent --rcheck --seconds 60 --reap --name A -j KUBE-SEP-A\n-A KUBE-SVC-A -j KUBE-SEP-A\n\
+         -A KUBE-SEP-A -m recent --set --name A -p sctp -j DNAT --to-destination 10.244.2.1:8080"));
+    let found = compared(&core, &rules, &["10.96.0.9".parse().unwrap()]);
+    let known: Vec<&str> = found.iter().filter_map(|line| line.strip_prefix("Known ")).collect();
+    assert_eq!(known.len(), 2, "{found:?}");
+    assert!(known[0].starts_with("10.96.0.1:80/SCTP: SCTP is served only"), "{found:?}");
+    assert!(known[1].starts_with("10.96.0.9:80/TCP: the cluster IP is bound"), "{found:?}");
+    assert!(found.iter().any(|line| line.starts_with("OnlyInKubelane NodePort 30001/SCTP")), "{found:?}");
+}
