@@ -1,11 +1,17 @@
-//! Tools of the node that list what is in the kernel: run with a limit of time and of output, and read as they write.
+//! Tools of the node for what is in the kernel: run with a limit of time and of output, and read as they write. An image has
+//! none: they are run in the mount namespace of the node's first process then, which takes the host's PID namespace and
+//! CAP_SYS_ADMIN.
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read as _};
-use std::process::{Command, Stdio};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read as _, Seek as _, Write as _};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// A listing takes a fraction of a second even with ten thousand Services; a hung one must not hang who asked.
 const LISTING: Duration = Duration::from_secs(20);
@@ -28,31 +34,64 @@ pub enum Failure {
 /// $PATH, and the directories of administrators' tools, which are not in everybody's.
 fn search_path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/sbin:/sbin");
+    path.push(":/usr/sbin:/sbin:/usr/bin:/bin");
     path
 }
 
-/// What `read` makes of the standard output of a command, which it has to read to its end. `limit`: of its time.
+/// Here, or on the node.
+fn spawn(program: &str, arguments: &[&str], input: &str) -> io::Result<Child> {
+    let spawn = || {
+        let mut command = Command::new(program);
+        command.args(arguments).env("PATH", search_path()).stdin(standard_input(input)?);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    };
+    let missing = match spawn() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && has_own_mounts() => error,
+        result => return result,
+    };
+    // The namespace is the thread's, and goes with it.
+    let there = || enter_node().and_then(|()| spawn());
+    thread::scope(|scope| scope.spawn(there).join()).unwrap_or(Err(missing))
+}
+
+/// In memory: nobody has to write while the tool is waited for.
+fn standard_input(input: &str) -> io::Result<Stdio> {
+    if input.is_empty() {
+        return Ok(Stdio::null());
+    }
+    let mut file = File::from(memfd_create(c"kubelane", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(input.as_bytes())?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+fn has_own_mounts() -> bool {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    matches!((namespace("self"), namespace("1")), (Some(own), Some(first)) if own != first)
+}
+
+fn enter_node() -> io::Result<()> {
+    let mounts = File::open("/proc/1/ns/mnt")?;
+    // A thread that shares its root and working directory with others may not.
+    unshare(CloneFlags::CLONE_FS)?;
+    Ok(setns(mounts, CloneFlags::CLONE_NEWNS)?)
+}
+
+/// What `read` makes of the standard output of a command, which it has to read to its end. `input`: its standard input.
+/// `limit`: of its time.
 ///
 /// # Errors
 /// When the command is not installed, fails, or does not end in time.
 pub fn run<T: Send + 'static>(
     command: &[&str],
+    input: &str,
     limit: Duration,
-    read: impl FnOnce(&mut dyn BufRead) -> std::io::Result<T> + Send + 'static,
+    read: impl FnOnce(&mut dyn BufRead) -> io::Result<T> + Send + 'static,
 ) -> Result<T, Failure> {
-    let failed = |error: std::io::Error| Failure::Failed(error.to_string());
+    let failed = |error: io::Error| Failure::Failed(error.to_string());
     let (program, arguments) = command.split_first().ok_or(Failure::NotInstalled)?;
-    let mut child = Command::new(program)
-        .args(arguments)
-        .env("PATH", search_path())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(
-            |error| if error.kind() == std::io::ErrorKind::NotFound { Failure::NotInstalled } else { failed(error) },
-        )?;
+    let mut child = spawn(program, arguments, input)
+        .map_err(|error| if error.kind() == io::ErrorKind::NotFound { Failure::NotInstalled } else { failed(error) })?;
     let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(Failure::NotInstalled);
     };
@@ -61,7 +100,7 @@ pub fn run<T: Send + 'static>(
         let mut limited = BufReader::with_capacity(1 << 16, stdout.take(OUTPUT_MAX));
         let result = read(&mut limited);
         let is_cut = limited.get_ref().limit() == 0;
-        let _ = sender.send(if is_cut { Err(std::io::Error::other("it wrote more than 1 GiB")) } else { result });
+        let _ = sender.send(if is_cut { Err(io::Error::other("it wrote more than 1 GiB")) } else { result });
     });
     let (sender, errors) = mpsc::channel();
     thread::spawn(move || {
@@ -70,7 +109,7 @@ pub fn run<T: Send + 'static>(
         let _ = stderr.by_ref().take(ERRORS_MAX).read_to_end(&mut text);
         let _ = sender.send(String::from_utf8_lossy(&text).trim().to_owned());
         // It must not wait for somebody to read on.
-        let _ = std::io::copy(&mut stderr, &mut std::io::sink());
+        let _ = io::copy(&mut stderr, &mut io::sink());
     });
     let result = output.recv_timeout(limit);
     // Of one that fails the output makes no sense, and its own words do.
@@ -89,14 +128,19 @@ pub fn run<T: Send + 'static>(
     }
 }
 
-/// Standard output of a command, `None` when it is not installed, fails or does not end in time.
-pub fn output_of(command: &[&str]) -> Option<String> {
-    let text = run(command, LISTING, |output| {
+/// Everything that a command writes. Otherwise as [`run`].
+pub fn text_of(command: &[&str], input: &str, limit: Duration) -> Result<String, Failure> {
+    let text = run(command, input, limit, |output| {
         let mut text = Vec::new();
         output.read_to_end(&mut text)?;
         Ok(text)
     });
-    text.ok().map(|text| String::from_utf8_lossy(&text).into_owned())
+    text.map(|text| String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Standard output of a command, `None` when it is not installed, fails or does not end in time.
+pub fn output_of(command: &[&str]) -> Option<String> {
+    text_of(command, "", LISTING).ok()
 }
 
 #[cfg(test)]
@@ -114,20 +158,20 @@ mod tests {
     #[test]
     fn the_reason_of_a_failure_is_what_the_tool_wrote() {
         let _forks = crate::FORKS.blocking_lock();
-        let read = |output: &mut dyn BufRead| std::io::copy(output, &mut std::io::sink());
-        assert_eq!(run(&["kubelane-no-such-tool"], LISTING, read), Err(Failure::NotInstalled));
-        let failure = run(&["sh", "-c", "echo no rules >&2; exit 3"], LISTING, read);
+        let read = |output: &mut dyn BufRead| io::copy(output, &mut io::sink());
+        assert_eq!(run(&["kubelane-no-such-tool"], "", LISTING, read), Err(Failure::NotInstalled));
+        let failure = run(&["sh", "-c", "echo no rules >&2; exit 3"], "", LISTING, read);
         assert_eq!(failure, Err(Failure::Failed("no rules".to_owned())));
-        assert_eq!(run(&["echo", "abc"], LISTING, read), Ok(4));
-        let odd = |_: &mut dyn BufRead| Err::<(), _>(std::io::Error::other("odd"));
-        assert_eq!(run(&["echo", "abc"], LISTING, odd), Err(Failure::Failed("odd".to_owned())));
-        assert_eq!(run(&["sh", "-c", "echo no >&2; false"], LISTING, odd), Err(Failure::Failed("no".to_owned())));
+        assert_eq!(run(&["echo", "abc"], "", LISTING, read), Ok(4));
+        let odd = |_: &mut dyn BufRead| Err::<(), _>(io::Error::other("odd"));
+        assert_eq!(run(&["echo", "abc"], "", LISTING, odd), Err(Failure::Failed("odd".to_owned())));
+        assert_eq!(run(&["sh", "-c", "echo no >&2; false"], "", LISTING, odd), Err(Failure::Failed("no".to_owned())));
     }
 
     #[test]
     fn a_tool_that_hangs_is_ended() {
         let _forks = crate::FORKS.blocking_lock();
-        let read = |output: &mut dyn BufRead| std::io::copy(output, &mut std::io::sink());
-        assert_eq!(run(&["sleep", "600"], Duration::from_millis(50), read), Err(Failure::TooSlow));
+        let read = |output: &mut dyn BufRead| io::copy(output, &mut io::sink());
+        assert_eq!(run(&["sleep", "600"], "", Duration::from_millis(50), read), Err(Failure::TooSlow));
     }
 }

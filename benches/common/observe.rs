@@ -108,14 +108,17 @@ impl Eyes {
         began: Instant,
         check: &mut dyn FnMut() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        while map(&self.maps()?).lookup(key, MapFlags::ANY)?.is_none() {
+        loop {
+            let maps = self.maps()?;
+            if map(&maps).lookup(key, MapFlags::ANY)?.is_some() {
+                return Ok(());
+            }
             check()?;
             if began.elapsed() > PATIENCE {
-                bail!("a row of {:?} has not come within {PATIENCE:?}", map(&self.maps()?).name());
+                bail!("a row of {:?} has not come within {PATIENCE:?}", map(&maps).name());
             }
             std::thread::sleep(PAUSE);
         }
-        Ok(())
     }
 
     /// Waits until the maps know the cluster IP.

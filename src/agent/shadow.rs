@@ -125,7 +125,7 @@ fn servers(settings: &Shadow, app: &App) -> anyhow::Result<Vec<serve::Server>> {
     let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
     let server = |(flag, address, router)| {
         let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
-        Ok(serve::Server { flag, address, router, listener })
+        Ok(serve::Server { flag, address, router, listener, health: None })
     };
     wanted.map(server).collect()
 }

@@ -61,7 +61,8 @@ pub fn read(node: &Arc<Vec<Ipx>>) -> Result<Rules, Unreadable> {
     }
 }
 
-const NOT_INSTALLED: &str = "is not installed (kubelane's image has no tools: run the binary on the node itself)";
+const NOT_INSTALLED: &str =
+    "is not installed, neither here nor on the node (whose tools take hostPID and CAP_SYS_ADMIN from within an image)";
 
 fn read_iptables(variant: &[(&str, Option<&str>)], troubles: &mut BTreeSet<String>) -> Rules {
     let mut all = Rules::new(iptables::MODE);
@@ -69,7 +70,7 @@ fn read_iptables(variant: &[(&str, Option<&str>)], troubles: &mut BTreeSet<Strin
         if precondition.is_some_and(|path| std::fs::read(path).unwrap_or_default().is_empty()) {
             continue;
         }
-        match tool::run(&[command], LIMIT, move |output| iptables::parse(output, family)) {
+        match tool::run(&[command], "", LIMIT, move |output| iptables::parse(output, family)) {
             Ok(rules) => all.extend(rules),
             Err(failure) => note(troubles, iptables::MODE, command, failure),
         }
@@ -81,7 +82,7 @@ fn read_nftables(troubles: &mut BTreeSet<String>) -> Rules {
     let mut all = Rules::new(nftables::MODE);
     for (family, table) in FAMILIES {
         let command = ["nft", "-j", "list", "table", table, "kube-proxy"];
-        match tool::run(&command, LIMIT, move |output| nftables::parse(output, family)) {
+        match tool::run(&command, "", LIMIT, move |output| nftables::parse(output, family)) {
             Ok(rules) => all.extend(rules),
             Err(Failure::Failed(said)) if said.contains("No such file or directory") => {}
             Err(failure) => note(troubles, nftables::MODE, "nft", failure),

@@ -3,7 +3,6 @@
 //! leave them to it (`bpf/tracked.rs`).
 
 mod rules;
-mod tools;
 
 use std::fs;
 use std::time::Duration;
@@ -12,10 +11,13 @@ use anyhow::{Context as _, Result, bail};
 use tracing::{info, warn};
 
 use crate::serve::Stage;
+use crate::tool::{self, Failure};
 use tokio::sync::watch;
 
 /// Between two looks for a kube-proxy that has not ended yet, and after a failure.
 const AGAIN: Duration = Duration::from_secs(5);
+/// A change takes a fraction of a second even with ten thousand Services.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// What lists the rules of each variant and family, and what changes them; a file that must not be empty for it to be
 /// asked: iptables-legacy loads kernel modules when it is asked in vain.
 const IPTABLES: [(&str, &str, Option<&str>); 6] = [
@@ -86,24 +88,23 @@ fn remove_by_tools() -> Result<Vec<String>> {
         if precondition.is_some_and(|path| fs::read(path).unwrap_or_default().is_empty()) {
             continue;
         }
-        let Some(saved) = tools::run(&[save], "")? else { continue };
+        let Some(saved) = run_tool(&[save], "")? else { continue };
         has_iptables = true;
         let Some(removal) = rules::removal(&saved) else { continue };
-        tools::run(&[restore, "-w", "5", "--noflush"], &removal.script)?
-            .with_context(|| format!("no {restore} here"))?;
+        run_tool(&[restore, "-w", "5", "--noflush"], &removal.script)?.with_context(|| format!("no {restore} here"))?;
         removed.push(format!("{} chains ({save})", removal.chains));
         for chain in removal.kept {
             warn!("--takeover: chain {chain} stays, empty: rules of somebody else lead to it");
         }
     }
-    if let Some(chains) = tools::run(&["nft", "list", "chains"], "")? {
+    if let Some(chains) = run_tool(&["nft", "list", "chains"], "")? {
         let lines = || chains.lines().map(str::trim);
         if !has_iptables && lines().any(|line| line == "chain KUBE-SERVICES {") {
             bail!("iptables has made them, and is not installed here or on the node");
         }
         for family in ["ip", "ip6"] {
             if lines().any(|line| line == format!("table {family} kube-proxy {{")) {
-                tools::run(&["nft", "delete", "table", family, "kube-proxy"], "")?;
+                run_tool(&["nft", "delete", "table", family, "kube-proxy"], "")?;
                 removed.push(format!("nftables table {family} kube-proxy"));
             }
         }
@@ -114,15 +115,25 @@ fn remove_by_tools() -> Result<Vec<String>> {
     Ok(removed)
 }
 
+/// Its standard output. `None`: it is not installed here or on the node.
+fn run_tool(command: &[&str], input: &str) -> Result<Option<String>> {
+    match tool::text_of(command, input, PATIENCE) {
+        Ok(text) => Ok(Some(text)),
+        Err(Failure::NotInstalled) => Ok(None),
+        Err(Failure::TooSlow) => bail!("{} has not ended after {} s", command.join(" "), PATIENCE.as_secs()),
+        Err(Failure::Failed(said)) => bail!("{} failed: {said}", command.join(" ")),
+    }
+}
+
 /// All of them, as kube-proxy does: its mode has no others beside it. And its sets of addresses.
 fn remove_virtual_servers() -> Result<Vec<String>> {
     if !fs::exists(format!("/sys/class/net/{IPVS_DEVICE}")).unwrap_or(false) {
         return Ok(Vec::new());
     }
-    tools::run(&["ipvsadm", "--clear"], "")?.context("IPVS has virtual servers, and ipvsadm is not installed")?;
-    let sets = tools::run(&["ipset", "list", "-name"], "")?.unwrap_or_default();
+    run_tool(&["ipvsadm", "--clear"], "")?.context("IPVS has virtual servers, and ipvsadm is not installed")?;
+    let sets = run_tool(&["ipset", "list", "-name"], "")?.unwrap_or_default();
     for set in sets.lines().filter(|set| set.starts_with("KUBE-")) {
-        tools::run(&["ipset", "destroy", set], "")?;
+        run_tool(&["ipset", "destroy", set], "")?;
     }
     Ok(vec!["IPVS virtual servers".to_owned()])
 }
