@@ -2,10 +2,11 @@
 //! for it. See bpf/probe.h.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::batch::Batches;
@@ -108,8 +109,11 @@ fn secret(map: &MapHandle) -> Result<[u64; 2]> {
     if let Some(state) = known.filter(|state| state.secret != [0; 2]) {
         return Ok(state.secret);
     }
-    let mut bytes = [0; 16];
-    getrandom::fill(&mut bytes).context("the kernel gives no random bytes")?;
+    let mut bytes = [0u8; 16];
+    // Not the crate of this name: in a static binary it takes /dev/urandom, which an image does not have.
+    // SAFETY: `bytes` has room for as many as are asked for, and outlives the call.
+    let given = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    ensure!(given == bytes.len() as isize, "the kernel gives no random bytes: {}", io::Error::last_os_error());
     let secret = bytemuck::cast(bytes);
     let state = ProbeState { alive_ns: 0, secret };
     map.update(&STATE, bytemuck::bytes_of(&state), MapFlags::ANY).context("cannot write the map probe_state")?;
