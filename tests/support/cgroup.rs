@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use nix::sys::signal::{Signal, kill};
@@ -62,8 +62,18 @@ impl MemoryGroup {
         self.path.join(if self.is_v2 { v2 } else { v1 })
     }
 
-    /// Leaves room for so many bytes more than are in use, once nothing of that can be given back.
+    /// Leaves room for so many bytes more than are in use, once nothing of that can be given back. Programs, maps and rows
+    /// that nobody has any more are freed a moment later.
     pub fn leave(&self, room: u64) -> anyhow::Result<()> {
+        const SETTLED: Duration = Duration::from_secs(1);
+        let (mut least, mut since) = (self.usage()?, Instant::now());
+        while since.elapsed() < SETTLED {
+            std::thread::sleep(SETTLED / 20);
+            let now = self.usage()?;
+            if now < least {
+                (least, since) = (now, Instant::now());
+            }
+        }
         // Fails when not all can be.
         let _ = fs::write(self.file("memory.force_empty", "memory.reclaim"), if self.is_v2 { "1G" } else { "0" });
         self.limit(Some(self.usage()? + room))

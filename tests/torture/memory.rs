@@ -54,7 +54,7 @@ fn maps_without_memory_are_told_of_what_is_there_is_served_and_the_rest_comes_wi
     let daemon = Daemon::start(&cluster.lab, "node1", &cluster.manifests.dir).unwrap();
     with_traffic_of(&cluster, Whose::AllButNewFromOutside, "no memory for maps", || {
         let at = logged(&cluster, 0).len();
-        group.leave(256 << 10).unwrap();
+        group.leave(64 << 10).unwrap();
         cluster.manifests.save("many", &large_world(&cluster, FEW));
         let is_told = || logged(&cluster, at).contains("map entries (map ");
         assert!(eventually(PATIENCE, is_told), "{}", logged(&cluster, at));
