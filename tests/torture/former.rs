@@ -1,5 +1,5 @@
-//! The former version's daemon, for tests of upgrades: its BPF object is in `data/v2`, and a stand-in loads, fills and attaches
-//! it. `KUBELANE_FORMER=FILE` takes that version's real daemon in its place.
+//! The former version's daemon, for tests of upgrades: its BPF object is in `data/v2` (compiled from the last sources with
+//! ABI_VERSION 2, without debug information), and a stand-in loads, fills and attaches it. `KUBELANE_FORMER=FILE` takes that version's real daemon in its place.
 
 use std::ffi::CString;
 use std::fs;
