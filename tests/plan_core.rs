@@ -210,6 +210,24 @@ fn five_thousand_endpoints_in_one_service_are_all_served() {
 }
 
 #[test]
+fn a_map_that_could_not_grow_is_waited_for_and_not_called_full() {
+    let services = [service("a", "10.96.0.1"), service("b", "10.96.0.2")];
+    let slices = [slice("a-1", "a", hosts(0..1)), slice("b-1", "b", hosts(1..2))];
+    let mut bench = Bench { kernel: ModelKernel::default(), core: new_core() };
+    bench.kernel.room.insert(MapName::Frontends, 1);
+    list(&mut bench.core, services, slices);
+    let report = bench.sync();
+    assert_eq!((report.failures.len(), report.rows_without_room, report.waits), (1, 0, true));
+    assert_eq!(report.warnings, [], "no flag would help");
+    assert_eq!(bench.inside("10.96.0.1", 80).len(), 1);
+
+    bench.kernel.room.clear();
+    let report = bench.sync();
+    assert_eq!((report.failures.len(), report.waits), (0, false));
+    assert_eq!(bench.inside("10.96.0.2", 80).len(), 1);
+}
+
+#[test]
 fn a_full_map_is_warned_of_with_its_remedy_and_the_rest_goes_on() {
     // Three backends (index 0 is never used), plenty of slots.
     let services = [service("a", "10.96.0.1"), service("b", "10.96.0.2")];

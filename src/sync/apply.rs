@@ -272,7 +272,8 @@ impl<'a> Applier<'a> {
             let mut missed = HashSet::default();
             for failure in failures {
                 missed.insert(failure.row);
-                if failure.is_full() {
+                // A map that may grow and could not is short of memory, which is nobody's quota.
+                if failure.is_full() && self.io.size(map) >= self.io.capacity(map) {
                     self.full.insert(map);
                     self.report.rows_without_room += 1;
                 }

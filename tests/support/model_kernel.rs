@@ -24,6 +24,8 @@ pub struct ModelKernel {
     pub addresses: BTreeMap<[u8; 16], u32>,
     pub source_ranges: BTreeMap<SourceRangeKey, u32>,
     pub capacity: BTreeMap<MapName, u32>,
+    /// Of maps that could not grow so far: how many rows they have room for.
+    pub room: BTreeMap<MapName, u32>,
     /// What the kernel's clock says; the test moves it.
     pub now: Instant,
     /// Decides for each row whether it fails.
@@ -64,6 +66,7 @@ impl ModelKernel {
             addresses: BTreeMap::new(),
             source_ranges: BTreeMap::new(),
             capacity: capacity.into(),
+            room: BTreeMap::new(),
             now: Instant::now(),
             fails: Box::new(|_| false),
             calls: Vec::new(),
@@ -84,7 +87,7 @@ impl ModelKernel {
     }
 
     fn put(&mut self, map: MapName, key: &[u8], value: &[u8]) -> io::Result<()> {
-        let full = |len: usize, known: bool| !known && len >= self.capacity[&map] as usize;
+        let full = |len: usize, known: bool| !known && len >= self.size(map) as usize;
         match map {
             MapName::Services => {
                 let id = number(key);
@@ -360,5 +363,9 @@ impl MapIo for ModelKernel {
 
     fn capacity(&self, map: MapName) -> u32 {
         self.capacity[&map]
+    }
+
+    fn size(&self, map: MapName) -> u32 {
+        self.room.get(&map).copied().unwrap_or(self.capacity[&map])
     }
 }
