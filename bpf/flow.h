@@ -253,8 +253,9 @@ static __always_inline void flow_judge_flags(const struct packet *packet, const 
 		*clear |= FLOW_RESET;
 	if (!(packet->tcp_flags & (TCP_FIN | TCP_RST)))
 		return;
-	if (flow->sequence && !sequence_is_near(packet->sequence, flow->sequence) &&
-	    (!config.tcp_be_liberal || (packet->tcp_flags & TCP_RST)))
+	/* Where nothing is known a FIN counts, as it does for the liberal, and a reset does not. */
+	if (!sequence_is_near(packet->sequence, flow->sequence) &&
+	    ((flow->sequence && !config.tcp_be_liberal) || (packet->tcp_flags & TCP_RST)))
 		return;
 	*set |= packet->tcp_flags & TCP_RST ? FLOW_RESET : FLOW_FIN;
 }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /*
  * Health probes of load balancers, answered in the place of the daemon's sockets, which go with its process: programs and
- * maps stay. The daemon writes each answer before anybody asks, and vouches for all of them once a second. Answers that
+ * maps stay. The daemon writes each answer before anybody asks, and vouches for all of them twice a second. Answers that
  * nobody vouches for are not given: the packets go to the host's stack, as all others do.
  *
  * A connection leaves no trace here. Its client sends everything again that gets no answer, and each segment says where the
