@@ -48,8 +48,7 @@ impl RouteEpoch {
 }
 
 pub(super) fn open(pin_path: &Path) -> Result<MapHandle> {
-    let path = pinned::maps_directory(pin_path).join("epochs");
-    MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+    pinned::open_map(pin_path, "epochs")
 }
 
 /// Counts an element up. Each has one writer.

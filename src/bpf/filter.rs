@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::pinned;
@@ -51,9 +51,7 @@ pub(super) struct WireFilter {
 
 impl WireFilter {
     pub fn open(pin_path: &Path) -> Result<WireFilter> {
-        let path = pinned::maps_directory(pin_path).join("wire_filter");
-        let map = MapHandle::from_pinned_path(&path)
-            .with_context(|| format!("cannot open the pinned map {}", path.display()))?;
+        let map = pinned::open_map(pin_path, "wire_filter")?;
         Ok(WireFilter { map, known: Vec::new(), ports: BTreeSet::new(), new_ports: BTreeSet::new() })
     }
 

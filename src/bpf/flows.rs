@@ -135,10 +135,7 @@ impl FlowCollector {
         shares: [u64; 2],
         wanted: FlowLimits,
     ) -> Result<FlowCollector> {
-        let open = |name: &str| {
-            let path = pinned::maps_directory(pin_path).join(name);
-            MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
-        };
+        let open = |name: &str| pinned::open_map(pin_path, name);
         let table = |name: &str| -> Result<Table> {
             let map = open(name)?;
             Ok(Table { batches: Batches::new(&map), map, seen: Seen::default(), last: None })

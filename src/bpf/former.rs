@@ -3,6 +3,8 @@
 //! Rows of Services, affinities and connected sockets are the same bytes in both, so that both versions use the same maps.
 //! Flows are translated, one by one.
 
+use std::fs;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -10,7 +12,7 @@ use bytemuck::{Pod, Zeroable};
 use libbpf_rs::{MapCore as _, MapHandle};
 
 use super::batch::Batches;
-use super::pinned;
+use super::{link, pinned};
 use crate::abi::flow_flag::{FLOW_AFFINE, FLOW_FIN, FLOW_FIN_FIRST, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
 use crate::abi::flow_state::{FLOW_SECOND_MASK, FLOW_SECOND_SHIFT};
 use crate::abi::flow_way::WAY_ROUTED;
@@ -71,8 +73,19 @@ pub(super) struct Former {
 impl Former {
     /// `None`: there is none.
     pub fn open(pin_path: &Path) -> Option<Former> {
-        let directory = pin_path.join(NAME);
-        directory.join("maps").join("frontends").exists().then_some(Former { directory })
+        let former = Former { directory: pin_path.join(NAME) };
+        former.mark().exists().then_some(former)
+    }
+
+    /// As long as this is pinned there is something to take over.
+    fn mark(&self) -> PathBuf {
+        self.directory.join("maps").join("frontends")
+    }
+
+    /// All of it has been taken over: what is left is only to be removed, in whatever order.
+    pub fn close(&self) -> Result<()> {
+        let mark = self.mark();
+        fs::remove_file(&mark).with_context(|| format!("cannot remove {}", mark.display()))
     }
 
     pub fn name(&self) -> &'static str {
@@ -84,8 +97,7 @@ impl Former {
     }
 
     fn map(&self, name: &str) -> Result<MapHandle> {
-        let path = self.directory.join("maps").join(name);
-        MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+        pinned::open_map_at(&self.directory.join("maps").join(name))
     }
 
     /// Pins the maps that both versions have in `directory`, where there is none of that name yet.
@@ -93,7 +105,7 @@ impl Former {
         for name in SAME {
             let path = directory.join(name);
             if !path.exists() {
-                super::link::pin(std::os::fd::AsFd::as_fd(&self.map(name)?), &path)?;
+                link::pin(self.map(name)?.as_fd(), &path)?;
             }
         }
         Ok(())
@@ -114,23 +126,21 @@ impl Former {
         self.map("datagram_tables")
     }
 
-    /// All flows that can go on, both rows of each.
-    pub fn flows(&self, affine: &HashSet<u32>) -> Result<Vec<(FlowKey, Flow)>> {
+    /// The flows that both ends have proved, or all others that can go on: replies' rows first, as the programs make them.
+    pub fn flows(&self, is_proved: bool, affine: &HashSet<u32>) -> Result<Vec<(FlowKey, Flow)>> {
         let mut flows = Vec::new();
-        for (name, is_proved) in [("flows", true), ("new_flows", false)] {
-            each(&self.map(name)?, |key: FlowKey, row: FormerFlow| {
-                flows
-                    .extend(translate(&key, &row, is_proved, affine.contains(&row.service_id)).map(|flow| (key, flow)));
-            })?;
-        }
+        each(&self.map(if is_proved { "flows" } else { "new_flows" })?, |key: FlowKey, row: FormerFlow| {
+            let flow = translate(&key, &row, is_proved, affine.contains(&row.service_id));
+            flows.extend(flow.map(|flow| (key, flow)));
+        })?;
+        flows.sort_by_key(|(_, flow)| !flow.has(FLOW_REPLY));
         Ok(flows)
     }
 }
 
 /// Ids of Services that remember their clients.
 pub(super) fn affine_services(pin_path: &Path) -> Result<HashSet<u32>> {
-    let path = pinned::maps_directory(pin_path).join("frontends");
-    let map = MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let map = pinned::open_map(pin_path, "frontends")?;
     let mut affine = HashSet::default();
     each(&map, |_: FrontendKey, row: Frontend| {
         if row.affinity_seconds > 0 {

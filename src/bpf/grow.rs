@@ -11,18 +11,19 @@
 //! somebody has just taken it off for instance, is attached anew by the next look at the attachments.)
 
 use std::collections::HashMap;
+use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use libbpf_rs::skel::{OpenSkel as _, Skel as _};
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType};
 
 use super::attach::SocketHooks;
-use super::batch::Batches;
+use super::batch::{self, Batches};
 use super::devices::{Programs, SharedPrograms};
 use super::flows::SharedProgram;
 use super::link;
@@ -144,11 +145,7 @@ impl Grower {
 /// The rows of `from`; `to` is empty. Rows of zeros are none in an array.
 fn copy(from: &MapHandle, to: &MapHandle) -> Result<()> {
     if from.map_type() == MapType::LpmTrie {
-        // Without batches before 5.16.
-        for key in from.keys() {
-            let value = from.lookup(&key, MapFlags::ANY)?.context("a row vanished")?;
-            to.update(&key, &value, MapFlags::ANY)?;
-        }
+        batch::each_by_key(from, |key, value| to.update(key, value, MapFlags::ANY).map_err(io::Error::other))?;
         return Ok(());
     }
     let is_array = from.map_type() == MapType::Array;
@@ -161,22 +158,11 @@ fn copy(from: &MapHandle, to: &MapHandle) -> Result<()> {
             keys.extend_from_slice(key);
             values.extend_from_slice(value);
         }
-        let mut count = (keys.len() / from.key_size() as usize) as u32;
-        let wanted = count;
-        if wanted > 0 {
-            // SAFETY: both lists hold `count` rows of the map's sizes, and outlive the call, which only reads them.
-            let result = unsafe {
-                libbpf_sys::bpf_map_update_batch(
-                    to.as_fd().as_raw_fd(),
-                    keys.as_ptr().cast(),
-                    values.as_ptr().cast(),
-                    &mut count,
-                    std::ptr::null(),
-                )
-            };
-            if result != 0 || count != wanted {
-                bail!("{} of {wanted} rows written: {}", count, std::io::Error::from_raw_os_error(-result));
-            }
+        let rows = keys.len() / from.key_size() as usize;
+        if rows > 0
+            && let (written, Some(error)) = batch::write(to, &keys, &values, rows)
+        {
+            return Err(error).with_context(|| format!("{written} of {rows} rows written"));
         }
         if batch.ended {
             return Ok(());

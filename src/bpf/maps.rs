@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use tracing::{debug, info, warn};
 
-use super::batch::Batches;
+use super::batch::{self, Batches};
 use super::epochs;
 use super::filter::WireFilter;
 use super::grow::Grower;
@@ -48,11 +48,7 @@ impl Maps {
     /// Opens the maps pinned below `pin_path`. Fails with a remedy when nothing is pinned there.
     pub fn open(pin_path: &Path) -> Result<Maps> {
         pinned::expect_state(pin_path)?;
-        let directory = pinned::maps_directory(pin_path);
-        let open = |name: &str| {
-            let path = directory.join(name);
-            MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
-        };
+        let open = |name: &str| pinned::open_map(pin_path, name);
         let handles = MapName::ALL.iter().map(|name| Ok((*name, open(name.as_str())?))).collect::<Result<_>>()?;
         let (counters, epochs) = (open("counters")?, epochs::open(pin_path)?);
         let (filter, tracked) = (Arc::new(Mutex::new(WireFilter::open(pin_path)?)), Tracked::open(pin_path)?);
@@ -156,70 +152,31 @@ impl Maps {
         (0..rows).filter_map(failed).collect()
     }
 
-    /// Also for tries. Nobody else writes them while the daemon holds the pins, so that no key vanishes in between.
+    /// Also for tries.
     fn dump_by_keys(&mut self, map: MapName, each: &mut dyn FnMut(&[u8], &[u8])) -> io::Result<()> {
-        let handle = self.handle(map);
-        let fd = handle.as_fd().as_raw_fd();
-        let mut key = vec![0u8; handle.key_size() as usize];
-        let mut next = key.clone();
-        let mut calls = 0;
-        loop {
-            let input = if calls > 0 { key.as_ptr().cast() } else { std::ptr::null() };
-            // SAFETY: `key` and `next` have the map's key size and outlive the call.
-            let result = unsafe { libbpf_sys::bpf_map_get_next_key(fd, input, next.as_mut_ptr().cast()) };
-            calls += 1;
-            if result == -libc::ENOENT {
-                break;
-            }
-            if result != 0 {
-                return Err(io::Error::from_raw_os_error(-result));
-            }
-            std::mem::swap(&mut key, &mut next);
-            let value = handle.lookup(&key, MapFlags::ANY).map_err(io::Error::other)?;
-            each(&key, &value.ok_or_else(|| io::Error::other("a row vanished while the map was read"))?);
-        }
-        self.syscalls += 2 * calls;
+        self.syscalls += batch::each_by_key(self.handle(map), |key, value| {
+            each(key, value);
+            Ok(())
+        })?;
         Ok(())
     }
 
     /// One batch; returns how many leading rows the kernel took, and the error that stopped it.
     fn write_batch(&mut self, map: MapName, keys: &[u8], values: &[u8], rows: usize) -> (usize, Option<io::Error>) {
         self.syscalls += 1;
-        let fd = self.handle(map).as_fd().as_raw_fd();
-        let mut count = rows as u32;
-        // SAFETY: `keys` and `values` hold `rows` rows of the map's key and value sizes (asserted by the caller), and
-        // outlive the call; the kernel only reads them.
-        let result = unsafe {
-            libbpf_sys::bpf_map_update_batch(
-                fd,
-                keys.as_ptr().cast(),
-                values.as_ptr().cast(),
-                &mut count,
-                std::ptr::null(),
-            )
-        };
-        processed(result, count, rows)
+        batch::write(self.handle(map), keys, values, rows)
     }
 
     fn delete_batch(&mut self, map: MapName, keys: &[u8], rows: usize) -> (usize, Option<io::Error>) {
         self.syscalls += 1;
         let fd = self.handle(map).as_fd().as_raw_fd();
         let mut count = rows as u32;
-        // SAFETY: as in `write_batch`.
+        // SAFETY: `keys` holds `rows` keys of the map (asserted by the caller), and outlives the call; the kernel only
+        // reads them.
         let result =
             unsafe { libbpf_sys::bpf_map_delete_batch(fd, keys.as_ptr().cast(), &mut count, std::ptr::null()) };
-        processed(result, count, rows)
+        batch::processed(result, count, rows)
     }
-}
-
-/// libbpf returns -errno and the kernel's count. A count that is still the whole batch beside an error means that the
-/// kernel gave up before it began (generic_map_update_batch leaves it so when it has no memory): no row was taken.
-fn processed(result: i32, count: u32, rows: usize) -> (usize, Option<io::Error>) {
-    if result == 0 {
-        return (rows, None);
-    }
-    let taken = if count as usize >= rows { 0 } else { count as usize };
-    (taken, Some(io::Error::from_raw_os_error(-result)))
 }
 
 /// Runs `batch(first, rows)` over all rows; the row that stops a batch is judged by `verdict`, and the rest goes on

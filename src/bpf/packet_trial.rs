@@ -42,11 +42,7 @@ pub struct PacketTrial {
 
 impl PacketTrial {
     pub fn open(pin_path: &Path) -> Result<PacketTrial> {
-        let directory = pinned::maps_directory(pin_path);
-        let open = |name: &str| {
-            let path = directory.join(name);
-            MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
-        };
+        let open = |name: &str| pinned::open_map(pin_path, name);
         Ok(PacketTrial { filter: open("wire_filter")?, frontends: open("frontends")?, fragments: open("fragments")? })
     }
 

@@ -12,6 +12,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use libbpf_rs::MapHandle;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
@@ -31,6 +32,18 @@ pub fn abi_directory(pin_path: &Path) -> PathBuf {
 
 pub fn maps_directory(pin_path: &Path) -> PathBuf {
     abi_directory(pin_path).join("maps")
+}
+
+/// The map `name` of this ABI version.
+///
+/// # Errors
+/// When it is not there, or the kernel refuses.
+pub(super) fn open_map(pin_path: &Path, name: &str) -> Result<MapHandle> {
+    open_map_at(&maps_directory(pin_path).join(name))
+}
+
+pub(super) fn open_map_at(path: &Path) -> Result<MapHandle> {
+    MapHandle::from_pinned_path(path).with_context(|| format!("cannot open the pinned map {}", path.display()))
 }
 
 /// Fails with a remedy when nothing of this ABI version is pinned there.

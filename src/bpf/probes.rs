@@ -38,10 +38,7 @@ pub fn clock_ns() -> u64 {
 
 impl ProbeRows {
     pub(super) fn open(pin_path: &Path, filter: Arc<Mutex<WireFilter>>) -> Result<ProbeRows> {
-        let open = |name: &str| {
-            let path = pinned::maps_directory(pin_path).join(name);
-            MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
-        };
+        let open = |name: &str| pinned::open_map(pin_path, name);
         let (rows, state) = (open("probes")?, open("probe_state")?);
         let secret = secret(&state)?;
         Ok(ProbeRows { rows, state, filter, secret, known: None })

@@ -26,10 +26,7 @@ impl PinnedMap {
     /// When nothing is pinned there, what is pinned is another version's, or the kernel refuses.
     pub fn open(pin_path: &Path, name: &'static str) -> Result<PinnedMap> {
         pinned::expect_state(pin_path)?;
-        let path = pinned::maps_directory(pin_path).join(name);
-        let map = MapHandle::from_pinned_path(&path)
-            .with_context(|| format!("cannot open the pinned map {}", path.display()))?;
-        Ok(PinnedMap { name, map })
+        Ok(PinnedMap { name, map: pinned::open_map(pin_path, name)? })
     }
 
     /// Rows that fit.

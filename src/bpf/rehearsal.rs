@@ -224,8 +224,7 @@ fn arrange(skeleton: &mut OpenKubelaneSkel<'_>, pin_path: &Path) -> Result<Vec<(
         if READ_ONLY.contains(&name.as_str()) {
             map.reuse_pinned_map(&pin).with_context(|| format!("cannot use the pinned map {}", pin.display()))?;
         } else if pin.exists() && map.max_entries() > 0 {
-            let theirs = MapHandle::from_pinned_path(&pin);
-            let theirs = theirs.with_context(|| format!("cannot open the pinned map {}", pin.display()))?;
+            let theirs = pinned::open_map_at(&pin)?;
             map.set_max_entries(theirs.max_entries()).with_context(|| format!("cannot size the map {name}"))?;
             live.extend(COPIED.iter().find(|copied| **copied == name).map(|name| (*name, theirs)));
         }

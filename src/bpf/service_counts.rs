@@ -186,8 +186,7 @@ impl ServiceCounts {
         }
         rows.sort_unstable_by(|a, b| b.cmp(a));
         rows.truncate(most);
-        let names = MapHandle::from_pinned_path(&self.names);
-        let names = names.with_context(|| format!("cannot open {}", self.names.display()))?;
+        let names = pinned::open_map_at(&self.names)?;
         let mut named = Vec::with_capacity(rows.len());
         for (_, id, [connections, refused @ ..]) in rows {
             let name = names.lookup(&id, MapFlags::ANY).context("cannot read the names of Services")?;

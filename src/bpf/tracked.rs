@@ -58,9 +58,7 @@ pub(super) struct Tracked(MapHandle);
 
 impl Tracked {
     pub fn open(pin_path: &Path) -> Result<Tracked> {
-        let path = pinned::maps_directory(pin_path).join("outgoing");
-        let map = MapHandle::from_pinned_path(&path);
-        map.map(Tracked).with_context(|| format!("cannot open the pinned map {}", path.display()))
+        pinned::open_map(pin_path, "outgoing").map(Tracked)
     }
 
     /// Notes what `wanted` says of all that is tracked now. Returns how many connections there were.

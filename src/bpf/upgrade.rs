@@ -6,17 +6,17 @@
 //! | 2 the others are made and filled: filters, devices, flows | the former programs |
 //! | 3 links move to this version's directory, and each gets this version's program, atomically | both: Services are in the same maps, and each has all flows up to step 2 |
 //! | 4 flows that began between 2 and 3 follow | this version's programs |
-//! | 5 the former directory goes | this version's programs |
+//! | 5 the former directory goes, its map `frontends` first | this version's programs |
 //!
-//! As long as the former directory is there, a start does all of this again; each step leaves alone what is done. So it may
-//! be killed at any point. What is lost: the handshake of a TCP connection from outside that is under way at step 3 (its
+//! As long as that map is pinned there, a start does all of this again; each step leaves alone what is done. Its removal is
+//! the commit, one unlink(2). So a start may be killed at any point. What is lost: the handshake of a TCP connection from outside that is under way at step 3 (its
 //! client asks again within a second), and the answer to an unconnected socket's first datagram to a Service, likewise.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle};
+use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
 
 use super::devices::SharedPrograms;
 use super::filter::WireFilter;
@@ -65,13 +65,13 @@ impl<'p> Upgrade<'p> {
         programs.take_over(&self.devices);
         self.carry_datagrams();
         self.copy_flows().context("copying the flows of an earlier version")?;
+        self.former.close()?;
         tracing::info!(flows = self.flows / 2, "took over the state of map ABI {}", self.former.name());
         Ok(())
     }
 
     fn map(&self, name: &str) -> Result<MapHandle> {
-        let path = pinned::maps_directory(self.pin_path).join(name);
-        MapHandle::from_pinned_path(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+        pinned::open_map(self.pin_path, name)
     }
 
     /// That of this version knows more.
@@ -95,26 +95,32 @@ impl<'p> Upgrade<'p> {
         Ok(())
     }
 
-    /// Those that are not here yet. A flow that has begun here since is left alone.
+    /// Those that are not here yet. A flow that has begun here since is left alone. Proved ones all have room, as both versions
+    /// have as much for them; of the others as many come along as fit.
     fn copy_flows(&mut self) -> Result<()> {
         let (flows4, flows6) = (self.map("flows4")?, self.map("flows6")?);
         let filter = ReplyFilter::open(&self.map("ports")?)?;
         let affine = former::affine_services(self.pin_path)?;
-        let mut proved = [0u64; 2];
-        let mut flows = self.former.flows(&affine)?;
-        // Replies before requests, as the programs do.
-        flows.sort_by_key(|(_, flow)| !flow.has(FLOW_REPLY));
-        for (key, flow) in flows {
+        let (mut proved, mut without_room) = ([0u64; 2], 0);
+        let all = [self.former.flows(true, &affine)?, self.former.flows(false, &affine)?];
+        for (key, flow) in all.into_iter().flatten() {
             filter.note_flow(&key, &flow);
             let created = match Ipx(key.ends.destination).family() {
                 Family::Ipv4 => create(&flows4, bytemuck::bytes_of(&FlowKey4::from(key)), &flow)?,
                 Family::Ipv6 => create(&flows6, bytemuck::bytes_of(&key), &flow)?,
             };
-            self.flows += usize::from(created);
-            if created && !flow.has(FLOW_REPLY) && flow.has(FLOW_PROVED) {
-                let is_tcp = key.protocol == Protocol::Tcp as u8;
-                proved[if is_tcp { FLOW_CLASS_TCP } else { FLOW_CLASS_OTHER } as usize] += 1;
+            match created {
+                Created::Yes if !flow.has(FLOW_REPLY) && flow.has(FLOW_PROVED) => {
+                    let is_tcp = key.protocol == Protocol::Tcp as u8;
+                    proved[if is_tcp { FLOW_CLASS_TCP } else { FLOW_CLASS_OTHER } as usize] += 1;
+                }
+                Created::Yes | Created::WasThere => {}
+                Created::NoRoom => without_room += 1,
             }
+            self.flows += usize::from(created == Created::Yes);
+        }
+        if without_room > 0 {
+            tracing::warn!("{without_room} entries of flows found no room: these begin anew");
         }
         let counts = self.map("flow_counts")?;
         for (class, added) in (0u32..).zip(proved).filter(|(_, added)| *added > 0) {
@@ -159,11 +165,20 @@ impl<'p> Upgrade<'p> {
     }
 }
 
-/// False: there is one with this key.
-fn create(map: &MapHandle, key: &[u8], flow: &Flow) -> Result<bool> {
-    match map.update(key, bytemuck::bytes_of(flow), MapFlags::NO_EXIST) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(error).context("writing a flow"),
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Created {
+    Yes,
+    WasThere,
+    NoRoom,
+}
+
+fn create(map: &MapHandle, key: &[u8], flow: &Flow) -> Result<Created> {
+    let Err(error) = map.update(key, bytemuck::bytes_of(flow), MapFlags::NO_EXIST) else { return Ok(Created::Yes) };
+    let errno = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>()?.raw_os_error();
+    let error = anyhow::Error::from(error);
+    match error.chain().find_map(errno) {
+        Some(libc::EEXIST) => Ok(Created::WasThere),
+        Some(libc::E2BIG) => Ok(Created::NoRoom),
+        _ => Err(error).context("writing a flow"),
     }
 }

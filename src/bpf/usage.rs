@@ -19,11 +19,7 @@ pub struct MapUsage(Vec<(&'static str, MapHandle)>);
 impl MapUsage {
     /// Opens the maps pinned below `pin_path`.
     pub fn open(pin_path: &Path) -> Result<MapUsage> {
-        let open = |name: &'static str| {
-            let path = pinned::maps_directory(pin_path).join(name);
-            let map = MapHandle::from_pinned_path(&path);
-            Ok((name, map.with_context(|| format!("cannot open the pinned map {}", path.display()))?))
-        };
+        let open = |name: &'static str| Ok((name, pinned::open_map(pin_path, name)?));
         Ok(MapUsage(MAPS.into_iter().map(open).collect::<Result<_>>()?))
     }
 
