@@ -495,8 +495,8 @@ fn a_difference_is_logged_and_measured_and_the_node_stays_as_it_is() {
     });
 }
 
-/// 10,000 Services with 10 endpoints each, in IPv4.
-fn many() -> World {
+/// So many Services with 10 endpoints each, in IPv4.
+fn many(services: u32) -> World {
     let service = |number: u32| {
         let end = |n: u32| {
             let ip = std::net::Ipv4Addr::from_bits(0x0af4_0000 + number * 10 + n);
@@ -509,14 +509,15 @@ fn many() -> World {
             ..service("", 1, &[])
         }
     };
-    World { services: (1..=10_000).map(service).collect(), ..World::default() }
+    World { services: (1..=services).map(service).collect(), ..World::default() }
 }
 
-/// For figures: `cargo test --release --test shadow many -- --ignored --nocapture`.
+/// For figures: `KUBELANE_SERVICES=10000 cargo test --release --features lab --test shadow many -- --nocapture`.
 fn many_services_are_compared(mode: Mode) {
+    let services = std::env::var("KUBELANE_SERVICES").map_or(500, |text| text.parse().expect("a number of Services"));
     beside(mode, || {
         let began = Instant::now();
-        let world = many();
+        let world = many(services);
         mode.load(&world);
         let loaded = began.elapsed();
         let directory = tempfile::tempdir().unwrap();
@@ -530,7 +531,7 @@ fn many_services_are_compared(mode: Mode) {
         println!("{mode:?}: loaded in {loaded:?}, compared {:?} after the start\n{stderr}", began.elapsed());
         assert_eq!(
             (code, stdout.as_str()),
-            (Some(0), &*format!("10000 Service ports compared with {} rules, 0 differ\n", mode.name()))
+            (Some(0), &*format!("{services} Service ports compared with {} rules, 0 differ\n", mode.name()))
         );
     });
 }
@@ -543,13 +544,11 @@ fn single_stack(mut object: Value) -> Value {
 }
 
 #[test]
-#[ignore = "takes a minute or more"]
 fn many_services_are_compared_with_iptables_rules() {
     many_services_are_compared(Mode::Iptables);
 }
 
 #[test]
-#[ignore = "takes a minute or more"]
 fn many_services_are_compared_with_nftables_rules() {
     many_services_are_compared(Mode::Nftables);
 }

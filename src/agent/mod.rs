@@ -185,13 +185,24 @@ fn servers(settings: &Settings, app: &App, worker: &mpsc::Sender<Request>) -> an
         let (pins, ask) = (settings.datapath.pin_path.clone(), ask::within(worker.clone()));
         Page::new(pins, Arc::clone(&app.metrics), ask, address)
     });
+    servers_at([settings.healthz, settings.metrics], app, page, settings.bind_hard_fail)
+}
+
+/// `addresses`: of health, and of metrics.
+fn servers_at(
+    addresses: [Option<SocketAddr>; 2],
+    app: &App,
+    page: Option<Arc<Page>>,
+    bind_hard_fail: bool,
+) -> anyhow::Result<Vec<serve::Server>> {
+    let [healthz, metrics] = addresses;
     let all = [
-        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
-        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone(), page)),
+        (HEALTHZ_FLAG, healthz, serve::health_router(app.clone())),
+        (METRICS_FLAG, metrics, serve::metrics_router(app.clone(), page)),
     ];
     let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
     let server = |(flag, address, router)| {
-        let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
+        let listener = bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
         let health = (flag == HEALTHZ_FLAG).then(|| Arc::clone(&app.health));
         Ok(serve::Server { flag, address, router, listener, health })
     };

@@ -18,7 +18,7 @@ use crate::bpf;
 use crate::model::{Change, Ipx, Kind, Masquerade};
 use crate::netdev::{self, Network, NodePortAddresses};
 use crate::objects::{self, SourceStatus};
-use crate::serve::{self, App, HEALTHZ_FLAG, Limits, METRICS_FLAG, Metrics, Sample, Totals};
+use crate::serve::{self, App, Limits, Metrics, Sample, Totals};
 use crate::shadow::{self, Difference, KINDS, Key, Ledger, News, Nowhere, Rules, Unreadable};
 use crate::sync::{Core, CoreSettings, MapName};
 
@@ -71,7 +71,8 @@ pub async fn run(settings: Shadow, started: Instant) -> anyhow::Result<Option<Ou
     let counts = Arc::default();
     register(&app.metrics, &counts)?;
     let mut parts = JoinSet::new();
-    for server in servers(&settings, &app)? {
+    let addresses = [settings.healthz, settings.metrics];
+    for server in super::servers_at(addresses, &app, None, settings.bind_hard_fail)? {
         parts.spawn(super::part(server.flag, serve::run(server, Arc::new(Limits::default()))));
     }
     let source = Source::prepare(&settings.source).await?;
@@ -115,19 +116,6 @@ pub async fn run(settings: Shadow, started: Instant) -> anyhow::Result<Option<Ou
             None => Err(why(tokio::time::timeout(LAST_WORDS, parts.join_next()).await.unwrap_or_default())),
         },
     }
-}
-
-fn servers(settings: &Shadow, app: &App) -> anyhow::Result<Vec<serve::Server>> {
-    let all = [
-        (HEALTHZ_FLAG, settings.healthz, serve::health_router(app.clone())),
-        (METRICS_FLAG, settings.metrics, serve::metrics_router(app.clone(), None)),
-    ];
-    let wanted = all.into_iter().filter_map(|(flag, address, router)| Some((flag, address?, router)));
-    let server = |(flag, address, router)| {
-        let listener = settings.bind_hard_fail.then(|| serve::bind(flag, address)).transpose()?;
-        Ok(serve::Server { flag, address, router, listener, health: None })
-    };
-    wanted.map(server).collect()
 }
 
 /// Service ports, and differences by kind.
