@@ -50,7 +50,11 @@ fn spawn(program: &str, arguments: &[&str], input: &str) -> io::Result<Child> {
         result => return result,
     };
     // The namespace is the thread's, and goes with it.
-    let there = || enter_node().and_then(|()| spawn());
+    let there = || {
+        let refused = |error| format!("not installed here, and the node's mount namespace cannot be entered: {error}");
+        enter_node().map_err(|error| io::Error::other(refused(error)))?;
+        spawn()
+    };
     thread::scope(|scope| scope.spawn(there).join()).unwrap_or(Err(missing))
 }
 

@@ -258,13 +258,43 @@ fn a_map_that_fills_up_grows_and_nothing_else_changes() {
 }
 
 #[test]
+fn a_map_that_cannot_grow_stays_and_so_do_the_programs() {
+    let world = World::new();
+    let mut settings = world.settings();
+    settings.max_services = 50_000;
+    let mut datapath = Datapath::open(&settings).unwrap();
+    let hooks = datapath.socket_hooks();
+    let maps = datapath.maps();
+    let remount = |flags| mount(None::<&str>, &world.bpffs, None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>);
+    remount(MsFlags::MS_RDONLY).unwrap();
+    maps.reserve(&[(MapName::Frontends, 5000), (MapName::Addresses, 3500)]);
+    remount(MsFlags::empty()).unwrap();
+    assert_eq!((maps.size(MapName::Frontends), maps.capacity(MapName::Frontends)), (4096, 200_000));
+    let failures = maps.write(MapName::Frontends, &frontend_keys(5000), &[1u8; 5000 * 36], 5000);
+    assert_eq!(failures.len(), 5000 - 4096, "what has room is written");
+    assert!(hooks.missing().unwrap().is_empty(), "the programs are those of before");
+    let pinned =
+        MapHandle::from_pinned_path(settings.pin_path.join(format!("v{}/maps/frontends", abi_version::ABI_VERSION)))
+            .unwrap();
+    assert_eq!(pinned.max_entries(), 4096);
+}
+
+#[test]
 fn a_daemon_that_is_told_of_another_limit_needs_no_cleanup() {
     let world = World::new();
     let mut settings = world.settings();
-    drop(Datapath::open(&settings).unwrap());
-    settings.max_endpoints = 100_000;
+    let ranges: Vec<SourceRangeKey> = (0..60).map(|n| SourceRangeKey::new(n, ip_range("10.0.0.0", 8))).collect();
+    let mut datapath = Datapath::open(&settings).unwrap();
+    let ones = vec![1u32; ranges.len()];
+    let keys: &[u8] = bytemuck::cast_slice(&ranges);
+    let failures = datapath.maps().write(MapName::SourceRanges, keys, bytemuck::cast_slice(&ones), ranges.len());
+    assert!(failures.is_empty(), "{failures:?}");
+    drop(datapath);
+    (settings.max_endpoints, settings.max_source_ranges) = (100_000, 1000);
     let mut datapath = Datapath::open(&settings).unwrap();
     let maps = datapath.maps();
+    maps.reserve(&[(MapName::SourceRanges, 60)]);
+    assert_eq!((maps.size(MapName::SourceRanges), rows(maps, MapName::SourceRanges)), (128, 60), "a trie, too");
     assert_eq!((maps.size(MapName::Backends), maps.capacity(MapName::Backends)), (1024, 100_000));
     maps.reserve(&[(MapName::Backends, 90_000)]);
     assert_eq!(maps.size(MapName::Backends), 100_000);

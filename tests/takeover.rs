@@ -7,16 +7,17 @@ mod support;
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use rulesets::{Endpoint, FAMILIES, Family, Protocol, ServicePort, State, World, iptables, load, nftables};
 use serde_json::json;
 use support::client::Client;
 use support::cluster::{Cluster, vip};
-use support::daemon::{Daemon, PATIENCE};
+use support::daemon::{Daemon, PATIENCE, arguments};
 use support::manifests::port;
 use support::wire::Kind::Tcp4;
-use support::{eventually, lab_or_skip, netns};
+use support::{eventually, kubelane_binary, lab_or_skip, netns};
 
 const LOCAL: u16 = 30_091;
 const REMOTE: u16 = 30_191;
@@ -65,7 +66,32 @@ fn rules(cluster: &Cluster) -> String {
     without_counters.collect::<Vec<_>>().join("\n") + &nft
 }
 
-fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leaves_tables: bool) {
+/// Where the daemon's tools are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Tools {
+    Here,
+    /// As for a container that is in the host's PID namespace: in the mount namespace of process 1 only.
+    OnTheNode,
+}
+
+fn start<'c>(cluster: &'c Cluster, tools: Tools) -> Daemon<'c> {
+    let source = format!("dir:{}", cluster.manifests.dir.display());
+    let arguments = arguments(cluster.lab.node("node1"), &["--source", &source], &["--takeover"]);
+    let kubelane = kubelane_binary().unwrap().display().to_string();
+    // The first process of a PID namespace has the tools, and the daemon in it another mount namespace, without.
+    let hide = "unshare --mount sh -c 'mount -t tmpfs none /usr/sbin && exec \"$@\"' sh \"$@\" & wait";
+    let hidden = ["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "sh", "-c", hide, "sh"];
+    let words = if tools == Tools::Here { &[][..] } else { &hidden[..] };
+    let all = words.iter().copied().chain([kubelane.as_str()]).chain(arguments.iter().map(String::as_str));
+    let all: Vec<&str> = all.collect();
+    let (program, arguments) = match tools {
+        Tools::Here => (kubelane.as_str(), &all[1..]),
+        Tools::OnTheNode => ("/usr/bin/unshare", &all[..]),
+    };
+    Daemon::start_program(&cluster.lab, "node1", Path::new(program), arguments).unwrap()
+}
+
+fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leaves_tables: bool, tools: Tools) {
     let Some(lab) = lab_or_skip(&[("node1", &["client", "a"]), ("node2", &["b"])]) else { return };
     let cluster = Cluster::on(lab, &["a", "b"], "--echo 9100");
     let services = vec![put(&cluster, "local", 10, LOCAL, "a"), put(&cluster, "remote", 11, REMOTE, "b")];
@@ -100,14 +126,16 @@ fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leave
         socket.send().and_then(|()| socket.receive()).unwrap_or_else(|error| panic!("by the rules, {to}: {error}"));
     }
 
-    // Whatever is called so counts as kube-proxy.
+    // Whatever is called so counts as kube-proxy, if it can be seen.
     let stand_in = cluster.lab.dir.join("kube-proxy");
     fs::copy("/bin/sleep", &stand_in).unwrap();
-    let kube_proxy = node.host.spawn(&stand_in, &["600"]).unwrap();
-    let daemon = Daemon::start_with(&cluster.lab, "node1", &cluster.manifests.dir, &["--takeover"]).unwrap();
+    let kube_proxy = (tools == Tools::Here).then(|| node.host.spawn(&stand_in, &["600"]).unwrap());
+    let daemon = start(&cluster, tools);
     let says = |text: &str| eventually(PATIENCE, || daemon.log().contains(text));
-    assert!(says("--takeover: kube-proxy still runs (pid "), "{}", daemon.log());
-    assert!(rules(&cluster).contains("KUBE-") || rules(&cluster).contains("kube-proxy"), "not while it runs");
+    if kube_proxy.is_some() {
+        assert!(says("--takeover: kube-proxy still runs (pid "), "{}", daemon.log());
+        assert!(rules(&cluster).contains("KUBE-") || rules(&cluster).contains("kube-proxy"), "not while it runs");
+    }
     drop(kube_proxy);
     assert!(says("--takeover: removed kube-proxy's rules"), "{}", daemon.log());
     match leaves_tables {
@@ -131,7 +159,11 @@ fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leave
 
 #[test]
 fn rules_of_the_iptables_mode_go_and_their_connections_go_on() {
-    take_over(|world, family| load::iptables(family, &iptables::render(world, family), load::NO_HURRY), false);
+    take_over(
+        |world, family| load::iptables(family, &iptables::render(world, family), load::NO_HURRY),
+        false,
+        Tools::Here,
+    );
 }
 
 #[test]
@@ -140,10 +172,16 @@ fn so_do_those_of_the_iptables_mode_that_are_in_nftables() {
         let restore = if family == Family::V4 { "iptables-nft-restore" } else { "ip6tables-nft-restore" };
         netns::run(restore, &[], &iptables::render(world, family)).map(drop)
     };
-    take_over(load, true);
+    take_over(load, true, Tools::Here);
 }
 
 #[test]
 fn rules_of_the_nftables_mode_go_and_their_connections_go_on() {
-    take_over(|world, family| load::nftables(&nftables::render(world, family), load::NO_HURRY), false);
+    take_over(|world, family| load::nftables(&nftables::render(world, family), load::NO_HURRY), false, Tools::Here);
+}
+
+#[test]
+fn a_container_that_has_no_tools_runs_the_nodes() {
+    let load = |world: &World, family| load::iptables(family, &iptables::render(world, family), load::NO_HURRY);
+    take_over(load, false, Tools::OnTheNode);
 }

@@ -109,7 +109,10 @@ fn remove_by_tools() -> Result<Vec<String>> {
             }
         }
     } else if !has_iptables {
-        bail!("neither iptables nor nft is installed here or on the node");
+        bail!(
+            "neither iptables nor nft is installed here, nor to be had on the node (from a container that takes hostPID, \
+             CAP_SYS_ADMIN and CAP_SYS_PTRACE)"
+        );
     }
     removed.extend(remove_virtual_servers()?);
     Ok(removed)

@@ -141,6 +141,9 @@ fn maps_grow_under_traffic_and_a_daemon_killed_meanwhile_leaves_nothing_wrong() 
             );
             daemon.log().lines().filter(|line| line.contains("room for more")).for_each(|line| println!("{line}"));
             assert!(daemon.log().contains("gave maps room for more entries: services to 8192"), "{}", daemon.log());
+            // A look at all attachments, of sockets and devices, takes two seconds.
+            std::thread::sleep(Duration::from_millis(2500));
+            assert!(!daemon.log().contains("detached"), "each has its new program: {}", daemon.log());
             let listed = cluster.lab.node("node1").get("services", &[]).unwrap();
             assert_eq!(listed.matches(" many-").count(), 4000, "{}", daemon.log());
 
