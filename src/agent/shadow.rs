@@ -12,6 +12,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, info, warn};
 
 use super::source::Source;
+use super::worker::sleep_until;
 use super::worker_warnings::WarningLog;
 use super::{CHANGES_AHEAD, LAST_WORDS, Signals, SourceSettings, register_watches, why};
 use crate::bpf;
@@ -337,13 +338,6 @@ fn tell(news: &News) {
 async fn ended(reading: &mut Option<Reading>) -> anyhow::Result<Result<Rules, Unreadable>> {
     match reading {
         Some(reading) => reading.await.context("reading the rules"),
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(wake: Option<Instant>) {
-    match wake {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
 }

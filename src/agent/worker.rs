@@ -416,7 +416,8 @@ impl Drop for Worker<'_> {
     }
 }
 
-async fn sleep_until(wake: Option<Instant>) {
+/// `None`: for ever.
+pub(super) async fn sleep_until(wake: Option<Instant>) {
     match wake {
         Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
