@@ -9,14 +9,15 @@
 //! | 5 the former directory goes, its map `frontends` first | this version's programs |
 //!
 //! As long as that map is pinned there, a start does all of this again; each step leaves alone what is done. Its removal is
-//! the commit, one unlink(2). So a start may be killed at any point. What is lost: the handshake of a TCP connection from outside that is under way at step 3 (its
-//! client asks again within a second), and the answer to an unconnected socket's first datagram to a Service, likewise.
+//! the commit, one unlink(2). So a start may be killed at any point. What is lost: the handshake of a TCP connection from
+//! outside that is under way at step 3 (its client asks again within a second), and the answer to an unconnected socket's
+//! first datagram to a Service, likewise.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
+use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle};
 
 use super::devices::SharedPrograms;
 use super::filter::WireFilter;
@@ -174,11 +175,9 @@ enum Created {
 
 fn create(map: &MapHandle, key: &[u8], flow: &Flow) -> Result<Created> {
     let Err(error) = map.update(key, bytemuck::bytes_of(flow), MapFlags::NO_EXIST) else { return Ok(Created::Yes) };
-    let errno = |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<std::io::Error>()?.raw_os_error();
-    let error = anyhow::Error::from(error);
-    match error.chain().find_map(errno) {
-        Some(libc::EEXIST) => Ok(Created::WasThere),
-        Some(libc::E2BIG) => Ok(Created::NoRoom),
+    match error.kind() {
+        ErrorKind::AlreadyExists => Ok(Created::WasThere),
+        ErrorKind::TooBig => Ok(Created::NoRoom),
         _ => Err(error).context("writing a flow"),
     }
 }
