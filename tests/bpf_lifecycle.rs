@@ -337,11 +337,11 @@ fn cleanup_leaves_nothing_attached_and_nothing_pinned_and_is_refused_while_a_dae
     let refused = bpf::cleanup(&settings.pin_path).unwrap_err().to_string();
     assert!(refused.contains("stop it first"), "{refused}");
     drop(datapath);
-    let removed = bpf::cleanup(&settings.pin_path).unwrap();
+    let removed = bpf::cleanup(&settings.pin_path).unwrap().removed;
     assert!(removed.iter().any(|r| r.ends_with("links/connect4")), "{removed:?}");
     assert_eq!(world.attached_to_connect4(), 0);
     assert!(!settings.pin_path.exists());
-    assert!(bpf::cleanup(&settings.pin_path).unwrap().is_empty());
+    assert!(bpf::cleanup(&settings.pin_path).unwrap().removed.is_empty());
 }
 
 #[test]

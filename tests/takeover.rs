@@ -1,5 +1,7 @@
-//! `kubelane run --takeover` on a node with kube-proxy's real rules: connections that they have begun go on, new ones are
-//! kubelane's, and when kube-proxy has ended its rules go, and nothing of anybody else's.
+//! A node with kube-proxy's real rules moves to kubelane and back, as manifests/MIGRATION.md has it: `kubelane run --shadow`
+//! finds no difference; with `--takeover` connections that the rules have begun go on, new ones are kubelane's, and when
+//! kube-proxy has ended its rules go, and nothing of anybody else's; and after the way back kubelane's connections go on,
+//! by kube-proxy's rules.
 #![cfg(feature = "lab")]
 
 mod rulesets;
@@ -12,15 +14,16 @@ use std::time::Duration;
 
 use rulesets::{Endpoint, FAMILIES, Family, Protocol, ServicePort, State, World, iptables, load, nftables};
 use serde_json::json;
-use support::client::Client;
+use support::client::{Client, Socket};
 use support::cluster::{Cluster, vip};
 use support::daemon::{Daemon, PATIENCE, arguments};
 use support::manifests::port;
-use support::wire::Kind::Tcp4;
+use support::wire::Kind::{self, Tcp4, Tcp6, Udp4, Udp6};
 use support::{eventually, kubelane_binary, lab_or_skip, netns};
 
 const LOCAL: u16 = 30_091;
 const REMOTE: u16 = 30_191;
+const DATAGRAMS: u16 = 30_291;
 /// Of somebody else, and to stay. (So is KUBE-FIREWALL, which is kubelet's.)
 const FOREIGN: &str = "*nat
 :FOREIGN - [0:0]
@@ -32,25 +35,30 @@ COMMIT
 COMMIT
 ";
 
-fn put(cluster: &Cluster, name: &str, number: u8, node_port: u16, pod: &str) -> ServicePort {
-    let mut echo = port("echo", "TCP", 91);
-    echo["nodePort"] = json!(node_port);
+fn put(cluster: &Cluster, number: u8, protocol: Protocol, node_port: u16, pods: &[&str]) -> ServicePort {
+    let (name, protocol_name, target) = match protocol {
+        Protocol::Tcp => (format!("echo-{number}"), "TCP", 9100),
+        Protocol::Udp => (format!("datagrams-{number}"), "UDP", 9000),
+    };
+    let mut object = port("port", protocol_name, 91);
+    object["nodePort"] = json!(node_port);
     let changes = json!({"spec": {"type": "NodePort"}});
-    cluster.put_with(name, number, json!([echo]), changes, &[("echo", "TCP", 9100)], &cluster.ready(&[pod]));
-    let endpoint = |address| Endpoint {
-        at: SocketAddr::new(address, 9100),
-        is_local: cluster.lab.node_of(pod) == "node1",
-        state: State::Ready,
+    let targets = [("port", protocol_name, target)];
+    cluster.put_with(&name, number, json!([object]), changes, &targets, &cluster.ready(pods));
+    let endpoint = |pod: &&str| {
+        let is_local = cluster.lab.node_of(pod) == "node1";
+        let at = |address| Endpoint { at: SocketAddr::new(address, target), is_local, state: State::Ready };
+        cluster.lab.pod(pod).addresses().map(at)
     };
     ServicePort {
         namespace: "default".to_owned(),
-        name: name.to_owned(),
-        port_name: "echo".to_owned(),
-        protocol: Protocol::Tcp,
+        name,
+        port_name: "port".to_owned(),
+        protocol,
         cluster_ips: vip(number, 0).map(|address| address.ip()).into(),
         port: 91,
         node_port,
-        endpoints: cluster.lab.pod(pod).addresses().map(endpoint).into(),
+        endpoints: pods.iter().flat_map(endpoint).collect(),
         ..ServicePort::default()
     }
 }
@@ -91,10 +99,14 @@ fn start<'c>(cluster: &'c Cluster, tools: Tools) -> Daemon<'c> {
     Daemon::start_program(&cluster.lab, "node1", Path::new(program), arguments).unwrap()
 }
 
-fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leaves_tables: bool, tools: Tools) {
+fn migrate(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leaves_tables: bool, tools: Tools) {
     let Some(lab) = lab_or_skip(&[("node1", &["client", "a"]), ("node2", &["b"])]) else { return };
-    let cluster = Cluster::on(lab, &["a", "b"], "--echo 9100");
-    let services = vec![put(&cluster, "local", 10, LOCAL, "a"), put(&cluster, "remote", 11, REMOTE, "b")];
+    let cluster = Cluster::on(lab, &["a", "b"], "--udp 9000 --echo 9100");
+    let services = vec![
+        put(&cluster, 10, Protocol::Tcp, LOCAL, &["a"]),
+        put(&cluster, 11, Protocol::Tcp, REMOTE, &["b"]),
+        put(&cluster, 12, Protocol::Udp, DATAGRAMS, &["a", "b"]),
+    ];
     let node = cluster.lab.node("node1");
     let world = World {
         pods: vec!["10.244.1.0/24".parse().unwrap(), "fd44:0:0:1::/64".parse().unwrap()],
@@ -112,9 +124,17 @@ fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leave
     add_foreign();
     let before = rules(&cluster);
     empty();
-    node.host.inside(|| FAMILIES.iter().try_for_each(|family| render(&world, *family))).unwrap();
+    let sync = || node.host.inside(|| FAMILIES.iter().try_for_each(|family| render(&world, *family))).unwrap();
+    sync();
     add_foreign();
     assert_ne!(rules(&cluster), before);
+
+    // "Before you start".
+    let kubelane = kubelane_binary().unwrap();
+    let source = format!("dir:{}", cluster.manifests.dir.display());
+    let shadow = ["run", "--shadow=once", "--hostname-override", "node1", "--source", &source];
+    let said = node.host.run(&kubelane.display().to_string(), &shadow, "").unwrap();
+    assert!(said.contains("3 Service ports compared") && said.contains(" 0 differ"), "{said}");
 
     let at = |number: u16| SocketAddr::new(IpAddr::V4(node.host.v4), number);
     let mut clients: [Client; 3] =
@@ -155,11 +175,59 @@ fn take_over(render: impl Fn(&World, Family) -> anyhow::Result<()> + Sync, leave
     new.send().and_then(|()| new.receive()).unwrap();
     let flows = node.get("flows", &[]).unwrap();
     assert_eq!(flows.matches(&format!(":{REMOTE}")).count(), 1, "the new one only: {flows}");
+    if tools == Tools::Here {
+        move_back(&cluster, daemon, sync);
+    }
+}
+
+/// "Go back": kube-proxy has its rules again, kubelane's pod ends, the job runs.
+fn move_back(cluster: &Cluster, daemon: Daemon, sync: impl Fn()) {
+    let node = cluster.lab.node("node1");
+    let kinds = |port: u16| if port == DATAGRAMS { [Udp4, Udp6] } else { [Tcp4, Tcp6] };
+    let ports = [LOCAL, REMOTE].into_iter().chain([DATAGRAMS; 4]);
+    let ends: Vec<(Kind, SocketAddr)> = ports
+        .flat_map(|port| kinds(port).into_iter().zip(node.host.addresses().map(|ip| SocketAddr::new(ip, port))))
+        .collect();
+    let mut clients: Vec<Client> = ends.iter().map(|_| cluster.lab.client_outside().unwrap()).collect();
+    let mut open: Vec<Socket> =
+        clients.iter_mut().zip(&ends).map(|(client, (kind, _))| client.open(*kind).unwrap()).collect();
+    for (socket, (_, to)) in open.iter_mut().zip(&ends) {
+        socket.connect(*to).unwrap();
+    }
+    let mut ask_all = |when: &str| -> Vec<String> {
+        let asked = open.iter_mut().zip(&ends);
+        asked.map(|(socket, to)| socket.ask().unwrap_or_else(|error| panic!("{when}, {to:?}: {error}"))).collect()
+    };
+    let first = ask_all("by kubelane");
+    // Datagrams are a stream when they have gone both ways for two seconds, as for conntrack.
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(ask_all("by kubelane"), first);
+    }
+
+    sync();
+    assert!(daemon.terminate().unwrap().success());
+    let job =
+        fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/migration/kubelane-cleanup.yaml")).unwrap();
+    assert!(job.contains("args: [cleanup]") && job.contains("hostNetwork: true"));
+    let said = node.cleanup().unwrap();
+    // And the one that the caller has open.
+    assert!(said.starts_with(&format!("handed {} connections over to netfilter", ends.len() + 1)), "{said}");
+    assert!(!said.contains("ends:"), "{said}");
+    for _ in 0..5 {
+        assert_eq!(ask_all("by kube-proxy's rules"), first);
+    }
+    assert!(!node.pin_path.exists());
+    for (kind, to) in &ends {
+        let mut client = cluster.lab.client_outside().unwrap();
+        let mut socket = client.open(*kind).unwrap();
+        socket.connect(*to).and_then(|()| socket.ask()).unwrap_or_else(|error| panic!("a new one, {to}: {error}"));
+    }
 }
 
 #[test]
 fn rules_of_the_iptables_mode_go_and_their_connections_go_on() {
-    take_over(
+    migrate(
         |world, family| load::iptables(family, &iptables::render(world, family), load::NO_HURRY),
         false,
         Tools::Here,
@@ -172,16 +240,16 @@ fn so_do_those_of_the_iptables_mode_that_are_in_nftables() {
         let restore = if family == Family::V4 { "iptables-nft-restore" } else { "ip6tables-nft-restore" };
         netns::run(restore, &[], &iptables::render(world, family)).map(drop)
     };
-    take_over(load, true, Tools::Here);
+    migrate(load, true, Tools::Here);
 }
 
 #[test]
 fn rules_of_the_nftables_mode_go_and_their_connections_go_on() {
-    take_over(|world, family| load::nftables(&nftables::render(world, family), load::NO_HURRY), false, Tools::Here);
+    migrate(|world, family| load::nftables(&nftables::render(world, family), load::NO_HURRY), false, Tools::Here);
 }
 
 #[test]
 fn a_container_that_has_no_tools_runs_the_nodes() {
     let load = |world: &World, family| load::iptables(family, &iptables::render(world, family), load::NO_HURRY);
-    take_over(load, false, Tools::OnTheNode);
+    migrate(load, false, Tools::OnTheNode);
 }

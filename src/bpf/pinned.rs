@@ -1,8 +1,8 @@
 //! What lives on in the kernel when the daemon is not there: the pin directory, its lock, and taking it all away.
 //!
 //! ```text
-//! <pin path>/v2/maps/<map>       the state: ids, backends, frontends
-//! <pin path>/v2/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
+//! <pin path>/v3/maps/<map>       the state: ids, backends, frontends, flows
+//! <pin path>/v3/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
 //! ```
 
 use std::fs::{self, File};
@@ -16,6 +16,7 @@ use libbpf_rs::MapHandle;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
+use super::hand_over::{HandOver, HandedOver};
 use super::{hook, link};
 use crate::abi::abi_version::ABI_VERSION;
 
@@ -203,17 +204,34 @@ impl Lock {
     }
 }
 
-/// Removes everything below `pin_path` and the directory itself: links first, so that no program runs on a map that is
-/// going away. Returns what was removed; empty when there was nothing. Fails while a daemon holds the directory.
-pub fn cleanup(pin_path: &Path) -> Result<Vec<String>> {
+/// What [`cleanup`] did.
+#[derive(Debug)]
+pub struct Cleanup {
+    /// Names of what was removed; empty when there was nothing.
+    pub removed: Vec<String>,
+    /// An error: netfilter could not be told of any.
+    pub connections: Result<HandedOver>,
+}
+
+/// Hands the node's connections over to netfilter, and removes everything below `pin_path` and the directory itself: links
+/// first, so that no program runs on a map that is going away.
+///
+/// # Errors
+/// While a daemon holds the directory, and when something cannot be removed.
+pub fn cleanup(pin_path: &Path) -> Result<Cleanup> {
     let _lock = loop {
         if !pin_path.try_exists().with_context(|| format!("cannot look into {}", pin_path.display()))? {
-            return Ok(Vec::new());
+            return Ok(Cleanup { removed: Vec::new(), connections: Ok(HandedOver::default()) });
         }
         if let Some(lock) = lock(pin_path, "stop it first")? {
             break lock;
         }
     };
+    // Nothing translates flows whose programs an interrupted cleanup has detached, and a state left half made has none.
+    let is_attached = children(&links_directory(pin_path)).is_ok_and(|links| !links.is_empty());
+    let mut flows = if is_attached { HandOver::open(pin_path).ok() } else { None };
+    let mut hand_over = || flows.as_mut().map_or(Ok(()), HandOver::pass);
+    let before = hand_over();
     let mut removed = Vec::new();
     let mut versions = children(pin_path)?;
     versions.retain(|p| is_abi_directory(p));
@@ -226,7 +244,8 @@ pub fn cleanup(pin_path: &Path) -> Result<Vec<String>> {
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EBUSY | libc::EPERM)) => {}
         Err(e) => return Err(e).with_context(|| format!("cannot remove {}", pin_path.display())),
     }
-    Ok(removed)
+    let connections = before.and_then(|()| hand_over()).map(|()| flows.map(HandOver::outcome).unwrap_or_default());
+    Ok(Cleanup { removed, connections })
 }
 
 /// Removes what other ABI versions left: called once this version's programs are attached, so that traffic is served

@@ -32,7 +32,7 @@ use crate::model::Ipx;
 
 /// Connections that are tracked in the network namespace of whoever reads it. Missing where nothing is tracked: then the
 /// question alone would load the module.
-const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
+pub(super) const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 /// With more new ports than this the whole table is read once.
 const PORTS_ASKED_FOR: usize = 4;
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];

@@ -87,7 +87,8 @@ pub enum Command {
     Monitor(Box<MonitorFlags>),
     /// Remove every trace of kubelane from the kernel: links, programs, maps, pins
     ///
-    /// Refused while a daemon uses the same pin path. Service addresses stop working on this node at once.
+    /// Refused while a daemon uses the same pin path. Service addresses stop working on this node at once, unless kube-proxy
+    /// runs again: then established connections from outside continue, too, as they are handed over to netfilter.
     Cleanup(CleanupFlags),
     /// Write one archive for a bug report: check, status, tables, warnings, log, counters, metrics
     ///

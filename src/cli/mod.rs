@@ -168,13 +168,17 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
     let pin_path = &pins.pin_path;
     // It is found by the pin directory, which is about to go.
     let socket = sockets_path(pin_path);
-    let mut removed = bpf::cleanup(pin_path)?;
+    let bpf::Cleanup { mut removed, connections } = bpf::cleanup(pin_path)?;
     if let Some(socket) = socket.ok().filter(|socket| std::fs::remove_file(socket).is_ok()) {
         removed.push(socket.display().to_string());
         // Other daemons may have theirs there.
         let _ = std::fs::remove_dir(DIRECTORY);
     }
-    let mut text: String = removed.iter().map(|what| format!("removed {what}\n")).collect();
+    let mut text = match connections {
+        Ok(connections) => connections.to_string(),
+        Err(error) => format!("connections that came in through this node's addresses for Services end: {error:#}\n"),
+    };
+    text.extend(removed.iter().map(|what| format!("removed {what}\n")));
     text += &match removed.len() {
         0 => format!("nothing to remove: no kubelane state below {}\n", pin_path.display()),
         n => format!("{n} removed: kubelane is gone from {}\n", pin_path.display()),

@@ -3,13 +3,16 @@
 //! done, connections to Services that did not change never fail, the next start makes everything right, and the next
 //! cleanup leaves nothing.
 
+use std::cell::{Cell, RefCell};
 use std::process::Command;
 
 use crate::support::cluster::{Cluster, names, vip};
 use crate::support::daemon::Daemon;
 use crate::support::wire::Kind::Tcp4;
 use crate::traced::{Outcome, Plan, Traced};
-use crate::world::{STEADY, assert_world, put_steady, put_world, traced_cluster_or_skip, with_steady_traffic};
+use crate::world::{
+    NODE_PORT, STEADY, assert_world, put_steady, put_world, traced_cluster_or_skip, with_steady_traffic,
+};
 
 /// All by which a daemon changes what outlives it: maps, programs and links, pins, files, qdiscs and filters (netlink).
 const CALLS: &str = "bpf,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,mount,umount2,\
@@ -68,6 +71,28 @@ fn killed_at_any_system_call_it_leaves_what_served_serving_and_the_next_start_ma
         put_world(&cluster, number);
     };
     traced.at_each(&plan("run"), prepare, check);
-    let prepare = |number: usize| prepare_cleanup(&cluster, number);
-    traced.at_each(&plan("cleanup"), prepare, |_, what, _| check_cleanup(&cluster, what));
+
+    // A connection from outside goes on by netfilter, wherever the cleanup was killed. Any rule that translates makes it
+    // look at packets.
+    let host = &cluster.lab.node("node1").host;
+    let rule = ["-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "1", "-j", "DNAT", "--to", "192.0.2.1"];
+    host.run("iptables-legacy", &rule, "").unwrap();
+    let outside = RefCell::new(cluster.lab.client_outside().unwrap());
+    let number_of_open = Cell::new(0);
+    let prepare = |number: usize| {
+        prepare_cleanup(&cluster, number);
+        let mut outside = outside.borrow_mut();
+        let mut open = outside.open(Tcp4).unwrap();
+        open.connect((host.v4, NODE_PORT + 91).into()).and_then(|()| open.ask()).unwrap();
+        number_of_open.set(open.number());
+    };
+    let check = |_: usize, what: &str, _: &Outcome| {
+        check_cleanup(&cluster, what);
+        let mut outside = outside.borrow_mut();
+        let mut open = outside.socket(number_of_open.get());
+        let answer = open.ask();
+        assert!(answer.is_ok(), "the open connection: {answer:?}: {what}");
+        open.close().unwrap();
+    };
+    traced.at_each(&plan("cleanup"), prepare, check);
 }

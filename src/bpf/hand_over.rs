@@ -1,0 +1,360 @@
+//! `cleanup`: connections that go through the packet programs are handed over to netfilter's connection tracking
+//! (ctnetlink), with their translation. So they go on when the programs are gone, by the rules of whoever serves Services
+//! then.
+//!
+//! A row of requests is what netfilter keeps: the ends that the client sends to, and what they become. What it would have
+//! learnt from the packets before is not known: it is told to take any sequence number (IP_CT_TCP_FLAG_BE_LIBERAL).
+//!
+//! Cost: a message and an answer for each flow, 32 of them in two system calls or a few more.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use netlink_packet_netfilter::conntrack::{
+    ConntrackAttribute, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Status, Tuple,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily, NetfilterSubsystem,
+};
+use rtnetlink::packet_core::{
+    DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload, Nla,
+};
+use rtnetlink::sys::protocols::NETLINK_NETFILTER;
+use rtnetlink::sys::{Socket, SocketAddr as NetlinkAddress};
+
+use super::read::PinnedMap;
+use super::tracked;
+use crate::abi::flow_flag::{FLOW_ENDING, FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_SHADOWED};
+use crate::abi::flow_limits_of::FLOW_LIMITS_SET;
+use crate::abi::{Backend, Ends, Flow, FlowKey, FlowKey4, FlowLimits};
+use crate::model::{Family, Ipx, Protocol};
+use crate::table::HashSet;
+
+/// Of linux/netfilter/nfnetlink_conntrack.h.
+const CTA_NAT_SRC: u16 = 6;
+const CTA_NAT_DST: u16 = 13;
+const CTA_NAT_V4_MINIP: u16 = 1;
+const CTA_NAT_V6_MINIP: u16 = 4;
+const CTA_NAT_PROTO: u16 = 3;
+const CTA_PROTONAT_PORT_MIN: u16 = 1;
+const CTA_PROTONAT_PORT_MAX: u16 = 2;
+const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+/// Of linux/netfilter/nf_conntrack_tcp.h.
+const TCP_CONNTRACK_ESTABLISHED: u8 = 3;
+const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 8;
+
+const MESSAGES_AT_ONCE: usize = 32;
+
+/// What has become of connections that went through the packet programs.
+#[derive(Debug, Default)]
+pub struct HandedOver {
+    /// How many go on.
+    pub connections: usize,
+    /// Those that end.
+    pub lost: Vec<Lost>,
+}
+
+impl fmt::Display for HandedOver {
+    /// Lines for whoever cleans up.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 20;
+        if self.connections > 0 {
+            writeln!(f, "handed {} connections over to netfilter's connection tracking", self.connections)?;
+        }
+        self.lost.iter().take(SHOWN).try_for_each(|lost| writeln!(f, "a connection ends: {lost}"))?;
+        match self.lost.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => writeln!(f, "{more} connections more end"),
+        }
+    }
+}
+
+/// A connection that could not be handed over.
+#[derive(Debug)]
+pub struct Lost {
+    key: FlowKey,
+    why: String,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Ends { source, destination, source_port_be, destination_port_be } = self.key.ends;
+        let at = |ip, port_be| SocketAddr::new(Ipx(ip).to_ip(), u16::from_be_bytes(port_be));
+        let (from, to) = (at(source, source_port_be), at(destination, destination_port_be));
+        let protocol = protocol_of(&self.key).map_or("?", Protocol::as_str);
+        write!(f, "{protocol} from {from} to {to}: {}", self.why)
+    }
+}
+
+/// The flows of a node. Their maps are held, so that they can be read when they are pinned no more.
+pub(super) struct HandOver {
+    flows4: PinnedMap,
+    flows6: PinnedMap,
+    backends: PinnedMap,
+    limits: FlowLimits,
+    /// Netfilter tracks connections in this network namespace.
+    is_tracked: bool,
+    /// Of earlier passes.
+    known: HashSet<FlowKey>,
+    outcome: HandedOver,
+}
+
+/// What becomes of a flow when the programs go.
+enum Prospect {
+    /// It has ended, or begins anew, with them as without.
+    Ends,
+    GoesOn,
+    Lost(&'static str),
+}
+
+impl HandOver {
+    /// # Errors
+    /// When a map is missing or cannot be opened.
+    pub fn open(pin_path: &Path) -> Result<HandOver> {
+        let open = |name| PinnedMap::open(pin_path, name);
+        let limits = open("flow_limits")?.get(&FLOW_LIMITS_SET)?.context("flow_limits is empty")?;
+        Ok(HandOver {
+            flows4: open("flows4")?,
+            flows6: open("flows6")?,
+            backends: open("backends")?,
+            limits,
+            is_tracked: fs::exists(tracked::COUNT).unwrap_or(false),
+            known: HashSet::default(),
+            outcome: HandedOver::default(),
+        })
+    }
+
+    /// Hands over what no earlier pass has: one is made before the programs go, and one after that, for flows that began in
+    /// between.
+    ///
+    /// # Errors
+    /// When a map cannot be read, or netfilter cannot be asked.
+    pub fn pass(&mut self) -> Result<()> {
+        let mut flows = Vec::new();
+        let mut meet = |key: FlowKey, flow: Flow| -> Result<()> {
+            let is_open = flow.has(FLOW_PROVED) && !flow.has(FLOW_REPLY | FLOW_ENDING | FLOW_RESET);
+            if is_open && !self.known.contains(&key) {
+                flows.push((key, flow));
+            }
+            Ok(())
+        };
+        self.flows4.each(|key: FlowKey4, flow: Flow| meet(key.into(), flow))?;
+        self.flows6.each(&mut meet)?;
+        let mut wanted = Vec::new();
+        for (key, flow) in flows {
+            match self.prospect(&key, &flow)? {
+                Prospect::Ends => {}
+                Prospect::GoesOn => wanted.push((key, flow)),
+                Prospect::Lost(why) => self.outcome.lost.push(Lost { key, why: why.to_owned() }),
+            }
+            self.known.insert(key);
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let netfilter = Netfilter::open()?;
+        for some in wanted.chunks(MESSAGES_AT_ONCE) {
+            for ((key, flow), result) in some.iter().zip(netfilter.create(some, &self.limits)?) {
+                let result = match result {
+                    // What netfilter has made of its packets while the programs translated them.
+                    Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                        netfilter.forget(&[key.ends, flow.ends.reversed()], key.protocol)?;
+                        netfilter.create(&[(*key, *flow)], &self.limits)?.remove(0)
+                    }
+                    result => result,
+                };
+                match result {
+                    Ok(()) => self.outcome.connections += 1,
+                    Err(error) => self.outcome.lost.push(Lost { key: *key, why: format!("netfilter: {error}") }),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub fn outcome(self) -> HandedOver {
+        self.outcome
+    }
+
+    fn prospect(&self, key: &FlowKey, flow: &Flow) -> Result<Prospect> {
+        let Some(reply) = self.reply_of(key, flow)? else { return Ok(Prospect::Ends) };
+        let protocol = protocol_of(key);
+        Ok(match protocol {
+            Some(Protocol::Tcp) if flow.has(FLOW_FIN) && reply.has(FLOW_FIN) => Prospect::Ends,
+            // Datagrams find another backend when theirs has gone.
+            Some(Protocol::Udp) if !self.has_backend(flow)? => Prospect::Ends,
+            Some(Protocol::Tcp | Protocol::Udp) if !self.is_tracked => {
+                Prospect::Lost("netfilter tracks no connections in this network namespace")
+            }
+            Some(Protocol::Tcp) if reply.has(FLOW_SHADOWED) => {
+                Prospect::Lost("its client has a connection to the endpoint itself from the same port")
+            }
+            Some(Protocol::Tcp | Protocol::Udp) => Prospect::GoesOn,
+            _ => Prospect::Lost("netfilter takes over no SCTP"),
+        })
+    }
+
+    fn has_backend(&self, flow: &Flow) -> Result<bool> {
+        let backend = self.backends.get::<u32, Backend>(&flow.backend_or_first)?;
+        Ok(backend.is_some_and(|backend| backend.generation == flow.generation_or_interface))
+    }
+
+    fn reply_of(&self, key: &FlowKey, flow: &Flow) -> Result<Option<Flow>> {
+        let reply = FlowKey { ends: flow.ends.reversed(), ..*key };
+        match Ipx(key.ends.destination).family() {
+            Family::Ipv4 => self.flows4.get(&FlowKey4::from(reply)),
+            Family::Ipv6 => self.flows6.get(&reply),
+        }
+    }
+}
+
+/// A socket to netfilter's connection tracking.
+struct Netfilter(Socket);
+
+impl Netfilter {
+    fn open() -> Result<Netfilter> {
+        let mut socket = Socket::new(NETLINK_NETFILTER).context("opening a netlink socket")?;
+        socket.bind_auto().context("binding a netlink socket")?;
+        Ok(Netfilter(socket))
+    }
+
+    /// What netfilter said of each.
+    fn create(&self, flows: &[(FlowKey, Flow)], limits: &FlowLimits) -> Result<Vec<io::Result<()>>> {
+        let message = |(key, flow): &(FlowKey, Flow)| {
+            let family = Ipx(key.ends.destination).family();
+            request(ConntrackMessageType::New, family, NLM_F_CREATE | NLM_F_EXCL, connection(key, flow, limits))
+        };
+        self.ask(flows.iter().map(message).collect())
+    }
+
+    /// Drops the connections of packets with these ends; it is well if there are none.
+    fn forget(&self, ends: &[Ends], protocol: u8) -> Result<()> {
+        let message = |ends: &Ends| {
+            let tuple = ConntrackAttribute::CtaTupleOrig(tuple(ends, protocol));
+            request(ConntrackMessageType::Delete, Ipx(ends.destination).family(), 0, vec![attribute(&tuple)])
+        };
+        self.ask(ends.iter().map(message).collect()).map(drop)
+    }
+
+    /// Sends all of them at once; answers what was acknowledged, in their order.
+    fn ask(&self, mut messages: Vec<NetlinkMessage<NetfilterMessage>>) -> Result<Vec<io::Result<()>>> {
+        let mut bytes = Vec::new();
+        for (number, message) in (0..).zip(&mut messages) {
+            message.header.sequence_number = number;
+            message.finalize();
+            let start = bytes.len();
+            // Messages are aligned to four bytes.
+            bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+            message.serialize(&mut bytes[start..]);
+        }
+        self.0.send_to(&bytes, &NetlinkAddress::new(0, 0), 0).context("telling netfilter of connections")?;
+        let mut results: Vec<Option<io::Result<()>>> = messages.iter().map(|_| None).collect();
+        while results.iter().any(Option::is_none) {
+            let (answer, _) = self.0.recv_from_full().context("reading what netfilter says of connections")?;
+            let mut rest = &answer[..];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest).context("what netfilter says")?;
+                if let NetlinkPayload::Error(error) = message.payload
+                    && let Some(result) = results.get_mut(message.header.sequence_number as usize)
+                {
+                    *result = Some(if error.code.is_none() { Ok(()) } else { Err(error.to_io()) });
+                }
+                let length = (message.header.length as usize).next_multiple_of(4);
+                rest = rest.get(length..).unwrap_or_default();
+            }
+        }
+        Ok(results.into_iter().flatten().collect())
+    }
+}
+
+fn request(
+    kind: ConntrackMessageType,
+    family: Family,
+    flags: u16,
+    attributes: Vec<DefaultNla>,
+) -> NetlinkMessage<NetfilterMessage> {
+    let family = match family {
+        Family::Ipv4 => NetfilterProtoFamily::IPv4,
+        Family::Ipv6 => NetfilterProtoFamily::IPv6,
+    };
+    let inner =
+        NetfilterMessageInner::Other { subsys: NetfilterSubsystem::Conntrack, message_type: kind.into(), attributes };
+    let mut message = NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner));
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+    message
+}
+
+/// A connection as netfilter keeps it: ends as its client sends them, their reverse, and what they become.
+fn connection(key: &FlowKey, flow: &Flow, limits: &FlowLimits) -> Vec<DefaultNla> {
+    let is_tcp = protocol_of(key) == Some(Protocol::Tcp);
+    let timeout = if is_tcp { limits.tcp_established } else { limits.udp_stream };
+    let mut attributes = vec![
+        attribute(&ConntrackAttribute::CtaTupleOrig(tuple(&key.ends, key.protocol))),
+        attribute(&ConntrackAttribute::CtaTupleReply(tuple(&key.ends.reversed(), key.protocol))),
+        attribute(&ConntrackAttribute::CtaStatus(Status::Confirmed | Status::SeenReply | Status::Assured)),
+        attribute(&ConntrackAttribute::CtaTimeout(timeout)),
+    ];
+    if is_tcp {
+        // Flags, and a mask of those meant.
+        let any_sequence = |kind| ProtoInfoTCP::Other(DefaultNla::new(kind, vec![IP_CT_TCP_FLAG_BE_LIBERAL; 2]));
+        attributes.push(attribute(&ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(vec![
+            ProtoInfoTCP::State(TCP_CONNTRACK_ESTABLISHED),
+            any_sequence(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL),
+            any_sequence(CTA_PROTOINFO_TCP_FLAGS_REPLY),
+        ])])));
+    }
+    let to = &flow.ends;
+    attributes.push(translation(CTA_NAT_DST, to.destination, to.destination_port_be));
+    // Also where it stays: netfilter would choose another port instead of saying that this one is taken.
+    attributes.push(translation(CTA_NAT_SRC, to.source, to.source_port_be));
+    attributes
+}
+
+fn translation(kind: u16, address: [u8; 16], port_be: [u8; 2]) -> DefaultNla {
+    let ports = [CTA_PROTONAT_PORT_MIN, CTA_PROTONAT_PORT_MAX].map(|kind| DefaultNla::new(kind, port_be.to_vec()));
+    let address = match Ipx(address).to_ip4() {
+        Some(ip) => DefaultNla::new(CTA_NAT_V4_MINIP, ip.octets().to_vec()),
+        None => DefaultNla::new(CTA_NAT_V6_MINIP, address.to_vec()),
+    };
+    let ports = DefaultNla::new(CTA_NAT_PROTO | NLA_F_NESTED, bytes_of(&ports));
+    DefaultNla::new(kind | NLA_F_NESTED, bytes_of(&[address, ports]))
+}
+
+fn bytes_of(attributes: &[DefaultNla]) -> Vec<u8> {
+    let mut bytes = vec![0; attributes.iter().map(|attribute| attribute.buffer_len()).sum()];
+    let mut rest = &mut bytes[..];
+    for attribute in attributes {
+        attribute.emit(rest);
+        rest = &mut rest[attribute.buffer_len()..];
+    }
+    bytes
+}
+
+fn attribute(attribute: &ConntrackAttribute) -> DefaultNla {
+    let mut value = vec![0; attribute.value_len()];
+    attribute.emit_value(&mut value);
+    let nested = if attribute.is_nested() { NLA_F_NESTED } else { 0 };
+    DefaultNla::new(attribute.kind() | nested, value)
+}
+
+fn tuple(ends: &Ends, protocol: u8) -> Vec<Tuple> {
+    let (source, destination) = (Ipx(ends.source).to_ip(), Ipx(ends.destination).to_ip());
+    vec![
+        Tuple::Ip(vec![IPTuple::SourceAddress(source), IPTuple::DestinationAddress(destination)]),
+        Tuple::Proto(vec![
+            ProtoTuple::Protocol(protocol.into()),
+            ProtoTuple::SourcePort(u16::from_be_bytes(ends.source_port_be)),
+            ProtoTuple::DestinationPort(u16::from_be_bytes(ends.destination_port_be)),
+        ]),
+    ]
+}
+
+fn protocol_of(key: &FlowKey) -> Option<Protocol> {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| *protocol as u8 == key.protocol)
+}
