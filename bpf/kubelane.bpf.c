@@ -233,6 +233,20 @@ int carry_datagrams(struct bpf_iter__bpf_sk_storage_map *ctx)
 	return 0;
 }
 
+/* The same of one network namespace, for kernels that refuse the iterator over a map. */
+SEC("iter/udp")
+int carry_datagrams_udp(struct bpf_iter__udp *ctx)
+{
+	struct sock *sk = (void *)ctx->udp_sk;
+	struct former_datagram_table *from = (void *)0;
+
+	if (sk)
+		from = bpf_sk_storage_get(&datagram_tables_v2, sk, (void *)0, 0);
+	if (from)
+		carry_datagram_table(sk, from);
+	return 0;
+}
+
 /* The same as find_stale_sockets, of one network namespace, for kernels that refuse the iterator over a map. */
 SEC("iter/udp")
 int find_stale_udp(struct bpf_iter__udp *ctx)

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{ErrorKind, Iter, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
+use libbpf_rs::{ErrorKind, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
@@ -37,6 +37,11 @@ use crate::sync::MapName;
 /// As many flows as kube-proxy lets conntrack have: 32768 for each processor, 131072 at least.
 const FLOWS_EACH: u32 = 32_768;
 const FLOWS: u32 = 131_072;
+
+/// Programs of [`load_carrier`]: over the sockets that the former map has rows of, everywhere; over the UDP sockets of the
+/// network namespace that the iterator is opened in.
+pub(super) const CARRY_OF_MAP: &str = "carry_datagrams";
+pub(super) const CARRY_OF_NAMESPACE: &str = "carry_datagrams_udp";
 
 /// How the table of flows is shared out.
 struct FlowShares {
@@ -404,29 +409,37 @@ pub(super) fn open_object<'o>(
     skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_unserved_udp.set_autoload(search != SocketSearch::None);
     skeleton.progs.carry_datagrams.set_autoload(false);
+    skeleton.progs.carry_datagrams_udp.set_autoload(false);
+    skeleton.maps.datagram_tables_v2.set_autocreate(false).context("cannot leave out a map")?;
     Ok(skeleton)
 }
 
-/// The one program that reads what sockets remember as `former`, an earlier version's map, says, and writes that into
-/// `datagram_tables`, the present map.
-pub(super) fn load_carrier(former: &MapHandle, datagram_tables: &Path) -> Result<Iter> {
+/// An iterator over sockets: `program`, alone, which reads what they remember as `former`, an earlier version's map, says,
+/// and writes that into `datagram_tables`, the present map.
+pub(super) fn load_carrier(program: &str, former: &MapHandle, datagram_tables: &Path) -> Result<Link> {
     let mut storage = MaybeUninit::uninit();
     let btf = btf_stand_in()?;
     let mut skeleton = open_object(&mut storage, btf.as_ref(), SocketSearch::None)?;
-    for mut program in skeleton.open_object_mut().progs_mut() {
-        let is_carrier = program.name() == "carry_datagrams";
-        program.set_autoload(is_carrier);
+    for mut each in skeleton.open_object_mut().progs_mut() {
+        let is_carrier = each.name() == program;
+        each.set_autoload(is_carrier);
     }
     for mut map in skeleton.open_object_mut().maps_mut() {
-        if map.name() == "datagram_tables" {
-            map.reuse_pinned_map(datagram_tables)?;
-        } else if !map.name().to_string_lossy().contains('.') {
-            map.set_autocreate(false)?;
+        match map.name().to_string_lossy().as_ref() {
+            "datagram_tables" => map.reuse_pinned_map(datagram_tables)?,
+            "datagram_tables_v2" => {
+                map.set_autocreate(true)?;
+                map.reuse_fd(former.as_fd())?;
+            }
+            name if !name.contains('.') => map.set_autocreate(false)?,
+            _ => {}
         }
     }
     let skeleton = uninterrupted(|| skeleton.load())?;
-    let link = skeleton.progs.carry_datagrams.attach_iter(former.as_fd())?;
-    Ok(Iter::new(&link)?)
+    match program {
+        CARRY_OF_MAP => Ok(skeleton.progs.carry_datagrams.attach_iter(former.as_fd())?),
+        _ => Ok(skeleton.progs.carry_datagrams_udp.attach()?),
+    }
 }
 
 /// Rows of an LRU map in which so many are of use: before 6.16 each processor keeps up to 128 free ones for itself.

@@ -16,12 +16,14 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use libbpf_rs::{ErrorKind, MapCore as _, MapFlags, MapHandle};
+use anyhow::{Context as _, Result, bail};
+use libbpf_rs::{ErrorKind, Iter, Link, MapCore as _, MapFlags, MapHandle};
 
 use super::devices::SharedPrograms;
 use super::filter::WireFilter;
 use super::former::{self, Former};
+use super::namespaces::{self, Namespaces};
+use super::probe::{self, SocketSearch};
 use super::read::PinnedMap;
 use super::reply_filter::ReplyFilter;
 use super::{load, pinned};
@@ -136,10 +138,32 @@ impl<'p> Upgrade<'p> {
     /// What each unconnected socket has sent to, and where that went. Kernels from before 5.11 have no way.
     fn carry_datagrams(&self) {
         let tables = pinned::maps_directory(self.pin_path).join("datagram_tables");
-        let carry = || -> Result<()> {
-            let mut sockets = load::load_carrier(&self.former.datagram_tables()?, &tables)?;
-            std::io::copy(&mut sockets, &mut std::io::sink()).context("walking the sockets")?;
+        let load = |program| load::load_carrier(program, &self.former.datagram_tables()?, &tables);
+        let run = |link: &Link| -> Result<()> {
+            std::io::copy(&mut Iter::new(link)?, &mut std::io::sink()).context("walking the sockets")?;
             Ok(())
+        };
+        let carry = || match probe::socket_search() {
+            SocketSearch::Origins => run(&load(load::CARRY_OF_MAP)?),
+            SocketSearch::Namespaces => {
+                let link = load(load::CARRY_OF_NAMESPACE)?;
+                let Namespaces { handles, mut hidden } = namespaces::all();
+                for handle in handles.values() {
+                    match namespaces::run_inside(handle, || run(&link)) {
+                        Ok(result) => result?,
+                        // It may have gone with its last process.
+                        Err(_) => hidden += usize::from(handle.exists()),
+                    }
+                }
+                if hidden > 0 {
+                    tracing::warn!(
+                        "unconnected UDP sockets in {hidden} network namespaces, which cannot be entered, lose the \
+                         answers to what they have just sent"
+                    );
+                }
+                Ok(())
+            }
+            SocketSearch::None => bail!("this kernel lets no program look at sockets"),
         };
         if let Err(error) = carry() {
             tracing::warn!(
