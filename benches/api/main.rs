@@ -2,14 +2,10 @@
 //! when its connection breaks and when the server restarts; and how the sources of many nodes come back to a server that
 //! does. The server is the tests' double, over TLS; bytes are those of TCP's payload. No times are measured.
 
-#[path = "../../tests/apiserver/mod.rs"]
-mod apiserver;
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../../tests/pki/mod.rs"]
-mod pki;
-#[path = "../../tests/support/mod.rs"]
-mod support;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 
 mod gate;
 mod many;
@@ -26,13 +22,13 @@ use clap::Parser;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
-use apiserver::{ApiServer, Resource};
 use common::refs;
 use common::world::{BenchWorld, ENDPOINTS_OF_A_SLICE};
 use gate::Gate;
-use support::daemon::Daemon;
-use support::eventually;
-use support::lab::Lab;
+use laboratory::apiserver::{ApiServer, Resource};
+use laboratory::daemon::Daemon;
+use laboratory::eventually;
+use laboratory::lab::Lab;
 use tally::Tally;
 
 const NODE: &str = "node1";
@@ -73,8 +69,8 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    support::preflight()?;
-    ensure!(support::process::in_path("openssl"), "openssl is missing (`make setup` installs it)");
+    laboratory::preflight()?;
+    ensure!(laboratory::process::in_path("openssl"), "openssl is missing (`make setup` installs it)");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     println!("{} Services with {} endpoints each:\n", arguments.services, arguments.endpoints);
     let mut rows = Vec::new();
@@ -123,7 +119,7 @@ fn stored(mut object: Value, manager: &str) -> Value {
 fn serve(runtime: &Runtime, server: &ApiServer, certificates: &Path) -> anyhow::Result<SocketAddr> {
     let listener = runtime.block_on(tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
     let at = listener.local_addr()?;
-    runtime.spawn(server.serve_tls(listener, pki::open_acceptor(certificates)));
+    runtime.spawn(server.serve_tls(listener, laboratory::pki::open_acceptor(certificates)));
     Ok(at)
 }
 
@@ -164,7 +160,7 @@ fn one_daemon(runtime: &Runtime, arguments: &Arguments, rows: &mut Vec<(&'static
     let mut world = BenchWorld::new(arguments.services, arguments.endpoints);
     let server = server(&world);
     let lab = Lab::new(&[(NODE, &[])])?;
-    pki::make_certificates(&lab.dir);
+    laboratory::pki::make_certificates(&lab.dir);
     let at = serve(runtime, &server, &lab.dir)?;
     let host = &lab.node(NODE).host;
     let mut gate = Gate::new(runtime.handle(), at, |at| host.inside(|| Ok(TcpListener::bind(at)?)))?;

@@ -9,12 +9,13 @@ use kubelane::objects::{Settings, SourceStatus};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-use crate::apiserver::Verb;
 use crate::common::print_table;
 use crate::common::world::BenchWorld;
 use crate::gate::Gate;
+use crate::laboratory::apiserver::Verb;
+use crate::laboratory::pki;
 use crate::tally::{Tally, bytes};
-use crate::{Arguments, NODE, pki, quiet, restart, serve, server, watched, write_kubeconfig};
+use crate::{Arguments, NODE, quiet, restart, serve, server, watched, write_kubeconfig};
 
 /// Services of a small cluster: it is the requests that count here.
 const SERVICES: usize = 10;

@@ -3,9 +3,9 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use crate::apiserver::{ApiServer, Verb};
 use crate::common::table;
 use crate::gate::Gate;
+use crate::laboratory::apiserver::{ApiServer, Verb};
 
 /// As of one moment, or between two.
 #[derive(Clone, Copy, Debug)]

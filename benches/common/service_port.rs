@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::common::world::{BenchService, ENDPOINT_PORT, SERVICE_PORT};
-use crate::rulesets::{Endpoint, ServicePort, State};
+use crate::laboratory::rulesets::{Endpoint, ServicePort, State};
 
 /// The namespace of all of them.
 pub const NAMESPACE: &str = "bench";

@@ -7,8 +7,8 @@ use anyhow::Context as _;
 use perf_event::events::Hardware;
 use perf_event::{Builder, Counter};
 
-use crate::support::cgroup;
-use crate::support::lab::Lab;
+use crate::laboratory::cgroup;
+use crate::laboratory::lab::Lab;
 
 /// Counters of a laboratory's cgroup, one on each processor.
 pub struct Instructions(Vec<Counter>);

@@ -11,11 +11,11 @@ use anyhow::{Context as _, bail};
 
 use crate::common::Sample;
 use crate::connect::{self, WARM_UP};
+use crate::laboratory::lab::Place;
+use crate::laboratory::process::Process;
 use crate::mode::{Mode, Served};
 use crate::path::Path;
 use crate::run::{PRIORITY, spawn, trouble};
-use crate::support::lab::Place;
-use crate::support::process::Process;
 
 /// Ways whose first packet goes through all that a mode has.
 pub const PATHS: [Path; 3] = [Path::ClusterIpRemote, Path::NodePortRemote, Path::PacketPod];

@@ -5,18 +5,13 @@
 //! Modes take turns in short runs, and what counts is the ratio within a round. Tables, CSV and plots go to a directory.
 //! Figures are printed beside their targets and never asserted.
 
-#[path = "../../tests/api_client/mod.rs"]
-mod api_client;
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../../tests/rulesets/mod.rs"]
-mod rulesets;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 #[path = "../common/service_port.rs"]
 mod service_port;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
-mod cluster;
 mod connect;
 mod instructions;
 mod latency;
@@ -27,6 +22,7 @@ mod path;
 mod plot;
 mod preconditions;
 mod programs;
+mod real_cluster;
 mod run;
 mod services;
 mod table;
@@ -37,23 +33,23 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use clap::Parser as _;
 
-use cluster::{Cluster, RealProxy};
 use instructions::Instructions;
+use laboratory::lab::Lab;
+use laboratory::rulesets::load::TooSlow;
 use latency::Latency;
 use measure::Cell;
 use mode::{Mode, Served};
 use options::Arguments;
 use programs::Ran;
-use rulesets::load::TooSlow;
+use real_cluster::{RealCluster, RealProxy};
 use run::Netperf;
-use support::lab::Lab;
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     if arguments.part.play()? {
         return Ok(());
     }
-    support::preflight()?;
+    laboratory::preflight()?;
     let &[client, server] = arguments.processors.as_slice() else { bail!("--processors takes two numbers: 0,1") };
     let programs = arguments.netperf.clone().map_or_else(common::netperf, Ok)?;
     let netperf = Netperf { programs, processors: (client, server), length: arguments.length };
@@ -68,7 +64,7 @@ fn main() -> anyhow::Result<()> {
         println!("{caveat}\n");
     }
     // Objects on an API server first: the bench itself ends when its laboratories go.
-    support::signals::clean_up(api_client::connection::remove_own)?;
+    laboratory::signals::clean_up(laboratory::api_client::connection::remove_own)?;
     let real = match (&arguments.kube_proxy, &arguments.kubeconfig) {
         (Some(program), Some(kubeconfig)) => Some(RealProxy::new(program, kubeconfig)?),
         _ => None,
@@ -187,9 +183,9 @@ impl Bench {
     }
 
     /// The objects on the API server, if there is one.
-    fn cluster(&self, labs: &[Lab], others: usize) -> anyhow::Result<Option<Cluster>> {
+    fn cluster(&self, labs: &[Lab], others: usize) -> anyhow::Result<Option<RealCluster>> {
         let (Some(real), Some(lab)) = (&self.real, labs.first()) else { return Ok(None) };
-        Ok(Some(Cluster::fill(real, lab, others)?))
+        Ok(Some(RealCluster::fill(real, lab, others)?))
     }
 
     /// Puts each side in force. One whose rules take too long is left out, and said to be.
@@ -197,7 +193,7 @@ impl Bench {
         &mut self,
         sides: &[Side],
         labs: &'l [Lab],
-        cluster: Option<&Cluster>,
+        cluster: Option<&RealCluster>,
     ) -> anyhow::Result<Vec<Served<'l>>> {
         let mut all = Vec::new();
         for ((mode, others), lab) in sides.iter().zip(labs) {

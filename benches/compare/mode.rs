@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 
-use crate::cluster::Cluster;
 use crate::common::world::{BenchService, BenchWorld, Layout, Style};
+use crate::laboratory::daemon::Daemon;
+use crate::laboratory::lab::{Lab, Node};
+use crate::laboratory::manifests::Manifests;
+use crate::laboratory::process::Process;
+use crate::laboratory::rulesets::{self, Family, World, load};
 use crate::path::{Path, TARGETS};
-use crate::rulesets::{self, Family, World, load};
+use crate::real_cluster::RealCluster;
 use crate::service_port;
 use crate::services;
-use crate::support::daemon::Daemon;
-use crate::support::lab::{Lab, Node};
-use crate::support::manifests::Manifests;
-use crate::support::process::Process;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Mode {
@@ -113,7 +113,7 @@ impl<'a> Served<'a> {
         mode: Mode,
         lab: &'a Lab,
         others: usize,
-        cluster: Option<&Cluster>,
+        cluster: Option<&RealCluster>,
         limit: Duration,
     ) -> anyhow::Result<Served<'a>> {
         let dir = lab.dir.join("manifests");

@@ -9,7 +9,7 @@ use std::net::Ipv4Addr;
 
 use clap::ValueEnum;
 
-use crate::support::lab::{Lab, Place};
+use crate::laboratory::lab::{Lab, Place};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Path {

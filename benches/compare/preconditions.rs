@@ -6,7 +6,7 @@ use anyhow::bail;
 use ipnet::Ipv4Net;
 use serde_json::{Value, json};
 
-use crate::api_client::connection::Connection;
+use crate::laboratory::api_client::connection::Connection;
 use crate::path::TARGETS;
 
 /// What the bench, kubelane and kube-proxy do: verbs, group, resource. Everywhere, for the namespace is not there yet.

@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 
 use crate::common::health::Trouble;
+use crate::laboratory::eventually;
+use crate::laboratory::lab::{Lab, Place};
+use crate::laboratory::process::Process;
 use crate::mode::Served;
 use crate::path::{Path, TARGETS};
-use crate::support::eventually;
-use crate::support::lab::{Lab, Place};
-use crate::support::process::Process;
 
 /// How netperf is run.
 pub struct Netperf {

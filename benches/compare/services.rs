@@ -5,11 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::{Value, json};
 
 use crate::common::world::{BenchService, ENDPOINT_PORT, SERVICE_PORT};
+use crate::laboratory::lab::{Lab, Node};
+use crate::laboratory::manifests::{Endpoint, port, service, slice};
+use crate::laboratory::rulesets::{self, Protocol, ServicePort, State};
 use crate::path::{TARGETS, Target};
-use crate::rulesets::{self, Protocol, ServicePort, State};
 use crate::service_port::service_port;
-use crate::support::lab::{Lab, Node};
-use crate::support::manifests::{Endpoint, port, service, slice};
 
 /// Service and EndpointSlice of a target. The API server chooses the cluster IP when `cluster_ip` is `None`; `node_name`
 /// says what the laboratory's nodes are called there.

@@ -5,16 +5,12 @@
 //! The server is the tests' double, in a process of its own (this binary again, with `--serve`). Figures are printed
 //! beside their targets and never asserted, with a table of how they grow; a CSV goes to the output directory.
 
-#[path = "../../tests/apiserver/mod.rs"]
-mod apiserver;
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../../tests/rulesets/mod.rs"]
-mod rulesets;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 #[path = "../common/service_port.rs"]
 mod service_port;
-#[path = "../../tests/support/mod.rs"]
-mod support;
 
 mod measure;
 mod report;
@@ -97,7 +93,7 @@ fn main() -> anyhow::Result<()> {
     if let Some(pins) = &arguments.serve {
         return serve::run(pins, &arguments);
     }
-    support::preflight()?;
+    laboratory::preflight()?;
     println!("{}\n", machine());
     let mut all = Vec::new();
     // What was measured before something failed is told, too.

@@ -8,10 +8,10 @@ use crate::Arguments;
 use crate::common::observe::{self, Eyes, Usage, cpu_time};
 use crate::common::world::BenchWorld;
 use crate::common::{Sample, refs};
+use crate::laboratory::daemon::Daemon;
+use crate::laboratory::lab::Lab;
 use crate::report::{Figures, Growth};
 use crate::serve::{Order, Report, Server, Target};
-use crate::support::daemon::Daemon;
-use crate::support::lab::Lab;
 
 const NODE: &str = "node1";
 /// How long a start may take: ten times as long as 100,000 Services take a debug build.

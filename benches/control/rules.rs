@@ -14,11 +14,11 @@ use nix::sched::{CloneFlags, unshare};
 use crate::Arguments;
 use crate::common::Sample;
 use crate::common::world::BenchWorld;
+use crate::laboratory::process::in_path;
+use crate::laboratory::rulesets::load::{self, Loader, Spent};
+use crate::laboratory::rulesets::{Family, World, iptables, nftables};
 use crate::report::{Figures, Growth, thousands};
-use crate::rulesets::load::{self, Loader, Spent};
-use crate::rulesets::{Family, World, iptables, nftables};
 use crate::service_port::service_port;
-use crate::support::process::in_path;
 
 /// How often one endpoint changes.
 const CHANGES: usize = 5;

@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::Arguments;
-use crate::apiserver::ApiServer;
 use crate::common::observe::Eyes;
 use crate::common::world::{BenchService, BenchWorld, ENDPOINTS_OF_A_SLICE};
-use crate::support::lab::Lab;
-use crate::support::process::Process;
+use crate::laboratory::apiserver::ApiServer;
+use crate::laboratory::lab::Lab;
+use crate::laboratory::process::Process;
 
 /// What the server's process is told to do: one line of JSON on its stdin, answered by a [`Report`] on its stdout.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]

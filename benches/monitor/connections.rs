@@ -8,11 +8,11 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use crate::common::{Sample, netperf, print_table};
-use crate::support::daemon::Daemon;
-use crate::support::lab::{Lab, Place};
-use crate::support::manifests::{Endpoint, Manifests, port, service, slice};
-use crate::support::process::Process;
-use crate::support::{eventually, kubelane_binary, netns};
+use crate::laboratory::daemon::Daemon;
+use crate::laboratory::lab::{Lab, Place};
+use crate::laboratory::manifests::{Endpoint, Manifests, port, service, slice};
+use crate::laboratory::process::Process;
+use crate::laboratory::{eventually, kubelane_binary, netns};
 
 const NODE: &str = "172.31.0.11";
 /// Control and data port, of the pod and of the NodePort.

@@ -12,9 +12,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::common::print_table;
-use crate::support::{eventually, kubelane_binary};
-use crate::wire::frame::{Frame, RST, tcp};
-use crate::wire::{CLIENT4, LOCAL4, NODE4, Node};
+use crate::laboratory::packets::frame::{Frame, RST, tcp};
+use crate::laboratory::packets::{CLIENT4, LOCAL4, NODE4, Node};
+use crate::laboratory::{eventually, kubelane_binary};
 
 const RATES: [u32; 4] = [50_000, 100_000, 200_000, 400_000];
 const FOR: Duration = Duration::from_secs(2);

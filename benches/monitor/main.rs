@@ -9,10 +9,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../../tests/support/mod.rs"]
-mod support;
-#[path = "../../tests/wire/mod.rs"]
-mod wire;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 
 mod connections;
 mod events;
@@ -37,7 +35,7 @@ struct Arguments {
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    support::preflight()?;
+    laboratory::preflight()?;
     println!("{}\n", common::machine());
     events::measure()?;
     connections::measure(arguments.rounds, arguments.transactions, &arguments.processors)

@@ -6,8 +6,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../../tests/support/mod.rs"]
-mod support;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 
 mod path;
 
@@ -20,10 +20,10 @@ use serde_json::json;
 use common::programs::Mean;
 use common::world::{BenchWorld, Layout, Style};
 use common::{Sample, machine, print_table, programs};
+use laboratory::daemon::Daemon;
+use laboratory::lab::Lab;
+use laboratory::manifests::{Endpoint, Manifests, port, service, slice};
 use path::{Bench, CLUSTER_IP, Path, Run};
-use support::daemon::Daemon;
-use support::lab::Lab;
-use support::manifests::{Endpoint, Manifests, port, service, slice};
 
 #[derive(Parser)]
 struct Arguments {
@@ -55,7 +55,7 @@ const TESTS: [(&str, f64); 3] = [("TCP_RR", 0.98), ("TCP_CRR", 0.95), ("UDP_RR",
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    support::preflight()?;
+    laboratory::preflight()?;
     let &[client, server] = arguments.processors.as_slice() else { bail!("--processors takes two numbers: 0,1") };
     let programs = arguments.netperf.clone().map_or_else(common::netperf, Ok)?;
     let lab = Lab::new(&[("node1", &["client", "server"])])?;

@@ -17,10 +17,10 @@ use anyhow::{Context as _, bail};
 use kubelane::bpf::Maps;
 
 use crate::common::health::Trouble;
-use crate::support::eventually;
-use crate::support::lab::Lab;
-use crate::support::netns;
-use crate::support::process::Process;
+use crate::laboratory::eventually;
+use crate::laboratory::lab::Lab;
+use crate::laboratory::netns;
+use crate::laboratory::process::Process;
 
 pub const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 50);
 

@@ -6,11 +6,11 @@ use kubelane::abi::flow_way::WAY_ROUTED;
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
 
+use crate::laboratory::packets::errors::error;
+use crate::laboratory::packets::frame::{ACK, FIN, Frame, tcp, udp};
+use crate::laboratory::packets::{Node, PASS, REDIRECT, ends};
 use crate::measure::{Packets, Way};
 use crate::ways::{bare, ethernet, marked, pod};
-use crate::wire::errors::error;
-use crate::wire::frame::{ACK, FIN, Frame, tcp, udp};
-use crate::wire::{Node, PASS, REDIRECT, ends};
 
 /// Who takes part: a client outside, a service address, a pod; all pass the filters (see [`Node::pass`]).
 #[derive(Clone, Copy)]

@@ -5,13 +5,13 @@ use kubelane::abi::frontend_flag;
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
 
-use crate::measure::{Packets, Way};
-use crate::ways::ethernet;
-use crate::wire::frame::{ACK, Frame, SYN, tcp, udp};
-use crate::wire::{
+use crate::laboratory::packets::frame::{ACK, Frame, SYN, tcp, udp};
+use crate::laboratory::packets::{
     CLIENT4, CLIENT6, DROP, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, REDIRECT, REMOTE4, REMOTE6, VIP4, VIP6,
     empty_drop,
 };
+use crate::measure::{Packets, Way};
+use crate::ways::ethernet;
 
 /// NodePorts of backends here and elsewhere.
 const HERE: u16 = 30080;

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::figures::{Found, release_line};
+use crate::laboratory::figures::{Found, release_line};
 
 const LOGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/vm/run");
 

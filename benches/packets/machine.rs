@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::figures::release_line;
+use crate::laboratory::figures::release_line;
 
 pub fn kernel() -> Result<String> {
     let name = nix::sys::utsname::uname().context("uname")?;

@@ -6,14 +6,10 @@
 //!     make bench-packets ARGS="--record"          writes what has not grown to benches/FIGURES.md
 //!     make bench-packets ARGS="--record --why 'services are counted now'"    and what has
 
-#[path = "../../tests/support/mod.rs"]
-mod support;
-#[path = "../../tests/wire/mod.rs"]
-mod wire;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 
 mod established;
-#[allow(dead_code, reason = "tests use the rest")]
-mod figures;
 mod first;
 mod guests;
 mod machine;
@@ -26,7 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use clap::Parser;
 
-use figures::{Change, Difference, Figures, Found, Table};
+use laboratory::figures::{Change, Difference, Figures, Found, Table};
 use taken::Taken;
 
 #[derive(Parser)]
@@ -61,9 +57,9 @@ const LONGER: usize = 2;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Err(reason) = support::preflight() {
+    if let Err(reason) = laboratory::preflight() {
         ensure!(arguments.check, reason);
-        support::skip(&format!("figures of the programs: {reason:#}"));
+        laboratory::skip(&format!("figures of the programs: {reason:#}"));
         return Ok(());
     }
     machine::stay_on_this_processor()?;
@@ -103,7 +99,7 @@ fn check(words: &[String]) -> Result<()> {
         }
     };
     let mut skip = |place: &str| {
-        support::skip(&format!("nothing is on file for {place}; `make bench-packets ARGS=--record` writes it"));
+        laboratory::skip(&format!("nothing is on file for {place}; `make bench-packets ARGS=--record` writes it"));
         skipped += 1;
     };
     let kernel = machine::kernel()?;
@@ -126,7 +122,7 @@ fn check(words: &[String]) -> Result<()> {
     if failed > 0 {
         bail!(
             "what has grown by more than a tenth (a first packet: three), or is not on file, must not go in without a word: make bench-packets ARGS=\"--record --why '...'\" writes it to {}, with the reason",
-            figures::file().display()
+            laboratory::figures::file().display()
         );
     }
     Ok(())

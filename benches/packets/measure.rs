@@ -6,8 +6,8 @@ use kubelane::bpf::run::{Outcome, run_bare, run_marked, run_pod};
 use kubelane::bpf::yardstick::Yardstick;
 use kubelane::bpf::{Direction, LinkLayer};
 
-use crate::figures::{CLOCK_NS, Found};
-use crate::wire::{DROP, Node};
+use crate::laboratory::figures::{CLOCK_NS, Found};
+use crate::laboratory::packets::{DROP, Node};
 
 /// Runs in one system call: a forwarded packet loses a hop in each.
 const REPEAT: u32 = 200;

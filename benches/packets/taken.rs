@@ -6,10 +6,10 @@ use anyhow::Result;
 use kubelane::bpf::verifier;
 use kubelane::bpf::yardstick::Yardstick;
 
-use crate::figures::{self, Found};
+use crate::laboratory::figures::{self, Found};
+use crate::laboratory::packets::Node;
 use crate::measure::{Lowest, Packets, measure};
 use crate::ways;
-use crate::wire::Node;
 
 /// Instructions that the verifier walks through, for each program.
 pub fn programs() -> Result<Vec<Found>> {

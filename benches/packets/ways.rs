@@ -5,9 +5,11 @@ use kubelane::model::Protocol;
 
 use crate::established::{self, Party};
 use crate::first;
+use crate::laboratory::packets::frame::{ACK, tcp, udp};
+use crate::laboratory::packets::{
+    CLIENT4, CLIENT6, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, PODS, VIP4, VIP6, interface_index,
+};
 use crate::measure::{Hook, Packets, Way};
-use crate::wire::frame::{ACK, tcp, udp};
-use crate::wire::{CLIENT4, CLIENT6, LOCAL4, LOCAL6, NODE4, NODE6, Node, PASS, PODS, VIP4, VIP6, interface_index};
 
 const PARTIES: [Party; 2] = [
     Party { family: "IPv4", client: CLIENT4, service: VIP4, local: LOCAL4 },

@@ -6,8 +6,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-#[path = "../../tests/support/mod.rs"]
-mod support;
+#[path = "../../tests/laboratory/mod.rs"]
+mod laboratory;
 
 mod change;
 mod syscalls;
@@ -21,8 +21,8 @@ use change::{Changes, Edit};
 use common::observe::{self, Eyes, Usage};
 use common::world::{BenchWorld, Layout, Style};
 use common::{Sample, machine, print_table, refs};
-use support::daemon::{Daemon, LOADING};
-use support::lab::Lab;
+use laboratory::daemon::{Daemon, LOADING};
+use laboratory::lab::Lab;
 
 #[derive(Parser)]
 struct Arguments {
@@ -57,7 +57,7 @@ const QUESTIONS: usize = 20;
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
-    support::preflight()?;
+    laboratory::preflight()?;
     println!("{}\n", machine());
     let layouts = match arguments.layout.is_empty() {
         true => vec![Layout::One, Layout::Big],

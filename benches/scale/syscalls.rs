@@ -10,8 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::change::{Changes, Edit};
-use crate::support::eventually;
-use crate::support::process::in_path;
+use crate::laboratory::eventually;
+use crate::laboratory::process::in_path;
 
 /// Changes of each kind under strace.
 const CHANGES: usize = 20;

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::daemon::PATIENCE;
-use crate::support::eventually;
-use crate::world::{By, From, World};
+use crate::case_cluster::{By, CaseCluster, From};
+use crate::laboratory::daemon::PATIENCE;
+use crate::laboratory::eventually;
 
 cases![
     affinity_for_cluster_ip,
@@ -30,7 +30,7 @@ fn spec(kind: &str, affinity: &str, seconds: u32) -> Value {
 }
 
 /// All of thirty connections meet the same pod; which one.
-fn stays(world: &World, from: From, by: By, to: &[SocketAddr]) {
+fn stays(world: &CaseCluster, from: From, by: By, to: &[SocketAddr]) {
     for to in to {
         let mut last = Default::default();
         let is_so = eventually(PATIENCE, || {
@@ -41,7 +41,7 @@ fn stays(world: &World, from: From, by: By, to: &[SocketAddr]) {
     }
 }
 
-fn affinity_for_cluster_ip(world: &World) {
+fn affinity_for_cluster_ip(world: &CaseCluster) {
     let served = world.simple("sticky-ip", spec("ClusterIP", "ClientIP", 600), &PODS);
     for from in [CLIENT, From::Host] {
         stays(world, from, By::Tcp, &served.at(80));
@@ -49,7 +49,7 @@ fn affinity_for_cluster_ip(world: &World) {
     world.gone("sticky-ip");
 }
 
-fn affinity_for_node_port(world: &World) {
+fn affinity_for_node_port(world: &CaseCluster) {
     let served = world.simple("sticky-port", spec("NodePort", "ClientIP", 600), &PODS);
     for from in [CLIENT, From::Host, From::Outside] {
         stays(world, from, By::Tcp, &served.at_node("http"));
@@ -58,7 +58,7 @@ fn affinity_for_node_port(world: &World) {
 }
 
 /// Also by policy Local, where only the pod here answers; and by datagrams.
-fn affinity_for_load_balancer(world: &World) {
+fn affinity_for_load_balancer(world: &CaseCluster) {
     for policy in ["Cluster", "Local"] {
         let mut with = spec("LoadBalancer", "ClientIP", 600);
         with["externalTrafficPolicy"] = json!(policy);
@@ -70,7 +70,7 @@ fn affinity_for_load_balancer(world: &World) {
     world.gone("sticky-lb");
 }
 
-fn switches(world: &World, kind: &str, from: From, to: impl Fn(&crate::world::Served) -> Vec<SocketAddr>) {
+fn switches(world: &CaseCluster, kind: &str, from: From, to: impl Fn(&crate::case_cluster::Served) -> Vec<SocketAddr>) {
     let served = world.simple("switched", spec(kind, "None", 0), &PODS);
     world.reaches(from, By::Tcp, &to(&served), &PODS);
     for _ in 0..2 {
@@ -88,16 +88,16 @@ fn spec_with_ports(kind: &str, affinity: &str) -> Value {
     spec
 }
 
-fn affinity_is_switched_for_cluster_ip(world: &World) {
+fn affinity_is_switched_for_cluster_ip(world: &CaseCluster) {
     switches(world, "ClusterIP", CLIENT, |served| served.at(80));
 }
 
-fn affinity_is_switched_for_node_port(world: &World) {
+fn affinity_is_switched_for_node_port(world: &CaseCluster) {
     switches(world, "NodePort", From::Outside, |served| served.at_node("http"));
 }
 
 /// While it is used it lasts; after a pause longer than the timeout the next pod is drawn anew.
-fn affinity_times_out_for_cluster_ip_and_node_port(world: &World) {
+fn affinity_times_out_for_cluster_ip_and_node_port(world: &CaseCluster) {
     let served = world.simple("short", spec("NodePort", "ClientIP", 2), &PODS);
     let ways = [(CLIENT, served.at(80)[0]), (From::Outside, served.at_node("http")[0])];
     for (from, to) in ways {

@@ -5,8 +5,8 @@ use std::ops::Deref;
 
 use serde_json::{Value, json};
 
-use crate::api_client::{self, Api};
-use crate::apiserver::ApiServer;
+use crate::laboratory::api_client::{self, Api};
+use crate::laboratory::apiserver::ApiServer;
 
 /// Names a kubeconfig of a real API server.
 const KUBECONFIG: &str = "KUBELANE_TEST_KUBECONFIG";
@@ -55,4 +55,16 @@ async fn double() -> anyhow::Result<Value> {
         "clusters": [{"name": "lab", "cluster": {"server": format!("http://{at}")}}],
         "users": [{"name": "tester", "user": {"token": "a-token"}}],
     }))
+}
+
+#[test]
+fn a_server_that_is_reached_by_a_relay_keeps_its_path() {
+    let at = "127.0.0.1:4711".parse().unwrap();
+    for (server, wanted) in [
+        ("https://rancher.example:8443/k8s/clusters/x", "https://127.0.0.1:4711/k8s/clusters/x"),
+        ("https://10.0.0.1:6443/", "https://127.0.0.1:4711"),
+        ("http://[::1]:8080", "http://127.0.0.1:4711"),
+    ] {
+        assert_eq!(api_client::moved(&server.parse().unwrap(), at), wanted);
+    }
 }

@@ -4,11 +4,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde_json::json;
 
-use crate::support::client::Socket;
-use crate::support::daemon::PATIENCE;
-use crate::support::eventually;
-use crate::support::manifests::Endpoint;
-use crate::world::{By, From, Served, World};
+use crate::case_cluster::{By, CaseCluster, From, Served};
+use crate::laboratory::client::Socket;
+use crate::laboratory::daemon::PATIENCE;
+use crate::laboratory::eventually;
+use crate::laboratory::manifests::Endpoint;
 
 cases![
     udp_survives_a_server_that_cycles_behind_a_node_port,
@@ -20,12 +20,12 @@ cases![
 
 const DNS: [(&str, &str, u16); 1] = [("dns", "UDP", 9000)];
 
-fn service(world: &World, name: &str, kind: &str) -> Served {
+fn service(world: &CaseCluster, name: &str, kind: &str) -> Served {
     world.service(name, json!({"type": kind, "ports": [{"name": "dns", "protocol": "UDP", "port": 53}]}))
 }
 
 /// The socket that a case keeps, bound to a port of its own.
-fn with_socket(world: &World, from: From, to: SocketAddr, port: u16, work: impl FnOnce(&mut Socket)) {
+fn with_socket(world: &CaseCluster, from: From, to: SocketAddr, port: u16, work: impl FnOnce(&mut Socket)) {
     world.with_client(from, |client| {
         let mut socket = client.open(By::Udp.kind(to)).expect("a socket");
         socket.bind((IpAddr::from(Ipv4Addr::UNSPECIFIED), port).into()).expect("a source port");
@@ -48,7 +48,7 @@ fn answers(socket: &mut Socket, to: SocketAddr, pod: &str) {
     }
 }
 
-fn cycles(world: &World, name: &str, kind: &str, from: From, to: impl Fn(&Served) -> SocketAddr, port: u16) {
+fn cycles(world: &CaseCluster, name: &str, kind: &str, from: From, to: impl Fn(&Served) -> SocketAddr, port: u16) {
     let served = service(world, name, kind);
     let to = to(&served);
     world.slices(name, &DNS, &world.ready(&["b"]));
@@ -67,20 +67,20 @@ fn cycles(world: &World, name: &str, kind: &str, from: From, to: impl Fn(&Served
     world.gone(name);
 }
 
-fn udp_survives_a_server_that_cycles_behind_a_node_port(world: &World) {
+fn udp_survives_a_server_that_cycles_behind_a_node_port(world: &CaseCluster) {
     cycles(world, "cycle-port", "NodePort", From::Outside, |served| served.at_node("dns")[0], 12345);
 }
 
-fn udp_survives_a_server_that_cycles_behind_a_cluster_ip(world: &World) {
+fn udp_survives_a_server_that_cycles_behind_a_cluster_ip(world: &CaseCluster) {
     cycles(world, "cycle-ip", "ClusterIP", From::Pod("client"), |served| served.at(53)[0], 12346);
 }
 
-fn udp_of_the_host_survives_a_server_that_cycles(world: &World) {
+fn udp_of_the_host_survives_a_server_that_cycles(world: &CaseCluster) {
     cycles(world, "cycle-host", "ClusterIP", From::Host, |served| served.at(53)[0], 12347);
 }
 
 /// The client talks before anybody is ready, by both ways.
-fn udp_reaches_endpoints_that_were_not_ready_at_first(world: &World) {
+fn udp_reaches_endpoints_that_were_not_ready_at_first(world: &CaseCluster) {
     let served = service(world, "not-yet", "NodePort");
     world.slices("not-yet", &DNS, &world.endpoints(Endpoint::unready, &["b"]));
     for (from, to, port) in
@@ -97,7 +97,7 @@ fn udp_reaches_endpoints_that_were_not_ready_at_first(world: &World) {
 }
 
 /// On port 7000 the answer also says who asked, which tells the two servers of one pod apart.
-fn udp_follows_the_target_port_of_a_node_port(world: &World) {
+fn udp_follows_the_target_port_of_a_node_port(world: &CaseCluster) {
     let served = service(world, "target", "NodePort");
     let to = served.at_node("dns")[0];
     world.slices("target", &DNS, &world.ready(&["a"]));

@@ -2,10 +2,10 @@
 
 use serde_json::json;
 
-use crate::support::daemon::PATIENCE;
-use crate::support::eventually;
-use crate::support::manifests::Endpoint;
-use crate::world::{By, From, HTTP, Served, World};
+use crate::case_cluster::{By, CaseCluster, From, HTTP, Served};
+use crate::laboratory::daemon::PATIENCE;
+use crate::laboratory::eventually;
+use crate::laboratory::manifests::Endpoint;
 
 cases![
     rejected_without_endpoints,
@@ -24,7 +24,7 @@ cases![
 const CLIENT: From = From::Pod("client");
 
 /// By socket, by packet, by both protocols.
-fn is_rejected(world: &World, served: &Served) {
+fn is_rejected(world: &CaseCluster, served: &Served) {
     for (by, name) in [(By::Tcp, "tcp"), (By::Udp, "udp")] {
         for from in [CLIENT, From::Host] {
             world.refused(from, by, &served.at(80));
@@ -33,19 +33,19 @@ fn is_rejected(world: &World, served: &Served) {
     }
 }
 
-fn two_protocols(world: &World, name: &str) -> Served {
+fn two_protocols(world: &CaseCluster, name: &str) -> Served {
     let ports = json!([{"name": "tcp", "protocol": "TCP", "port": 80}, {"name": "udp", "protocol": "UDP", "port": 80}]);
     world.service(name, json!({"type": "NodePort", "ports": ports}))
 }
 
-fn rejected_without_endpoints(world: &World) {
+fn rejected_without_endpoints(world: &CaseCluster) {
     let served = two_protocols(world, "none");
     is_rejected(world, &served);
     world.gone("none");
 }
 
 /// An evicted pod stays in the slice, neither ready nor serving.
-fn rejected_for_evicted_pods(world: &World) {
+fn rejected_for_evicted_pods(world: &CaseCluster) {
     let served = two_protocols(world, "evicted");
     let targets = [("tcp", "TCP", 9000), ("udp", "UDP", 9000)];
     world.slices("evicted", &targets, &world.ready(&["a", "b"]));
@@ -56,13 +56,13 @@ fn rejected_for_evicted_pods(world: &World) {
 }
 
 /// The controller calls such endpoints ready, also when they terminate.
-fn unready_endpoints_when_they_are_to_be_published(world: &World) {
+fn unready_endpoints_when_they_are_to_be_published(world: &CaseCluster) {
     let served = world.simple("published", json!({"publishNotReadyAddresses": true}), &["a", "b"]);
     world.reaches(CLIENT, By::Tcp, &served.at(80), &["a", "b"]);
     world.gone("published");
 }
 
-fn unready_endpoints_when_they_are_not(world: &World) {
+fn unready_endpoints_when_they_are_not(world: &CaseCluster) {
     let served = world.simple("unpublished", json!({}), &["a"]);
     let mut endpoints = world.ready(&["a"]);
     endpoints.extend(world.endpoints(Endpoint::unready, &["b"]));
@@ -74,11 +74,11 @@ fn unready_endpoints_when_they_are_not(world: &World) {
     world.gone("unpublished");
 }
 
-fn terminating(world: &World, pods: &[&str]) -> Vec<Endpoint> {
+fn terminating(world: &CaseCluster, pods: &[&str]) -> Vec<Endpoint> {
     world.endpoints(Endpoint::terminating, pods)
 }
 
-fn terminating_endpoints_as_a_last_resort_for_cluster_policies(world: &World) {
+fn terminating_endpoints_as_a_last_resort_for_cluster_policies(world: &CaseCluster) {
     let served = world.simple("ending", json!({"type": "NodePort"}), &["c"]);
     let mixed = [world.ready(&["c"]), terminating(world, &["a", "b"])].concat();
     for (endpoints, who) in [(mixed, &["c"][..]), (terminating(world, &["a", "b"]), &["a", "b"])] {
@@ -91,7 +91,7 @@ fn terminating_endpoints_as_a_last_resort_for_cluster_policies(world: &World) {
 }
 
 /// The local set falls back for itself, though a ready endpoint is elsewhere.
-fn terminating_endpoints_as_a_last_resort_for_internal_policy_local(world: &World) {
+fn terminating_endpoints_as_a_last_resort_for_internal_policy_local(world: &CaseCluster) {
     let served = world.simple("ending-here", json!({"internalTrafficPolicy": "Local"}), &["a", "b"]);
     world.reaches(CLIENT, By::Tcp, &served.at(80), &["a"]);
     world.slices("ending-here", &HTTP, &[terminating(world, &["a"]), world.ready(&["b"])].concat());
@@ -101,7 +101,7 @@ fn terminating_endpoints_as_a_last_resort_for_internal_policy_local(world: &Worl
     world.gone("ending-here");
 }
 
-fn terminating_endpoints_as_a_last_resort_for_external_policy_local(world: &World) {
+fn terminating_endpoints_as_a_last_resort_for_external_policy_local(world: &CaseCluster) {
     let ports = json!([{"name": "udp", "protocol": "UDP", "port": 80}]);
     let spec = json!({"type": "NodePort", "externalTrafficPolicy": "Local", "ports": ports});
     let served = world.service("ending-out", spec);
@@ -116,7 +116,7 @@ fn terminating_endpoints_as_a_last_resort_for_external_policy_local(world: &Worl
     world.gone("ending-out");
 }
 
-fn health_check_port_fails_with_terminating_endpoints_only(world: &World) {
+fn health_check_port_fails_with_terminating_endpoints_only(world: &CaseCluster) {
     let spec = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"});
     let served = world.simple("checked", spec, &["a", "b"]);
     let port = served.object["spec"]["healthCheckNodePort"].as_u64().expect("a port for health checks");
@@ -130,7 +130,7 @@ fn health_check_port_fails_with_terminating_endpoints_only(world: &World) {
 }
 
 /// The only endpoint asks its own Service, also by a node port.
-fn hairpin(world: &World) {
+fn hairpin(world: &CaseCluster) {
     let ports = json!([{"name": "tcp", "protocol": "TCP", "port": 80}, {"name": "udp", "protocol": "UDP", "port": 80}]);
     let served = world.service("hairpin", json!({"type": "NodePort", "ports": ports}));
     world.slices("hairpin", &[("tcp", "TCP", 9000), ("udp", "UDP", 9000)], &world.ready(&["a"]));
@@ -142,7 +142,7 @@ fn hairpin(world: &World) {
 }
 
 /// The pod says who asked; here and on the other node.
-fn source_address_through_a_cluster_ip(world: &World) {
+fn source_address_through_a_cluster_ip(world: &CaseCluster) {
     let served = world.simple("source", json!({}), &[]);
     for pod in ["a", "b"] {
         world.slices("source", &[("http", "TCP", 7000)], &world.ready(&[pod]));
@@ -155,7 +155,7 @@ fn source_address_through_a_cluster_ip(world: &World) {
     world.gone("source");
 }
 
-fn endpoints_in_the_hosts_network(world: &World) {
+fn endpoints_in_the_hosts_network(world: &CaseCluster) {
     let ports = json!([{"name": "tcp", "protocol": "TCP", "port": 80}, {"name": "udp", "protocol": "UDP", "port": 80}]);
     let served = world.service("hosts", json!({"type": "NodePort", "ports": ports}));
     let targets = [("tcp", "TCP", 9100), ("udp", "UDP", 9100)];

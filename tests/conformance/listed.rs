@@ -5,7 +5,7 @@ use std::fs;
 
 use crate::{affinity, datagrams, endpoints, policies, ports, topology, types};
 
-const MODULES: [(&str, &[(&str, crate::world::Case)]); 7] = [
+const MODULES: [(&str, &[(&str, crate::case_cluster::Case)]); 7] = [
     ("affinity", affinity::CASES),
     ("datagrams", datagrams::CASES),
     ("endpoints", endpoints::CASES),

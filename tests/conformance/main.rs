@@ -1,38 +1,34 @@
 //! What Kubernetes' own end-to-end tests ask of a proxy (`tests/conformance.md` lists them), asked of the real daemon in
 //! the laboratory. All objects come from an API server by way of HTTP: the tests' double, or the real one that the
 //! kubeconfig in `KUBELANE_TEST_KUBECONFIG` leads to (`make test-cluster`). The cases are the same, and so is their client.
-#![cfg(feature = "lab")]
+
+#[path = "../laboratory/mod.rs"]
+mod laboratory;
 
 /// The cases of a module, by name.
 macro_rules! cases {
     ($($case:ident),* $(,)?) => {
-        pub const CASES: &[(&str, crate::world::Case)] = &[$((stringify!($case), $case)),*];
+        pub const CASES: &[(&str, crate::case_cluster::Case)] = &[$((stringify!($case), $case)),*];
     };
 }
 
 mod affinity;
 mod api;
-#[path = "../api_client/mod.rs"]
-mod api_client;
-#[path = "../apiserver/mod.rs"]
-mod apiserver;
+mod case_cluster;
 mod datagrams;
 mod endpoints;
 mod listed;
 mod policies;
 mod ports;
-#[path = "../support/mod.rs"]
-mod support;
 mod topology;
 mod types;
-mod world;
 
-use world::{Case, World};
+use case_cluster::{Case, CaseCluster};
 
 /// Runs cases one after the other in one laboratory.
 fn run(cases: &[(&str, Case)]) {
     let only = std::env::var("KUBELANE_CASE").unwrap_or_default();
-    World::or_skip(|world| {
+    CaseCluster::or_skip(|world| {
         for (name, case) in cases.iter().filter(|(name, _)| name.contains(&only)) {
             let began = std::time::Instant::now();
             println!("case {name}");

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use serde_json::{Value, json};
 
-use crate::support::daemon::PATIENCE;
-use crate::support::eventually;
-use crate::world::{By, From, HTTP, World};
+use crate::case_cluster::{By, CaseCluster, From, HTTP};
+use crate::laboratory::daemon::PATIENCE;
+use crate::laboratory::eventually;
 
 cases![
     internal_policy_local_from_a_pod,
@@ -26,7 +26,7 @@ fn local() -> Value {
     json!({"internalTrafficPolicy": "Local"})
 }
 
-fn internal_policy_local_from_a_pod(world: &World) {
+fn internal_policy_local_from_a_pod(world: &CaseCluster) {
     let served = world.simple("inside", local(), &["a", "b", "c"]);
     world.reaches(CLIENT, By::Tcp, &served.at(80), &["a"]);
     world.slices("inside", &HTTP, &world.ready(&["b", "c"]));
@@ -36,7 +36,7 @@ fn internal_policy_local_from_a_pod(world: &World) {
     world.gone("inside");
 }
 
-fn internal_policy_local_from_the_host(world: &World) {
+fn internal_policy_local_from_the_host(world: &CaseCluster) {
     let served = world.simple("inside-host", local(), &["a", "b", "c"]);
     world.reaches(From::Host, By::Tcp, &served.at(80), &["a"]);
     world.slices("inside-host", &HTTP, &world.ready(&["b"]));
@@ -44,7 +44,7 @@ fn internal_policy_local_from_the_host(world: &World) {
     world.gone("inside-host");
 }
 
-fn internal_policy_local_to_the_hosts_network(world: &World) {
+fn internal_policy_local_to_the_hosts_network(world: &CaseCluster) {
     let served = world.simple("to-host", local(), &[]);
     for (nodes, who) in [(&["node1", "node2"][..], "node1"), (&["node2"], "ETIMEDOUT")] {
         world.slices("to-host", &[("http", "TCP", 9100)], &world.ready(nodes));
@@ -56,7 +56,7 @@ fn internal_policy_local_to_the_hosts_network(world: &World) {
 }
 
 /// The pod here sees the client; where none is here, nothing answers. Clients on the node are in the cluster.
-fn external_policy_local_at_a_node_port(world: &World) {
+fn external_policy_local_at_a_node_port(world: &CaseCluster) {
     let ports = json!([{"name": "udp", "protocol": "UDP", "port": 80}]);
     let served =
         world.service("outside", json!({"type": "NodePort", "externalTrafficPolicy": "Local", "ports": ports}));
@@ -70,7 +70,7 @@ fn external_policy_local_at_a_node_port(world: &World) {
     world.gone("outside");
 }
 
-fn external_policies_change_with_their_health_checks(world: &World) {
+fn external_policies_change_with_their_health_checks(world: &CaseCluster) {
     let mut served = world.simple("policy", json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"}), &["a"]);
     let port = served.object["spec"]["healthCheckNodePort"].as_u64().expect("a port for health checks");
     let is_up = || world.daemon.get(&format!("127.0.0.1:{port}"), "/").is_ok_and(|answer| answer.contains(" 200 "));
@@ -83,12 +83,12 @@ fn external_policies_change_with_their_health_checks(world: &World) {
 }
 
 /// Sets the load balancer's addresses, as its controller would.
-fn announce(world: &World, object: &Value, ingress: &Value) {
+fn announce(world: &CaseCluster, object: &Value, ingress: &Value) {
     let status = json!({"status": {"loadBalancer": {"ingress": ingress}}});
     world.api.patch(object, "/status", &status);
 }
 
-fn load_balancer_addresses_and_their_source_ranges(world: &World) {
+fn load_balancer_addresses_and_their_source_ranges(world: &CaseCluster) {
     let spec = |ranges: Value| json!({"type": "LoadBalancer", "loadBalancerSourceRanges": ranges});
     world.cluster.lab.route_outside("192.0.2.77/32", "node1").expect("a route");
     let to: SocketAddr = "192.0.2.77:80".parse().expect("an address");
@@ -115,7 +115,7 @@ fn load_balancer_addresses_and_their_source_ranges(world: &World) {
     world.gone("balanced");
 }
 
-fn external_addresses(world: &World) {
+fn external_addresses(world: &CaseCluster) {
     world.cluster.lab.route_outside("192.0.2.78/32", "node1").expect("a route");
     let to: SocketAddr = "192.0.2.78:80".parse().expect("an address");
     world.simple("external", json!({"externalIPs": ["192.0.2.78"]}), &["a", "b"]);
@@ -125,7 +125,7 @@ fn external_addresses(world: &World) {
     world.gone("external");
 }
 
-fn services_of_another_proxy(world: &World) {
+fn services_of_another_proxy(world: &CaseCluster) {
     let name = "proxied";
     let ports = json!([{"name": "http", "protocol": "TCP", "port": 80}]);
     let label = json!({"service.kubernetes.io/service-proxy-name": "foo-bar"});
@@ -143,7 +143,7 @@ fn services_of_another_proxy(world: &World) {
 }
 
 /// A headless label is the endpoints controller's, who hands it on to the slices.
-fn headless_labels(world: &World) {
+fn headless_labels(world: &CaseCluster) {
     let served = world.simple("unheaded", json!({}), &["a", "b"]);
     world.reaches(CLIENT, By::Tcp, &served.at(80), &["a", "b"]);
     let label = json!({"service.kubernetes.io/headless": ""});

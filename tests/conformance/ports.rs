@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::world::{By, From, HTTP, World};
+use crate::case_cluster::{By, CaseCluster, From, HTTP};
 
 cases![
     endpoints_come_and_go,
@@ -23,7 +23,7 @@ fn port(name: &str, protocol: &str, number: u16) -> Value {
     json!({"name": name, "protocol": protocol, "port": number})
 }
 
-fn endpoints_come_and_go(world: &World) {
+fn endpoints_come_and_go(world: &CaseCluster) {
     let served = world.service("basic", json!({"ports": [port("http", "TCP", 80)]}));
     world.refused(CLIENT, By::Tcp, &served.at(80));
     for pods in [&["a"][..], &["a", "b"], &["b"], &["b", "c"]] {
@@ -36,7 +36,7 @@ fn endpoints_come_and_go(world: &World) {
 }
 
 /// Each pod serves one of the ports, in a slice of its own.
-fn multiport_endpoints(world: &World) {
+fn multiport_endpoints(world: &CaseCluster) {
     let ports = json!([port("portname1", "TCP", 80), port("portname2", "TCP", 81)]);
     let served = world.service("multi", json!({"ports": ports}));
     world.slices_as("multi", "multi", json!({}), &[("portname1", "TCP", 9000)], &world.ready(&["a"]));
@@ -47,7 +47,7 @@ fn multiport_endpoints(world: &World) {
     world.listed("multi", false);
 }
 
-fn one_port_for_tcp_and_udp(world: &World) {
+fn one_port_for_tcp_and_udp(world: &CaseCluster) {
     let ports = json!([port("tcp", "TCP", 80), port("udp", "UDP", 80)]);
     let served = world.service("both", json!({"ports": ports}));
     world.slices("both", &[("tcp", "TCP", 9000), ("udp", "UDP", 9000)], &world.ready(&["a", "c"]));
@@ -60,7 +60,7 @@ fn one_port_for_tcp_and_udp(world: &World) {
     world.gone("both");
 }
 
-fn ports_are_added_renamed_renumbered_and_deleted(world: &World) {
+fn ports_are_added_renamed_renumbered_and_deleted(world: &CaseCluster) {
     let targets = [("http", "TCP", 9000), ("web", "TCP", 8080), ("more", "TCP", 9000)];
     let put = |ports: Value| world.service("moving", json!({"ports": ports}));
     let served = put(json!([port("http", "TCP", 80)]));
@@ -86,7 +86,7 @@ fn ports_are_added_renamed_renumbered_and_deleted(world: &World) {
 }
 
 /// The same address in two slices counts once; the target port differs from slice to slice.
-fn several_slices_with_several_ports_and_addresses(world: &World) {
+fn several_slices_with_several_ports_and_addresses(world: &CaseCluster) {
     let ports = json!([port("http", "TCP", 80), port("dns", "UDP", 53)]);
     let served = world.service("sliced", json!({"ports": ports}));
     let first = [("http", "TCP", 9000), ("dns", "UDP", 9000)];
@@ -104,7 +104,7 @@ fn several_slices_with_several_ports_and_addresses(world: &World) {
     world.gone("sliced");
 }
 
-fn services_go_up_and_down(world: &World) {
+fn services_go_up_and_down(world: &CaseCluster) {
     let up = |name: &str, pods: &[&str]| world.simple(name, json!({}), pods);
     let (one, two) = (up("up-1", &["a", "b"]), up("up-2", &["c"]));
     for from in [CLIENT, From::Host] {
@@ -123,7 +123,7 @@ fn services_go_up_and_down(world: &World) {
 }
 
 /// From the request that makes the slice to the first answer. Upstream allows 50 s at the 99th percentile.
-fn new_endpoints_are_reached_soon(world: &World) {
+fn new_endpoints_are_reached_soon(world: &CaseCluster) {
     let mut times = Vec::new();
     for number in 0..10 {
         let name = format!("latency-{number}");
@@ -140,7 +140,7 @@ fn new_endpoints_are_reached_soon(world: &World) {
     (0..10).for_each(|number| world.gone(&format!("latency-{number}")));
 }
 
-fn several_services_select_the_same_pods(world: &World) {
+fn several_services_select_the_same_pods(world: &CaseCluster) {
     let one = world.simple("same-1", json!({}), &["a", "b"]);
     let two = world.simple("same-2", json!({}), &["a", "b"]);
     for served in [&one, &two] {

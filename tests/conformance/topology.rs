@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::support::manifests::Endpoint;
-use crate::support::skip;
-use crate::world::{By, From, HTTP, World, node, node_name};
+use crate::case_cluster::{By, CaseCluster, From, HTTP, node, node_name};
+use crate::laboratory::manifests::Endpoint;
+use crate::laboratory::skip;
 
 cases![
     endpoints_of_the_same_zone,
@@ -16,7 +16,7 @@ cases![
 
 const CLIENT: From = From::Pod("client");
 
-fn hinted(world: &World, hints: &[(&str, Value)]) -> Vec<Endpoint> {
+fn hinted(world: &CaseCluster, hints: &[(&str, Value)]) -> Vec<Endpoint> {
     let of = |(pod, hint): &(&str, Value)| {
         let endpoints = world.ready(&[pod]);
         endpoints.into_iter().map(|endpoint| endpoint.hinted(hint.clone())).collect::<Vec<_>>()
@@ -29,7 +29,7 @@ fn zone(name: &str) -> Value {
 }
 
 /// With a hint missing, or none for this zone, everybody answers.
-fn endpoints_of_the_same_zone(world: &World) {
+fn endpoints_of_the_same_zone(world: &CaseCluster) {
     let served = world.simple("zoned", json!({"trafficDistribution": "PreferClose"}), &["a", "b", "c"]);
     let put = |hints: &[(&str, Value)]| world.slices("zoned", &HTTP, &hinted(world, hints));
     world.reaches(CLIENT, By::Tcp, &served.at(80), &["a", "b", "c"]);
@@ -50,7 +50,7 @@ fn endpoints_of_the_same_zone(world: &World) {
 }
 
 /// Node hints win over those of zones; without one for this node those of zones count.
-fn endpoints_of_the_same_node(world: &World) {
+fn endpoints_of_the_same_node(world: &CaseCluster) {
     let served = world.simple("noded", json!({}), &["a", "b", "c"]);
     let on = |node: &str, zone: &str| json!({"forNodes": [{"name": node_name(&world.api.run, node)}], "forZones": [{"name": zone}]});
     let put = |hints: &[(&str, Value)]| world.slices("noded", &HTTP, &hinted(world, hints));
@@ -63,7 +63,7 @@ fn endpoints_of_the_same_node(world: &World) {
     world.gone("noded");
 }
 
-fn a_node_whose_zone_changes(world: &World) {
+fn a_node_whose_zone_changes(world: &CaseCluster) {
     let served = world.simple("moved", json!({}), &[]);
     let hints = [("a", zone("zone-1")), ("b", zone("zone-2")), ("c", zone("zone-2"))];
     world.slices("moved", &HTTP, &hinted(world, &hints));
@@ -81,7 +81,7 @@ fn a_node_whose_zone_changes(world: &World) {
 }
 
 /// A second range, as a ServiceCIDR object adds one. A real server would have to be given one for itself alone.
-fn cluster_ips_of_several_ranges(world: &World) {
+fn cluster_ips_of_several_ranges(world: &CaseCluster) {
     if world.api.is_real() {
         return skip("cluster_ips_of_several_ranges: a real API server's ranges are not the test's to change");
     }
@@ -94,7 +94,7 @@ fn cluster_ips_of_several_ranges(world: &World) {
 }
 
 /// A Service of one family takes that family's endpoints only.
-fn one_family_only(world: &World) {
+fn one_family_only(world: &CaseCluster) {
     for family in ["IPv4", "IPv6"] {
         let mut spec = json!({"ipFamilyPolicy": "SingleStack", "ipFamilies": [family]});
         spec["ports"] = json!([{"name": "http", "protocol": "TCP", "port": 80}]);

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::world::{By, From, HTTP, REFUSED, Served, World};
+use crate::case_cluster::{By, CaseCluster, From, HTTP, REFUSED, Served};
 
 cases![
     from_external_name_to_cluster_ip,
@@ -23,12 +23,12 @@ fn external_name() -> serde_json::Value {
     json!({"type": "ExternalName", "externalName": "example.com", "ports": [{"name": "http", "port": 80}]})
 }
 
-fn serves(world: &World, served: &Served) {
+fn serves(world: &CaseCluster, served: &Served) {
     world.reaches(CLIENT, By::Tcp, &served.at(80), &["a", "b"]);
     world.listed(&served.name, true);
 }
 
-fn from_external_name_to_cluster_ip(world: &World) {
+fn from_external_name_to_cluster_ip(world: &CaseCluster) {
     world.simple("name-to-ip", external_name(), &["a", "b"]);
     world.listed("name-to-ip", false);
     let served = world.simple("name-to-ip", json!({"type": "ClusterIP"}), &["a", "b"]);
@@ -36,7 +36,7 @@ fn from_external_name_to_cluster_ip(world: &World) {
     world.gone("name-to-ip");
 }
 
-fn from_external_name_to_node_port(world: &World) {
+fn from_external_name_to_node_port(world: &CaseCluster) {
     world.simple("name-to-port", external_name(), &["a", "b"]);
     let served = world.simple("name-to-port", json!({"type": "NodePort"}), &["a", "b"]);
     serves(world, &served);
@@ -44,7 +44,7 @@ fn from_external_name_to_node_port(world: &World) {
     world.gone("name-to-port");
 }
 
-fn from_cluster_ip_to_external_name(world: &World) {
+fn from_cluster_ip_to_external_name(world: &CaseCluster) {
     let served = world.simple("ip-to-name", json!({"type": "ClusterIP"}), &["a", "b"]);
     serves(world, &served);
     world.service("ip-to-name", external_name());
@@ -52,7 +52,7 @@ fn from_cluster_ip_to_external_name(world: &World) {
     world.gone("ip-to-name");
 }
 
-fn from_node_port_to_external_name(world: &World) {
+fn from_node_port_to_external_name(world: &CaseCluster) {
     let served = world.simple("port-to-name", json!({"type": "NodePort"}), &["a", "b"]);
     serves(world, &served);
     world.reaches(From::Outside, By::Tcp, &served.at_node("http"), &["a", "b"]);
@@ -63,7 +63,7 @@ fn from_node_port_to_external_name(world: &World) {
 }
 
 /// All twelve changes, in one walk.
-fn every_type_becomes_every_other(world: &World) {
+fn every_type_becomes_every_other(world: &CaseCluster) {
     let walk = "C N C L C E N L N E L E C";
     let mut last: Option<Served> = None;
     for step in walk.split(' ') {
@@ -95,7 +95,7 @@ fn every_type_becomes_every_other(world: &World) {
     world.gone("changing");
 }
 
-fn headless_services_come_and_go(world: &World) {
+fn headless_services_come_and_go(world: &CaseCluster) {
     let headless = json!({"clusterIP": "None", "ports": [{"name": "http", "port": 80}]});
     world.simple("maybe-headless", headless.clone(), &["a", "b"]);
     world.listed("maybe-headless", false);
@@ -109,7 +109,7 @@ fn headless_services_come_and_go(world: &World) {
 }
 
 /// The slices stay; with another port the second time, on the very same address.
-fn a_service_made_again_with_the_same_name_and_address(world: &World) {
+fn a_service_made_again_with_the_same_name_and_address(world: &CaseCluster) {
     let first = world.simple("again", json!({}), &["a", "b"]);
     serves(world, &first);
     world.gone_but_slices(&first);
@@ -125,7 +125,7 @@ fn a_service_made_again_with_the_same_name_and_address(world: &World) {
     world.gone("again");
 }
 
-fn node_ports_are_not_given_twice_and_are_free_after_a_delete(world: &World) {
+fn node_ports_are_not_given_twice_and_are_free_after_a_delete(world: &CaseCluster) {
     let first = world.simple("first-there", json!({"type": "NodePort"}), &["a"]);
     let asks = |port: u16| {
         let ports = json!([{"name": "http", "protocol": "TCP", "port": 80, "nodePort": port}]);
@@ -143,7 +143,7 @@ fn node_ports_are_not_given_twice_and_are_free_after_a_delete(world: &World) {
     world.refused(From::Outside, By::Tcp, &second.at_node("http"));
 }
 
-fn a_functioning_node_port(world: &World) {
+fn a_functioning_node_port(world: &CaseCluster) {
     let served = world.simple("node-port", json!({"type": "NodePort"}), &["a", "b", "c"]);
     for from in [CLIENT, From::Host, From::Outside] {
         world.reaches(from, By::Tcp, &served.at_node("http"), &["a", "b", "c"]);
@@ -153,7 +153,7 @@ fn a_functioning_node_port(world: &World) {
     world.gone("node-port");
 }
 
-fn a_node_port_for_tcp_and_then_udp_on_the_same_port(world: &World) {
+fn a_node_port_for_tcp_and_then_udp_on_the_same_port(world: &CaseCluster) {
     let tcp = json!({"name": "tcp", "protocol": "TCP", "port": 80});
     let udp = json!({"name": "udp", "protocol": "UDP", "port": 80});
     let targets = [("tcp", "TCP", 9000), ("udp", "UDP", 9000)];

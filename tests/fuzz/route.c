@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
  * The node around the packet: its routing table and neighbours, its sockets, the clock, chance. The table is the one of
- * tests/wire/mod.rs, whose namespaces the same packets are replayed in, and besides a tunnel without link headers and a
+ * tests/laboratory/packets/mod.rs, whose namespaces the same packets are replayed in, and besides a tunnel without link headers and a
  * pod with a route of its own. What bpf_fib_lookup() answers, and in which order it asks, is that of net/core/filter.c.
  */
 #include <errno.h>

@@ -1,28 +1,23 @@
 //! What must hold on every kernel from 5.10 on: the programs load, and real sockets get what ARCHITECTURE.md says.
 //! `make test` runs this on the machine's own kernel, `make test-vm` on Debian's.
 
-#![cfg(feature = "lab")]
+#[path = "../laboratory/mod.rs"]
+mod laboratory;
 
-#[path = "../../benches/packets/figures.rs"]
-#[allow(dead_code, reason = "nothing is recorded here")]
-mod figures;
+mod lifecycle;
 mod node;
 mod node_port;
 mod pods;
-#[path = "../support/mod.rs"]
-mod support;
-#[path = "../wire/mod.rs"]
-mod wire;
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
-use figures::{Figures, Found, Table, release_line};
 use kubelane::abi::pool_empty;
 use kubelane::bpf::verifier::VerifiedProgram;
 use kubelane::bpf::{Listening, Search, Wanted, probe, verifier};
 use kubelane::model::{Family, Ipx, Protocol};
+use laboratory::figures::{Figures, Found, Table, release_line};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use node::{NODE_ADDRESSES, Node, Options, PODS, can_run, in_new_namespace, on_a_node, on_a_thread};
@@ -98,7 +93,7 @@ fn assert_no_growth(programs: &[VerifiedProgram]) {
     let kernel = release_line(&release());
     let figures = Figures::read().unwrap();
     if !figures.knows(Table::Instructions, &kernel) {
-        support::skip(&format!("benches/FIGURES.md says nothing of Linux {kernel}, so that nothing is compared"));
+        laboratory::skip(&format!("benches/FIGURES.md says nothing of Linux {kernel}, so that nothing is compared"));
         return;
     }
     let found = |p: &VerifiedProgram| Found { name: p.name.clone(), value: f64::from(p.instructions), ns: None };

@@ -7,9 +7,8 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -20,10 +19,10 @@ use kubelane::abi::{
 use kubelane::bpf::{Datapath, Settings};
 use kubelane::model::{Ipx, Protocol};
 use kubelane::sync::{MapIo, MapName};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::support::{self, cgroup};
+use crate::laboratory::pins::Pins;
+use crate::laboratory::{self, cgroup};
 
 /// Tells the second process which node it lives in.
 const NODE: &str = "KUBELANE_TEST_NODE";
@@ -46,7 +45,7 @@ pub fn on_a_node<T: Fn(&mut Node)>(test: T) {
 
 /// False, said aloud, on a machine that cannot run these tests.
 pub fn can_run() -> bool {
-    support::preflight().inspect_err(|reason| support::skip(&format!("{reason:#}"))).is_ok()
+    laboratory::preflight().inspect_err(|reason| laboratory::skip(&format!("{reason:#}"))).is_ok()
 }
 
 /// A test's name as libtest knows it, from the name of a closure in it: "crate::test::{{closure}}".
@@ -56,9 +55,9 @@ fn test_name<T>() -> &'static str {
 }
 
 fn run_in_another_process(test: &str) {
-    let directories = Directories::new();
+    let pins = Pins::new();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(NODE, directories.bpffs.as_os_str());
+    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(NODE, pins.bpffs.as_os_str());
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = in_new_namespace(move || command.spawn().unwrap());
     let pid = nix::unistd::Pid::from_raw(child.id() as i32);
@@ -78,34 +77,6 @@ fn run_in_another_process(test: &str) {
         panic!("{test}, in its own process: {}", output.status);
     }
     assert!(text.contains("1 passed"), "the other process ran no test named {test}");
-}
-
-/// The parts of a node that have to be taken away again.
-struct Directories {
-    bpffs: PathBuf,
-    cgroup: PathBuf,
-}
-
-impl Directories {
-    fn new() -> Directories {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("klmatrix-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directories =
-            Directories { bpffs: std::env::temp_dir().join(&name), cgroup: cgroup::mount_point().unwrap().join(&name) };
-        fs::create_dir(&directories.bpffs).unwrap();
-        mount(Some("bpf"), &directories.bpffs, Some("bpf"), MsFlags::empty(), None::<&str>)
-            .expect("these tests need root and BPF");
-        fs::create_dir(&directories.cgroup).unwrap();
-        directories
-    }
-}
-
-impl Drop for Directories {
-    fn drop(&mut self) {
-        let _ = umount2(&self.bpffs, MntFlags::MNT_DETACH);
-        let _ = fs::remove_dir(&self.bpffs);
-        let _ = cgroup::remove(&self.cgroup);
-    }
 }
 
 /// Runs `work` on a thread in a new network namespace that has the pods' and the node's addresses.
@@ -133,7 +104,7 @@ pub fn on_a_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 /// The kernel makes an IPv6 address usable, and its route, a moment after it was added, on loopback as well.
 fn wait_for_address(address: IpAddr) {
     let is_up = || UdpSocket::bind((address, 0)).and_then(|socket| socket.connect((address, 9))).is_ok();
-    assert!(support::eventually(Duration::from_secs(10), is_up), "{address} does not come up");
+    assert!(laboratory::eventually(Duration::from_secs(10), is_up), "{address} does not come up");
 }
 
 fn ip(arguments: &[&str]) {

@@ -1,5 +1,5 @@
-//! What comes from outside to a NodePort: real clients, real pods on two nodes (see wire/cluster.rs), and ICMP errors in
-//! both directions.
+//! What comes from outside to a NodePort: real clients, real pods on two nodes (laboratory/packets/network.rs), and ICMP
+//! errors in both directions.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -12,15 +12,15 @@ use kubelane::bpf::{Counting, Datapath, Device, Direction, Hook, LinkLayer, Rehe
 use kubelane::model::Protocol;
 use kubelane::sync::MapName;
 
-use crate::node::can_run;
-use crate::wire::cluster::{
-    CLIENT, Cluster, NODE, OVERLAY, POD_HERE, POD_PORT, POD_THERE, WILDCARD, ask, publish, transfer,
+use crate::laboratory::packets::errors::{assert_error, error};
+use crate::laboratory::packets::frame::{ACK, Frame, SYN, tcp, udp};
+use crate::laboratory::packets::network::{
+    CLIENT, NODE, Network, OVERLAY, POD_HERE, POD_PORT, POD_THERE, WILDCARD, ask, publish, transfer,
 };
-use crate::wire::errors::{assert_error, error};
-use crate::wire::frame::{ACK, Frame, SYN, tcp, udp};
-use crate::wire::{
+use crate::laboratory::packets::{
     self, CLIENT4, CLIENT6, LOCAL4, LOCAL6, NODE4, NODE6, PASS, REDIRECT, REMOTE4, REMOTE6, TUNNEL4, TUNNEL6,
 };
+use crate::node::can_run;
 
 /// Of a pod on the node, and of one elsewhere: the namespace, its addresses, and whom it sees as its client.
 const PODS: [(&str, [&str; 2], [&str; 2]); 2] = [("podn", POD_HERE, CLIENT), ("podf", POD_THERE, OVERLAY)];
@@ -52,7 +52,7 @@ fn a_client_outside_reaches_pods_here_and_elsewhere_through_a_node_port_and_hear
     if !can_run() {
         return;
     }
-    let cluster = Cluster::new();
+    let cluster = Network::new();
     cluster.serve();
     let mut node = cluster.open_near(false);
     for (port, (_, pod, seen)) in (30080..).zip(PODS) {
@@ -82,7 +82,7 @@ fn a_socket_that_is_gone_is_told_to_the_one_at_the_other_end_of_a_node_port() {
     if !can_run() {
         return;
     }
-    let cluster = Cluster::new();
+    let cluster = Network::new();
     let mut node = cluster.open_near(false);
     for (port, (space, pod, seen)) in (30080..).step_by(2).zip(PODS) {
         for family in 0..2 {
@@ -132,7 +132,7 @@ fn a_packet_is_tried_as_it_would_be_served_and_the_tables_stay_as_they_are() {
     if !can_run() {
         return;
     }
-    let mut node = wire::Node::new();
+    let mut node = packets::Node::new();
     let id = node.next_backend();
     node.backend(id, REMOTE4, 8080, Protocol::Tcp, false);
     node.frontend("0.0.0.0", 30080, Protocol::Tcp, &[id]);
@@ -173,7 +173,7 @@ fn programs_that_count_by_service_pass_the_verifier_and_count_what_is_refused() 
     if !can_run() {
         return;
     }
-    let mut node = wire::Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Traffic));
+    let mut node = packets::Node::opened_by(|settings| Datapath::open_counting(settings, Counting::Traffic));
     let counts = node.datapath.service_counts().unwrap();
     let name = ServiceName::new("shop/web:http");
     node.write(MapName::Services, &1u32.to_ne_bytes(), bytemuck::bytes_of(&name));
@@ -195,7 +195,7 @@ fn packets_of_a_node_port_and_errors_about_them_are_rewritten_both_ways_when_the
     if !can_run() {
         return;
     }
-    let mut node = wire::Node::new();
+    let mut node = packets::Node::new();
     for (family, [client, router, address, pod, ..]) in FAMILIES.into_iter().enumerate() {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let id = node.next_backend();
@@ -221,7 +221,7 @@ fn packets_of_a_node_port_and_errors_about_them_are_rewritten_both_ways_when_the
     if !can_run() {
         return;
     }
-    let mut node = wire::Node::new();
+    let mut node = packets::Node::new();
     for (family, [client, router, address, _, pod, source]) in FAMILIES.into_iter().enumerate() {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let id = node.next_backend();

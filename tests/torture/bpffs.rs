@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use kubelane::explain::{About, ask};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::support::cluster::Cluster;
-use crate::support::daemon::{Daemon, LOADING, PATIENCE};
-use crate::support::eventually;
-use crate::two::{Attachments, attached, spawn};
-use crate::world::{
+use crate::laboratory::cluster::Cluster;
+use crate::laboratory::daemon::{Daemon, LOADING, PATIENCE};
+use crate::laboratory::eventually;
+use crate::services::{
     assert_answers_within, assert_world, assert_world_within, cluster_or_skip, logged, put_steady, put_world,
     with_steady_traffic,
 };
+use crate::two::{Attachments, attached, spawn};
 
 const READ_ONLY: &str = "is mounted read-only: what is attached serves on";
 

@@ -14,11 +14,11 @@ use libbpf_rs::query::{LinkInfoIter, LinkTypeInfo};
 use serde_json::{Value, json};
 
 use crate::draw::points;
-use crate::support::cluster::Cluster;
-use crate::support::daemon::{Daemon, PATIENCE};
-use crate::support::eventually;
-use crate::support::manifests::{Endpoint, port, service, slice};
-use crate::world::{assert_world, cluster_or_skip, put_steady, put_world, with_steady_traffic};
+use crate::laboratory::cluster::Cluster;
+use crate::laboratory::daemon::{Daemon, PATIENCE};
+use crate::laboratory::eventually;
+use crate::laboratory::manifests::{Endpoint, port, service, slice};
+use crate::services::{assert_world, cluster_or_skip, put_steady, put_world, with_steady_traffic};
 
 /// Services that change at once.
 const SERVICES: usize = 500;

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use crate::draw::{Draw, points};
 use crate::kills::{check_cleanup, check_start, prepare_cleanup};
-use crate::support::daemon::{Daemon, PATIENCE};
-use crate::support::eventually;
-use crate::traced::{Call, Outcome, Plan, Traced};
-use crate::world::{
+use crate::laboratory::daemon::{Daemon, PATIENCE};
+use crate::laboratory::eventually;
+use crate::services::{
     assert_world, assert_world_within, logged, put_steady, put_world, traced_cluster_or_skip, with_steady_traffic,
 };
+use crate::traced::{Call, Outcome, Plan, Traced};
 
 /// bpf(2), and what changes a BPF file system.
 const CALLS: &str = "bpf,rename,renameat,renameat2,link,linkat,symlink,unlink,unlinkat,mkdir,mkdirat,rmdir";

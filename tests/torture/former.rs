@@ -11,8 +11,8 @@ use kubelane::abi::abi_version;
 use kubelane::bpf;
 use libbpf_rs::{MapCore as _, MapFlags, MapHandle, MapType, Object, ObjectBuilder};
 
-use crate::support::cluster::Cluster;
-use crate::support::daemon::{Daemon, arguments};
+use crate::laboratory::cluster::Cluster;
+use crate::laboratory::daemon::{Daemon, arguments};
 
 const OBJECT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/v2/kubelane.bpf.o");
 /// Its directory below the pin path.

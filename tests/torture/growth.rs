@@ -7,13 +7,13 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::kills;
-use crate::support::cluster::{Cluster, all, names, vip};
-use crate::support::daemon::{Daemon, LOADING};
-use crate::support::manifests::{Endpoint, port, service, slice};
-use crate::support::wire::Kind::{Tcp4, Tcp6, Udp4};
-use crate::support::{eventually, lab_or_skip};
+use crate::laboratory::cluster::{Cluster, all, names, vip};
+use crate::laboratory::daemon::{Daemon, LOADING};
+use crate::laboratory::manifests::{Endpoint, port, service, slice};
+use crate::laboratory::messages::Kind::{Tcp4, Tcp6, Udp4};
+use crate::laboratory::{eventually, lab_or_skip};
+use crate::services::{self, traced_cluster_or_skip};
 use crate::traced::{Outcome, Plan, Traced};
-use crate::world::{self, traced_cluster_or_skip};
 use serde_json::{Value, json};
 
 const NODE_PORT: u16 = 30_090;
@@ -175,13 +175,13 @@ fn maps_grow_under_traffic_and_a_daemon_killed_meanwhile_leaves_nothing_wrong() 
 fn killed_at_any_system_call_while_maps_grow_it_leaves_maps_that_the_next_start_takes_over() {
     const MANY: u32 = 3200;
     let Some(cluster) = traced_cluster_or_skip() else { return };
-    world::put_steady(&cluster);
+    services::put_steady(&cluster);
     let prepare = |number: usize| {
         let node = cluster.lab.node("node1");
         if node.pin_path.exists() {
             node.cleanup().unwrap();
         }
-        world::put_world(&cluster, number);
+        services::put_world(&cluster, number);
         put_many(&cluster, 1);
         Daemon::start(&cluster.lab, "node1", &cluster.manifests.dir).expect("the daemon starts").kill();
         put_many(&cluster, MANY);
@@ -190,7 +190,7 @@ fn killed_at_any_system_call_while_maps_grow_it_leaves_maps_that_the_next_start_
         let daemon = Daemon::start(&cluster.lab, "node1", &cluster.manifests.dir);
         let daemon = daemon.unwrap_or_else(|error| panic!("the next start: {error:#}: {what}"));
         assert!(is_served(&cluster, MANY), "{what}: {}", daemon.log());
-        world::assert_world(&cluster, number, what);
+        services::assert_world(&cluster, number, what);
         daemon.kill();
     };
     let plan = Plan { points: 4, ..kills::plan("run") };

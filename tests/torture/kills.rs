@@ -6,13 +6,13 @@
 use std::cell::{Cell, RefCell};
 use std::process::Command;
 
-use crate::support::cluster::{Cluster, names, vip};
-use crate::support::daemon::Daemon;
-use crate::support::wire::Kind::Tcp4;
-use crate::traced::{Outcome, Plan, Traced};
-use crate::world::{
+use crate::laboratory::cluster::{Cluster, names, vip};
+use crate::laboratory::daemon::Daemon;
+use crate::laboratory::messages::Kind::Tcp4;
+use crate::services::{
     NODE_PORT, STEADY, assert_world, put_steady, put_world, traced_cluster_or_skip, with_steady_traffic,
 };
+use crate::traced::{Outcome, Plan, Traced};
 
 /// All by which a daemon changes what outlives it: maps, programs and links, pins, files, qdiscs and filters (netlink).
 const CALLS: &str = "bpf,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,mount,umount2,\

@@ -4,14 +4,9 @@
 //!
 //! What goes wrong is drawn; a run prints its seed. `KUBELANE_SEED=N` repeats it, `KUBELANE_POINTS=N` takes so many points
 //! of each kind of run (0: all of them).
-#![cfg(feature = "lab")]
 
-#[path = "../apiserver/mod.rs"]
-mod apiserver;
-#[path = "../site/mod.rs"]
-mod site;
-#[path = "../support/mod.rs"]
-mod support;
+#[path = "../laboratory/mod.rs"]
+mod laboratory;
 
 mod bpffs;
 mod changes;
@@ -22,7 +17,7 @@ mod growth;
 mod kills;
 mod memory;
 mod outage;
+mod services;
 mod traced;
 mod two;
 mod upgrade;
-mod world;

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::cluster::{Cluster, all, names};
-use crate::support::daemon::{Daemon, PATIENCE};
-use crate::support::manifests::{Endpoint, port, service, slice};
-use crate::support::wire::Kind::Tcp4;
-use crate::support::{eventually, skip};
-use crate::world::{
+use crate::laboratory::cluster::{Cluster, all, names};
+use crate::laboratory::daemon::{Daemon, PATIENCE};
+use crate::laboratory::manifests::{Endpoint, port, service, slice};
+use crate::laboratory::messages::Kind::Tcp4;
+use crate::laboratory::{eventually, skip};
+use crate::services::{
     NODE_PORT, Whose, assert_world, cluster_or_skip, logged, put_steady, put_world, with_steady_traffic,
     with_traffic_of,
 };

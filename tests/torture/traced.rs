@@ -13,11 +13,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::draw::Draw;
-use crate::support::cluster::Cluster;
-use crate::support::daemon::LOADING;
-use crate::support::process::Process;
-use crate::support::{eventually, kubelane_binary};
-use crate::world::logged;
+use crate::laboratory::cluster::Cluster;
+use crate::laboratory::daemon::LOADING;
+use crate::laboratory::process::Process;
+use crate::laboratory::{eventually, kubelane_binary};
+use crate::services::logged;
 
 pub const STRACE: &str = "/usr/bin/strace";
 const HEALTH: &str = "127.0.0.1:10256";

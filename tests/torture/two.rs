@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use kubelane::bpf::attachments;
 
 use crate::draw::points;
-use crate::support::cluster::Cluster;
-use crate::support::daemon::{Daemon, LOADING};
-use crate::support::eventually;
-use crate::traced::Traced;
-use crate::world::{
+use crate::laboratory::cluster::Cluster;
+use crate::laboratory::daemon::{Daemon, LOADING};
+use crate::laboratory::eventually;
+use crate::services::{
     assert_world, cluster_or_skip, logged, put_steady, put_world, traced_cluster_or_skip, with_steady_traffic,
 };
+use crate::traced::Traced;
 
 const RACERS: usize = 8;
 const REFUSAL: &str = "stop it first, or give this one its own --pin-path";

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use crate::former::{FORMER, run_former};
 use crate::kills::{self, check_start};
-use crate::support::cluster::{Cluster, all, names, vip};
-use crate::support::daemon::{Daemon, PATIENCE};
-use crate::support::manifests::port;
-use crate::support::wire::Kind::{self, Tcp4, Tcp6, Udp4, Udp6};
-use crate::support::{eventually, lab_or_skip};
+use crate::laboratory::client::Client;
+use crate::laboratory::cluster::{Cluster, all, names, vip};
+use crate::laboratory::daemon::{Daemon, PATIENCE};
+use crate::laboratory::manifests::port;
+use crate::laboratory::messages::Kind::{self, Tcp4, Tcp6, Udp4, Udp6};
+use crate::laboratory::{eventually, lab_or_skip};
+use crate::services::{put_steady, put_world, traced_cluster_or_skip};
 use crate::traced::{Outcome, Plan, Traced};
-use crate::world::{put_steady, put_world, traced_cluster_or_skip};
 use serde_json::json;
 
 /// A Service with a NodePort for each of its ports, 90 (tcp), 53 (udp) and 91 (echo) above `node_port`.
@@ -52,7 +53,7 @@ impl Traffic {
     }
 
     /// One socket that stays open and asks again and again.
-    fn keep(&self, mut client: crate::support::client::Client, kind: Kind, to: SocketAddr, is_connected: bool) {
+    fn keep(&self, mut client: Client, kind: Kind, to: SocketAddr, is_connected: bool) {
         let what = format!("{kind:?} to {to}, connected: {is_connected}");
         let mut socket = client.open(kind).unwrap();
         if is_connected {

@@ -1,7 +1,7 @@
 # `make test-vm`: the tests of VM_TESTS on Debian's kernels, in software emulation (see tests/vm/matrix).
 
 # Integration tests that run in the guests. kernel_matrix prints what the table shows.
-VM_TESTS ?= kernel_matrix bpf_lifecycle wire_devices packet_remote packet_verdicts
+VM_TESTS ?= kernel_matrix packet::devices packet::remote packet::verdicts
 
 # Tests of these that do not run there: they send tens of thousands of packets, which takes minutes in emulation, and
 # ask about arithmetic and table sizes, which are the same on every kernel.

@@ -1,5 +1,5 @@
 //! What the datapath makes of the next connection, by the rows that it would read and in its order: `bpf/socket.h` for
-//! clients on this node, `bpf/service.h` and `bpf/begin.h` for packets from outside. `tests/explain.rs` asks both.
+//! clients on this node, `bpf/service.h` and `bpf/begin.h` for packets from outside. `tests/cli/explain.rs` asks both.
 
 use std::collections::BTreeMap;
 
