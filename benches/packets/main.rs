@@ -49,7 +49,7 @@ struct Arguments {
 /// Measurements on fresh nodes that a figure on file is the lowest of.
 const RECORDED_OF: usize = 5;
 /// For how long a way that seems to have grown is measured again, and how much longer each further take is. The lowest
-/// time of each program counts, here as on file. Beside a busy neighbour, which may last for many seconds, the yardstick
+/// time of each program counts, here as on file. Beside a busy neighbour, which may last for many seconds, the reference
 /// takes 1.2 times as long but the shortest ways 1.6 times: only takes of an undisturbed moment can be compared, and all
 /// that has truly grown stays grown.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -80,9 +80,9 @@ fn print(words: &[String]) -> Result<()> {
     }
     let taken = Taken::new(|name| is_chosen(name, words))?;
     for found in taken.found() {
-        println!("{:<64} {:>6.0} ns {:>7.3} yardsticks", found.name, found.ns.unwrap_or_default(), found.value);
+        println!("{:<64} {:>6.0} ns {:>7.3} references", found.name, found.ns.unwrap_or_default(), found.value);
     }
-    println!("{:<64} {:>6.0} ns", "(a yardstick)", taken.yardstick_ns());
+    println!("{:<64} {:>6.0} ns", "(a reference)", taken.reference_ns());
     Ok(())
 }
 

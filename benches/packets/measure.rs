@@ -1,9 +1,9 @@
-//! What one way costs: many short rounds, in each of which the empty program, the yardstick and the way are run one
+//! What one way costs: many short rounds, in each of which the empty program, the reference and the way are run one
 //! after the other, so that whatever disturbs one is likely to disturb the others. What counts is the lowest tenth of
 //! each: neighbours and interrupts only ever add to it.
 
+use kubelane::bpf::reference::Reference;
 use kubelane::bpf::run::{Outcome, run_bare, run_marked, run_pod};
-use kubelane::bpf::yardstick::Yardstick;
 use kubelane::bpf::{Direction, LinkLayer};
 
 use crate::laboratory::figures::{CLOCK_NS, Found};
@@ -23,7 +23,7 @@ const COUNTED: f64 = 0.1;
 /// The same of single runs, which are no means, and most of which meet caches that something else has been through.
 const COUNTED_OF_SINGLES: f64 = 0.03;
 
-/// The frame that the yardstick is run on; it does not look.
+/// The frame that the reference is run on; it does not look.
 const FRAME: [u8; 64] = [0; 64];
 
 /// Where a packet meets a program.
@@ -75,8 +75,8 @@ pub struct Lowest {
     /// A run of the empty program, as often in a system call as the way's.
     empty: f64,
     way: f64,
-    /// The yardstick, run as often in a system call as the way, without what an empty run costs.
-    yardstick: f64,
+    /// The reference, run as often in a system call as the way, without what an empty run costs.
+    reference: f64,
 }
 
 impl Lowest {
@@ -85,7 +85,7 @@ impl Lowest {
         Lowest {
             empty: self.empty.min(other.empty),
             way: self.way.min(other.way),
-            yardstick: self.yardstick.min(other.yardstick),
+            reference: self.reference.min(other.reference),
         }
     }
 
@@ -94,17 +94,17 @@ impl Lowest {
         (self.way - self.empty).max(0.0)
     }
 
-    /// Yardsticks that the clock's grain may make of nothing.
+    /// References that the clock's grain may make of nothing.
     pub fn grain(&self) -> f64 {
-        CLOCK_NS / self.yardstick
+        CLOCK_NS / self.reference
     }
 
-    pub fn yardstick_ns(&self) -> f64 {
-        self.yardstick
+    pub fn reference_ns(&self) -> f64 {
+        self.reference
     }
 
     pub fn found(&self, name: &str) -> Found {
-        Found { name: name.to_owned(), value: self.ns() / self.yardstick, ns: Some(self.ns()) }
+        Found { name: name.to_owned(), value: self.ns() / self.reference, ns: Some(self.ns()) }
     }
 }
 
@@ -113,7 +113,7 @@ impl Lowest {
 #[derive(Default)]
 struct Times {
     empty: Vec<u64>,
-    yardstick: Vec<u64>,
+    reference: Vec<u64>,
     way: Vec<u64>,
 }
 
@@ -125,37 +125,37 @@ fn low(mut times: Vec<u64>, part: f64) -> f64 {
 }
 
 /// Measures a way `rounds` times as long as usual.
-pub fn measure(node: &mut Node, yardstick: &Yardstick, way: &mut Way, rounds: usize) -> Lowest {
+pub fn measure(node: &mut Node, reference: &Reference, way: &mut Way, rounds: usize) -> Lowest {
     let (times, part) = match &mut way.packets {
         Packets::Same(packet) => {
             let mut times = Times::default();
             for _ in 0..rounds * ROUNDS {
-                refer(yardstick, &mut times, REPEAT);
+                refer(reference, &mut times, REPEAT);
                 let outcome = way.hook.run(node, packet, REPEAT);
                 assert_eq!(outcome.action, way.action, "{}", way.name);
                 times.way.push(outcome.duration.as_nanos() as u64);
             }
             (times, COUNTED)
         }
-        Packets::Fresh(_) => (measure_singles(node, yardstick, way, rounds), COUNTED_OF_SINGLES),
+        Packets::Fresh(_) => (measure_singles(node, reference, way, rounds), COUNTED_OF_SINGLES),
     };
     let empty = low(times.empty, part);
-    Lowest { empty, way: low(times.way, part), yardstick: low(times.yardstick, part) - empty }
+    Lowest { empty, way: low(times.way, part), reference: low(times.reference, part) - empty }
 }
 
-fn refer(yardstick: &Yardstick, times: &mut Times, repeat: u32) {
-    times.empty.push(yardstick.run_empty(&FRAME, repeat).unwrap().as_nanos() as u64);
-    times.yardstick.push(yardstick.run(&FRAME, repeat).unwrap().as_nanos() as u64);
+fn refer(reference: &Reference, times: &mut Times, repeat: u32) {
+    times.empty.push(reference.run_empty(&FRAME, repeat).unwrap().as_nanos() as u64);
+    times.reference.push(reference.run(&FRAME, repeat).unwrap().as_nanos() as u64);
 }
 
-fn measure_singles(node: &mut Node, yardstick: &Yardstick, way: &mut Way, rounds: usize) -> Times {
+fn measure_singles(node: &mut Node, reference: &Reference, way: &mut Way, rounds: usize) -> Times {
     let (hook, action) = (way.hook, way.action);
     let Packets::Fresh(make) = &mut way.packets else { unreachable!("packets that are used once") };
     let (mut times, mut waits) = (Times::default(), 0);
     for _ in 0..rounds * ROUNDS_OF_SINGLES {
         for _ in 0..SINGLES {
             let packet = make(node);
-            refer(yardstick, &mut times, 1);
+            refer(reference, &mut times, 1);
             let time = single(node, hook, action, &packet, &way.name);
             waits += usize::from(time.is_none());
             times.way.extend(time);

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use kubelane::bpf::reference::Reference;
 use kubelane::bpf::verifier;
-use kubelane::bpf::yardstick::Yardstick;
 
 use crate::laboratory::figures::{self, Found};
 use crate::laboratory::packets::Node;
@@ -42,18 +42,18 @@ impl Taken {
         self.0.iter().map(|(name, lowest)| lowest.found(name)).collect()
     }
 
-    /// Yardsticks that the clock's grain may make of nothing; see [`Lowest::grain`].
+    /// References that the clock's grain may make of nothing; see [`Lowest::grain`].
     pub fn grain(&self) -> f64 {
         self.0.iter().map(|(_, lowest)| lowest.grain()).fold(0.0, f64::max)
     }
 
-    pub fn yardstick_ns(&self) -> f64 {
-        self.0.iter().map(|(_, lowest)| lowest.yardstick_ns()).fold(f64::INFINITY, f64::min)
+    pub fn reference_ns(&self) -> f64 {
+        self.0.iter().map(|(_, lowest)| lowest.reference_ns()).fold(f64::INFINITY, f64::min)
     }
 }
 
 fn take(is_chosen: impl Fn(&str) -> bool, rounds: usize) -> Result<Vec<(String, Lowest)>> {
-    let yardstick = Yardstick::load()?;
+    let reference = Reference::load()?;
     let mut node = Node::new();
     let mut ways = ways::all(&mut node);
     ways.retain(|way| is_chosen(&way.name));
@@ -65,5 +65,5 @@ fn take(is_chosen: impl Fn(&str) -> bool, rounds: usize) -> Result<Vec<(String, 
             way.name
         );
     }
-    Ok(ways.iter_mut().map(|way| (way.name.clone(), measure(&mut node, &yardstick, way, rounds))).collect())
+    Ok(ways.iter_mut().map(|way| (way.name.clone(), measure(&mut node, &reference, way, rounds))).collect())
 }

@@ -31,6 +31,8 @@ pub mod probe;
 mod probes;
 mod read;
 mod reconnect;
+#[cfg(feature = "lab")]
+pub mod reference;
 mod rehearsal;
 mod reply_filter;
 pub mod run;
@@ -44,8 +46,6 @@ mod trial;
 mod upgrade;
 mod usage;
 pub mod verifier;
-#[cfg(feature = "lab")]
-pub mod yardstick;
 
 pub use account::{MapMemory, map_memory};
 pub use attach::{Attached, SocketHooks};

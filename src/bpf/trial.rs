@@ -1,7 +1,7 @@
 //! Trial programs: questions about the kernel that no list of helpers or map types answers. Each is a packet program of
 //! a dozen instructions, loaded, run once on an empty frame or offered to a hook, and let go.
 //!
-//! How such a program is written down and loaded is also what the laboratory's yardstick needs (yardstick.rs).
+//! How such a program is written down and loaded is also what the laboratory's reference needs (reference.rs).
 
 use std::ffi::CStr;
 use std::io;

@@ -23,7 +23,7 @@ pub const CLOCK_NS: f64 = 2.0;
 pub enum Table {
     /// Instructions that a kernel's verifier walks through, for each program. The same each time.
     Instructions,
-    /// What a way through a program costs on a kind of processor, in yardsticks (see src/bpf/yardstick.rs).
+    /// What a way through a program costs on a kind of processor, in references (see src/bpf/reference.rs).
     Ways,
 }
 
@@ -40,7 +40,7 @@ impl Table {
     fn head(self) -> String {
         match self {
             Table::Instructions => line(["kernel", "program", "instructions", "", "why more"], self),
-            Table::Ways => line(["processor, kernel", "way", "yardsticks", "ns", "why more"], self),
+            Table::Ways => line(["processor, kernel", "way", "references", "ns", "why more"], self),
         }
     }
 
@@ -274,7 +274,7 @@ impl Figures {
     pub fn unexplained(&self, before: &Figures) -> Vec<String> {
         let rows = self.rows.iter().filter(|row| {
             let Some(old) = before.row(row.table, &row.place, &row.found.name) else { return false };
-            // What one nanosecond is in yardsticks: the row itself says it, roughly.
+            // What one nanosecond is in references: the row itself says it, roughly.
             let slack = match row.found.ns {
                 Some(ns) if ns > 0.0 => CLOCK_NS * row.found.value / ns,
                 Some(_) => f64::INFINITY,

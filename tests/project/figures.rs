@@ -20,13 +20,13 @@ const FILE: &str = "\
 
 ## Ways through the packet programs
 
-| processor, kernel            | way                                                            | yardsticks |   ns | why more |
+| processor, kernel            | way                                                            | references |   ns | why more |
 |------------------------------|----------------------------------------------------------------|------------|------|----------|
 | A processor 1.2.3, 6.18      | to a local backend                                             |      1.000 |  200 | |
 | A processor 1.2.3, 6.18      | unrelated                                                      |      0.010 |    2 | |
 ";
 const MACHINE: &str = "A processor 1.2.3, 6.18";
-/// Two nanoseconds of a yardstick of 200.
+/// Two nanoseconds of a reference of 200.
 const GRAIN: f64 = 0.01;
 
 fn file() -> Figures {

@@ -44,26 +44,26 @@ const PRIME: i32 = 0x1e35_a7bd;
 const UNSPECIFIED: i32 = -1;
 
 /// Both programs, loaded.
-pub struct Yardstick {
+pub struct Reference {
     empty: OwnedFd,
     mixed: OwnedFd,
     /// The program holds them as well.
     _maps: [MapHandle; 2],
 }
 
-impl Yardstick {
+impl Reference {
     /// Loads both programs and their maps.
-    pub fn load() -> Result<Yardstick> {
+    pub fn load() -> Result<Reference> {
         let hash = map(MapType::Hash, KEY_BYTES)?;
         let array = map(MapType::Array, size_of::<u32>() as u32)?;
         for (map, key_bytes) in [(&hash, KEY_BYTES as usize), (&array, size_of::<u32>())] {
             let row = (vec![0u8; key_bytes], vec![7u8; VALUE_BYTES as usize]);
-            map.update(&row.0, &row.1, MapFlags::ANY).context("cannot fill the yardstick's map")?;
+            map.update(&row.0, &row.1, MapFlags::ANY).context("cannot fill the reference's map")?;
         }
         let nothing = [instruction(MOVE_CONSTANT, R0, 0, 0, UNSPECIFIED), instruction(EXIT, 0, 0, 0, 0)];
-        Ok(Yardstick {
+        Ok(Reference {
             empty: load_program(&nothing).context("cannot load the empty program")?,
-            mixed: load_program(&mixed_program(&hash, &array)).context("cannot load the yardstick")?,
+            mixed: load_program(&mixed_program(&hash, &array)).context("cannot load the reference")?,
             _maps: [hash, array],
         })
     }
@@ -82,8 +82,8 @@ impl Yardstick {
 fn map(kind: MapType, key_bytes: u32) -> Result<MapHandle> {
     let options =
         libbpf_sys::bpf_map_create_opts { sz: size_of::<libbpf_sys::bpf_map_create_opts>() as _, ..Default::default() };
-    MapHandle::create(kind, Some("yardstick"), key_bytes, VALUE_BYTES, 1, &options)
-        .context("cannot make the yardstick's map")
+    MapHandle::create(kind, Some("reference"), key_bytes, VALUE_BYTES, 1, &options)
+        .context("cannot make the reference's map")
 }
 
 /// Sum = sum + first eight bytes of the row with the key that is on the stack, if there is one.
