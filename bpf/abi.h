@@ -170,7 +170,7 @@ struct frontend {
 	struct pool outside; /* for packets from the wire */
 };
 
-/* backends[id]. The generation counts the tenants of an id: a record with another generation is of a former one. */
+/* backends[id]. The generation counts the assignments of an id: a record with another generation is of a former one. */
 struct backend {
 	struct address address;
 	__be16 port;

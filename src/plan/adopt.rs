@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::compile::{CompiledFrontend, PoolUse};
 use super::layout::Layout;
 use super::pool::Pool;
-use super::port::{Port, Tenant, pool_index, row_name};
+use super::port::{Assignment, Port, pool_index, row_name};
 use super::tables::is_gone;
 use crate::abi::backend_state::{BACKEND_ACTIVE, BACKEND_GONE, BACKEND_TERMINATING};
 use crate::abi::pool_member::{POOL_CLUSTER, POOL_LOCAL};
@@ -139,10 +139,10 @@ fn adopt_backends(layout: &mut Layout, found: &Found, report: &mut AdoptReport) 
             && row.generation > 0
             && layout.space.backend_ids.contains(*id);
         let port = port_for(layout, row.service_id, row.protocol).filter(|_| sound);
-        match port.and_then(|port| Some((port.tenants.binary_search_by_key(&at, |t| t.at).err()?, port))) {
+        match port.and_then(|port| Some((port.assignments.binary_search_by_key(&at, |t| t.at).err()?, port))) {
             Some((place, port)) => {
-                port.tenants.insert(place, Tenant { at, id: *id, pools: row.pools });
-                layout.space.tenants += 1;
+                port.assignments.insert(place, Assignment { at, id: *id, pools: row.pools });
+                layout.space.assignments += 1;
                 report.backends += 1;
             }
             None => {
@@ -213,11 +213,11 @@ fn adopt_source_ranges(layout: &mut Layout, found: &Found, report: &mut AdoptRep
 /// no more; one that never had a backend left nothing that a running program could mistake.
 fn adopt_ids(layout: &mut Layout, found: &Found) {
     let owners = found.frontends.iter().map(|(_, row)| row.service_id);
-    let tenants = found.backends.iter().map(|(_, row)| row.service_id);
-    let services = found.names.iter().map(|(id, _)| *id).chain(owners).chain(tenants).max().unwrap_or(0);
+    let assignments = found.backends.iter().map(|(_, row)| row.service_id);
+    let services = found.names.iter().map(|(id, _)| *id).chain(owners).chain(assignments).max().unwrap_or(0);
     layout.space.service_ids.adopt(services, |id| layout.ports.contains_key(&id));
     let backends = found.backends.last().map_or(0, |(id, _)| *id);
-    let used: crate::table::HashSet<u32> = layout.ports.values().flat_map(|p| &p.tenants).map(|t| t.id).collect();
+    let used: crate::table::HashSet<u32> = layout.ports.values().flat_map(|p| &p.assignments).map(|t| t.id).collect();
     layout.space.backend_ids.adopt(backends, |id| used.contains(&id));
 }
 

@@ -69,7 +69,7 @@ impl Layout {
     /// Whether the kernel has backends that the Service port with this id had and that are not marked gone yet.
     pub fn has_living_backends(&self, id: u32) -> bool {
         let lives = |id: u32| self.space.tables.backends.applied(id).is_some_and(|row| !is_gone(&row));
-        self.ports.get(&id).is_some_and(|port| port.leaving.iter().any(|tenant| lives(tenant.id)))
+        self.ports.get(&id).is_some_and(|port| port.leaving.iter().any(|assignment| lives(assignment.id)))
     }
 
     /// How many rows the maps hold.
@@ -197,10 +197,10 @@ impl Layout {
             for range in port.retired.drain(..) {
                 space.regions.rest(range, now);
             }
-            port.leaving.retain(|tenant| {
-                let waits = space.tables.backends.applied(tenant.id).is_some_and(|row| !is_gone(&row));
+            port.leaving.retain(|assignment| {
+                let waits = space.tables.backends.applied(assignment.id).is_some_and(|row| !is_gone(&row));
                 if !waits {
-                    space.backend_ids.rest(tenant.id, now);
+                    space.backend_ids.rest(assignment.id, now);
                 }
                 waits
             });
@@ -239,7 +239,7 @@ impl Layout {
 
     /// Numbers of frontends and slots in the kernel, and of backends in use.
     pub fn counts(&self) -> (usize, usize, usize) {
-        (self.space.tables.frontends.rows().len(), self.space.tenants, self.space.filled_slots)
+        (self.space.tables.frontends.rows().len(), self.space.assignments, self.space.filled_slots)
     }
 
     fn take_match(&self, unmatched: &mut Vec<u32>, wanted: &CompiledPort) -> Option<u32> {

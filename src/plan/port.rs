@@ -17,7 +17,7 @@ use crate::table::HashSet;
 
 /// An endpoint and its backend id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tenant {
+pub struct Assignment {
     pub at: SocketAddrx,
     pub id: u32,
     /// Bits of `abi::pool_member`.
@@ -37,13 +37,13 @@ pub struct Port {
     /// Sorted.
     pub source_ranges: Vec<SourceRangeKey>,
     /// Sorted by address and port.
-    pub tenants: Vec<Tenant>,
+    pub assignments: Vec<Assignment>,
     /// By [`pool_index`].
     pub pools: [Pool; 4],
     /// Sorted by key. Those it does not own (contested) included.
     pub frontends: Vec<CompiledFrontend>,
     /// Backends to be marked gone, or so marked and not yet resting.
-    pub leaving: Vec<Tenant>,
+    pub leaving: Vec<Assignment>,
     /// Regions that a frontend may still lead to.
     pub retired: Vec<Range<u32>>,
     /// What did not fit.
@@ -79,7 +79,7 @@ impl Port {
             created: i64::MIN,
             affinity_seconds: 0,
             source_ranges: Vec::new(),
-            tenants: Vec::new(),
+            assignments: Vec::new(),
             pools: [Pool::default(); 4],
             frontends: Vec::new(),
             leaving: Vec::new(),
@@ -124,9 +124,9 @@ impl Port {
     /// Leaves every backend, region and the name.
     pub fn remove(&mut self, id: u32, space: &mut Space) {
         self.removed = true;
-        space.tenants -= self.tenants.len();
-        for tenant in std::mem::take(&mut self.tenants) {
-            self.dismiss(tenant, space);
+        space.assignments -= self.assignments.len();
+        for assignment in std::mem::take(&mut self.assignments) {
+            self.dismiss(assignment, space);
         }
         self.filter(Vec::new(), space);
         for mut pool in std::mem::take(&mut self.pools) {
@@ -159,13 +159,13 @@ impl Port {
     /// Gives every endpoint a backend id and row, and dismisses those that are no longer wanted. Returns how many
     /// endpoints found no id.
     fn seat(&mut self, service_id: u32, wanted: &CompiledPort, space: &mut Space) -> usize {
-        space.tenants -= self.tenants.len();
-        let mut before = std::mem::take(&mut self.tenants).into_iter().peekable();
+        space.assignments -= self.assignments.len();
+        let mut before = std::mem::take(&mut self.assignments).into_iter().peekable();
         let mut seated = Vec::with_capacity(wanted.endpoints.len());
         let mut missing = 0;
         for endpoint in &wanted.endpoints {
-            while let Some(tenant) = before.next_if(|t| t.at < endpoint.at) {
-                self.dismiss(tenant, space);
+            while let Some(assignment) = before.next_if(|t| t.at < endpoint.at) {
+                self.dismiss(assignment, space);
             }
             let known =
                 before.next_if(|t| t.at == endpoint.at).map(|t| t.id).or_else(|| self.recall(endpoint.at, space));
@@ -173,16 +173,16 @@ impl Port {
                 Some(id) => {
                     let row = backend_row(service_id, id, known.is_none(), wanted.protocol, endpoint, space);
                     space.tables.backends.set(id, row);
-                    seated.push(Tenant { at: endpoint.at, id, pools: endpoint.pools });
+                    seated.push(Assignment { at: endpoint.at, id, pools: endpoint.pools });
                 }
                 None => missing += 1,
             }
         }
-        for tenant in before {
-            self.dismiss(tenant, space);
+        for assignment in before {
+            self.dismiss(assignment, space);
         }
-        space.tenants += seated.len();
-        self.tenants = seated;
+        space.assignments += seated.len();
+        self.assignments = seated;
         missing
     }
 
@@ -194,9 +194,10 @@ impl Port {
         let (mut gone, mut came) = (Vec::new(), Vec::new());
         let mut is_complete = true;
         for (at, wanted) in changes {
-            let place = self.tenants.binary_search_by_key(at, |tenant| tenant.at);
-            let before = place.ok().map(|place| self.tenants[place]);
-            let known = before.map(|tenant| tenant.id).or_else(|| self.recall(*at, space).filter(|_| wanted.is_some()));
+            let place = self.assignments.binary_search_by_key(at, |assignment| assignment.at);
+            let before = place.ok().map(|place| self.assignments[place]);
+            let known =
+                before.map(|assignment| assignment.id).or_else(|| self.recall(*at, space).filter(|_| wanted.is_some()));
             let Some(endpoint) = wanted else {
                 gone.extend(before);
                 note_moves(&mut moves, before.as_ref(), None);
@@ -208,11 +209,11 @@ impl Port {
             };
             let row = backend_row(id, backend_id, known.is_none(), protocol, endpoint, space);
             space.tables.backends.set(backend_id, row);
-            let tenant = Tenant { at: *at, id: backend_id, pools: endpoint.pools };
-            note_moves(&mut moves, before.as_ref(), Some(&tenant));
+            let assignment = Assignment { at: *at, id: backend_id, pools: endpoint.pools };
+            note_moves(&mut moves, before.as_ref(), Some(&assignment));
             match place {
-                Ok(place) => self.tenants[place] = tenant,
-                Err(_) => came.push(tenant),
+                Ok(place) => self.assignments[place] = assignment,
+                Err(_) => came.push(assignment),
             }
         }
         self.exchange(gone, came, space);
@@ -222,32 +223,32 @@ impl Port {
         is_complete
     }
 
-    /// Dismisses those that are `gone`, and seats those that `came`: few, among many tenants.
-    fn exchange(&mut self, gone: Vec<Tenant>, came: Vec<Tenant>, space: &mut Space) {
-        space.tenants = space.tenants + came.len() - gone.len();
-        let tenants = &mut self.tenants;
-        let place = |tenants: &[Tenant], at| tenants.partition_point(|tenant| tenant.at < at);
+    /// Dismisses those that are `gone`, and seats those that `came`: few, among many assignments.
+    fn exchange(&mut self, gone: Vec<Assignment>, came: Vec<Assignment>, space: &mut Space) {
+        space.assignments = space.assignments + came.len() - gone.len();
+        let assignments = &mut self.assignments;
+        let place = |assignments: &[Assignment], at| assignments.partition_point(|assignment| assignment.at < at);
         match (&gone[..], &came[..]) {
             ([], []) => {}
-            ([], [one]) => tenants.insert(place(tenants, one.at), *one),
-            ([one], []) => drop(tenants.remove(place(tenants, one.at))),
+            ([], [one]) => assignments.insert(place(assignments, one.at), *one),
+            ([one], []) => drop(assignments.remove(place(assignments, one.at))),
             // As a rollout does: only those between the two move.
             ([old], [new]) => {
-                let (hole, to) = (place(tenants, old.at), place(tenants, new.at));
+                let (hole, to) = (place(assignments, old.at), place(assignments, new.at));
                 match hole < to {
-                    true => tenants[hole..to].rotate_left(1),
-                    false => tenants[to..=hole].rotate_right(1),
+                    true => assignments[hole..to].rotate_left(1),
+                    false => assignments[to..=hole].rotate_right(1),
                 }
-                tenants[if hole < to { to - 1 } else { to }] = *new;
+                assignments[if hole < to { to - 1 } else { to }] = *new;
             }
             _ => {
-                let ids: HashSet<u32> = gone.iter().map(|tenant| tenant.id).collect();
-                tenants.retain(|tenant| !ids.contains(&tenant.id));
-                tenants.extend(came);
-                tenants.sort_by_key(|tenant| tenant.at);
+                let ids: HashSet<u32> = gone.iter().map(|assignment| assignment.id).collect();
+                assignments.retain(|assignment| !ids.contains(&assignment.id));
+                assignments.extend(came);
+                assignments.sort_by_key(|assignment| assignment.at);
             }
         }
-        gone.into_iter().for_each(|tenant| self.dismiss(tenant, space));
+        gone.into_iter().for_each(|assignment| self.dismiss(assignment, space));
     }
 
     /// A backend that was to go and comes back before the kernel heard of it keeps its id and generation.
@@ -257,17 +258,17 @@ impl Port {
         Some(self.leaving.swap_remove(index).id)
     }
 
-    fn dismiss(&mut self, tenant: Tenant, space: &mut Space) {
+    fn dismiss(&mut self, assignment: Assignment, space: &mut Space) {
         let backends = &mut space.tables.backends;
-        match backends.applied(tenant.id).filter(|row| !is_gone(row)) {
+        match backends.applied(assignment.id).filter(|row| !is_gone(row)) {
             Some(row) => {
                 let state = abi::backend_state::BACKEND_GONE as u8;
-                backends.set(tenant.id, Backend { state, pools: 0, ..row });
+                backends.set(assignment.id, Backend { state, pools: 0, ..row });
             }
-            // The kernel never saw this tenant.
-            None => backends.forget(tenant.id),
+            // The kernel never saw this assignment.
+            None => backends.forget(assignment.id),
         }
-        self.leaving.push(tenant);
+        self.leaving.push(assignment);
     }
 
     /// Brings the pools to what the backends say. A pool has a region only while a frontend that this port `owns` uses
@@ -283,8 +284,8 @@ impl Port {
         for family in [Family::Ipv4, Family::Ipv6] {
             for member in [POOL_CLUSTER as u8, POOL_LOCAL as u8] {
                 let index = pool_index(family, member);
-                let holds = |t: &&Tenant| used[index] && t.pools & member != 0 && t.at.ip.family() == family;
-                let wanted: Vec<u32> = self.tenants.iter().filter(holds).map(|t| t.id).collect();
+                let holds = |t: &&Assignment| used[index] && t.pools & member != 0 && t.at.ip.family() == family;
+                let wanted: Vec<u32> = self.assignments.iter().filter(holds).map(|t| t.id).collect();
                 self.short.slots += self.pools[index].hold(&wanted, space, &mut self.retired);
             }
         }
@@ -294,18 +295,18 @@ impl Port {
 /// Backend ids that leave a pool, and those that come.
 type Moves = (Vec<u32>, Vec<u32>);
 
-fn note_moves(moves: &mut [Moves; 4], before: Option<&Tenant>, now: Option<&Tenant>) {
+fn note_moves(moves: &mut [Moves; 4], before: Option<&Assignment>, now: Option<&Assignment>) {
     for member in [POOL_CLUSTER as u8, POOL_LOCAL as u8] {
-        let stands = |tenant: Option<&Tenant>| tenant.filter(|t| t.pools & member != 0).copied();
+        let stands = |assignment: Option<&Assignment>| assignment.filter(|t| t.pools & member != 0).copied();
         match (stands(before), stands(now)) {
-            (Some(tenant), None) => moves[pool_index(tenant.at.ip.family(), member)].0.push(tenant.id),
-            (None, Some(tenant)) => moves[pool_index(tenant.at.ip.family(), member)].1.push(tenant.id),
+            (Some(assignment), None) => moves[pool_index(assignment.at.ip.family(), member)].0.push(assignment.id),
+            (None, Some(assignment)) => moves[pool_index(assignment.at.ip.family(), member)].1.push(assignment.id),
             _ => {}
         }
     }
 }
 
-/// A new tenant of an id starts the next generation, so that records of the former one are known as such.
+/// A new assignment of an id starts the next generation, so that records of the former one are known as such.
 fn backend_row(
     service_id: u32,
     id: u32,
@@ -317,7 +318,7 @@ fn backend_row(
     let backends = &space.tables.backends;
     let generation = match new {
         true => backends.applied(id).map_or(1, |row| row.generation.wrapping_add(1).max(1)),
-        // A row on its way (never applied) or in place; either has the tenant's generation.
+        // A row on its way (never applied) or in place; either has the assignment's generation.
         false => backends.desired(id).map_or(1, |row| row.generation),
     };
     Backend {

@@ -39,7 +39,7 @@ pub struct Space {
     pub regions: Regions,
     /// Backends that ports have, and slots that pools fill. Kept with every step: to count them anew would make each
     /// change of one endpoint cost as much as there are Services.
-    pub tenants: usize,
+    pub assignments: usize,
     pub filled_slots: usize,
 }
 

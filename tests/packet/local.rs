@@ -271,7 +271,7 @@ fn a_removed_udp_backend_is_left_with_the_next_datagram_and_refused_when_it_was_
         node.backend_row(1, &gone);
         node.frontend("0.0.0.0", 30053, Protocol::Udp, &[2]);
         assert_eq!(node.uplink_in(&query).1.destination.to_string(), "10.1.0.6");
-        // The id has a new tenant: its generation tells it from the former one.
+        // The id has a new assignment: its generation tells it from the former one.
         gone.state = kubelane::abi::backend_state::BACKEND_ACTIVE as u8;
         gone.generation = 2;
         node.backend_row(2, &gone);

@@ -12,7 +12,7 @@ use kubelane::sync::{Core, CoreSettings, MapName};
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_new_tenant_of_an_id_has_the_next_generation_also_after_a_restart() {
+fn a_new_assignment_of_an_id_has_the_next_generation_also_after_a_restart() {
     let web_service = service("web", "10.96.0.1");
     let mut bench = Bench::with(std::slice::from_ref(&web_service), &[web(0..1)]);
     bench.slice(web(0..0));

@@ -181,7 +181,7 @@ fn a_backend_is_not_gone_while_a_frontend_that_failed_may_lead_to_it() {
     bench.kernel.fails = Box::new(|map| map == MapName::Frontends);
     let report = bench.slice(web(0..2));
     assert_eq!((report.backends_gone.len(), bench.kernel.backends[&3].state), (0, 1));
-    // Meanwhile it comes back: nothing is left to do, and it is the same tenant.
+    // Meanwhile it comes back: nothing is left to do, and it is the same assignment.
     let report = bench.slice(web(0..3));
     assert_eq!((report.calls, bench.core.pending(), bench.kernel.backends[&3].generation), (0, false, 1));
 }

@@ -139,10 +139,10 @@ impl ModelKernel {
         } else if before.is_none_or(|b| b.state == 0) && self.judging {
             assert!(self.rested(self.gone_since.get(&id)), "backend id {id} was used again too early");
             let last = self.generations.get(&id).copied().unwrap_or(0);
-            assert!(row.generation > last, "backend id {id} has a new tenant without a new generation");
+            assert!(row.generation > last, "backend id {id} has a new assignment without a new generation");
         } else if let Some(before) = before.filter(|_| self.judging) {
-            let tenant = |b: &Backend| (b.address, b.port_be, b.protocol, b.service_id, b.generation);
-            assert_eq!(tenant(&before), tenant(&row), "backend id {id} changed its tenant while in use");
+            let assignment = |b: &Backend| (b.address, b.port_be, b.protocol, b.service_id, b.generation);
+            assert_eq!(assignment(&before), assignment(&row), "backend id {id} changed its assignment while in use");
         }
         self.generations.insert(id, row.generation);
     }
