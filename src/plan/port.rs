@@ -101,7 +101,7 @@ impl Port {
         self.affinity_seconds = wanted.affinity_seconds;
         space.tables.services.set(id, row_name(&self.service, &self.name));
         self.filter(wanted.source_ranges.iter().map(|range| SourceRangeKey::new(id, *range)).collect(), space);
-        self.short.backends = self.seat(id, wanted, space);
+        self.short.backends = self.assign(id, wanted, space);
     }
 
     /// Some of its frontends let in source ranges only, be there any or not.
@@ -158,10 +158,10 @@ impl Port {
 
     /// Gives every endpoint a backend id and row, and dismisses those that are no longer wanted. Returns how many
     /// endpoints found no id.
-    fn seat(&mut self, service_id: u32, wanted: &CompiledPort, space: &mut Space) -> usize {
+    fn assign(&mut self, service_id: u32, wanted: &CompiledPort, space: &mut Space) -> usize {
         space.assignments -= self.assignments.len();
         let mut before = std::mem::take(&mut self.assignments).into_iter().peekable();
-        let mut seated = Vec::with_capacity(wanted.endpoints.len());
+        let mut assigned = Vec::with_capacity(wanted.endpoints.len());
         let mut missing = 0;
         for endpoint in &wanted.endpoints {
             while let Some(assignment) = before.next_if(|t| t.at < endpoint.at) {
@@ -173,7 +173,7 @@ impl Port {
                 Some(id) => {
                     let row = backend_row(service_id, id, known.is_none(), wanted.protocol, endpoint, space);
                     space.tables.backends.set(id, row);
-                    seated.push(Assignment { at: endpoint.at, id, pools: endpoint.pools });
+                    assigned.push(Assignment { at: endpoint.at, id, pools: endpoint.pools });
                 }
                 None => missing += 1,
             }
@@ -181,8 +181,8 @@ impl Port {
         for assignment in before {
             self.dismiss(assignment, space);
         }
-        space.assignments += seated.len();
-        self.assignments = seated;
+        space.assignments += assigned.len();
+        self.assignments = assigned;
         missing
     }
 
@@ -223,7 +223,7 @@ impl Port {
         is_complete
     }
 
-    /// Dismisses those that are `gone`, and seats those that `came`: few, among many assignments.
+    /// Dismisses those that are `gone`, and assigns ids to those that `came`: few, among many assignments.
     fn exchange(&mut self, gone: Vec<Assignment>, came: Vec<Assignment>, space: &mut Space) {
         space.assignments = space.assignments + came.len() - gone.len();
         let assignments = &mut self.assignments;

@@ -73,7 +73,7 @@ fn endpoints(key: &SocketAddrx, found: &Found, port: &Port, set: Policy) -> Vec<
     };
     let wanted: BTreeSet<SocketAddr> = port.endpoints.iter().filter(is_in).map(|endpoint| endpoint.at).collect();
     let kernel: BTreeSet<SocketAddr> =
-        found.seats.iter().map(|seat| SocketAddr::new(seat.at.ip.to_ip(), seat.at.port)).collect();
+        found.candidates.iter().map(|candidate| SocketAddr::new(candidate.at.ip.to_ip(), candidate.at.port)).collect();
     let list = |some: Vec<&SocketAddr>| {
         let named: Vec<String> = some.iter().take(NAMED).map(ToString::to_string).collect();
         let more = some.len().saturating_sub(NAMED);

@@ -77,7 +77,7 @@ pub enum Verdict {
 
 /// A backend that new connections may get.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Seat {
+pub struct Candidate {
     pub at: SocketAddrx,
     /// Of all new connections without affinity.
     pub share: f64,
@@ -101,7 +101,7 @@ pub struct Found {
     pub pool: Pool,
     /// "namespace/name:port".
     pub name: Option<String>,
-    pub seats: Vec<Seat>,
+    pub candidates: Vec<Candidate>,
     pub remembered: Option<Remembered>,
     /// `None`: not asked, for want of ranges or of a client.
     pub is_admitted: Option<bool>,
@@ -149,7 +149,7 @@ pub fn decide_found(
     client: &Client,
 ) -> Result<Decision> {
     let pool = if matches!(client, Client::Packet(_)) { row.outside } else { row.inside };
-    let seats = seats(kernel, &row, &pool)?;
+    let candidates = candidates(kernel, &row, &pool)?;
     // A pod's socket is left alone where there are ranges, and its packets are judged.
     let is_admitted = match client {
         _ if row.flags & FRONTEND_SOURCE_RANGES == 0 => None,
@@ -162,7 +162,7 @@ pub fn decide_found(
     };
     let remembered = if row.affinity_seconds > 0 { remembered(kernel, to, &row, &pool, client)? } else { None };
     let name = kernel.name(row.service_id)?;
-    let found = Found { key, row, pool, name, seats, remembered, is_admitted };
+    let found = Found { key, row, pool, name, candidates, remembered, is_admitted };
     let verdict = verdict(kernel, &found, to, client);
     Ok(Decision { found: Some(found), verdict })
 }
@@ -241,7 +241,7 @@ fn packet_look_up(kernel: &dyn Kernel, to: Destination) -> LookUp {
 }
 
 /// As `pick_slot()`: a slot that leads to no backend of the Service's leaves its share to a neighbour.
-fn seats(kernel: &dyn Kernel, row: &Frontend, pool: &Pool) -> Result<Vec<Seat>> {
+fn candidates(kernel: &dyn Kernel, row: &Frontend, pool: &Pool) -> Result<Vec<Candidate>> {
     let slots = (0..pool.count).map(|offset| {
         let id = kernel.slot(pool.base.wrapping_add(offset))?;
         Ok(kernel.backend(id)?.filter(|backend| backend.service_id == row.service_id))
@@ -254,13 +254,13 @@ fn seats(kernel: &dyn Kernel, row: &Frontend, pool: &Pool) -> Result<Vec<Seat>> 
             counts.entry(at(&backend)).or_insert((0, backend)).0 += 1;
         }
     }
-    let seat = |(at, (count, backend)): (&SocketAddrx, &(u32, Backend))| Seat {
+    let candidate = |(at, (count, backend)): (&SocketAddrx, &(u32, Backend))| Candidate {
         at: *at,
         share: f64::from(*count) / f64::from(pool.count),
         is_terminating: u32::from(backend.state) == BACKEND_TERMINATING,
         is_local: u32::from(backend.flags) & backend_flag::BACKEND_NODE_LOCAL != 0,
     };
-    Ok(counts.iter().map(seat).collect())
+    Ok(counts.iter().map(candidate).collect())
 }
 
 fn at(backend: &Backend) -> SocketAddrx {
@@ -331,10 +331,10 @@ fn verdict(kernel: &dyn Kernel, found: &Found, to: Destination, client: &Client)
             false => Verdict::Refused(Reason::NoEndpoint),
         };
     }
-    if found.seats.is_empty() {
+    if found.candidates.is_empty() {
         return Verdict::Untouched(Reason::BackendMissing);
     }
-    if to.protocol == Protocol::Sctp && found.seats.iter().all(|seat| seat.at.port != to.at.port) {
+    if to.protocol == Protocol::Sctp && found.candidates.iter().all(|candidate| candidate.at.port != to.at.port) {
         return Verdict::Dropped(Reason::SctpPort);
     }
     Verdict::Backend

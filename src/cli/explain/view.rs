@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
-use super::decide::{Client, Decision, Found, Reason, Seat, Verdict};
+use super::decide::{Candidate, Client, Decision, Found, Reason, Verdict};
 use super::target::Destination;
 use super::words;
 use crate::abi::frontend_flag::{FRONTEND_CLUSTER_IP, FRONTEND_SOURCE_RANGES};
@@ -152,8 +152,8 @@ fn pool(found: &Found, asked: &Asked, is_outside: bool) -> Pool {
     let mut why = vec![words::policy(set, is_outside, has_cluster_ip)];
     let choice = asked.told.and_then(|(_, port)| port.choices.iter().find(|c| c.is_ipv6 == is_ipv6(found)));
     match choice {
-        Some(choice) => why.extend(words::choice(set, choice, asked.daemon, !found.seats.is_empty())),
-        None if !found.seats.is_empty() && found.seats.iter().all(|seat| seat.is_terminating) => {
+        Some(choice) => why.extend(words::choice(set, choice, asked.daemon, !found.candidates.is_empty())),
+        None if !found.candidates.is_empty() && found.candidates.iter().all(|candidate| candidate.is_terminating) => {
             why.push(words::FALLBACK.to_owned());
         }
         None => {}
@@ -184,18 +184,18 @@ fn source_ranges(found: &Found, asked: &Asked) -> Option<SourceRanges> {
 fn endpoints(found: &Found, told: Option<(&told::Service, &told::Port)>) -> Vec<Endpoint> {
     let all = told.iter().flat_map(|(_, port)| &port.endpoints);
     let known: HashMap<SocketAddr, &told::Endpoint> = all.map(|endpoint| (endpoint.at, endpoint)).collect();
-    let endpoint = |seat: &Seat| {
-        let at = SocketAddr::new(seat.at.ip.to_ip(), seat.at.port);
+    let endpoint = |candidate: &Candidate| {
+        let at = SocketAddr::new(candidate.at.ip.to_ip(), candidate.at.port);
         let told = known.get(&at).and_then(|endpoint| endpoint.node.clone());
-        let here = if seat.is_local { "this node" } else { "another node" };
+        let here = if candidate.is_local { "this node" } else { "another node" };
         Endpoint {
-            share: seat.share,
+            share: candidate.share,
             node: told.or(Some(here.to_owned())),
-            state: if seat.is_terminating { "terminating" } else { "ready" },
-            address: seat.at.to_string(),
+            state: if candidate.is_terminating { "terminating" } else { "ready" },
+            address: candidate.at.to_string(),
         }
     };
-    found.seats.iter().map(endpoint).collect()
+    found.candidates.iter().map(endpoint).collect()
 }
 
 fn left_out(found: &Found, asked: &Asked) -> Vec<LeftOutEndpoint> {

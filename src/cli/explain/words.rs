@@ -32,8 +32,8 @@ pub fn next(asked: &Asked) -> String {
     match asked.decision.verdict {
         Verdict::Backend => {
             let remembered = found.and_then(|found| found.remembered);
-            let seats = found.map(|found| &found.seats[..]).unwrap_or_default();
-            match (remembered, seats) {
+            let candidates = found.map(|found| &found.candidates[..]).unwrap_or_default();
+            match (remembered, candidates) {
                 (Some(known), _) => format!("{}, as before (affinity)", known.at),
                 (None, [only]) => format!("{}, the only one", only.at),
                 (None, many) => format!("one of {}, at random", many.len()),

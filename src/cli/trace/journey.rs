@@ -347,7 +347,7 @@ impl Node {
         let pool = if found.pool.count == 0 {
             "none: nobody to send it to".to_owned()
         } else {
-            format!("{} from {} on, of {} backends", found.pool.count, found.pool.base, found.seats.len())
+            format!("{} from {} on, of {} backends", found.pool.count, found.pool.base, found.candidates.len())
         };
         rows.push(read("slots", pool));
         Ok(rows)
