@@ -332,7 +332,7 @@ enum flow_state {
 /* Index into the array `epochs`: what the daemon counts up when records of the datapath may be out of date. */
 enum epoch {
 	EPOCH_ROUTES = 0, /* a route, rule, device or address changed */
-	EPOCH_HANDS = 1, /* a UDP or SCTP frontend became another Service's */
+	EPOCH_OWNERS = 1, /* a UDP or SCTP frontend became another Service's */
 	EPOCH_ROUTES_BY_ADDRESS = 2, /* no epoch: 1 while routes are chosen by addresses, never by ports */
 	/* No epoch: packets that are routed here and have as many bytes go through the host's stack. 1: all; else those of
 	 * IPv4 that may be larger than a route allows, which bpf_fib_lookup() does not tell; 0: none. */
@@ -351,7 +351,7 @@ struct flow {
 	 * deleted row's memory to another flow while a program reads it. */
 	__u32 change;
 	__u32 state; /* enum flow_flag, enum flow_state */
-	/* TCP: the highest sequence number that this side was seen to send, host order. Else, of requests: EPOCH_HANDS
+	/* TCP: the highest sequence number that this side was seen to send, host order. Else, of requests: EPOCH_OWNERS
 	 * when the frontend was last seen to be this flow's Service's. */
 	__u32 sequence;
 	/* Of requests: the backend's id. Of replies: the first sequence number that the backend used (TCP), or the

@@ -260,8 +260,8 @@ static __always_inline void flow_judge_flags(const struct packet *packet, const 
 	*set |= packet->tcp_flags & TCP_RST ? FLOW_RESET : FLOW_FIN;
 }
 
-/* UDP and SCTP: a frontend that became another Service's takes its flows along. Asked once for each change of hands. */
-static __noinline int flow_is_owned(const struct packet *packet, struct flow *flow, __u32 hands)
+/* UDP and SCTP: a frontend that became another Service's takes its flows along. Asked once for each change of owners. */
+static __noinline int flow_is_owned(const struct packet *packet, struct flow *flow, __u32 owners)
 {
 	struct frontend_key key = {
 		.address = packet->tuple.ends.destination,
@@ -272,7 +272,7 @@ static __noinline int flow_is_owned(const struct packet *packet, struct flow *fl
 
 	if (!backend || frontend_has_moved(&key, 0, backend->service_id))
 		return 0;
-	flow->sequence = hands;
+	flow->sequence = owners;
 	return 1;
 }
 
@@ -281,7 +281,7 @@ static __always_inline int flow_serves(const struct packet *packet, struct flow 
 				       __u32 second)
 {
 	const struct flow_limits *limits = flow_limits_get(FLOW_LIMITS_SET);
-	__u32 hands;
+	__u32 owners;
 
 	/* A requests' row without its partner is made whole by a new beginning. */
 	if (!reply || !limits)
@@ -302,8 +302,8 @@ static __always_inline int flow_serves(const struct packet *packet, struct flow 
 		    flow_limit(limits, packet->tuple.protocol, flow->state, reply->state) ||
 	    !backend_get_living(flow->backend_or_first, flow->generation_or_interface))
 		return 0;
-	hands = epoch_now(EPOCH_HANDS);
-	return flow->sequence == hands || flow_is_owned(packet, flow, hands);
+	owners = epoch_now(EPOCH_OWNERS);
+	return flow->sequence == owners || flow_is_owned(packet, flow, owners);
 }
 
 /*
@@ -540,7 +540,7 @@ static __always_inline int flow_wants_attention(struct scratch *given, const str
 	/* That a request proves its flow takes seconds; that a reply answers the first one does not. */
 	if (state & FLOW_REPLY)
 		return !(state & FLOW_PROVED);
-	return flow->sequence != epoch_now(EPOCH_HANDS) ||
+	return flow->sequence != epoch_now(EPOCH_OWNERS) ||
 	       !backend_get_living(flow->backend_or_first, flow->generation_or_interface);
 }
 

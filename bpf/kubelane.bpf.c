@@ -213,7 +213,7 @@ int tcp_states(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
-/* Read by the daemon after a backend has gone or a frontend has changed hands: prints a struct stale_socket for each
+/* Read by the daemon after a backend has gone or a frontend has changed owner: prints a struct stale_socket for each
  * socket that is still connected the old way. */
 SEC("iter/bpf_sk_storage_map")
 int find_stale_sockets(struct bpf_iter__bpf_sk_storage_map *ctx)

@@ -118,8 +118,8 @@ __noinline int service_ask(hook_context *ctx)
 
 	if (!given || !ctx)
 		return VERDICT_DROP;
-	/* Before the frontend is looked up: it may change hands meanwhile. */
-	given->flow.sequence = epoch_now(EPOCH_HANDS);
+	/* Before the frontend is looked up: it may change owner meanwhile. */
+	given->flow.sequence = epoch_now(EPOCH_OWNERS);
 	result = service_find(given);
 	if (result == LOOKUP_NOT_OURS)
 		return VERDICT_UNKNOWN;

@@ -298,7 +298,7 @@ pub struct Flow {
     pub change: u32,
     /// Bits of [`flow_flag`], and above them the second of CLOCK_MONOTONIC in which the last packet passed.
     pub state: u32,
-    /// TCP: this side's highest sequence number. Else, of requests: the epoch of [`epoch::EPOCH_HANDS`].
+    /// TCP: this side's highest sequence number. Else, of requests: the epoch of [`epoch::EPOCH_OWNERS`].
     pub sequence: u32,
     /// Of requests the backend's id, of replies the backend's first sequence number (TCP) or the flow's first second.
     pub backend_or_first: u32,

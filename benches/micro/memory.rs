@@ -33,7 +33,7 @@ impl MapIo for Memory {
     }
 
     /// As `kubelane run` sizes the maps by default.
-    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+    fn note_new_owners(&mut self) -> std::io::Result<()> {
         Ok(())
     }
 

@@ -315,7 +315,7 @@ impl<'m> Worker<'m> {
         let gone = report.backends_gone.iter().any(|gone| self.inputs.destroy_tcp_sockets || datagrams(gone));
         // An earlier daemon may have ended between a write and the pass that it called for.
         let unserved = report.datagram_frontends_served || !self.synced;
-        if gone || report.datagram_frontends_changed_hands || unserved {
+        if gone || report.datagram_frontends_changed_owner || unserved {
             self.inputs.stale.request(unserved);
         }
         if !self.synced {

@@ -307,9 +307,9 @@ impl MapIo for Maps {
         Ok(value.filter(|value| !is_array || value.iter().any(|byte| *byte != 0)))
     }
 
-    fn note_changed_hands(&mut self) -> io::Result<()> {
+    fn note_new_owners(&mut self) -> io::Result<()> {
         self.syscalls += 2;
-        epochs::count_up(&self.epochs, epoch::EPOCH_HANDS).map_err(io::Error::other)
+        epochs::count_up(&self.epochs, epoch::EPOCH_OWNERS).map_err(io::Error::other)
     }
 
     fn reserve(&mut self, rows: &[(MapName, usize)]) {

@@ -49,7 +49,7 @@ impl MapIo for Kernel {
         Ok(())
     }
 
-    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+    fn note_new_owners(&mut self) -> std::io::Result<()> {
         unreachable!("it is only read")
     }
 

@@ -24,7 +24,7 @@ impl MapIo for Nowhere {
         Ok(())
     }
 
-    fn note_changed_hands(&mut self) -> io::Result<()> {
+    fn note_new_owners(&mut self) -> io::Result<()> {
         Ok(())
     }
 

@@ -127,17 +127,17 @@ impl<'a> Applier<'a> {
         let frontends = &self.layout.tables().frontends;
         let rows = collect(frontends, |_, row| row.is_some_and(|f| !self.is_blocked(f.service_id)));
         let service_of = |row: Option<Frontend>| row.map(|f| f.service_id);
-        let changes_hands = |(key, row): &(FrontendKey, _)| service_of(frontends.applied(*key)) != service_of(*row);
+        let changes_owner = |(key, row): &(FrontendKey, _)| service_of(frontends.applied(*key)) != service_of(*row);
         let mut datagrams = rows.iter().filter(|(key, _)| key.protocol != Protocol::Tcp as u8);
-        let changed_hands = datagrams.clone().any(changes_hands);
+        let changed_owner = datagrams.clone().any(changes_owner);
         let serves = |row: Option<Frontend>| row.is_some_and(|f| f.inside.count > 0);
         let served = datagrams.any(|(key, row)| serves(*row) && !serves(frontends.applied(*key)));
         self.report.datagram_frontends_served |= served;
         self.put(MapName::Frontends, |t| &mut t.frontends, rows);
         self.close_frontends();
-        if changed_hands {
-            self.report.datagram_frontends_changed_hands = true;
-            if let Err(error) = self.io.note_changed_hands() {
+        if changed_owner {
+            self.report.datagram_frontends_changed_owner = true;
+            if let Err(error) = self.io.note_new_owners() {
                 self.report.failures.push((MapName::Frontends, error.to_string()));
             }
         }

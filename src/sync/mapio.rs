@@ -105,7 +105,7 @@ pub trait MapIo {
 
     /// Tells the packet programs that frontends of UDP or SCTP, already written, have become another Service's: flows
     /// that ask for them are looked at again.
-    fn note_changed_hands(&mut self) -> io::Result<()>;
+    fn note_new_owners(&mut self) -> io::Result<()>;
 
     /// These maps are about to have so many rows; of arrays, the largest index and one. Who makes room for that as it
     /// is needed does so now, or says why not: rows that do not fit then fail.

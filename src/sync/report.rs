@@ -27,7 +27,7 @@ pub struct SyncReport {
     /// Backends that were marked gone: sockets connected to them are stale.
     pub backends_gone: Vec<(Protocol, SocketAddrx)>,
     /// A UDP frontend is new or became another Service port's: sockets connected through it before are stale.
-    pub datagram_frontends_changed_hands: bool,
+    pub datagram_frontends_changed_owner: bool,
     /// A UDP frontend has an endpoint, and had none before: sockets may have been connected to it without one.
     pub datagram_frontends_served: bool,
     /// [`super::Core::health_checks`] has something else to say.

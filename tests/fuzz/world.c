@@ -169,7 +169,7 @@ static void make_node(void)
 	for (__u32 i = 0; i < FLOW_LIMITS_MAX; i++)
 		write_row(limits, &i, &set);
 	write_number(epochs, EPOCH_ROUTES, 1);
-	write_number(epochs, EPOCH_HANDS, 1);
+	write_number(epochs, EPOCH_OWNERS, 1);
 	write_number(epochs, EPOCH_ROUTES_BY_ADDRESS, !world.by_ports);
 	write_number(epochs, EPOCH_THROUGH_STACK, world.through_stack);
 	if (trace)
@@ -411,7 +411,7 @@ static void advance_routes(void)
 void world_change(__u8 what, __u8 which)
 {
 	struct service *service = &world.services[which % SERVICES], *other;
-	__u32 index = EPOCH_HANDS, *hands = map_lookup(epochs, &index);
+	__u32 index = EPOCH_OWNERS, *owners = map_lookup(epochs, &index);
 
 	if (what < CHANGE_FIRST) {
 		if (!trace)
@@ -440,7 +440,7 @@ void world_change(__u8 what, __u8 which)
 		write_frontend(service);
 		memcpy(service->backends, other->backends, sizeof(service->backends));
 		service->count = other->count;
-		write_number(epochs, EPOCH_HANDS, *hands + 1);
+		write_number(epochs, EPOCH_OWNERS, *owners + 1);
 		return;
 	case 2:
 		world.through_stack = !world.through_stack;

@@ -32,7 +32,7 @@ impl MapIo for Rows {
         Ok(())
     }
 
-    fn note_changed_hands(&mut self) -> std::io::Result<()> {
+    fn note_new_owners(&mut self) -> std::io::Result<()> {
         Ok(())
     }
 
