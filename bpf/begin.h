@@ -215,7 +215,7 @@ static __always_inline void begin_fill_reply(struct scratch *given, __u32 interf
 
 /* The client uses its port again: the row of its former flow becomes that of the new one, in place, if no other
  * processor was faster. Answers the former row's state; FLOW_ENDING: one was. */
-static __noinline __u32 begin_replace(struct scratch *given, struct flow *request, int place)
+static __noinline __u32 begin_replace(struct scratch *given, struct flow *request, int alloc)
 {
 	struct flow_lock *lock = flow_lock_of(&given->packet.tuple.ends);
 	struct flow *former, *reply;
@@ -230,7 +230,7 @@ static __noinline __u32 begin_replace(struct scratch *given, struct flow *reques
 	if (flow_is_unchanged(request, &given->former) && flow_is_still(reply, &given->reply_row.ends)) {
 		state = request->state;
 		*request = given->flow;
-		if (place == PLACE_OWN) {
+		if (alloc == ALLOC_OWN) {
 			*reply = given->reply_row;
 		} else if (former && flow_is_still(former, &given->reply_row.ends)) {
 			former->state |= FLOW_ENDING;
@@ -244,11 +244,11 @@ static __noinline __u32 begin_replace(struct scratch *given, struct flow *reques
 }
 
 /* What was made for a flow that is not entered goes. */
-static __always_inline void begin_release(struct scratch *given, int place)
+static __always_inline void begin_release(struct scratch *given, int alloc)
 {
 	struct flow *row;
 
-	if (place != PLACE_RESERVED)
+	if (alloc != ALLOC_RESERVED)
 		return;
 	given->removed = given->reply;
 	row = flow_find(&given->reply);
@@ -257,25 +257,25 @@ static __always_inline void begin_release(struct scratch *given, int place)
 }
 
 /* Another processor has begun the same flow: its row counts. */
-static __noinline int begin_yield(struct scratch *given, int place)
+static __noinline int begin_yield(struct scratch *given, int alloc)
 {
-	begin_release(given, place);
+	begin_release(given, alloc);
 	if (flow_reread() == RECALL_SERVES)
 		return VERDICT_CONTINUE;
 	count(COUNTER_DROPPED_FLOW_CHANGING);
 	return VERDICT_DROP;
 }
 
-static __noinline int begin_give_up(struct scratch *given, int place)
+static __noinline int begin_give_up(struct scratch *given, int alloc)
 {
-	begin_release(given, place);
+	begin_release(given, alloc);
 	count(COUNTER_DROPPED_FLOW_TABLE);
 	count_service(given->frontend.service_id, SERVICE_DROPPED_FLOW_TABLE);
 	return VERDICT_DROP;
 }
 
 /* Enters the requests' row, once the replies' stands: no request goes to a backend whose answers would not be known. */
-static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int place)
+static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int alloc)
 {
 	struct flow *request = (void *)0;
 	__u64 *proved;
@@ -285,9 +285,9 @@ static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int 
 	if (given->has_former)
 		request = flow_find(&given->packet.tuple);
 	if (request) {
-		state = begin_replace(given, request, place);
+		state = begin_replace(given, request, alloc);
 		if (state & FLOW_ENDING)
-			return begin_yield(given, place);
+			return begin_yield(given, alloc);
 		flow_tell_end(given, REMOVE_REPLACED, &given->former, state, 0);
 		proved = flow_count_of(given->packet.tuple.protocol);
 		if ((state & FLOW_PROVED) && proved)
@@ -295,7 +295,7 @@ static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int 
 	} else {
 		result = flow_create(&given->packet.tuple, &given->flow);
 		if (result)
-			return result == -EEXIST ? begin_yield(given, place) : begin_give_up(given, place);
+			return result == -EEXIST ? begin_yield(given, alloc) : begin_give_up(given, alloc);
 	}
 	flow_note_opening(ctx, given);
 	if (given->from_pod)
@@ -313,17 +313,17 @@ __noinline int begin_flow(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	__u32 interface, ports;
-	int place, verdict;
+	int alloc, verdict;
 
 	if (!given)
 		return VERDICT_DROP;
 	interface = given->packet.interface;
 	ports = begin_source(given, &given->flow, &interface);
 	begin_fill_reply(given, interface);
-	place = snat_reserve(ctx, ports);
-	if (place == PLACE_TAKEN || place == PLACE_FULL) {
-		count(place == PLACE_FULL ? COUNTER_DROPPED_FLOW_TABLE : COUNTER_DROPPED_SNAT_EXHAUSTED);
-		if (place == PLACE_FULL)
+	alloc = snat_reserve(ctx, ports);
+	if (alloc == ALLOC_TAKEN || alloc == ALLOC_FULL) {
+		count(alloc == ALLOC_FULL ? COUNTER_DROPPED_FLOW_TABLE : COUNTER_DROPPED_SNAT_EXHAUSTED);
+		if (alloc == ALLOC_FULL)
 			count_service(given->frontend.service_id, SERVICE_DROPPED_FLOW_TABLE);
 		else
 			count_service(given->frontend.service_id, SERVICE_DROPPED_SNAT_EXHAUSTED);
@@ -334,7 +334,7 @@ __noinline int begin_flow(hook_context *ctx)
 		checksum_change(&given->packet.tuple.ends, &given->flow.ends.source, &given->flow.ends.destination);
 	given->flow.change = ports_change(given->addresses, &given->packet.tuple.ends, &given->flow.ends);
 	begin_note_ports(given);
-	verdict = begin_enter(ctx, given, place);
+	verdict = begin_enter(ctx, given, alloc);
 	if (verdict == VERDICT_CONTINUE)
 		count_service(given->frontend.service_id, SERVICE_CONNECTIONS);
 	return verdict;

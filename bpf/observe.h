@@ -24,7 +24,7 @@ enum choice_reason {
 enum removal {
 	REMOVE_OVER = 0, /* silent for longer than it may be, as FLOW_LIMITS_NOW says */
 	REMOVE_OPENING = 1, /* still not proved, and pushed out by others */
-	REMOVE_PLACE = 2, /* closed, or not proved: another wants its place */
+	REMOVE_PORT = 2, /* closed, or not proved: another wants its place */
 	REMOVE_FREE = 3, /* the same, or silent for longer than it may be, as FLOW_LIMITS_SET says */
 	REMOVE_REPLACED = 4, /* its client begins another with the same ends */
 };

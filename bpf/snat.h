@@ -38,14 +38,14 @@ enum snat_ports {
 };
 
 /* Who has the port that was tried. */
-enum place {
-	PLACE_RESERVED = 0, /* the asking flow, from now on */
-	PLACE_OWN = 1, /* the asking flow, from before: the client uses its port again */
-	PLACE_FREE = 2, /* nobody any more, but rows are there */
-	PLACE_FOLLOWING = 3, /* a connection of the same client that both ends have closed seconds ago */
-	PLACE_YIELDING = 4, /* a flow that no end has proved, or that both have closed */
-	PLACE_TAKEN = 5,
-	PLACE_FULL = 6, /* the kernel has no room or no memory for a row */
+enum alloc {
+	ALLOC_RESERVED = 0, /* the asking flow, from now on */
+	ALLOC_OWN = 1, /* the asking flow, from before: the client uses its port again */
+	ALLOC_FREE = 2, /* nobody any more, but rows are there */
+	ALLOC_FOLLOWING = 3, /* a connection of the same client that both ends have closed seconds ago */
+	ALLOC_YIELDING = 4, /* a flow that no end has proved, or that both have closed */
+	ALLOC_TAKEN = 5,
+	ALLOC_FULL = 6, /* the kernel has no room or no memory for a row */
 };
 
 static __always_inline __u32 snat_hash(const struct flow_key *request)
@@ -62,23 +62,23 @@ static __always_inline __u32 snat_hash(const struct flow_key *request)
 }
 
 /* A place whose flow is over: for how long must it rest before others may have it? */
-static __always_inline int place_of_closed(const struct scratch *given, __u32 request, __u32 reply, __u32 idle,
+static __always_inline int alloc_of_closed(const struct scratch *given, __u32 request, __u32 reply, __u32 idle,
 					   const struct ends *holder)
 {
 	__u32 rest = FLOW_TCP_PORT_REST;
 
 	if (idle > FLOW_TCP_PORT_REST && address_equal(&holder->source, &given->packet.tuple.ends.source))
-		return PLACE_FOLLOWING;
+		return ALLOC_FOLLOWING;
 	if ((request & reply & FLOW_FIN) && (reply & FLOW_FIN_FIRST) && !((request | reply) & FLOW_RESET))
 		rest = FLOW_TCP_TIME_WAIT_REST;
-	return idle > rest ? PLACE_FREE : PLACE_YIELDING;
+	return idle > rest ? ALLOC_FREE : ALLOC_YIELDING;
 }
 
 /*
  * Whose is the row under scratch.reply that is in the way? The holder's key is left in scratch.removed, for
  * flow_remove(), and how long it has been silent in scratch.idle.
  */
-static __always_inline int place_of_holder(struct scratch *given)
+static __always_inline int alloc_of_holder(struct scratch *given)
 {
 	const struct flow_limits *limits = flow_limits_get(FLOW_LIMITS_SET);
 	struct flow *reply = flow_find(&given->reply), *request;
@@ -86,58 +86,58 @@ static __always_inline int place_of_holder(struct scratch *given)
 	__u32 request_state, reply_state;
 
 	if (!reply || !limits || !(reply->state & FLOW_REPLY))
-		return PLACE_TAKEN;
+		return ALLOC_TAKEN;
 	flow_key_reverse(&given->removed, &reply->ends, protocol);
 	reply_state = reply->state;
 	request = flow_find(&given->removed);
 	/* Another processor is about to enter its flow, or to take the place back. */
 	if (!request || !ends_are_reversed(&request->ends, &given->reply.ends))
-		return PLACE_TAKEN;
+		return ALLOC_TAKEN;
 	if (ends_equal(&given->removed.ends, &given->packet.tuple.ends))
-		return PLACE_OWN;
+		return ALLOC_OWN;
 	request_state = request->state;
 	given->idle = flow_idle_both(request_state, reply_state, second_now(given));
 	if (protocol == IPPROTO_TCP && flow_is_closed(request_state, reply_state))
-		return place_of_closed(given, request_state, reply_state, given->idle, &given->removed.ends);
+		return alloc_of_closed(given, request_state, reply_state, given->idle, &given->removed.ends);
 	if (given->idle > flow_limit(limits, protocol, request_state, reply_state))
-		return PLACE_FREE;
-	return request_state & FLOW_PROVED ? PLACE_TAKEN : PLACE_YIELDING;
+		return ALLOC_FREE;
+	return request_state & FLOW_PROVED ? ALLOC_TAKEN : ALLOC_YIELDING;
 }
 
-/* Tries the place that scratch.reply names. Answers an enum place. */
-__noinline int place_try(hook_context *ctx)
+/* Tries the place that scratch.reply names. Answers an enum alloc. */
+__noinline int alloc_try(hook_context *ctx)
 {
 	struct scratch *given = scratch();
 	long result;
 
 	if (!given || !ctx)
-		return PLACE_FULL;
+		return ALLOC_FULL;
 	/* A pod that comes back to itself from the Service's own port: its packets and the answers to them would have
 	 * the same ends, and one row cannot be both. */
 	if (ends_equal(&given->reply.ends, &given->packet.tuple.ends))
-		return PLACE_TAKEN;
+		return ALLOC_TAKEN;
 	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
 	result = flow_create(&given->reply, &given->reply_row);
 	if (!result)
-		return PLACE_RESERVED;
-	return result == -EEXIST ? place_of_holder(given) : PLACE_FULL;
+		return ALLOC_RESERVED;
+	return result == -EEXIST ? alloc_of_holder(given) : ALLOC_FULL;
 }
 
 /* The same once the flow that holds it was removed. Another processor may be faster. */
-__noinline int place_take(hook_context *ctx)
+__noinline int alloc_take(hook_context *ctx)
 {
 	struct scratch *given = scratch();
-	int place;
+	int alloc;
 
 	if (!given)
-		return PLACE_FULL;
-	place = place_try(ctx);
-	if (place != PLACE_FREE && place != PLACE_FOLLOWING && place != PLACE_YIELDING)
-		return place;
-	if (!flow_remove(ctx, place == PLACE_FREE ? REMOVE_FREE : REMOVE_PLACE))
-		return PLACE_TAKEN;
+		return ALLOC_FULL;
+	alloc = alloc_try(ctx);
+	if (alloc != ALLOC_FREE && alloc != ALLOC_FOLLOWING && alloc != ALLOC_YIELDING)
+		return alloc;
+	if (!flow_remove(ctx, alloc == ALLOC_FREE ? REMOVE_FREE : REMOVE_PORT))
+		return ALLOC_TAKEN;
 	given->reply_row.change = ends_change(&given->reply.ends, &given->reply_row.ends);
-	return flow_create(&given->reply, &given->reply_row) ? PLACE_TAKEN : PLACE_RESERVED;
+	return flow_create(&given->reply, &given->reply_row) ? ALLOC_TAKEN : ALLOC_RESERVED;
 }
 
 /* That one of the range that a number leads to. */
@@ -151,8 +151,8 @@ static __always_inline __be16 snat_port(const struct scratch *given, __u32 numbe
  * without a pause to a backend that closes first need not wait for the end of TIME_WAIT: when a few tries find nothing
  * free, it follows a connection of its own. (The backend lets a SYN into TIME_WAIT whose timestamp is newer, RFC 6191,
  * as the same client's is.) When all ports that were tried are in use, the unproved or closed flow that has waited the
- * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers PLACE_RESERVED,
- * PLACE_OWN, PLACE_TAKEN (every port tried belongs to an established flow) or PLACE_FULL.
+ * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers ALLOC_RESERVED,
+ * ALLOC_OWN, ALLOC_TAKEN (every port tried belongs to an established flow) or ALLOC_FULL.
  */
 __noinline int snat_reserve(hook_context *ctx, int ports)
 {
@@ -161,7 +161,7 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 	__u32 hash, step, port, longest = 0;
 
 	if (!given)
-		return PLACE_FULL;
+		return ALLOC_FULL;
 	given->ports_first = ports == SNAT_MOVE ? config.moved_first : config.snat_first;
 	given->ports_count = ports == SNAT_MOVE ? config.moved_ports : config.snat_ports;
 	hash = snat_hash(&given->packet.tuple);
@@ -172,17 +172,17 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 						     : snat_port(given, port);
 	for (int i = 0; i < SNAT_TRIES; i++) {
 		__be16 *candidate = &given->reply.ends.destination_port;
-		int place = place_try(ctx);
+		int alloc = alloc_try(ctx);
 
-		if (place == PLACE_FREE)
-			place = place_take(ctx);
-		if (place == PLACE_RESERVED || place == PLACE_OWN || place == PLACE_FULL)
-			return place;
-		if (place == PLACE_FOLLOWING && !own)
+		if (alloc == ALLOC_FREE)
+			alloc = alloc_take(ctx);
+		if (alloc == ALLOC_RESERVED || alloc == ALLOC_OWN || alloc == ALLOC_FULL)
+			return alloc;
+		if (alloc == ALLOC_FOLLOWING && !own)
 			own = *candidate;
 		if (own && i + 1 >= SNAT_TRIES_FOR_FREE)
 			break;
-		if (place == PLACE_YIELDING && given->idle >= longest) {
+		if (alloc == ALLOC_YIELDING && given->idle >= longest) {
 			longest = given->idle;
 			chosen = *candidate;
 		}
@@ -199,9 +199,9 @@ __noinline int snat_reserve(hook_context *ctx, int ports)
 	else if (ports == SNAT_MOVE)
 		chosen = given->packet.tuple.ends.source_port;
 	if (!chosen)
-		return PLACE_TAKEN;
+		return ALLOC_TAKEN;
 	given->reply.ends.destination_port = chosen;
-	return place_take(ctx);
+	return alloc_take(ctx);
 }
 
 #endif

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::abi::counter::{self, *};
 use crate::abi::event_number::EVENT_FLOW_ENDED;
 use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_RESET};
-use crate::abi::removal::{REMOVE_OPENING, REMOVE_PLACE, REMOVE_REPLACED};
+use crate::abi::removal::{REMOVE_OPENING, REMOVE_PORT, REMOVE_REPLACED};
 use crate::bpf::Event;
 
 /// What an event is about.
@@ -145,7 +145,7 @@ fn end(event: &Event) -> usize {
     let (request, reply) = (event.request_state, event.reply_state);
     match event.reason {
         REMOVE_OPENING => 4,
-        REMOVE_PLACE => 5,
+        REMOVE_PORT => 5,
         REMOVE_REPLACED => 6,
         _ if (request | reply) & FLOW_RESET != 0 => 1,
         _ if request & reply & FLOW_FIN != 0 => 0,
@@ -219,7 +219,7 @@ mod tests {
             (0, closed, closed | FLOW_RESET, "reset"),
             (0, 0, 0, "never_proved"),
             (REMOVE_OPENING, 0, 0, "pushed_out"),
-            (REMOVE_PLACE, closed, closed, "port_needed"),
+            (REMOVE_PORT, closed, closed, "port_needed"),
             (REMOVE_REPLACED, closed, 0, "port_used_again"),
         ] {
             let event = Event {
