@@ -12,8 +12,8 @@ use kubelane::model::{Change, Kind, Masquerade};
 use kubelane::objects::convert::{Convert as _, Converter};
 use kubelane::objects::{Settings, wire};
 use kubelane::plan::compile::{Context, compile};
+use kubelane::plan::quotas::UNLIMITED;
 use kubelane::plan::select::Place;
-use kubelane::plan::shares::UNLIMITED;
 use kubelane::sync::{Core, CoreSettings};
 
 use memory::Memory;

@@ -4,7 +4,7 @@
 //! again only take room. Rows are read here, but nothing is decided on what was read: the program `flow_collect` looks at
 //! each candidate again, under the flow's lock, and removes it where the packets' programs cannot miss it.
 //!
-//! When a protocol's share of the table fills up, its silence is tolerated for less and less time, so that what is idle
+//! When a protocol's quota of the table fills up, its silence is tolerated for less and less time, so that what is idle
 //! goes before what is in use is refused.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,7 +28,7 @@ use crate::abi::flow_state::FLOW_SECOND_MASK;
 use crate::abi::{Flow, FlowKey, FlowKey4, FlowLimits};
 use crate::model::Protocol;
 
-/// Percent of a share in use from which timeouts shrink.
+/// Percent of a quota in use from which timeouts shrink.
 const PRESSURE_FROM: u64 = 70;
 /// Percent at which only an eighth of them is left.
 const PRESSURE_FULL: u64 = 95;
@@ -108,7 +108,7 @@ pub struct FlowCollector {
     limits: MapHandle,
     counts: MapHandle,
     /// Proved flows that have room: of TCP, of all others.
-    shares: [u64; 2],
+    quotas: [u64; 2],
     /// As the daemon was told.
     wanted: FlowLimits,
     filter: ReplyFilter,
@@ -127,12 +127,12 @@ enum Renewal {
 }
 
 impl FlowCollector {
-    /// Opens the tables pinned below `pin_path`. `program`: flow_collect, loaded; `shares`: how many proved flows of TCP,
+    /// Opens the tables pinned below `pin_path`. `program`: flow_collect, loaded; `quotas`: how many proved flows of TCP,
     /// and of all others, have room.
     pub(super) fn open(
         pin_path: &Path,
         program: SharedProgram,
-        shares: [u64; 2],
+        quotas: [u64; 2],
         wanted: FlowLimits,
     ) -> Result<FlowCollector> {
         let open = |name: &str| pinned::open_map(pin_path, name);
@@ -146,7 +146,7 @@ impl FlowCollector {
             program,
             limits: open("flow_limits")?,
             counts: open("flow_counts")?,
-            shares,
+            quotas,
             wanted,
             filter: ReplyFilter::open(&open("ports")?)?,
             handed: open("handed")?,
@@ -220,7 +220,7 @@ impl FlowCollector {
             let value = value.and_then(|bytes| Some(u64::from_ne_bytes(bytes.get(..8)?.try_into().ok()?)));
             Ok(value.unwrap_or_default())
         };
-        let [tcp, other] = self.shares;
+        let [tcp, other] = self.quotas;
         let pressures = [Pressure::of(count(FLOW_CLASS_TCP)?, tcp), Pressure::of(count(FLOW_CLASS_OTHER)?, other)];
         let now = pressed(&self.wanted, pressures);
         for (index, limits) in [(FLOW_LIMITS_SET, &self.wanted), (FLOW_LIMITS_NOW, &now)] {
@@ -329,8 +329,8 @@ fn candidate(key: &FlowKey, flow: &Flow, second: u32, limits: &FlowLimits) -> Op
 struct Pressure(u64);
 
 impl Pressure {
-    fn of(flows: u64, share: u64) -> Pressure {
-        let percent = flows * 100 / share.max(1);
+    fn of(flows: u64, quota: u64) -> Pressure {
+        let percent = flows * 100 / quota.max(1);
         let over = percent.clamp(PRESSURE_FROM, PRESSURE_FULL) - PRESSURE_FROM;
         Pressure(256 - over * (256 - 32) / (PRESSURE_FULL - PRESSURE_FROM))
     }
@@ -368,7 +368,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn timeouts_shrink_as_a_share_fills_but_open_connections_keep_five_minutes() {
+    fn timeouts_shrink_as_a_quota_fills_but_open_connections_keep_five_minutes() {
         assert_eq!(Pressure::of(0, 100), Pressure(256));
         assert_eq!(Pressure::of(70, 100), Pressure(256));
         assert_eq!(Pressure::of(100, 100), Pressure(32));

@@ -44,7 +44,7 @@ pub(super) const CARRY_OF_MAP: &str = "carry_datagrams";
 pub(super) const CARRY_OF_NAMESPACE: &str = "carry_datagrams_udp";
 
 /// How the table of flows is shared out.
-struct FlowShares {
+struct FlowQuotas {
     /// Not proved yet.
     opening: u32,
     tcp: u32,
@@ -52,11 +52,11 @@ struct FlowShares {
     other: u32,
 }
 
-impl FlowShares {
-    fn new(processors: u32) -> FlowShares {
+impl FlowQuotas {
+    fn new(processors: u32) -> FlowQuotas {
         let opening = processors * flow_openings::FLOW_OPENINGS;
         let proved = FLOWS.max(processors * FLOWS_EACH) - opening;
-        FlowShares { opening, tcp: proved - proved / 4, other: proved / 4 }
+        FlowQuotas { opening, tcp: proved - proved / 4, other: proved / 4 }
     }
 
     /// Flows have two rows each.
@@ -277,8 +277,8 @@ impl Datapath {
     /// Takes away flows that have ended; for use on another thread.
     pub fn flow_collector(&self) -> Result<FlowCollector> {
         let program = Arc::clone(&self.flow_collect);
-        let shares = FlowShares::new(processors()?);
-        FlowCollector::open(&self.pin_path, program, [shares.tcp.into(), shares.other.into()], self.flow_limits)
+        let quotas = FlowQuotas::new(processors()?);
+        FlowCollector::open(&self.pin_path, program, [quotas.tcp.into(), quotas.other.into()], self.flow_limits)
     }
 
     /// Counts the rows of the maps that programs fill; for use on another thread.
@@ -401,9 +401,9 @@ pub(super) fn open_object<'o>(
     let [snat, moved] = ports::private_ranges();
     (rodata.config.snat_first, rodata.config.snat_ports) = (*snat.start(), length(&snat));
     (rodata.config.moved_first, rodata.config.moved_ports) = (*moved.start(), length(&moved));
-    let shares = FlowShares::new(processors()?);
-    rodata.config.flows_tcp = shares.tcp;
-    rodata.config.flows_other = shares.other;
+    let quotas = FlowQuotas::new(processors()?);
+    rodata.config.flows_tcp = quotas.tcp;
+    rodata.config.flows_other = quotas.other;
     skeleton.progs.find_stale_sockets.set_autoload(search == SocketSearch::Origins);
     skeleton.progs.find_stale_udp.set_autoload(search == SocketSearch::Namespaces);
     skeleton.progs.find_stale_tcp.set_autoload(search == SocketSearch::Namespaces);
@@ -467,7 +467,7 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
     let limits = Limits::new(settings);
     let first = |map| Some(limits.first(map));
     let processors = processors()?;
-    let shares = FlowShares::new(processors);
+    let quotas = FlowQuotas::new(processors);
     let maps = &mut skeleton.maps;
     let sized: [(&str, &mut OpenMapMut<'_>, Option<u32>); 30] = [
         ("services", &mut maps.services, first(MapName::Services)),
@@ -484,13 +484,13 @@ fn size_and_pin_maps(skeleton: &mut OpenKubelaneSkel<'_>, settings: &Settings) -
         ("devices", &mut maps.devices, None),
         ("pod_devices", &mut maps.pod_devices, None),
         ("new_affinities", &mut maps.new_affinities, Some(lru_rows(16_384, processors))),
-        ("flows4", &mut maps.flows4, Some(shares.rows())),
-        ("flows6", &mut maps.flows6, Some(shares.rows())),
-        ("outgoing", &mut maps.outgoing, Some(shares.opening)),
-        ("handed", &mut maps.handed, Some(shares.opening)),
+        ("flows4", &mut maps.flows4, Some(quotas.rows())),
+        ("flows6", &mut maps.flows6, Some(quotas.rows())),
+        ("outgoing", &mut maps.outgoing, Some(quotas.opening)),
+        ("handed", &mut maps.handed, Some(quotas.opening)),
         ("flow_limits", &mut maps.flow_limits, None),
         ("flow_counts", &mut maps.flow_counts, None),
-        ("flow_openings", &mut maps.flow_openings, Some(shares.opening)),
+        ("flow_openings", &mut maps.flow_openings, Some(quotas.opening)),
         ("fragments", &mut maps.fragments, Some(lru_rows(8192, processors))),
         ("ports", &mut maps.ports, None),
         ("wire_filter", &mut maps.wire_filter, None),

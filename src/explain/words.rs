@@ -55,7 +55,7 @@ pub fn left_out(reason: LeftOut, port: &Port) -> String {
                 if port.name.is_empty() { "without a name".to_owned() } else { format!("named {:?}", port.name) };
             format!("its EndpointSlice has no {} port {name}", transport(port.protocol))
         }
-        LeftOut::BeyondShare => "exceeds the Service's quota of the maps".to_owned(),
+        LeftOut::OverQuota => "exceeds the Service's quota of the maps".to_owned(),
     }
 }
 

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::fit::{self, Fitted};
+use super::quotas::Amounts;
 use super::select::{Candidate, Choice, Place, choose, merge_duplicates};
-use super::shares::Amounts;
 use super::warnings::service_warning;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_SERVICE_VIP};
 use crate::abi::frontend_flag::{
@@ -31,14 +31,14 @@ pub struct Context<'a> {
     pub place: Place<'a>,
     /// Addresses bound on this node's own devices: a cluster IP among them is left alone (a node-local DNS cache).
     pub bound: &'a HashSet<Ipx>,
-    /// The Service's share of the maps.
+    /// The Service's quota of the maps.
     pub limits: Amounts,
     pub masquerade: Masquerade,
     /// The Node object's InternalIPs, which its own processes have as their address.
     pub internal_ips: &'a [Ipx],
 }
 
-/// One Service's share of the maps, without ids.
+/// One Service's quota of the maps, without ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Compiled {
     /// As `Service::created`.
@@ -47,7 +47,7 @@ pub struct Compiled {
     /// Bits of `abi::address_flag`, sorted by address.
     pub addresses: Vec<(Ipx, u32)>,
     pub warnings: Vec<Warning>,
-    /// Something is left out, because it is more than the Service's share.
+    /// Something is left out, because it is more than the Service's quota.
     pub is_cut: bool,
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::abi::address_flag;
 use crate::model::{Endpoint, ObjectName, SlicePort};
-use crate::plan::shares::{Resource, UNLIMITED};
+use crate::plan::quotas::{Resource, UNLIMITED};
 
 const DROP: u8 = EMPTY_DROP as u8;
 const REFUSE: u8 = EMPTY_REFUSE as u8;
@@ -162,7 +162,7 @@ fn large_service() -> Service {
 }
 
 #[test]
-fn a_service_that_asks_for_more_than_its_share_keeps_what_clusters_need_most() {
+fn a_service_that_asks_for_more_than_its_quota_keeps_what_clusters_need_most() {
     use Resource::{Addresses, Endpoints, Frontends, Ports};
     let service = large_service();
     let slice = slice(&[("http", Protocol::Tcp, 8080), ("https", Protocol::Tcp, 8443)], "10.1.0.1 10.1.0.2? 10.1.0.3@");

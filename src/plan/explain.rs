@@ -107,9 +107,7 @@ fn explain_endpoint(
     let asked = compiled.frontends.iter().fold(0, |sets, f| sets | u32::from(f.inside.member | f.outside.member));
     let row = compiled.endpoints.binary_search_by_key(&candidate.at, |e| e.at).ok().map(|at| compiled.endpoints[at]);
     let why = |set: u32, judged: Result<(), LeftOut>| match judged {
-        Ok(()) if asked & set != 0 && row.is_none_or(|row| u32::from(row.pools) & set == 0) => {
-            Some(LeftOut::BeyondShare)
-        }
+        Ok(()) if asked & set != 0 && row.is_none_or(|row| u32::from(row.pools) & set == 0) => Some(LeftOut::OverQuota),
         judged => judged.err(),
     };
     let state = match candidate.is_usable() {

@@ -1,8 +1,8 @@
-//! What a Service asks for, brought down to its share of the maps. What a cluster needs most stays: cluster IPs before
+//! What a Service asks for, brought down to its quota of the maps. What a cluster needs most stays: cluster IPs before
 //! NodePorts, these before load balancer IPs, and external IPs last.
 
+use super::quotas::{Amounts, Resource};
 use super::ranges;
-use super::shares::{Amounts, Resource};
 use crate::model::{Family, IpRange, Ipx, Service, ServicePort, Slice};
 
 /// A Service as far as it is served.

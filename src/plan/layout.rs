@@ -15,9 +15,9 @@ use crate::abi::address_flag::{ADDRESS_LOCAL, ADDRESS_NODE};
 use crate::model::{Ipx, ObjectName, Protocol, Warning};
 use crate::table::{HashMap, HashSet, Rows};
 
-/// A Service's share: its ports' ids and the addresses it asked for.
+/// A Service's allocation: its ports' ids and the addresses it asked for.
 #[derive(Debug, Default)]
-pub(super) struct Share {
+pub(super) struct Allocation {
     pub ports: Vec<u32>,
     /// Ports that found no id.
     pub nameless: usize,
@@ -32,7 +32,7 @@ pub struct Layout {
     pub(super) space: Space,
     /// By service id.
     pub(super) ports: HashMap<u32, Box<Port>>,
-    pub(super) services: HashMap<ObjectName, Share>,
+    pub(super) services: HashMap<ObjectName, Allocation>,
     claims: Claims,
     addresses: AddressRoles,
     node_addresses: HashSet<Ipx>,
@@ -41,7 +41,7 @@ pub struct Layout {
     unsettled: HashSet<u32>,
     /// Services that did not get all they asked for.
     starved: HashSet<ObjectName>,
-    /// These, and Services that ask for more than their share.
+    /// These, and Services that ask for more than their allocation.
     degraded: HashSet<ObjectName>,
     /// Frontends whose claims have changed since their warnings were last brought up to date, and those with warnings.
     contests: BTreeSet<FrontendKey>,
@@ -130,9 +130,11 @@ impl Layout {
     /// Lays out one Service; `None` when it is gone.
     pub fn place(&mut self, name: &ObjectName, compiled: Option<&Compiled>, book: &mut WarningBook) {
         let wanted: &[CompiledPort] = compiled.map_or(&[], |c| &c.ports);
-        let Some(share) = self.services.remove(name).or_else(|| compiled.map(|_| Share::default())) else { return };
+        let Some(allocation) = self.services.remove(name).or_else(|| compiled.map(|_| Allocation::default())) else {
+            return;
+        };
 
-        let mut unmatched = share.ports;
+        let mut unmatched = allocation.ports;
         let matched: Vec<Option<u32>> = wanted.iter().map(|port| self.take_match(&mut unmatched, port)).collect();
         let mut touched = Touched::new();
         let (mut ports, mut nameless) = (Vec::with_capacity(wanted.len()), 0);
@@ -149,10 +151,10 @@ impl Layout {
             self.remove_port(id, &mut touched);
         }
         let affected = self.settle_owners(&ports, touched);
-        self.place_addresses(share.addresses, compiled.map_or(&[], |c| &c.addresses));
+        self.place_addresses(allocation.addresses, compiled.map_or(&[], |c| &c.addresses));
         if let Some(compiled) = compiled {
             let (addresses, is_cut) = (compiled.addresses.clone(), compiled.is_cut);
-            self.services.insert(name.clone(), Share { ports, nameless, addresses, is_cut });
+            self.services.insert(name.clone(), Allocation { ports, nameless, addresses, is_cut });
         }
         book.set(Origin::Compile(name.clone()), compiled.map_or(Vec::new(), |c| c.warnings.clone()));
         self.note_shortage(name, book);
@@ -164,11 +166,11 @@ impl Layout {
     /// Lays out what has changed of a Service, for each of its ports. False: it has to be placed as a whole, because it has
     /// not got all it asks for, or needs another region.
     pub fn adjust(&mut self, name: &ObjectName, changes: &[PortChange]) -> bool {
-        let Some(share) = self.services.get(name) else { return false };
-        if share.nameless > 0 || share.ports.len() != changes.len() {
+        let Some(allocation) = self.services.get(name) else { return false };
+        if allocation.nameless > 0 || allocation.ports.len() != changes.len() {
             return false;
         }
-        for (id, change) in share.ports.iter().zip(changes).filter(|(_, change)| !change.is_empty()) {
+        for (id, change) in allocation.ports.iter().zip(changes).filter(|(_, change)| !change.is_empty()) {
             let Some(port) = self.ports.get_mut(id) else { return false };
             let is_done = port.adjust(*id, change, &mut self.space);
             if port.is_unsettled() {
@@ -367,14 +369,14 @@ impl Layout {
 
     /// Warns of what did not fit, and remembers who waits for room.
     fn note_shortage(&mut self, name: &ObjectName, book: &mut WarningBook) {
-        let share = self.services.get(name);
-        let ports = share.into_iter().flat_map(|s| &s.ports).filter_map(|id| self.ports.get(id));
+        let allocation = self.services.get(name);
+        let ports = allocation.into_iter().flat_map(|s| &s.ports).filter_map(|id| self.ports.get(id));
         let short = ports.fold(Shortage::default(), |sum, port| Shortage {
             backends: sum.backends + port.short.backends,
             slots: sum.slots + port.short.slots,
         });
-        let nameless = share.map_or(0, |s| s.nameless);
-        let is_cut = share.is_some_and(|s| s.is_cut);
+        let nameless = allocation.map_or(0, |s| s.nameless);
+        let is_cut = allocation.is_some_and(|s| s.is_cut);
         match is_cut || nameless > 0 || short != Shortage::default() {
             true => self.degraded.insert(name.clone()),
             false => self.degraded.remove(name),

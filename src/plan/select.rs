@@ -164,8 +164,8 @@ pub enum LeftOut {
     OtherNode,
     /// Its slice has no port of the Service port's name and protocol.
     NoSuchPort,
-    /// There are more endpoints than the Service's share of the maps has room for.
-    BeyondShare,
+    /// There are more endpoints than the Service's quota of the maps has room for.
+    OverQuota,
 }
 
 /// What all candidates together decide. As long as it is the same, what becomes of one concerns no other.

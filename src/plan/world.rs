@@ -9,8 +9,8 @@ use super::explain::explain;
 use super::fit;
 use super::health::health_check;
 use super::large::{Large, PortChange};
+use super::quotas::{Amounts, Demand, Quotas, Resource};
 use super::select::Place;
-use super::shares::{Amounts, Demand, Resource, Shares};
 use super::warnings::{Origin, WarningBook};
 use crate::explain as told;
 use crate::model::{
@@ -61,18 +61,18 @@ impl Entry {
     }
 
     /// The Service is another.
-    fn ask(&mut self, shares: &mut Shares) {
+    fn ask(&mut self, quotas: &mut Quotas) {
         let rows = self.service.as_deref().map(|service| fit::demand(service, self.endpoint_rows)).unwrap_or_default();
-        shares.change(&std::mem::replace(&mut self.demand, rows), &rows);
+        quotas.change(&std::mem::replace(&mut self.demand, rows), &rows);
     }
 
     /// One slice has this many rows now, where it had `before`.
-    fn ask_for_slice(&mut self, before: u32, now: u32, shares: &mut Shares) {
+    fn ask_for_slice(&mut self, before: u32, now: u32, quotas: &mut Quotas) {
         self.endpoint_rows = self.endpoint_rows.saturating_sub(before).saturating_add(now);
         if self.service.is_some() {
             let before = self.demand;
             self.demand[Resource::Endpoints as usize] = self.endpoint_rows;
-            shares.change(&before, &self.demand);
+            quotas.change(&before, &self.demand);
         }
     }
 }
@@ -116,7 +116,7 @@ pub struct World {
     /// Every Service has to be compiled again, because the node's zone is another.
     zone_changed: bool,
     arrivals: Arrivals,
-    shares: Shares,
+    quotas: Quotas,
     service_count: usize,
     endpoint_count: usize,
 }
@@ -230,7 +230,7 @@ impl World {
         Context {
             place: place(&self.node_name, &self.node),
             bound: &self.bound,
-            limits: self.shares.of(name),
+            limits: self.quotas.of(name),
             masquerade: self.masquerade,
             internal_ips: self.node().map_or(&[], |node| &node.internal_ips),
         }
@@ -285,7 +285,7 @@ impl World {
     pub fn take_changes(&mut self, name: &ObjectName) -> Option<Vec<PortChange>> {
         let entry = self.entries.get_mut(name)?;
         let large = entry.large.as_mut()?;
-        let limit = self.shares.of(name)[Resource::Endpoints as usize];
+        let limit = self.quotas.of(name)[Resource::Endpoints as usize];
         let changes = large.take_changes(place(&self.node_name, &self.node));
         let changes = changes.filter(|_| entry.demand[Resource::Endpoints as usize] <= limit);
         if changes.is_none() {
@@ -299,22 +299,22 @@ impl World {
         self.large_from = endpoints;
     }
 
-    /// How many rows of each `shares::Resource` the maps hold. Services whose share of them is another are dirty.
-    pub fn share_out(&mut self, capacity: Amounts) {
-        if self.shares.set_capacity(capacity) {
-            self.entries.values().for_each(|entry| self.shares.change(&Amounts::default(), &entry.demand));
+    /// How many rows of each `quotas::Resource` the maps hold. Services whose quota of them is another are dirty.
+    pub fn set_capacity(&mut self, capacity: Amounts) {
+        if self.quotas.set_capacity(capacity) {
+            self.entries.values().for_each(|entry| self.quotas.change(&Amounts::default(), &entry.demand));
         }
         let entries = &self.entries;
         let all = || {
             let asking = entries.iter().filter_map(|(name, entry)| Some((name, entry, entry.service.as_deref()?)));
             asking.map(|(name, entry, service)| Demand { name, created: service.created, rows: &entry.demand })
         };
-        self.dirty.whole.extend(self.shares.settle(all));
+        self.dirty.whole.extend(self.quotas.settle(all));
     }
 
     /// Rows of `resource` that all Services together may get at most.
     pub fn asked(&self, resource: Resource) -> usize {
-        self.shares.asked(resource)
+        self.quotas.asked(resource)
     }
 
     /// What load balancers are told of the Service of this name; `None` when they may not ask.
@@ -339,10 +339,10 @@ impl World {
         self.dirty.whole.insert(service.name.clone());
         self.arrivals.services.pending += 1;
         if entry.service.as_ref().is_some_and(|before| before.created != service.created) {
-            self.shares.change_order();
+            self.quotas.change_order();
         }
         entry.service = Some(service);
-        entry.ask(&mut self.shares);
+        entry.ask(&mut self.quotas);
     }
 
     fn service_gone(&mut self, name: &ObjectName) {
@@ -351,7 +351,7 @@ impl World {
             self.service_count -= 1;
             self.arrivals.services.pending += 1;
             self.dirty.whole.insert(name.clone());
-            entry.ask(&mut self.shares);
+            entry.ask(&mut self.quotas);
         }
         if entry.slices.is_empty() {
             self.entries.remove(name);
@@ -378,7 +378,7 @@ impl World {
                 self.endpoint_count = self.endpoint_count + slice.endpoints.len() - old.endpoints.len();
                 let (before, now) = (fit::endpoint_rows(old), fit::endpoint_rows(&slice));
                 *old = slice;
-                entry.ask_for_slice(before, now, &mut self.shares);
+                entry.ask_for_slice(before, now, &mut self.quotas);
             }
             Err(at) => {
                 self.endpoint_count += slice.endpoints.len();
@@ -387,7 +387,7 @@ impl World {
                 self.dirty.note(owner, !note_slice(&mut entry.large, None, Some(&slice), place));
                 let rows = fit::endpoint_rows(&slice);
                 entry.slices.insert(at, (stamp, slice));
-                entry.ask_for_slice(0, rows, &mut self.shares);
+                entry.ask_for_slice(0, rows, &mut self.quotas);
             }
         }
     }
@@ -399,7 +399,7 @@ impl World {
         if let Ok(at) = entry.find(name) {
             let (_, slice) = entry.slices.remove(at);
             self.endpoint_count -= slice.endpoints.len();
-            entry.ask_for_slice(fit::endpoint_rows(&slice), 0, &mut self.shares);
+            entry.ask_for_slice(fit::endpoint_rows(&slice), 0, &mut self.quotas);
             let place = place(&self.node_name, &self.node);
             is_noted = note_slice(&mut entry.large, Some(&slice), None, place);
         }

@@ -17,7 +17,7 @@ use crate::plan::arrivals::Tally;
 use crate::plan::compile::Compiled;
 use crate::plan::layout::Layout;
 use crate::plan::no_local::NoLocal;
-use crate::plan::shares::{Amounts, Resource};
+use crate::plan::quotas::{Amounts, Resource};
 use crate::plan::tables::Tables;
 use crate::plan::warnings::WarningBook;
 use crate::plan::world::World;
@@ -337,6 +337,6 @@ impl Core {
         ] {
             capacity[resource as usize] = of(map);
         }
-        self.world.share_out(capacity);
+        self.world.set_capacity(capacity);
     }
 }

@@ -12,7 +12,7 @@ use crate::explain::{About, ask};
 use crate::overview::{Overview, Reader};
 
 /// A Service is explained again after so many times as long as it took: half a percent of one processor.
-const EXPLAIN_SHARE: u32 = 200;
+const EXPLAIN_QUOTA: u32 = 200;
 /// But not later than this: it may have been the daemon that was busy.
 const EXPLAIN_MOST: Duration = Duration::from_secs(30);
 
@@ -104,7 +104,7 @@ impl Looks {
             return None;
         }
         let told = of_service(&self.pin_path, &service.0, &service.1).map_err(|error| chain(error.as_ref()));
-        let pause = (began.elapsed() * EXPLAIN_SHARE).min(EXPLAIN_MOST);
+        let pause = (began.elapsed() * EXPLAIN_QUOTA).min(EXPLAIN_MOST);
         self.explained = Some((service.clone(), Instant::now() + pause));
         Some((service, told))
     }

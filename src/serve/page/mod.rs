@@ -34,7 +34,7 @@ const EVERY: Duration = Duration::from_secs(2);
 const LIFE: Duration = Duration::from_secs(570);
 /// A Service is explained again after so many times as long as it took the worker, once for each viewer: an eighth of a
 /// percent of one processor for all.
-const EXPLAIN_SHARE: u32 = 800;
+const EXPLAIN_QUOTA: u32 = 800;
 /// But not later than this: the worker may have been busy with something else.
 const EXPLAIN_MOST: Duration = Duration::from_secs(30);
 
@@ -256,7 +256,7 @@ impl Stream {
             return Ok(None);
         };
         let answer = (self.page.ask)(About::Service { namespace, name }).await.context("the worker has ended")?;
-        let pause = began.elapsed() * EXPLAIN_SHARE * self.page.viewers.count();
+        let pause = began.elapsed() * EXPLAIN_QUOTA * self.page.viewers.count();
         self.explain_at = Some(Instant::now() + pause.min(EXPLAIN_MOST));
         Ok(Some(answer))
     }

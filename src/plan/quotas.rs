@@ -12,7 +12,7 @@
 use crate::model::ObjectName;
 use crate::table::{HashMap, HashSet};
 
-/// What there is a share of.
+/// What there is a quota of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource {
     /// Service ports: rows of `services`.
@@ -53,9 +53,9 @@ struct Ration {
     more: HashMap<ObjectName, u32>,
 }
 
-/// The shares of all Services.
+/// The quotas of all Services.
 #[derive(Debug, Default)]
-pub struct Shares {
+pub struct Quotas {
     capacity: Amounts,
     /// All that is asked for, up to the quota of each Service.
     asked: [u64; RESOURCES.len()],
@@ -63,7 +63,7 @@ pub struct Shares {
     is_stale: bool,
 }
 
-impl Shares {
+impl Quotas {
     /// How many rows the maps hold. True when that is news: all demands are to be counted again.
     pub fn set_capacity(&mut self, capacity: Amounts) -> bool {
         let is_new = self.capacity != capacity;
@@ -102,7 +102,7 @@ impl Shares {
         RESOURCES.map(|resource| self.limit(resource, self.rations[resource as usize].as_ref(), name))
     }
 
-    /// Shares out anew if anything has changed. Returns the Services that get more or less than before.
+    /// Quotas out anew if anything has changed. Returns the Services that get more or less than before.
     pub fn settle<'a, D: Iterator<Item = Demand<'a>>>(&mut self, all: impl Fn() -> D) -> HashSet<ObjectName> {
         let mut changed = HashSet::default();
         if !std::mem::take(&mut self.is_stale) {
@@ -111,7 +111,7 @@ impl Shares {
         for resource in RESOURCES {
             let index = resource as usize;
             let is_scarce = self.asked[index] > self.usable(resource).into();
-            let ration = is_scarce.then(|| self.share_out(resource, all()));
+            let ration = is_scarce.then(|| self.divide(resource, all()));
             if ration == self.rations[index] {
                 continue;
             }
@@ -147,7 +147,7 @@ impl Shares {
         }
     }
 
-    fn share_out<'a>(&self, resource: Resource, all: impl Iterator<Item = Demand<'a>>) -> Ration {
+    fn divide<'a>(&self, resource: Resource, all: impl Iterator<Item = Demand<'a>>) -> Ration {
         let (quota, usable) = (self.quota(resource), self.usable(resource));
         let wants: Vec<(i64, &ObjectName, u32)> = all
             .map(|demand| (demand.created, demand.name, demand.rows[resource as usize].min(quota)))
@@ -188,16 +188,16 @@ mod tests {
             amounts
         };
         let rows: Vec<Amounts> = demands.iter().map(|(_, rows)| amounts(*rows)).collect();
-        let mut shares = Shares::default();
-        assert!(shares.set_capacity([65_536; 5]));
-        rows.iter().for_each(|rows| shares.change(&Amounts::default(), rows));
+        let mut quotas = Quotas::default();
+        assert!(quotas.set_capacity([65_536; 5]));
+        rows.iter().for_each(|rows| quotas.change(&Amounts::default(), rows));
         let all = || {
             let each = names.iter().zip(&rows).zip(demands);
             each.map(|((name, rows), (created, _))| Demand { name, created: *created, rows })
         };
-        shares.settle(all);
-        assert!(shares.settle(all).is_empty(), "nothing has changed");
-        names.iter().zip(demands).map(|(name, (_, rows))| shares.of(name)[FRONTENDS].min(*rows)).collect()
+        quotas.settle(all);
+        assert!(quotas.settle(all).is_empty(), "nothing has changed");
+        names.iter().zip(demands).map(|(name, (_, rows))| quotas.of(name)[FRONTENDS].min(*rows)).collect()
     }
 
     #[test]
@@ -225,23 +225,23 @@ mod tests {
     }
 
     #[test]
-    fn only_those_whose_share_changes_are_named() {
+    fn only_those_whose_quota_changes_are_named() {
         let names = ["a", "b", "c"].map(|name| ObjectName::new("d", name));
-        let mut shares = Shares::default();
-        shares.set_capacity([2000; 5]);
-        let settle = |shares: &mut Shares, rows: [u32; 3]| {
+        let mut quotas = Quotas::default();
+        quotas.set_capacity([2000; 5]);
+        let settle = |quotas: &mut Quotas, rows: [u32; 3]| {
             let rows = rows.map(|rows| [0, rows, 0, 0, 0]);
             let all = || names.iter().zip(&rows).map(|(name, rows)| Demand { name, created: 1, rows });
-            let mut changed: Vec<String> = shares.settle(all).iter().map(|name| name.name.to_string()).collect();
+            let mut changed: Vec<String> = quotas.settle(all).iter().map(|name| name.name.to_string()).collect();
             changed.sort();
             changed
         };
-        shares.change(&[0; 5], &[0, 900, 0, 0, 0]);
-        shares.change(&[0; 5], &[0, 900, 0, 0, 0]);
-        assert!(settle(&mut shares, [900, 900, 0]).is_empty());
-        shares.change(&[0; 5], &[0, 500, 0, 0, 0]);
-        assert_eq!(settle(&mut shares, [900, 900, 500]), ["b", "c"]);
-        shares.change(&[0, 900, 0, 0, 0], &[0; 5]);
-        assert_eq!(settle(&mut shares, [0, 900, 500]), ["b", "c"]);
+        quotas.change(&[0; 5], &[0, 900, 0, 0, 0]);
+        quotas.change(&[0; 5], &[0, 900, 0, 0, 0]);
+        assert!(settle(&mut quotas, [900, 900, 0]).is_empty());
+        quotas.change(&[0; 5], &[0, 500, 0, 0, 0]);
+        assert_eq!(settle(&mut quotas, [900, 900, 500]), ["b", "c"]);
+        quotas.change(&[0, 900, 0, 0, 0], &[0; 5]);
+        assert_eq!(settle(&mut quotas, [0, 900, 500]), ["b", "c"]);
     }
 }
