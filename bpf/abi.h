@@ -304,7 +304,7 @@ struct flow_key4 {
 /* The lower bits of flow.state. Each is changed only under the flow's lock. */
 enum flow_flag {
 	FLOW_REPLY = 1, /* packets from the backend to the client; else from the client to the backend */
-	FLOW_WAY = 6, /* both bits of enum flow_way */
+	FLOW_PATH = 6, /* both bits of enum flow_path */
 	FLOW_PROVED = 8, /* of requests: both ends have proved to be there; of replies: the backend has answered */
 	FLOW_FIN = 16, /* this side has closed (TCP) */
 	FLOW_FIN_FIRST = 32, /* of replies: before the client did, so that the backend keeps TIME_WAIT */
@@ -317,11 +317,11 @@ enum flow_flag {
 
 /* How a flow's packets go on. Those of the first way are met when requests come in and when replies leave, all others when
  * they come in. */
-enum flow_way {
-	WAY_STACK = 0, /* the host's stack sends them on */
-	WAY_ROUTED = 2, /* sent on from here: the stack does not see them */
-	WAY_HAIRPIN = 4, /* sent back by the pod's device that they came in by: a pod is its own backend */
-	WAY_HALVES = 6, /* the stack sends them on, between the halves of their translation; see stack.h */
+enum flow_path {
+	PATH_STACK = 0, /* the host's stack sends them on */
+	PATH_ROUTED = 2, /* sent on from here: the stack does not see them */
+	PATH_HAIRPIN = 4, /* sent back by the pod's device that they came in by: a pod is its own backend */
+	PATH_HALVES = 6, /* the stack sends them on, between the halves of their translation; see stack.h */
 };
 
 enum flow_state {

@@ -75,7 +75,7 @@ __noinline int begin_hide_client(hook_context *ctx)
 	if (!own)
 		return 0;
 	given->flow.ends.source = *own;
-	given->flow.state |= WAY_HALVES;
+	given->flow.state |= PATH_HALVES;
 	return 0;
 }
 
@@ -90,12 +90,12 @@ __noinline int begin_turn_back(hook_context *ctx)
 		return 0;
 	own = begin_own_address(given);
 	given->flow.ends.source = own ? *own : given->packet.tuple.ends.destination;
-	given->flow.state |= WAY_HAIRPIN;
+	given->flow.state |= PATH_HAIRPIN;
 	return 0;
 }
 
 /* Where the backend is: as routes and devices say, whatever the name of its node. Answers VERDICT_CONTINUE, and sets
- * WAY_ROUTED and this node's address for one that is elsewhere. */
+ * PATH_ROUTED and this node's address for one that is elsewhere. */
 static __always_inline int begin_find_backend(hook_context *ctx, struct scratch *given, int is_named_local)
 {
 	struct ends *ends = &given->backend_ends;
@@ -133,7 +133,7 @@ static __always_inline int begin_find_backend(hook_context *ctx, struct scratch 
 		return VERDICT_DROP;
 	}
 	given->flow.ends.source = ends->source;
-	given->flow.state |= WAY_ROUTED;
+	given->flow.state |= PATH_ROUTED;
 	if (begin_source_is_valid(ctx, given))
 		return VERDICT_CONTINUE;
 	count(COUNTER_DROPPED_MARTIAN);
@@ -170,7 +170,7 @@ static __always_inline __u32 begin_source(const struct scratch *given, struct fl
 	const struct packet *packet = &given->packet;
 	int is_sctp = packet->tuple.protocol == IPPROTO_SCTP;
 
-	if (flow_way(flow->state) != WAY_STACK)
+	if (flow_path(flow->state) != PATH_STACK)
 		return is_sctp ? SNAT_KEEP : SNAT_ANY;
 	flow->ends.source = packet->tuple.ends.source;
 	if (address_equal(&flow->ends.source, &flow->ends.destination)) {
@@ -192,7 +192,7 @@ static __always_inline void begin_note_ports(const struct scratch *given)
 
 	if (!table)
 		return;
-	if (flow_way(given->flow.state) != WAY_STACK)
+	if (flow_path(given->flow.state) != PATH_STACK)
 		table->forwarded[port_index(given->reply.ends.destination_port)] = 1;
 	else
 		flow_note_reply(table, &given->reply);
@@ -206,7 +206,7 @@ static __always_inline void begin_fill_reply(struct scratch *given, __u32 interf
 
 	flow_key_reverse(&given->reply, &given->flow.ends, packet->tuple.protocol);
 	ends_reverse(&reply->ends, &packet->tuple.ends);
-	reply->state = FLOW_REPLY | flow_way(given->flow.state) | second_now(given) << FLOW_SECOND_SHIFT;
+	reply->state = FLOW_REPLY | flow_path(given->flow.state) | second_now(given) << FLOW_SECOND_SHIFT;
 	/* By which a reset without an acknowledgement is known, until the backend has answered. */
 	reply->sequence = packet->acknowledgement;
 	reply->backend_or_first = second_now(given);
@@ -301,7 +301,7 @@ static __noinline int begin_enter(hook_context *ctx, struct scratch *given, int 
 	if (given->from_pod)
 		count(COUNTER_FLOW_POD);
 	else
-		count(flow_way(given->flow.state) == WAY_ROUTED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
+		count(flow_path(given->flow.state) == PATH_ROUTED ? COUNTER_FLOW_REMOTE : COUNTER_FLOW_LOCAL);
 	if (given->packet.tuple.protocol == IPPROTO_TCP && !(given->packet.tcp_flags & TCP_SYN))
 		count(COUNTER_FLOW_MIDSTREAM);
 	return VERDICT_CONTINUE;

@@ -82,7 +82,7 @@ static __always_inline int deliver_routed(hook_context *ctx, struct scratch *giv
 	struct packet *packet = &given->packet;
 	int verdict = VERDICT_HAND_OVER;
 
-	if (flow_way(given->flow.state) == WAY_ROUTED && !stack_is_asked_for(packet))
+	if (flow_path(given->flow.state) == PATH_ROUTED && !stack_is_asked_for(packet))
 		verdict = deliver_route(ctx, given, packet, &given->flow.ends);
 	if (verdict == VERDICT_HAND_OVER)
 		stack_hand(ctx);
@@ -93,7 +93,7 @@ static __always_inline int deliver_routed(hook_context *ctx, struct scratch *giv
  * its network, and nothing from outside is sent back to where it came from. */
 static __always_inline int deliver_is_possible(__u32 state, int from_pod)
 {
-	return flow_way(state) != (from_pod ? WAY_ROUTED : WAY_HAIRPIN);
+	return flow_path(state) != (from_pod ? PATH_ROUTED : PATH_HAIRPIN);
 }
 
 /* What differs between the ways that lead to the rewriting stands in the scratch, so that the verifier follows it once. */
@@ -107,7 +107,7 @@ static __always_inline int deliver_packet(hook_context *ctx, const enum hook hoo
 		return VERDICT_PASS;
 	if (config.counts_traffic)
 		traffic_packet(ctx);
-	if (flow_way(given->flow.state) != WAY_STACK && deliver_has_refused_options(ctx, &given->packet)) {
+	if (flow_path(given->flow.state) != PATH_STACK && deliver_has_refused_options(ctx, &given->packet)) {
 		count(COUNTER_DROPPED_OPTIONS);
 		return VERDICT_DROP;
 	}
@@ -120,7 +120,7 @@ static __always_inline int deliver_packet(hook_context *ctx, const enum hook hoo
 	}
 	if (rewrite_packet(ctx, hook, given))
 		goto refused;
-	if (from_pod && flow_way(given->flow.state) == WAY_HAIRPIN) {
+	if (from_pod && flow_path(given->flow.state) == PATH_HAIRPIN) {
 		if (hook_send_back(ctx))
 			goto refused;
 		return VERDICT_SEND;
@@ -176,12 +176,12 @@ static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 	struct packet *error = &given->packet, *quoted = &given->quoted;
 	const struct flow *flow = &given->flow;
 	struct ends outer = {.source = error->tuple.ends.source, .destination = flow->ends.destination};
-	__u32 way = flow_way(flow->state), routed = way == WAY_ROUTED;
+	__u32 way = flow_path(flow->state), routed = way == PATH_ROUTED;
 	int verdict;
 
 	if (!deliver_is_possible(way, given->from_pod))
 		return VERDICT_PASS;
-	if (way == WAY_HALVES)
+	if (way == PATH_HALVES)
 		stack_ends(&given->flow.ends, &given->reply.ends, flow);
 	if (routed || address_equal(&outer.source, &quoted->tuple.ends.destination))
 		outer.source = flow->ends.source;
@@ -195,12 +195,12 @@ static __noinline int deliver_error(hook_context *ctx, struct scratch *given)
 	}
 	if (rewrite_error(ctx, error, quoted, &outer, &flow->ends) ||
 	    rewrite_addresses(ctx, error, &outer.source, &outer.destination, routed ? REWRITE_HOP : REWRITE_HOST) ||
-	    (routed && route_send(ctx, error->l3, &given->route)) || (way == WAY_HAIRPIN && hook_send_back(ctx))) {
+	    (routed && route_send(ctx, error->l3, &given->route)) || (way == PATH_HAIRPIN && hook_send_back(ctx))) {
 		count(COUNTER_DROPPED_REWRITE);
 		return VERDICT_DROP;
 	}
 	count(COUNTER_ICMP_TRANSLATED);
-	return routed || way == WAY_HAIRPIN ? VERDICT_SEND : VERDICT_PASS;
+	return routed || way == PATH_HAIRPIN ? VERDICT_SEND : VERDICT_PASS;
 }
 
 #endif

@@ -544,21 +544,21 @@ static __always_inline int flow_wants_attention(struct scratch *given, const str
 	       !backend_get_living(flow->backend_or_first, flow->generation_or_interface);
 }
 
-static __always_inline __u32 flow_way(__u32 state)
+static __always_inline __u32 flow_path(__u32 state)
 {
-	return state & FLOW_WAY;
+	return state & FLOW_PATH;
 }
 
-/* Does the backend see this node as its client (WAY_ROUTED, WAY_HALVES)? */
+/* Does the backend see this node as its client (PATH_ROUTED, PATH_HALVES)? */
 static __always_inline __u32 flow_hides_client(__u32 state)
 {
-	return state & WAY_ROUTED;
+	return state & PATH_ROUTED;
 }
 
 /* Are packets of this row met when they leave? Else when they come in. */
 static __always_inline int flow_is_at_egress(__u32 state)
 {
-	return (state & (FLOW_REPLY | FLOW_WAY)) == (FLOW_REPLY | WAY_STACK);
+	return (state & (FLOW_REPLY | FLOW_PATH)) == (FLOW_REPLY | PATH_STACK);
 }
 
 /* Looks for the flow of the scratch's packet, and copies its row. Answers an enum recall. */

@@ -2,7 +2,7 @@
 /*
  * Handing a packet whose source is translated, too, to the host's stack: where sending it on from here would be wrong (the
  * operator wants the host's firewall to see it, --forward-through stack; IPsec policies are in force; it is or may be too big
- * for its way), and for flows of WAY_HALVES always.
+ * for its way), and for flows of PATH_HALVES always.
  *
  * The stack does not forward a packet whose source is the node's own (it is a martian). So the packet gets half of its
  * new ends when it comes in, its destination, and the other half, its source, when it leaves by an outward device: of a
@@ -38,7 +38,7 @@ static __always_inline void stack_note(struct scratch *given, const struct ends 
 		return;
 	row->ends = *ends;
 	row->change = ends_change(&given->reply.ends, ends);
-	row->state = FLOW_REPLY | WAY_STACK; /* met when it leaves */
+	row->state = FLOW_REPLY | PATH_STACK; /* met when it leaves */
 	bpf_map_update_elem(&handed, &given->reply, row, BPF_ANY);
 	/* The row first: whoever renews the filter looks for rows after clearing it. */
 	table = bpf_map_lookup_elem(&ports, &zero);

@@ -333,12 +333,12 @@ impl Flow {
 
     /// Whether its packets are met when they leave.
     pub fn is_at_egress(&self) -> bool {
-        self.state & (flow_flag::FLOW_REPLY | flow_flag::FLOW_WAY) == flow_flag::FLOW_REPLY | flow_way::WAY_STACK
+        self.state & (flow_flag::FLOW_REPLY | flow_flag::FLOW_PATH) == flow_flag::FLOW_REPLY | flow_path::PATH_STACK
     }
 
     /// Its backend sees this node as its client, wherever it is.
     pub fn is_routed(&self) -> bool {
-        self.has(flow_way::WAY_ROUTED)
+        self.has(flow_path::PATH_ROUTED)
     }
 
     /// The second in which the last packet passed, of CLOCK_MONOTONIC, modulo 2^22.

@@ -2,7 +2,7 @@
 //! flows come in pairs that lead to each other: each run finds a flow and changes every address, port and checksum.
 
 use kubelane::abi::flow_flag::{FLOW_PROVED, FLOW_REPLY};
-use kubelane::abi::flow_way::WAY_ROUTED;
+use kubelane::abi::flow_path::PATH_ROUTED;
 use kubelane::bpf::Direction;
 use kubelane::model::Protocol;
 
@@ -21,12 +21,12 @@ pub struct Party {
     pub local: &'static str,
 }
 
-/// Proved flows that turn each frame into the other. `state`: FLOW_REPLY, if the frames are a backend's, and WAY_ROUTED.
+/// Proved flows that turn each frame into the other. `state`: FLOW_REPLY, if the frames are a backend's, and PATH_ROUTED.
 fn remember(node: &Node, frames: &[Frame; 2], protocol: Protocol, state: u32) {
     let [one, other] = [&frames[0], &frames[1]].map(ends);
     for (from, to) in [(one, other), (other, one)] {
         let (request, becomes) = if state & FLOW_REPLY != 0 { (to.reversed(), from.reversed()) } else { (from, to) };
-        node.flow(protocol, request, becomes, FLOW_PROVED | state & WAY_ROUTED);
+        node.flow(protocol, request, becomes, FLOW_PROVED | state & PATH_ROUTED);
     }
 }
 
@@ -46,7 +46,8 @@ pub fn ways(node: &Node, party: Party, protocol: Protocol) -> Vec<Way> {
     // All are routed by the uplink: one route, one neighbour.
     let forth = [packet((client, 5002), (service, 80)), packet((local, 2000), (client, 8080))];
     let back = [packet((local, 8080), (service, 2000)), packet((service, 80), (client, 5001))];
-    for (pair, kind) in [(&request, 0), (&reply, FLOW_REPLY), (&forth, WAY_ROUTED), (&back, FLOW_REPLY | WAY_ROUTED)] {
+    for (pair, kind) in [(&request, 0), (&reply, FLOW_REPLY), (&forth, PATH_ROUTED), (&back, FLOW_REPLY | PATH_ROUTED)]
+    {
         remember(node, pair, protocol, kind);
     }
     let uplink = node.uplink;
@@ -119,7 +120,7 @@ pub fn bare_ways(node: &Node, party: Party) -> Vec<Way> {
     let forth = [packet((client, 5002), (service, 80)), packet((local, 2000), (client, 8080))];
     remember(node, &request, Protocol::Tcp, 0);
     remember(node, &reply, Protocol::Tcp, FLOW_REPLY);
-    remember(node, &forth, Protocol::Tcp, WAY_ROUTED);
+    remember(node, &forth, Protocol::Tcp, PATH_ROUTED);
     let uplink = node.uplink;
     let way = |what: &str, direction, packets, action| Way {
         name: format!("bare device, {what}, {family}"),

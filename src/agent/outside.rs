@@ -130,7 +130,7 @@ mod tests {
     use bytemuck::Zeroable as _;
 
     use super::*;
-    use crate::abi::flow_way::WAY_ROUTED;
+    use crate::abi::flow_path::PATH_ROUTED;
 
     #[test]
     fn flows_count_for_the_service_that_has_their_backend_and_ports_for_the_backend() {
@@ -144,9 +144,9 @@ mod tests {
         for (flags, generation, last) in [
             (0, 2, 1),
             (FLOW_PROVED, 2, 1),
-            (FLOW_PROVED | WAY_ROUTED, 2, 2),
-            (FLOW_PROVED | WAY_ROUTED | FLOW_FIN, 2, 2),
-            (FLOW_PROVED | WAY_ROUTED, 1, 3),
+            (FLOW_PROVED | PATH_ROUTED, 2, 2),
+            (FLOW_PROVED | PATH_ROUTED | FLOW_FIN, 2, 2),
+            (FLOW_PROVED | PATH_ROUTED, 1, 3),
         ] {
             sums.note(&flow(flags, generation, last), 6, &backend);
         }

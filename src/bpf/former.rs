@@ -14,8 +14,8 @@ use libbpf_rs::{MapCore as _, MapHandle};
 use super::batch::Batches;
 use super::{link, pinned};
 use crate::abi::flow_flag::{FLOW_AFFINE, FLOW_FIN, FLOW_FIN_FIRST, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
+use crate::abi::flow_path::PATH_ROUTED;
 use crate::abi::flow_state::{FLOW_SECOND_MASK, FLOW_SECOND_SHIFT};
-use crate::abi::flow_way::WAY_ROUTED;
 use crate::abi::{DeviceAddresses, Ends, Flow, FlowKey, Frontend, FrontendKey};
 use crate::model::Protocol;
 use crate::table::HashSet;
@@ -162,7 +162,7 @@ fn translate(key: &FlowKey, row: &FormerFlow, is_proved: bool, is_affine: bool) 
     let second = (row.used_ns / NANOSECONDS) as u32 & FLOW_SECOND_MASK;
     let flags = [
         (FLOW_REPLY, is_reply),
-        (WAY_ROUTED, row.kind & FORWARDED != 0),
+        (PATH_ROUTED, row.kind & FORWARDED != 0),
         (FLOW_PROVED, if is_reply { is_answered } else { is_proved }),
         (FLOW_FIN, if is_reply { row.backend_closed != 0 } else { row.client_closed != 0 }),
         (FLOW_FIN_FIRST, is_reply && row.backend_first != 0),

@@ -237,7 +237,7 @@ static void check_row(const struct step *step, const struct pair *pair, const st
 		fail(step, "a row whose partner leads elsewhere");
 	if (row->state & FLOW_ENDING)
 		fail(step, "a row that is half removed");
-	if (is_reply == (partner->state & FLOW_REPLY) || ((row->state ^ partner->state) & FLOW_WAY))
+	if (is_reply == (partner->state & FLOW_REPLY) || ((row->state ^ partner->state) & FLOW_PATH))
 		fail(step, "rows that do not belong together");
 	if (inet_fold(row->change) % 0xffff != change_of(pair, &becomes) % 0xffff)
 		fail(step, "a row with a wrong change");

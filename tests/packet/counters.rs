@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use kubelane::abi::flow_class::FLOW_CLASS_OTHER;
 use kubelane::abi::flow_flag::FLOW_PROVED;
-use kubelane::abi::flow_way::WAY_ROUTED;
+use kubelane::abi::flow_path::PATH_ROUTED;
 use kubelane::abi::{Backend, Ends, Flow, FlowKey4, address_flag, counter, frontend_flag};
 use kubelane::bpf::run::{run, with_stand_in};
 use kubelane::bpf::{Direction, Listening, Wanted};
@@ -91,7 +91,7 @@ fn fill_ports(node: &Node, state: u32, port: u16) {
     };
     for near in PRIVATE_PORTS {
         let request = ends("203.0.113.77", near, VIP4, port);
-        node.flow(Protocol::Udp, request, ends(TUNNEL4, near, REMOTE4, 8080), WAY_ROUTED | state);
+        node.flow(Protocol::Udp, request, ends(TUNNEL4, near, REMOTE4, 8080), PATH_ROUTED | state);
     }
 }
 

@@ -6,8 +6,8 @@ use serde::Serialize;
 use crate::abi::choice_reason::CHOSEN_NONE;
 use crate::abi::client_kind::CLIENT_ADDRESS;
 use crate::abi::event_number::EVENT_FLOW_ENDED;
-use crate::abi::flow_flag::{FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_WAY};
-use crate::abi::flow_way::{WAY_HAIRPIN, WAY_HALVES, WAY_ROUTED, WAY_STACK};
+use crate::abi::flow_flag::{FLOW_FIN, FLOW_PATH, FLOW_PROVED, FLOW_REPLY, FLOW_RESET};
+use crate::abi::flow_path::{PATH_HAIRPIN, PATH_HALVES, PATH_ROUTED, PATH_STACK};
 use crate::abi::{Affinity, AffinityKey, Ends, Flow, FlowKey, FlowKey4};
 use crate::bpf::{Change, Event};
 use crate::cli::monitor::{Names, name, shown};
@@ -67,11 +67,11 @@ pub fn flow_words(key: &FlowKey, flow: &Flow) -> String {
         () if flow.has(FLOW_PROVED) => "proved",
         () => "opening",
     };
-    let way = match flow.state & FLOW_WAY {
-        WAY_ROUTED => "sent on from here",
-        WAY_HAIRPIN => "sent back by the pod's device",
-        WAY_HALVES => "translated by halves, through the host's stack",
-        WAY_STACK => "through the host's stack",
+    let way = match flow.state & FLOW_PATH {
+        PATH_ROUTED => "sent on from here",
+        PATH_HAIRPIN => "sent back by the pod's device",
+        PATH_HALVES => "translated by halves, through the host's stack",
+        PATH_STACK => "through the host's stack",
         _ => "by no way that is known",
     };
     let side = if flow.has(FLOW_REPLY) { "reply" } else { "request" };

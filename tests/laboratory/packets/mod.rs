@@ -334,7 +334,7 @@ impl Node {
     pub fn flow(&self, protocol: Protocol, request: Ends, becomes: Ends, state: u32) {
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap();
         let second = (now.tv_sec() as u32 & flow_state::FLOW_SECOND_MASK) << flow_state::FLOW_SECOND_SHIFT;
-        let reply = flow_flag::FLOW_REPLY | flow_flag::FLOW_PROVED | state & flow_flag::FLOW_WAY;
+        let reply = flow_flag::FLOW_REPLY | flow_flag::FLOW_PROVED | state & flow_flag::FLOW_PATH;
         let rows =
             [(request, becomes, state, [1, 1]), (becomes.reversed(), request.reversed(), reply, [second, self.uplink])];
         for (from, to, state, [backend_or_first, generation_or_interface]) in rows {
