@@ -38,6 +38,8 @@ use crate::sync::MapName;
 const FLOWS_EACH: u32 = 32_768;
 const FLOWS: u32 = 131_072;
 
+/// The map that stands for one of an earlier version: see bpf/former.h.
+pub(super) const FORMER_MAP: &str = "datagram_tables_v2";
 /// Programs of [`load_carrier`]: over the sockets that the former map has rows of, everywhere; over the UDP sockets of the
 /// network namespace that the iterator is opened in.
 pub(super) const CARRY_OF_MAP: &str = "carry_datagrams";
@@ -427,7 +429,7 @@ pub(super) fn load_carrier(program: &str, former: &MapHandle, datagram_tables: &
     for mut map in skeleton.open_object_mut().maps_mut() {
         match map.name().to_string_lossy().as_ref() {
             "datagram_tables" => map.reuse_pinned_map(datagram_tables)?,
-            "datagram_tables_v2" => {
+            FORMER_MAP => {
                 map.set_autocreate(true)?;
                 map.reuse_fd(former.as_fd())?;
             }
