@@ -59,7 +59,7 @@ struct scratch {
 	__u32 own_port_is_taken; /* of it: the backend has another connection from the client's port */
 	struct ends asked; /* of the cache of routes */
 	struct flow_key removed; /* what flow_remove() is asked for: the requests' key */
-	__u32 idle; /* of the flow that holds a place: seconds of silence */
+	__u32 idle; /* of the flow that holds a port: seconds of silence */
 	struct flow_key removed_partner; /* and its partner's */
 	struct ends removed_ends; /* and its row's */
 	struct packet smallest; /* one that fits any route, for the cache of routes */

@@ -61,7 +61,7 @@ static __always_inline __u32 snat_hash(const struct flow_key *request)
 	return mix(hash ^ request->ends.destination_port);
 }
 
-/* A place whose flow is over: for how long must it rest before others may have it? */
+/* A port whose flow is over: for how long must it rest before others may have it? */
 static __always_inline int alloc_of_closed(const struct scratch *given, __u32 request, __u32 reply, __u32 idle,
 					   const struct ends *holder)
 {
@@ -90,7 +90,7 @@ static __always_inline int alloc_of_holder(struct scratch *given)
 	flow_key_reverse(&given->removed, &reply->ends, protocol);
 	reply_state = reply->state;
 	request = flow_find(&given->removed);
-	/* Another processor is about to enter its flow, or to take the place back. */
+	/* Another processor is about to enter its flow, or to take the port back. */
 	if (!request || !ends_are_reversed(&request->ends, &given->reply.ends))
 		return ALLOC_TAKEN;
 	if (ends_equal(&given->removed.ends, &given->packet.tuple.ends))
@@ -104,7 +104,7 @@ static __always_inline int alloc_of_holder(struct scratch *given)
 	return request_state & FLOW_PROVED ? ALLOC_TAKEN : ALLOC_YIELDING;
 }
 
-/* Tries the place that scratch.reply names. Answers an enum alloc. */
+/* Tries the port that scratch.reply names. Answers an enum alloc. */
 __noinline int alloc_try(hook_context *ctx)
 {
 	struct scratch *given = scratch();
@@ -147,11 +147,11 @@ static __always_inline __be16 snat_port(const struct scratch *given, __u32 numbe
 }
 
 /*
- * Sets the destination port of the scratch's reply so that the place belongs to nobody else. A client that connects
+ * Sets the destination port of the scratch's reply so that the port belongs to nobody else. A client that connects
  * without a pause to a backend that closes first need not wait for the end of TIME_WAIT: when a few tries find nothing
  * free, it follows a connection of its own. (The backend lets a SYN into TIME_WAIT whose timestamp is newer, RFC 6191,
  * as the same client's is.) When all ports that were tried are in use, the unproved or closed flow that has waited the
- * longest gives way: a flood of requests takes places from itself. `ports`: enum snat_ports. Answers ALLOC_RESERVED,
+ * longest gives way: a flood of requests takes ports from itself. `ports`: enum snat_ports. Answers ALLOC_RESERVED,
  * ALLOC_OWN, ALLOC_TAKEN (every port tried belongs to an established flow) or ALLOC_FULL.
  */
 __noinline int snat_reserve(hook_context *ctx, int ports)

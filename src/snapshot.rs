@@ -215,8 +215,7 @@ fn address(ip: [u8; 16], port: u16) -> String {
 }
 
 pub fn protocol_name(number: u8) -> String {
-    let known = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| *p as u8 == number);
-    known.map_or_else(|| number.to_string(), |p| p.as_str().to_owned())
+    Protocol::of_number(number).map_or_else(|| number.to_string(), |p| p.as_str().to_owned())
 }
 
 pub fn kinds(flags: u32) -> Vec<&'static str> {

@@ -27,7 +27,7 @@ use super::batch::{self, Batches};
 use super::devices::{Programs, SharedPrograms};
 use super::flows::SharedProgram;
 use super::link;
-use super::load::{FORMER_MAP, Loader, btf_stand_in, collecting_program, uninterrupted};
+use super::load::{Loader, btf_stand_in, collecting_program, made_maps, uninterrupted};
 use super::pins::Pins;
 use super::skeleton::KubelaneSkel;
 use super::stale::StaleSockets;
@@ -56,10 +56,9 @@ pub(super) struct Grower {
 /// Every map that programs share with those of the next generation.
 pub(super) fn shared_maps(skeleton: &KubelaneSkel<'_>) -> Result<HashMap<String, MapHandle>> {
     let mut maps = HashMap::new();
-    for map in skeleton.object().maps() {
-        let name = map.name().to_string_lossy().into_owned();
-        // ".rodata" is each generation's own, and one map is never made.
-        if !name.contains('.') && name != FORMER_MAP {
+    for (name, map) in made_maps(skeleton.object()) {
+        // ".rodata" is each generation's own.
+        if !name.contains('.') {
             maps.insert(name, MapHandle::try_from(&map).context("cannot keep a map")?);
         }
     }

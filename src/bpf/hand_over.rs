@@ -5,6 +5,9 @@
 //! A row of requests is what netfilter keeps: the ends that the client sends to, and what they become. What it would have
 //! learnt from the packets before is not known: it is told to take any sequence number (IP_CT_TCP_FLAG_BE_LIBERAL).
 //!
+//! From then until the programs are gone, requests that pass the host's stack behind them would begin a second connection
+//! with the same answers, so that netfilter drops those of TCP, and their clients send them again. Answers pass.
+//!
 //! Cost: a message and an answer for each flow, 32 of them in two system calls or a few more.
 
 use std::fmt;
@@ -17,16 +20,12 @@ use anyhow::{Context as _, Result};
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Status, Tuple,
 };
-use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily, NetfilterSubsystem,
-};
+use netlink_packet_netfilter::{NetfilterMessage, NetfilterProtoFamily};
 use rtnetlink::packet_core::{
-    DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload, Nla,
+    DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NetlinkMessage, NetlinkPayload, Nla,
 };
-use rtnetlink::sys::protocols::NETLINK_NETFILTER;
-use rtnetlink::sys::{Socket, SocketAddr as NetlinkAddress};
 
+use super::ctnetlink::{Conntrack, request};
 use super::read::PinnedMap;
 use super::tracked;
 use crate::abi::flow_flag::{FLOW_ENDING, FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_SHADOWED};
@@ -87,7 +86,7 @@ impl fmt::Display for Lost {
         let Ends { source, destination, source_port_be, destination_port_be } = self.key.ends;
         let at = |ip, port_be| SocketAddr::new(Ipx(ip).to_ip(), u16::from_be_bytes(port_be));
         let (from, to) = (at(source, source_port_be), at(destination, destination_port_be));
-        let protocol = protocol_of(&self.key).map_or("?", Protocol::as_str);
+        let protocol = Protocol::of_number(self.key.protocol).map_or("?", Protocol::as_str);
         write!(f, "{protocol} from {from} to {to}: {}", self.why)
     }
 }
@@ -139,7 +138,9 @@ impl HandOver {
         let mut flows = Vec::new();
         let mut meet = |key: FlowKey, flow: Flow| -> Result<()> {
             let is_open = flow.has(FLOW_PROVED) && !flow.has(FLOW_REPLY | FLOW_ENDING | FLOW_RESET);
-            if is_open && !self.known.contains(&key) {
+            // A row that a packet changed while it was read is left to the next pass.
+            let is_whole = flow.change == Flow::change_of(&key.ends, &flow.ends);
+            if is_open && is_whole && !self.known.contains(&key) {
                 flows.push((key, flow));
             }
             Ok(())
@@ -158,14 +159,14 @@ impl HandOver {
         if wanted.is_empty() {
             return Ok(());
         }
-        let netfilter = Netfilter::open()?;
+        let conntrack = Conntrack::open()?;
         for some in wanted.chunks(MESSAGES_AT_ONCE) {
-            for ((key, flow), result) in some.iter().zip(netfilter.create(some, &self.limits)?) {
+            for ((key, flow), result) in some.iter().zip(create(&conntrack, some, &self.limits)?) {
                 let result = match result {
                     // What netfilter has made of its packets while the programs translated them.
                     Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                        netfilter.forget(&[key.ends, flow.ends.reversed()], key.protocol)?;
-                        netfilter.create(&[(*key, *flow)], &self.limits)?.remove(0)
+                        forget(&conntrack, &[key.ends, flow.ends.reversed()], key.protocol)?;
+                        create(&conntrack, &[(*key, *flow)], &self.limits)?.remove(0)
                     }
                     result => result,
                 };
@@ -184,7 +185,7 @@ impl HandOver {
 
     fn prospect(&self, key: &FlowKey, flow: &Flow) -> Result<Prospect> {
         let Some(reply) = self.reply_of(key, flow)? else { return Ok(Prospect::Ends) };
-        let protocol = protocol_of(key);
+        let protocol = Protocol::of_number(key.protocol);
         Ok(match protocol {
             Some(Protocol::Tcp) if flow.has(FLOW_FIN) && reply.has(FLOW_FIN) => Prospect::Ends,
             // Datagrams find another backend when theirs has gone.
@@ -214,85 +215,50 @@ impl HandOver {
     }
 }
 
-/// A socket to netfilter's connection tracking.
-struct Netfilter(Socket);
-
-impl Netfilter {
-    fn open() -> Result<Netfilter> {
-        let mut socket = Socket::new(NETLINK_NETFILTER).context("opening a netlink socket")?;
-        socket.bind_auto().context("binding a netlink socket")?;
-        Ok(Netfilter(socket))
-    }
-
-    /// What netfilter said of each.
-    fn create(&self, flows: &[(FlowKey, Flow)], limits: &FlowLimits) -> Result<Vec<io::Result<()>>> {
-        let message = |(key, flow): &(FlowKey, Flow)| {
-            let family = Ipx(key.ends.destination).family();
-            request(ConntrackMessageType::New, family, NLM_F_CREATE | NLM_F_EXCL, connection(key, flow, limits))
-        };
-        self.ask(flows.iter().map(message).collect())
-    }
-
-    /// Drops the connections of packets with these ends; it is well if there are none.
-    fn forget(&self, ends: &[Ends], protocol: u8) -> Result<()> {
-        let message = |ends: &Ends| {
-            let tuple = ConntrackAttribute::CtaTupleOrig(tuple(ends, protocol));
-            request(ConntrackMessageType::Delete, Ipx(ends.destination).family(), 0, vec![attribute(&tuple)])
-        };
-        self.ask(ends.iter().map(message).collect()).map(drop)
-    }
-
-    /// Sends all of them at once; answers what was acknowledged, in their order.
-    fn ask(&self, mut messages: Vec<NetlinkMessage<NetfilterMessage>>) -> Result<Vec<io::Result<()>>> {
-        let mut bytes = Vec::new();
-        for (number, message) in (0..).zip(&mut messages) {
-            message.header.sequence_number = number;
-            message.finalize();
-            let start = bytes.len();
-            // Messages are aligned to four bytes.
-            bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
-            message.serialize(&mut bytes[start..]);
-        }
-        self.0.send_to(&bytes, &NetlinkAddress::new(0, 0), 0).context("telling netfilter of connections")?;
-        let mut results: Vec<Option<io::Result<()>>> = messages.iter().map(|_| None).collect();
-        while results.iter().any(Option::is_none) {
-            let (answer, _) = self.0.recv_from_full().context("reading what netfilter says of connections")?;
-            let mut rest = &answer[..];
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest).context("what netfilter says")?;
-                if let NetlinkPayload::Error(error) = message.payload
-                    && let Some(result) = results.get_mut(message.header.sequence_number as usize)
-                {
-                    *result = Some(if error.code.is_none() { Ok(()) } else { Err(error.to_io()) });
-                }
-                let length = (message.header.length as usize).next_multiple_of(4);
-                rest = rest.get(length..).unwrap_or_default();
-            }
-        }
-        Ok(results.into_iter().flatten().collect())
-    }
+/// What netfilter said of each.
+fn create(conntrack: &Conntrack, flows: &[(FlowKey, Flow)], limits: &FlowLimits) -> Result<Vec<io::Result<()>>> {
+    let message = |(key, flow): &(FlowKey, Flow)| {
+        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+        request(ConntrackMessageType::New, family_of(&key.ends), flags, connection(key, flow, limits))
+    };
+    ask(conntrack, flows.iter().map(message).collect())
 }
 
-fn request(
-    kind: ConntrackMessageType,
-    family: Family,
-    flags: u16,
-    attributes: Vec<DefaultNla>,
-) -> NetlinkMessage<NetfilterMessage> {
-    let family = match family {
+/// Drops the connections of packets with these ends; it is well if there are none.
+fn forget(conntrack: &Conntrack, ends: &[Ends], protocol: u8) -> Result<()> {
+    let message = |ends: &Ends| {
+        let tuple = ConntrackAttribute::CtaTupleOrig(tuple(ends, protocol));
+        request(ConntrackMessageType::Delete, family_of(ends), NLM_F_ACK, vec![attribute(&tuple)])
+    };
+    ask(conntrack, ends.iter().map(message).collect()).map(drop)
+}
+
+/// Answers what was acknowledged, in the messages' order.
+fn ask(conntrack: &Conntrack, messages: Vec<NetlinkMessage<NetfilterMessage>>) -> Result<Vec<io::Result<()>>> {
+    let mut results: Vec<Option<io::Result<()>>> = messages.iter().map(|_| None).collect();
+    conntrack.send(messages)?;
+    while results.iter().any(Option::is_none) {
+        for message in conntrack.receive()? {
+            if let NetlinkPayload::Error(error) = message.payload
+                && let Some(result) = results.get_mut(message.header.sequence_number as usize)
+            {
+                *result = Some(if error.code.is_none() { Ok(()) } else { Err(error.to_io()) });
+            }
+        }
+    }
+    Ok(results.into_iter().flatten().collect())
+}
+
+fn family_of(ends: &Ends) -> NetfilterProtoFamily {
+    match Ipx(ends.destination).family() {
         Family::Ipv4 => NetfilterProtoFamily::IPv4,
         Family::Ipv6 => NetfilterProtoFamily::IPv6,
-    };
-    let inner =
-        NetfilterMessageInner::Other { subsys: NetfilterSubsystem::Conntrack, message_type: kind.into(), attributes };
-    let mut message = NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner));
-    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-    message
+    }
 }
 
 /// A connection as netfilter keeps it: ends as its client sends them, their reverse, and what they become.
 fn connection(key: &FlowKey, flow: &Flow, limits: &FlowLimits) -> Vec<DefaultNla> {
-    let is_tcp = protocol_of(key) == Some(Protocol::Tcp);
+    let is_tcp = Protocol::of_number(key.protocol) == Some(Protocol::Tcp);
     let timeout = if is_tcp { limits.tcp_established } else { limits.udp_stream };
     let mut attributes = vec![
         attribute(&ConntrackAttribute::CtaTupleOrig(tuple(&key.ends, key.protocol))),
@@ -353,8 +319,4 @@ fn tuple(ends: &Ends, protocol: u8) -> Vec<Tuple> {
             ProtoTuple::DestinationPort(u16::from_be_bytes(ends.destination_port_be)),
         ]),
     ]
-}
-
-fn protocol_of(key: &FlowKey) -> Option<Protocol> {
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| *protocol as u8 == key.protocol)
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{ErrorKind, Link, MapCore, MapHandle, OpenMapMut, OpenObject, PrintLevel};
+use libbpf_rs::{ErrorKind, Link, Map, MapCore, MapHandle, Object, OpenMapMut, OpenObject, PrintLevel};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
@@ -442,6 +442,12 @@ pub(super) fn load_carrier(program: &str, former: &MapHandle, datagram_tables: &
         CARRY_OF_MAP => Ok(skeleton.progs.carry_datagrams.attach_iter(former.as_fd())?),
         _ => Ok(skeleton.progs.carry_datagrams_udp.attach()?),
     }
+}
+
+/// The maps of a loaded object, but for the one that was never made: libbpf has a descriptor of something else for it.
+pub(super) fn made_maps(object: &Object) -> impl Iterator<Item = (String, Map<'_>)> {
+    let named = object.maps().map(|map| (map.name().to_string_lossy().into_owned(), map));
+    named.filter(|(name, _)| name != FORMER_MAP)
 }
 
 /// Rows of an LRU map in which so many are of use: before 6.16 each processor keeps up to 128 free ones for itself.

@@ -8,6 +8,7 @@ mod attach;
 mod attached;
 mod batch;
 mod btf;
+mod ctnetlink;
 mod devices;
 mod epochs;
 mod filter;

@@ -15,7 +15,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, Program};
 use super::attached::attached;
 use super::batch::Batches;
 use super::devices::{Devices, Direction, LinkLayer};
-use super::load::{btf_stand_in, open_object, uninterrupted};
+use super::load::{btf_stand_in, made_maps, open_object, uninterrupted};
 use super::monitor::{Event, Overheard};
 use super::run::{self, Outcome};
 use super::skeleton::OpenKubelaneSkel;
@@ -125,9 +125,8 @@ impl Rehearsal {
         let live = arrange(&mut skeleton, pin_path)?;
         let skeleton = uninterrupted(|| skeleton.load()).context("the kernel rejected the BPF object")?;
         let mut maps = HashMap::new();
-        for map in skeleton.object().maps() {
-            let handle = MapHandle::try_from(&map).context("cannot keep a map")?;
-            maps.insert(map.name().to_string_lossy().into_owned(), handle);
+        for (name, map) in made_maps(skeleton.object()) {
+            maps.insert(name, MapHandle::try_from(&map).context("cannot keep a map")?);
         }
         for (name, live) in &live {
             copy(live, &maps[*name]).with_context(|| format!("cannot copy the map {name}"))?;

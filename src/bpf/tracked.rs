@@ -17,15 +17,10 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoTuple, Protocol, Tuple,
 };
-use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily, NetfilterSubsystem,
-};
-use rtnetlink::packet_core::{
-    DefaultNla, NLA_F_NESTED, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, Nla,
-};
-use rtnetlink::sys::protocols::NETLINK_NETFILTER;
-use rtnetlink::sys::{Socket, SocketAddr};
+use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
+use rtnetlink::packet_core::{DefaultNla, NLA_F_NESTED, NLM_F_DUMP, NetlinkPayload, Nla};
 
+use super::ctnetlink::{Conntrack, request};
 use super::pinned;
 use crate::abi::{Ends, FlowKey};
 use crate::model::Ipx;
@@ -110,27 +105,10 @@ fn dump(
     wanted: &Wanted,
     keys: &mut Vec<FlowKey>,
 ) -> Result<()> {
-    let mut socket = Socket::new(NETLINK_NETFILTER).context("opening a netlink socket")?;
-    socket.bind_auto().context("binding a netlink socket")?;
-    // ConntrackMessage::Get would take the flag of nested attributes off CTA_FILTER.
-    let get = NetfilterMessageInner::Other {
-        subsys: NetfilterSubsystem::Conntrack,
-        message_type: ConntrackMessageType::Get.into(),
-        attributes,
-    };
-    let mut request = NetlinkMessage::from(NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), get));
-    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    request.finalize();
-    let mut bytes = vec![0; request.buffer_len()];
-    request.serialize(&mut bytes);
-    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0).context("asking for tracked connections")?;
+    let conntrack = Conntrack::open()?;
+    conntrack.send(vec![request(ConntrackMessageType::Get, family, NLM_F_DUMP, attributes)])?;
     loop {
-        let (answer, _) = socket.recv_from_full().context("reading tracked connections")?;
-        let mut rest = &answer[..];
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest).context("a tracked connection")?;
-            // Messages are aligned to four bytes.
-            let length = (message.header.length as usize).next_multiple_of(4);
+        for message in conntrack.receive()? {
             match message.payload {
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => bail!(error.to_io()),
@@ -141,7 +119,6 @@ fn dump(
                 }
                 _ => {}
             }
-            rest = rest.get(length..).unwrap_or_default();
         }
     }
 }

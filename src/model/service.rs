@@ -40,6 +40,11 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    /// By IP protocol number; `None`: no Service has it.
+    pub fn of_number(number: u8) -> Option<Protocol> {
+        [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| *protocol as u8 == number)
+    }
+
     pub fn as_str(self) -> &'static str {
         match self {
             Protocol::Tcp => "TCP",

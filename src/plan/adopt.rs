@@ -92,13 +92,9 @@ fn parse_name(row: &ServiceName) -> Option<(ObjectName, &str)> {
     (!namespace.is_empty() && !name.is_empty() && row_name(&service, port) == *row).then_some((service, port))
 }
 
-fn protocol_of(number: u8) -> Option<Protocol> {
-    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| *p as u8 == number)
-}
-
 /// The port with this id, if rows of this protocol can be its.
 fn port_for(layout: &mut Layout, id: u32, protocol: u8) -> Option<&mut Port> {
-    let protocol = protocol_of(protocol)?;
+    let protocol = Protocol::of_number(protocol)?;
     let port = layout.ports.get_mut(&id)?;
     (*port.protocol.get_or_insert(protocol) == protocol).then_some(port)
 }

@@ -214,8 +214,7 @@ fn ways(flags: &ExplainFlags, live: &Live, answer: Option<&Answer>) -> anyhow::R
         bail!("no Service {namespace}/{name}{port} is in the kernel{known}: see `kubelane get services`");
     }
     let way = |(key, row): (FrontendKey, Frontend)| {
-        let all = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
-        let protocol = all.into_iter().find(|protocol| *protocol as u8 == key.protocol);
+        let protocol = Protocol::of_number(key.protocol);
         let protocol = protocol.with_context(|| format!("a frontend has the protocol {}", key.protocol))?;
         Ok((Destination { at: SocketAddrx { ip: key.ip(), port: key.port() }, protocol }, Some((key, row))))
     };

@@ -82,7 +82,7 @@ impl Names {
     pub fn service_at(&mut self, to: SocketAddr, protocol: u8) -> Option<PortName> {
         let frontends = &self.frontends;
         let read = |ip: Ipx| {
-            let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| *p as u8 == protocol)?;
+            let protocol = Protocol::of_number(protocol)?;
             frontends.get::<_, Frontend>(&FrontendKey::new(ip, to.port(), protocol)).ok().flatten()
         };
         let ip = Ipx::from(to.ip());
