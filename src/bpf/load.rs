@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail, ensure};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{ErrorKind, Link, Map, MapCore, MapHandle, Object, OpenMapMut, OpenObject, PrintLevel};
-use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::attach::{Attached, Cgroup, SocketHooks};
 use super::btf::EmptyBtf;
@@ -24,6 +23,7 @@ use super::privileges::Privileges;
 use super::probe::SocketSearch;
 use super::probes::ProbeRows;
 use super::service_counts::{CountMaps, ServiceCounts};
+use super::signals::uninterrupted;
 use super::sizes::Limits;
 use super::skeleton::{KubelaneSkel, KubelaneSkelBuilder, OpenKubelaneSkel, types};
 use super::stale::{Iterators, StaleSockets};
@@ -328,16 +328,6 @@ pub(super) fn btf_stand_in() -> Result<Option<EmptyBtf>> {
         return Ok(None);
     }
     EmptyBtf::new().map(Some).context("cannot create a file in memory")
-}
-
-/// Loads programs with every signal held back from this thread: while one waits for it the verifier gives up (EAGAIN), and
-/// libbpf tries five times only. (The end of another thread's child is such a signal, while that thread starts the next.)
-pub(super) fn uninterrupted<T>(load: impl FnOnce() -> T) -> T {
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let result = load();
-    // It cannot fail for a mask that the kernel has told.
-    let _ = before.map(|before| before.thread_set_mask());
-    result
 }
 
 /// The generated code panics when libbpf has other names for maps than the object: those that the kernel tells.

@@ -38,6 +38,7 @@ mod rehearsal;
 mod reply_filter;
 pub mod run;
 mod service_counts;
+mod signals;
 mod sizes;
 mod skeleton;
 mod stale;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use libbpf_rs::{MapType, ProgramType};
 
+use super::signals::uninterrupted;
 use super::trial::{self, FibFlag};
 
 /// The type of every program that is attached to the cgroup.
@@ -22,7 +23,7 @@ pub struct Feature {
 }
 
 fn has_helper(program: ProgramType, helper: u32) -> bool {
-    program.is_helper_supported(helper).unwrap_or(false)
+    uninterrupted(|| program.is_helper_supported(helper)).unwrap_or(false)
 }
 
 fn has_map(map: MapType) -> bool {
@@ -83,7 +84,7 @@ fn required() -> Vec<Feature> {
     vec![
         Feature {
             name: "cgroup socket address programs",
-            found: SOCK_ADDR.is_supported().unwrap_or(false),
+            found: uninterrupted(|| SOCK_ADDR.is_supported()).unwrap_or(false),
             required: true,
             needed_for: "connect, sendmsg, recvmsg and getpeername to Services",
             without: "Linux 5.10 or newer with CONFIG_CGROUP_BPF is needed",

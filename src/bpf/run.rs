@@ -10,7 +10,8 @@ use bytemuck::{Pod, Zeroable};
 use libbpf_rs::skel::OpenSkel;
 
 use super::devices::{Devices, Direction, LinkLayer};
-use super::load::{btf_stand_in, open_object, uninterrupted};
+use super::load::{btf_stand_in, open_object};
+use super::signals::uninterrupted;
 use super::test_run::test_run;
 use super::{pinned, probe};
 

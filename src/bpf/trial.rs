@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use libbpf_rs::{MapHandle, MapType};
 
 use super::hook;
+use super::signals::uninterrupted;
 
 /// Flags of bpf_fib_lookup (linux/bpf.h).
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +57,7 @@ fn load_as(
 ) -> io::Result<OwnedFd> {
     // SAFETY: the pointers lead to NUL-terminated strings, to as many instructions as is said, and to options of the
     // size that they say.
-    let fd = unsafe {
+    let fd = uninterrupted(|| unsafe {
         libbpf_sys::bpf_prog_load(
             kind,
             c"kubelane_trial".as_ptr(),
@@ -65,7 +66,7 @@ fn load_as(
             instructions.len() as u64,
             options,
         )
-    };
+    });
     if fd < 0 {
         return Err(io::Error::from_raw_os_error(-fd));
     }

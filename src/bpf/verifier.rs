@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::AsRawLibbpf;
 use libbpf_rs::skel::OpenSkel;
 
-use super::load::{btf_stand_in, open_object, uninterrupted};
+use super::load::{btf_stand_in, open_object};
 use super::probe;
+use super::signals::uninterrupted;
 
 /// BPF_LOG_STATS of linux/bpf_verifier.h (5.2): a few lines of figures, and the reason when a program is refused.
 const LOG_STATISTICS: u32 = 4;
