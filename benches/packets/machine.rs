@@ -13,8 +13,9 @@ pub fn kernel() -> Result<String> {
     Ok(release_line(&name.release().to_string_lossy()))
 }
 
-/// Model, family, model number and stepping of the processor, and the kernel: "AMD EPYC 25.1.1, 6.18". Virtual machines
-/// are given names of many models, so that the numbers have to be told as well.
+/// Model, family, model number and stepping of the processor, the kernel, and whether it guards indirect branches by
+/// retpolines, which calls and returns pay for: "AMD EPYC 25.1.1, 6.18, retpolines". Virtual machines are given names of many
+/// models, and see more or fewer of a model's features, so that the name does not tell.
 pub fn processor_and_kernel() -> Result<String> {
     let cpus = fs::read_to_string("/proc/cpuinfo").context("reading /proc/cpuinfo")?;
     let value = |name: &str| {
@@ -22,7 +23,9 @@ pub fn processor_and_kernel() -> Result<String> {
         line.and_then(|line| line.split_once(':')).map_or("?", |(_, value)| value.trim())
     };
     let numbers = ["cpu family", "model", "stepping"].map(value).join(".");
-    Ok(format!("{} {numbers}, {}", value("model name").replace('|', "/"), kernel()?))
+    let guard = fs::read_to_string("/sys/devices/system/cpu/vulnerabilities/spectre_v2").unwrap_or_default();
+    let guard = if guard.contains("Retpolines") { ", retpolines" } else { "" };
+    Ok(format!("{} {numbers}, {}{guard}", value("model name").replace('|', "/"), kernel()?))
 }
 
 /// Stays on the processor that it is on: what is cached there, and which answers it may still give, is that one's.
