@@ -102,7 +102,7 @@ static __always_inline int address_is_martian(const struct address *address)
 
 static __always_inline __u32 address_roles(const struct address *address)
 {
-	__u32 *roles = bpf_map_lookup_elem(&addresses, address);
+	__u32 *roles = map_find(&addresses, address);
 
 	return roles ? *roles : 0;
 }

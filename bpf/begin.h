@@ -38,7 +38,7 @@ static __always_inline int begin_source_is_valid(hook_context *ctx, struct scrat
 	result = route_recall(ctx, given, &given->smallest, back, &route);
 	if (result == ROUTE_HERE)
 		return 0;
-	device = bpf_map_lookup_elem(&devices, &interface);
+	device = map_find(&devices, &interface);
 	if (given->packet.is_ip6 || !device || !device->rp_filter)
 		return 1;
 	return result == ROUTE_FOUND && (device->rp_filter == RP_FILTER_LOOSE || route.interface == interface);
@@ -49,8 +49,8 @@ static __always_inline int begin_source_is_valid(hook_context *ctx, struct scrat
 static __always_inline const struct address *begin_own_address(const struct scratch *given)
 {
 	__u32 interface = given->packet.interface;
-	struct pod_device *inside = bpf_map_lookup_elem(&pod_devices, &interface);
-	struct device *outward = bpf_map_lookup_elem(&devices, &interface);
+	struct pod_device *inside = map_find(&pod_devices, &interface);
+	struct device *outward = map_find(&devices, &interface);
 	const struct address *own;
 
 	if (given->from_pod && inside)

@@ -331,11 +331,17 @@ static __noinline int flow_remember_client(const struct packet *packet, const st
 		.used_ns = bpf_ktime_get_ns(),
 	};
 	struct affinity_key key = {.kind = CLIENT_ADDRESS};
+	struct affinity *known;
 
 	if (!backend)
 		return 0;
 	key.service_id = backend->service_id;
 	__builtin_memcpy(key.client, &packet->tuple.ends.source, sizeof(key.client));
+	known = bpf_map_lookup_elem(&affinities, &key);
+	if (known && known->backend_id == affinity.backend_id && known->generation == affinity.generation) {
+		known->used_ns = affinity.used_ns;
+		return 0;
+	}
 	return bpf_map_update_elem(&affinities, &key, &affinity, BPF_ANY);
 }
 
@@ -445,7 +451,7 @@ __noinline int flow_give_back_quota(__u32 before, __u32 set)
 	if (!given || !config.has_pod_devices || !(set & FLOW_PROVED) || (before & (FLOW_PROVED | FLOW_ENDING)))
 		return 0;
 	interface = given->flow.generation_or_interface;
-	device = bpf_map_lookup_elem(&pod_devices, &interface);
+	device = map_find(&pod_devices, &interface);
 	if (device)
 		__sync_fetch_and_add(&device->openings, -1);
 	return 0;

@@ -3,7 +3,8 @@
  * From a destination to the frontend that serves it.
  *
  * Cost: a Service's own address is one hash look-up, and one more where a backend is chosen, a NodePort on a node
- * address three. Any other destination that frontend_may_exist() lets pass is two (its frontend, its address's flags).
+ * address three. Any other destination that frontend_may_exist() lets pass is three (its frontend, its address's roles
+ * twice), a port that a Service's address does not have as many.
  */
 #ifndef KUBELANE_FRONTEND_H
 #define KUBELANE_FRONTEND_H
@@ -33,7 +34,7 @@ static __always_inline struct frontend *frontend_lookup_node_port(struct fronten
 		address_words(&key->address)->word[1] = 0;
 		address_words(&key->address)->word[2] = 0;
 	}
-	return bpf_map_lookup_elem(&frontends, key);
+	return map_find(&frontends, key);
 }
 
 /* What everything pays for that is not ours: could this be a Service's? One byte, of loopback and of the node's own
@@ -61,7 +62,7 @@ static __always_inline int frontend_may_exist(const struct frontend_key *key)
 static __always_inline struct lookup frontend_lookup(struct frontend_key *key, int loopback_allowed)
 {
 	struct lookup lookup = {};
-	__u32 *flags;
+	__u32 roles;
 
 	if (address_is_loopback(&key->address)) {
 		if (loopback_allowed)
@@ -74,15 +75,15 @@ static __always_inline struct lookup frontend_lookup(struct frontend_key *key, i
 		lookup.result = LOOKUP_FOUND;
 		return lookup;
 	}
-	flags = bpf_map_lookup_elem(&addresses, &key->address);
-	if (!flags)
-		return lookup;
-	if (*flags & ADDRESS_CLUSTER_IP)
-		lookup.result = LOOKUP_UNKNOWN_PORT;
-	if (*flags & ADDRESS_NODE) {
+	roles = address_roles(&key->address);
+	if (roles & (ADDRESS_CLUSTER_IP | ADDRESS_SERVICE_VIP)) /* see map_find() */
+		lookup.frontend = bpf_map_lookup_elem(&frontends, key);
+	if (!lookup.frontend && (roles & ADDRESS_NODE))
 		lookup.frontend = frontend_lookup_node_port(key);
-		lookup.result = lookup.frontend ? LOOKUP_FOUND : LOOKUP_NOT_OURS;
-	}
+	if (lookup.frontend)
+		lookup.result = LOOKUP_FOUND;
+	else if ((roles & (ADDRESS_CLUSTER_IP | ADDRESS_NODE)) == ADDRESS_CLUSTER_IP)
+		lookup.result = LOOKUP_UNKNOWN_PORT;
 	return lookup;
 }
 
@@ -106,7 +107,7 @@ static __always_inline int frontend_read(const struct frontend_key *key, const s
 {
 	for (int i = 0; i < FRONTEND_READINGS; i++) {
 		*copy = *row;
-		row = bpf_map_lookup_elem(&frontends, key);
+		row = map_find(&frontends, key);
 		if (!row)
 			return 0;
 		if (frontend_equal(row, copy))

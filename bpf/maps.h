@@ -393,4 +393,16 @@ struct {
 	__type(value, struct answer_budget);
 } answer_budgets SEC(".maps");
 
+/*
+ * Looks for a row of a hash map whose rows are rewritten. The kernel puts the new row in at the head of its bucket before it
+ * takes the old one out further down (htab_map_update_elem()): who has passed the head by then meets neither, and meets the
+ * new one next time. Rows that are only put in, changed in place and deleted need no second look.
+ */
+static __always_inline void *map_find(void *map, const void *key)
+{
+	void *row = bpf_map_lookup_elem(map, key);
+
+	return row ? row : bpf_map_lookup_elem(map, key);
+}
+
 #endif

@@ -80,7 +80,7 @@ static __always_inline int owner_is_gateway(hook_context *ctx, const struct pack
 
 	if (hook_is_to_this_host(ctx))
 		return 1;
-	device = bpf_map_lookup_elem(&pod_devices, &interface);
+	device = map_find(&pod_devices, &interface);
 	if (!device || hook_load(ctx, 0, to, sizeof(to)))
 		return 0;
 	gateway = (void *)device->gateway;

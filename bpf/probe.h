@@ -142,17 +142,17 @@ static __always_inline struct probe *probe_find(const struct packet *packet, __u
 		.port = packet->tuple.ends.destination_port,
 		.path = path,
 	};
-	struct probe *row = bpf_map_lookup_elem(&probes, &key);
+	struct probe *row = map_find(&probes, &key);
 
 	if (row)
 		return row;
 	address_words(&key.address)->word[3] = 0;
 	if (!packet->is_ip6)
-		return bpf_map_lookup_elem(&probes, &key);
+		return map_find(&probes, &key);
 	address_words(&key.address)->word[0] = 0;
 	address_words(&key.address)->word[1] = 0;
 	address_words(&key.address)->word[2] = 0;
-	return bpf_map_lookup_elem(&probes, &key);
+	return map_find(&probes, &key);
 }
 
 static __always_inline int probe_ends_path(__u32 byte)

@@ -67,7 +67,7 @@ static __always_inline long fib_lookup(hook_context *ctx, __u32 mark, struct bpf
 static __always_inline void route_set_next(struct route *route, const struct bpf_fib_lookup *fib)
 {
 	__u32 interface = fib->ifindex;
-	struct device *device = bpf_map_lookup_elem(&devices, &interface);
+	struct device *device = map_find(&devices, &interface);
 
 	route->interface = interface;
 	if (device && device->is_bare)
@@ -203,7 +203,7 @@ static __always_inline int route_source_find(hook_context *ctx, const struct pac
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return ROUTE_NONE;
 	*interface = fib.ifindex;
-	device = bpf_map_lookup_elem(&devices, interface);
+	device = map_find(&devices, interface);
 	if (!device)
 		return ROUTE_HERE;
 	if (address_is_ip4(&ends->destination)) {

@@ -26,7 +26,7 @@ static __always_inline enum lookup_result service_find(struct scratch *given)
 	struct frontend *frontend = (void *)0;
 
 	if (is_cluster_ip || (roles & ADDRESS_SERVICE_VIP))
-		frontend = bpf_map_lookup_elem(&frontends, &key);
+		frontend = map_find(&frontends, &key);
 	if (!frontend && (roles & ADDRESS_NODE))
 		frontend = frontend_lookup_node_port(&key);
 	if (!frontend || !frontend_read(&key, frontend, &given->frontend))

@@ -140,11 +140,10 @@ static __always_inline enum binding request_binding(struct bpf_sock *sk, const s
 }
 
 /* In connect programs only: the helper is theirs. */
-static __always_inline enum binding request_unbind(struct bpf_sock_addr *ctx)
+static __always_inline enum binding request_unbind(struct bpf_sock_addr *ctx, struct bpf_sock *sk)
 {
 	struct sockaddr_in6 any = {.sin6_family = FAMILY_INET6};
 	struct sockaddr_in any4 = {.sin_family = FAMILY_INET};
-	struct bpf_sock *sk = ctx->sk;
 	long error;
 
 	if (sk->src_port)
@@ -284,7 +283,7 @@ static __always_inline int socket_connect(struct bpf_sock_addr *ctx, struct requ
 		return fail_unknown_port(ctx, asked);
 	binding = request_binding(sk, &request->target);
 	if (binding == BINDING_LOOPBACK)
-		binding = request_unbind(ctx);
+		binding = request_unbind(ctx, sk);
 	decision = request_choose(ctx, asked, &key, lookup.frontend, binding, 1, &choice);
 	if (decision == DECISION_GO_ON)
 		origin_forget(sk);

@@ -82,6 +82,11 @@ impl Client {
         self.counts(&Request::Ask { kind, to, times, unconnected: true })
     }
 
+    /// One UDP socket is connected to each of these in turn, `times` over: how often that went well ("connected"), or not.
+    pub fn connect_all(&mut self, to: &[SocketAddr], times: u32) -> Counts {
+        self.counts(&Request::ConnectAll { to: to.to_vec(), times })
+    }
+
     /// `times` HTTP requests, each on a new connection.
     pub fn http(&mut self, to: SocketAddr, times: u32) -> Counts {
         self.counts(&Request::Http { to, times })

@@ -86,6 +86,11 @@ pub enum Request {
         times: u32,
         unconnected: bool,
     },
+    /// One UDP socket is connected to each of these in turn, `times` over. Sends nothing.
+    ConnectAll {
+        to: Vec<SocketAddr>,
+        times: u32,
+    },
     /// One datagram of `length` bytes from a new socket; an answer of the same length has to come from `to`.
     AskLong {
         to: SocketAddr,

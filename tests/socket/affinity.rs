@@ -1,7 +1,10 @@
 //! Session affinity ClientIP, seen by real clients: whom it binds to what, and for how long.
 
+use std::sync::Barrier;
+use std::thread;
 use std::time::Duration;
 
+use libbpf_rs::{MapCore, MapHandle};
 use serde_json::{Value, json};
 
 use crate::laboratory::client::Client;
@@ -51,6 +54,40 @@ fn each_family_remembers_backends_of_its_own_whichever_came_first() {
         // 3^-20 by chance; an IPv6 socket that was given the IPv4 backend would always find the same pod.
         assert_ne!(both[0], both[1]);
     }
+}
+
+/// Neither knows of the other when it looks.
+#[test]
+fn two_sockets_of_a_pod_that_ask_first_at_the_same_time_get_the_same_pod() {
+    const ROUNDS: usize = 2000;
+    let Some(cluster) = Cluster::or_skip() else { return };
+    cluster.put("sticky", 10, json!({"spec": {"sessionAffinity": "ClientIP"}}), &cluster.ready(&PODS));
+    let daemon = cluster.start();
+    let pin = kubelane::bpf::pinned::maps_directory(&cluster.lab.node("node1").pin_path).join("affinities");
+    daemon.terminate().unwrap();
+    let remembered = MapHandle::from_pinned_path(pin).unwrap();
+    let barrier = Barrier::new(2);
+    let together = |client: &mut Client, forget: bool| {
+        let mut answers = Vec::new();
+        for _ in 0..ROUNDS {
+            barrier.wait();
+            if forget {
+                let keys: Vec<_> = remembered.keys().collect();
+                keys.iter().for_each(|key| remembered.delete(key).unwrap());
+            }
+            barrier.wait();
+            answers.push(names(&client.ask(Udp4, vip(10, 53)[0], 1)).concat());
+        }
+        answers
+    };
+    let [mut one, mut two] = [cluster.client("client"), cluster.client("client")];
+    let (ones, twos) = thread::scope(|scope| {
+        let ones = scope.spawn(|| together(&mut one, true));
+        (together(&mut two, false), ones.join().unwrap())
+    });
+    let apart = ones.iter().zip(&twos).filter(|(one, two)| one != two).count();
+    assert_eq!(apart, 0, "of {ROUNDS} rounds");
+    assert!(PODS.iter().all(|pod| ones.iter().any(|answer| answer == pod)), "each round chooses anew");
 }
 
 #[test]

@@ -87,6 +87,12 @@ impl Sockets {
             Request::Ask { kind, to, times, unconnected } => {
                 return Ok(counts(*times, || if *unconnected { ask_at(*kind, *to) } else { ask(*kind, *to) }));
             }
+            Request::ConnectAll { to, times } => {
+                let socket = open(if to.iter().all(SocketAddr::is_ipv4) { Kind::Udp4 } else { Kind::Udp6 })?;
+                let mut next = to.iter().cycle();
+                let mut connect = || socket.connect(&(*next.next().expect("it goes round")).into());
+                return Ok(counts(*times * to.len() as u32, || connect().map(|()| "connected".to_owned())));
+            }
             Request::AskLong { to, length } => {
                 return Ok(Reply::Text { text: ask_long(*to, *length)?, from: Some(*to) });
             }

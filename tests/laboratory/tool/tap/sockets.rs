@@ -74,7 +74,7 @@ impl Sockets {
             Request::Transfer { to, bytes } => transfer(stack, *to, *bytes)?,
             Request::Errors => return Ok(Reply::Errors { errors: stack.take_errors() }),
             // smoltcp has no such thing.
-            Request::BindAddress { .. } | Request::Disconnect { .. } => {
+            Request::BindAddress { .. } | Request::Disconnect { .. } | Request::ConnectAll { .. } => {
                 return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
             }
         }
