@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context as _, Result};
 use libbpf_rs::query::{LinkInfo, LinkTypeInfo};
 
-use super::load::Counting;
+use super::link::{self, Attached};
+use super::pinned;
+use super::settings::Counting;
 use super::skeleton::KubelaneSkel;
-use super::{link, pinned};
 
 /// The cgroup that the programs are attached to.
 pub struct Cgroup {
@@ -30,15 +31,6 @@ impl Cgroup {
         let id = directory.metadata().with_context(|| format!("cannot stat the cgroup {}", path.display()))?.ino();
         Ok(Cgroup { directory, id })
     }
-}
-
-/// What happened to a program's link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attached {
-    /// A new link.
-    New,
-    /// The pinned link now runs this program.
-    Replaced,
 }
 
 /// One program and its place on the cgroup. The name is the pin's, too.

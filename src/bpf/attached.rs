@@ -1,14 +1,51 @@
-//! What the programs that are attached were configured with, as the kernel knows it: it is in no pinned map, and the daemon
-//! may be down.
+//! What is attached, and what the programs were configured with, as the kernel knows it: that is in no pinned map, and the
+//! daemon may be down.
 
-use std::path::Path;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
-use libbpf_rs::{MapCore as _, MapFlags, MapHandle};
+use libbpf_rs::{Link, MapCore as _, MapFlags, MapHandle, Program};
 
-use super::link;
+use super::pinned;
 use super::skeleton::{OpenKubelaneSkel, types};
+
+/// What is pinned as an attachment.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attachment {
+    /// Of the pin.
+    pub name: String,
+    /// `None`: a filter's program, or what cannot be opened.
+    pub link_id: Option<u32>,
+    pub program_id: Option<u32>,
+}
+
+/// All attachments pinned below `pin_path`, by name.
+///
+/// # Errors
+/// When nothing is pinned there.
+pub fn attachments(pin_path: &Path) -> Result<Vec<Attachment>> {
+    pinned::expect_state(pin_path)?;
+    let pins = pinned::children(&pinned::links_directory(pin_path))?;
+    let read = |pin: &PathBuf| {
+        let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with("filter_") {
+            // A program: asked for as a link, the kernel would tell of it all the same, and be misread.
+            let program = Program::fd_from_pinned_path(pin).ok();
+            let program_id = program.and_then(|program| Program::id_from_fd(program.as_fd()).ok());
+            return Attachment { name, link_id: None, program_id };
+        }
+        let info = Link::open(pin).ok().and_then(|link| link.info().ok());
+        Attachment {
+            name,
+            link_id: info.as_ref().map(|info| info.id),
+            program_id: info.as_ref().map(|info| info.prog_id),
+        }
+    };
+    Ok(pins.iter().map(read).collect())
+}
 
 /// A program that is attached.
 pub(super) struct AttachedProgram {
@@ -51,7 +88,7 @@ pub fn configuration(pin_path: &Path) -> Result<Option<Configuration>> {
 
 /// Any pinned program whose name begins with `name`, of which the kernel keeps 15 bytes.
 pub(super) fn attached(pin_path: &Path, name: &str) -> Result<Option<AttachedProgram>> {
-    let mut pinned: Vec<u32> = link::attachments(pin_path)?.iter().filter_map(|link| link.program_id).collect();
+    let mut pinned: Vec<u32> = attachments(pin_path)?.iter().filter_map(|link| link.program_id).collect();
     pinned.sort_unstable();
     let name = name.get(..15).unwrap_or(name);
     let options = ProgInfoQueryOptions::default().include_map_ids(true);

@@ -16,10 +16,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use anyhow::{Context, Result, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, Program};
 
-use super::attach::Attached;
-use super::hook::Fault;
+use super::hook::{self, Direction, Fault};
+use super::link::Attached;
+use super::pinned;
 use super::skeleton::KubelaneSkel;
-use super::{hook, pinned};
 use crate::abi::{DeviceAddresses, PodDevice};
 use crate::model::Ipx;
 
@@ -30,13 +30,6 @@ pub enum LinkLayer {
     Ethernet,
     /// Nothing: IPIP, SIT, WireGuard, tun.
     None,
-}
-
-/// Which way packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    In,
-    Out,
 }
 
 /// How programs are attached.
@@ -185,14 +178,13 @@ pub struct Devices {
 impl Devices {
     pub(super) fn new(skeleton: &KubelaneSkel<'_>, pin_path: &Path) -> Result<Devices> {
         let programs = Programs::new(skeleton)?;
-        let is_tcx = hook::has_tcx(programs.of(Direction::In, LinkLayer::Ethernet));
         let links = pinned::links_directory(pin_path);
         Ok(Devices {
             shared: SharedPrograms { programs: Arc::new(RwLock::new(Arc::new(programs))), links: links.clone() },
             outward_rows: MapHandle::try_from(&skeleton.maps.devices).context("cannot keep the map devices")?,
             pod_rows: MapHandle::try_from(&skeleton.maps.pod_devices).context("cannot keep the map pod_devices")?,
             links,
-            method: if is_tcx { Method::Tcx } else { Method::Clsact },
+            method: if hook::has_tcx() { Method::Tcx } else { Method::Clsact },
         })
     }
 

@@ -27,7 +27,7 @@ use super::batch::{self, Batches};
 use super::devices::{Programs, SharedPrograms};
 use super::flows::SharedProgram;
 use super::link;
-use super::load::{Loader, btf_stand_in, collecting_program, made_maps};
+use super::object::{Loader, btf_stand_in, collecting_program, made_maps};
 use super::pins::Pins;
 use super::signals::uninterrupted;
 use super::skeleton::KubelaneSkel;

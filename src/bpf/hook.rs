@@ -15,13 +15,19 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::query::LinkTypeInfo;
 use libbpf_rs::{Link, Program, TC_EGRESS, TC_INGRESS, TcHook, TcHookBuilder};
 
-use super::attach::Attached;
-use super::devices::Direction;
-use super::{link, trial};
+use super::link::{self, Attached};
+use super::trial;
 
 /// Of our filters: a priority that other projects do not use (Cilium 1, Calico 49152 and up), and "kl".
 const FILTER_PRIORITY: u32 = 27_499;
 const FILTER_HANDLE: u32 = 0x6b6c;
+
+/// Which way packets go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    In,
+    Out,
+}
 
 fn word(direction: Direction) -> &'static str {
     match direction {
@@ -48,8 +54,9 @@ pub(super) fn device_of_pin(pin: &Path) -> Option<(u32, Direction)> {
 
 /// Whether the kernel has tcx links: asked for no device at all, it misses the device; without tcx it does not know
 /// the hook.
-pub(super) fn has_tcx(program: BorrowedFd<'_>) -> bool {
-    matches!(create_link(program, -1, Direction::In), Err(error) if error.raw_os_error() == Some(libc::ENODEV))
+pub(super) fn has_tcx() -> bool {
+    let is_known = |program: OwnedFd| create_link(program.as_fd(), -1, Direction::In);
+    matches!(trial::next_program().and_then(is_known), Err(error) if error.raw_os_error() == Some(libc::ENODEV))
 }
 
 fn create_link(program: BorrowedFd<'_>, index: i32, direction: Direction) -> io::Result<OwnedFd> {

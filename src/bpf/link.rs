@@ -11,6 +11,15 @@ use anyhow::{Context as _, Result};
 use libbpf_rs::query::{LinkInfo, ProgInfoIter};
 use libbpf_rs::{Link, Program};
 
+/// What happened to a program's link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    /// A new link.
+    New,
+    /// The pinned link now runs this program.
+    Replaced,
+}
+
 /// Attaches `program` to a hook of `target` (a cgroup's descriptor, an interface index). `flags` are those of
 /// BPF_LINK_CREATE.
 pub(super) fn create(
@@ -31,42 +40,6 @@ pub(super) fn create(
     }
     // SAFETY: the kernel has just given this descriptor to us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// What is pinned as an attachment.
-#[derive(Clone, Debug, serde::Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Attachment {
-    /// Of the pin.
-    pub name: String,
-    /// `None`: a filter's program, or what cannot be opened.
-    pub link_id: Option<u32>,
-    pub program_id: Option<u32>,
-}
-
-/// All attachments pinned below `pin_path`, by name.
-///
-/// # Errors
-/// When nothing is pinned there.
-pub fn attachments(pin_path: &Path) -> Result<Vec<Attachment>> {
-    super::pinned::expect_state(pin_path)?;
-    let pins = super::pinned::children(&super::pinned::links_directory(pin_path))?;
-    let read = |pin: &std::path::PathBuf| {
-        let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with("filter_") {
-            // A program: asked for as a link, the kernel would tell of it all the same, and be misread.
-            let program = Program::fd_from_pinned_path(pin).ok();
-            let program_id = program.and_then(|program| Program::id_from_fd(program.as_fd()).ok());
-            return Attachment { name, link_id: None, program_id };
-        }
-        let info = Link::open(pin).ok().and_then(|link| link.info().ok());
-        Attachment {
-            name,
-            link_id: info.as_ref().map(|info| info.id),
-            program_id: info.as_ref().map(|info| info.prog_id),
-        }
-    };
-    Ok(pins.iter().map(read).collect())
 }
 
 /// Swaps the program of a link, atomically.

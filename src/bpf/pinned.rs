@@ -1,4 +1,4 @@
-//! What lives on in the kernel when the daemon is not there: the pin directory, its lock, and taking it all away.
+//! What lives on in the kernel when the daemon is not there: the pin directory, and its lock.
 //!
 //! ```text
 //! <pin path>/v3/maps/<map>       the state: ids, backends, frontends, flows
@@ -16,8 +16,7 @@ use libbpf_rs::MapHandle;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::MsFlags;
 
-use super::hand_over::{HandOver, HandedOver};
-use super::{hook, link};
+use super::link;
 use crate::abi::abi_version::ABI_VERSION;
 
 /// Where bpffs is by convention, and where it is mounted if nobody has.
@@ -171,7 +170,7 @@ fn has_own_mounts() -> bool {
 
 /// `None`: there is no such directory, or none any more. A cleanup may have taken it away after it was opened here; whoever
 /// locked what is left of it would hold nothing, beside a daemon that has made it anew.
-fn lock(pin_path: &Path, remedy: &str) -> Result<Option<Lock>> {
+pub(super) fn lock(pin_path: &Path, remedy: &str) -> Result<Option<Lock>> {
     let directory = match File::open(pin_path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened.with_context(|| format!("cannot open {}", pin_path.display()))?,
@@ -204,87 +203,13 @@ impl Lock {
     }
 }
 
-/// What [`cleanup`] did.
-#[derive(Debug)]
-pub struct Cleanup {
-    /// Names of what was removed; empty when there was nothing.
-    pub removed: Vec<String>,
-    /// An error: netfilter could not be told of any.
-    pub connections: Result<HandedOver>,
-}
-
-/// Hands the node's connections over to netfilter, and removes everything below `pin_path` and the directory itself: links
-/// first, so that no program runs on a map that is going away.
-///
-/// # Errors
-/// While a daemon holds the directory, and when something cannot be removed.
-pub fn cleanup(pin_path: &Path) -> Result<Cleanup> {
-    let _lock = loop {
-        if !pin_path.try_exists().with_context(|| format!("cannot look into {}", pin_path.display()))? {
-            return Ok(Cleanup { removed: Vec::new(), connections: Ok(HandedOver::default()) });
-        }
-        if let Some(lock) = lock(pin_path, "stop it first")? {
-            break lock;
-        }
-    };
-    // Nothing translates flows whose programs an interrupted cleanup has detached, and a state left half made has none.
-    let is_attached = children(&links_directory(pin_path)).is_ok_and(|links| !links.is_empty());
-    let mut flows = if is_attached { HandOver::open(pin_path).ok() } else { None };
-    let mut hand_over = || flows.as_mut().map_or(Ok(()), HandOver::pass);
-    let before = hand_over();
-    let mut removed = Vec::new();
-    let mut versions = children(pin_path)?;
-    versions.retain(|p| is_abi_directory(p));
-    for version in versions {
-        remove_abi_directory(&version, &mut removed)?;
-    }
-    match fs::remove_dir(pin_path) {
-        Ok(()) => removed.push(pin_path.display().to_string()),
-        // Somebody else's file, or the mount point of the BPF file system: not ours to take.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTEMPTY | libc::EBUSY | libc::EPERM)) => {}
-        Err(e) => return Err(e).with_context(|| format!("cannot remove {}", pin_path.display())),
-    }
-    let connections = before.and_then(|()| hand_over()).map(|()| flows.map(HandOver::outcome).unwrap_or_default());
-    Ok(Cleanup { removed, connections })
-}
-
-/// Removes what other ABI versions left: called once this version's programs are attached, so that traffic is served
-/// throughout (a destination that one version has translated is no service to the other).
-pub fn remove_other_versions(pin_path: &Path) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    let own = abi_directory(pin_path);
-    for version in children(pin_path)?.into_iter().filter(|p| is_abi_directory(p) && *p != own) {
-        remove_abi_directory(&version, &mut removed)?;
-    }
-    Ok(removed)
-}
-
 fn abi_version_of(path: &Path) -> Option<u32> {
     let digits = path.file_name()?.to_str()?.strip_prefix('v')?;
     digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok())?
 }
 
-fn is_abi_directory(path: &Path) -> bool {
+pub(super) fn is_abi_directory(path: &Path) -> bool {
     abi_version_of(path).is_some() && path.is_dir()
-}
-
-fn remove_abi_directory(version: &Path, removed: &mut Vec<String>) -> Result<()> {
-    for part in ["links", "maps"] {
-        let directory = version.join(part);
-        if !directory.exists() {
-            continue;
-        }
-        for pin in children(&directory)? {
-            if part == "links" {
-                hook::remove_pin(&pin)?;
-            } else {
-                fs::remove_file(&pin).with_context(|| format!("cannot remove the pin {}", pin.display()))?;
-            }
-            removed.push(pin.display().to_string());
-        }
-        fs::remove_dir(&directory).with_context(|| format!("cannot remove {}", directory.display()))?;
-    }
-    fs::remove_dir(version).with_context(|| format!("cannot remove {}", version.display()))
 }
 
 /// What is in a directory, sorted.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use libbpf_rs::{MapType, ProgramType};
 
+use super::hook;
 use super::signals::uninterrupted;
 use super::trial::{self, FibFlag};
 
@@ -173,7 +174,7 @@ fn of_packets() -> Vec<Feature> {
     vec![
         Feature {
             name: "tcx links",
-            found: trial::has_tcx(),
+            found: hook::has_tcx(),
             required: false,
             needed_for: "a link that keeps each program on its device, ahead of other programs",
             without: "filters of a clsact qdisc are used (kernels before 6.6)",

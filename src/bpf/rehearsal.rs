@@ -14,9 +14,10 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, Program};
 
 use super::attached::attached;
 use super::batch::Batches;
-use super::devices::{Devices, Direction, LinkLayer};
-use super::load::{btf_stand_in, made_maps, open_object};
+use super::devices::{Devices, LinkLayer};
+use super::hook::Direction;
 use super::monitor::{Event, Overheard};
+use super::object::{btf_stand_in, made_maps, open_object};
 use super::run::{self, Outcome};
 use super::signals::uninterrupted;
 use super::skeleton::OpenKubelaneSkel;

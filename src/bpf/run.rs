@@ -9,8 +9,9 @@ use anyhow::{Context as _, Result};
 use bytemuck::{Pod, Zeroable};
 use libbpf_rs::skel::OpenSkel;
 
-use super::devices::{Devices, Direction, LinkLayer};
-use super::load::{btf_stand_in, open_object};
+use super::devices::{Devices, LinkLayer};
+use super::hook::Direction;
+use super::object::{btf_stand_in, open_object};
 use super::signals::uninterrupted;
 use super::test_run::test_run;
 use super::{pinned, probe};

@@ -7,8 +7,8 @@ use anyhow::{Context, Result};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::batch::Batches;
-use super::load::Counting;
 use super::pinned;
+use super::settings::Counting;
 use super::skeleton::KubelaneSkel;
 use crate::abi::service_amount::{self, AMOUNT_CONNECTED, AMOUNT_MAX};
 use crate::abi::service_count::{self, SERVICE_COUNT_MAX};

@@ -1,7 +1,7 @@
 //! How many rows the maps that the daemon fills have room for. They begin small and grow with what is in them, so that a
 //! node pays for the rows that its cluster has, and `--max-*` only say where that ends.
 
-use super::load::Settings;
+use super::settings::Settings;
 use crate::sync::MapName;
 
 /// Hash maps, and `backends`, begin with room for so many rows.

@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use libbpf_rs::{MapHandle, MapType};
 
-use super::hook;
 use super::signals::uninterrupted;
 
 /// Flags of bpf_fib_lookup (linux/bpf.h).
@@ -129,12 +128,6 @@ fn fib_lookup_program(flag: FibFlag) -> Vec<libbpf_sys::bpf_insn> {
 /// Whether bpf_fib_lookup knows the flag: it refuses those that it does not know before it looks anything up.
 pub(super) fn fib_lookup_knows(flag: FibFlag) -> bool {
     load(&fib_lookup_program(flag)).and_then(|program| run(&program)).is_ok_and(|result| result != -libc::EINVAL)
-}
-
-/// Whether programs can be linked to a device's tcx hooks.
-pub(super) fn has_tcx() -> bool {
-    let pass = [instruction(MOVE_CONSTANT, 0, 0, 0, 0), instruction(EXIT, 0, 0, 0, 0)];
-    load(&pass).is_ok_and(|program| hook::has_tcx(program.as_fd()))
 }
 
 /// A program that does nothing: what comes next on its hook runs.

@@ -26,7 +26,7 @@ use super::namespaces::{self, Namespaces};
 use super::probe::{self, SocketSearch};
 use super::read::PinnedMap;
 use super::reply_filter::ReplyFilter;
-use super::{load, pinned};
+use super::{object, pinned};
 use crate::abi::flow_class::{FLOW_CLASS_OTHER, FLOW_CLASS_TCP};
 use crate::abi::flow_flag::{FLOW_PROVED, FLOW_REPLY};
 use crate::abi::{DeviceAddresses, Flow, FlowKey4, Frontend, FrontendKey};
@@ -138,15 +138,15 @@ impl<'p> Upgrade<'p> {
     /// What each unconnected socket has sent to, and where that went. Kernels from before 5.11 have no way.
     fn carry_datagrams(&self) {
         let tables = pinned::maps_directory(self.pin_path).join("datagram_tables");
-        let load = |program| load::load_carrier(program, &self.former.datagram_tables()?, &tables);
+        let load = |program| object::load_carrier(program, &self.former.datagram_tables()?, &tables);
         let run = |link: &Link| -> Result<()> {
             std::io::copy(&mut Iter::new(link)?, &mut std::io::sink()).context("walking the sockets")?;
             Ok(())
         };
         let carry = || match probe::socket_search() {
-            SocketSearch::Origins => run(&load(load::CARRY_OF_MAP)?),
+            SocketSearch::Origins => run(&load(object::CARRY_OF_MAP)?),
             SocketSearch::Namespaces => {
-                let link = load(load::CARRY_OF_NAMESPACE)?;
+                let link = load(object::CARRY_OF_NAMESPACE)?;
                 let Namespaces { handles, mut hidden } = namespaces::all();
                 for handle in handles.values() {
                     match namespaces::run_inside(handle, || run(&link)) {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use libbpf_rs::AsRawLibbpf;
 use libbpf_rs::skel::OpenSkel;
 
-use super::load::{btf_stand_in, open_object};
+use super::object::{btf_stand_in, open_object};
 use super::probe;
 use super::signals::uninterrupted;
 

@@ -1,11 +1,11 @@
 //! `kubelane check`: would the daemon run here? One line per condition, with a remedy where something is missing.
 
-use std::fmt;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::Path;
 
 use super::config_file::ConfigFile;
+use super::finding::{Finding, Level};
 use super::flags::CheckFlags;
 use super::host::find_cgroup;
 use super::leftovers::{LOOPBACK_IS_ROUTED, LOOPBACK_REMEDY, kube_proxy_chains, listener_on, routes_loopback};
@@ -19,54 +19,6 @@ use crate::serve::{HEALTHZ_FLAG, METRICS_FLAG, listen};
 
 /// kubelane serves the sockets of the node; what comes from outside is kube-proxy's for as long as it runs.
 const KUBE_PROXY_REMEDY: &str = "fine while kube-proxy runs; once it is gone for good, run `kube-proxy --cleanup`";
-
-/// How a condition stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Level {
-    Ok,
-    /// Something is missing or in the way; the daemon runs nevertheless.
-    Warn,
-    /// The daemon would not run, or had nothing to serve.
-    Fail,
-}
-
-/// One line.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Finding {
-    pub level: Level,
-    what: &'static str,
-    pub detail: String,
-    remedy: String,
-}
-
-impl Finding {
-    pub(super) fn ok(what: &'static str, detail: impl Into<String>) -> Self {
-        Finding { level: Level::Ok, what, detail: detail.into(), remedy: String::new() }
-    }
-
-    pub(super) fn warn(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { level: Level::Warn, what, detail: detail.into(), remedy: remedy.into() }
-    }
-
-    pub(super) fn fail(what: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { level: Level::Fail, what, detail: detail.into(), remedy: remedy.into() }
-    }
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let level = match self.level {
-            Level::Ok => "ok",
-            Level::Warn => "warn",
-            Level::Fail => "FAIL",
-        };
-        write!(f, "{level:<5} {:<36} {}", self.what, self.detail)?;
-        if !self.remedy.is_empty() {
-            write!(f, " -> {}", self.remedy)?;
-        }
-        Ok(())
-    }
-}
 
 /// Prints the findings; true when the daemon would run.
 ///

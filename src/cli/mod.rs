@@ -5,6 +5,7 @@ mod address;
 mod check;
 mod config_file;
 mod explain;
+mod finding;
 mod flags;
 mod get;
 mod host;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::check::Finding;
+use super::finding::Finding;
 use super::flags::{Source, SourceFlags};
 use super::run::{choose_source, in_cluster};
 use crate::agent::SourceSettings;

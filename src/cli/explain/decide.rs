@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::kernel::Kernel;
+use super::kernel::{Kernel, is_this_host};
 use super::target::Destination;
 use crate::abi::address_flag::{ADDRESS_CLUSTER_IP, ADDRESS_NODE, ADDRESS_SERVICE_VIP};
 use crate::abi::backend_state::{BACKEND_GONE, BACKEND_TERMINATING};
@@ -112,12 +112,6 @@ pub struct Found {
 pub struct Decision {
     pub found: Option<Found>,
     pub verdict: Verdict,
-}
-
-/// 127.0.0.0/8, ::1 and the wildcards, as `address_is_loopback()` has it.
-pub fn is_this_host(ip: Ipx) -> bool {
-    let ip = ip.to_ip();
-    ip.is_loopback() || ip.is_unspecified()
 }
 
 /// # Errors

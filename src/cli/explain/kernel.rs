@@ -166,7 +166,7 @@ impl Kernel for Live {
     }
 
     fn lets_look(&self, key: &FrontendKey, for_sockets: bool) -> bool {
-        self.marks.lets_look(&key.address, key.port(), for_sockets, super::decide::is_this_host(key.ip()))
+        self.marks.lets_look(&key.address, key.port(), for_sockets, is_this_host(key.ip()))
     }
 
     fn configuration(&self) -> Configuration {
@@ -186,4 +186,10 @@ impl Kernel for Live {
         let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
         now.map_or(0, |now| std::time::Duration::from(now).as_nanos() as u64)
     }
+}
+
+/// 127.0.0.0/8, ::1 and the wildcards, as `address_is_loopback()` has it.
+pub fn is_this_host(ip: Ipx) -> bool {
+    let ip = ip.to_ip();
+    ip.is_loopback() || ip.is_unspecified()
 }

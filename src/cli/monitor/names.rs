@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::record::of_family;
 use crate::abi::{Frontend, FrontendKey, ServiceName};
 use crate::bpf::{NetworkNamespace, PinnedMap, look_into};
 use crate::cli::snapshot::{PortName, port_name};
@@ -119,4 +118,9 @@ impl Names {
         }
         self.namespaces.get(&cookie).map(|(found, _)| found)
     }
+}
+
+/// The first of the same family.
+fn of_family(addresses: &[IpAddr], like: IpAddr) -> Option<IpAddr> {
+    addresses.iter().copied().find(|ip| ip.is_ipv4() == like.is_ipv4())
 }

@@ -1,6 +1,6 @@
 //! An event as people and programs read it. `-o json` writes this object, and `--input` reads it back.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -176,11 +176,6 @@ pub fn shown(end: SocketAddr) -> String {
         (0, ip) => ip.to_string(),
         _ => end.to_string(),
     }
-}
-
-/// Of the same family, or any if there is none.
-pub fn of_family(addresses: &[IpAddr], like: IpAddr) -> Option<IpAddr> {
-    addresses.iter().copied().find(|ip| ip.is_ipv4() == like.is_ipv4())
 }
 
 #[cfg(test)]
