@@ -3,8 +3,8 @@
  * From a destination to the frontend that serves it.
  *
  * Cost: a Service's own address is one hash look-up, and one more where a backend is chosen, a NodePort on a node
- * address three. Any other destination that frontend_may_exist() lets pass is three (its frontend, its address's roles
- * twice), a port that a Service's address does not have as many.
+ * address three. Any other destination that frontend_may_exist() lets pass, and a port that a Service's address does not
+ * have, is three; a port of the node's own that is served for another protocol, or a health check's, four.
  */
 #ifndef KUBELANE_FRONTEND_H
 #define KUBELANE_FRONTEND_H

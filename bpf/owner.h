@@ -119,7 +119,7 @@ __noinline int owner_note(hook_context *ctx)
 		return 0;
 	/* What came in by an outward device and leaves by one was sent on from here. */
 	from = hook_came_from(ctx);
-	if (from && bpf_map_lookup_elem(&devices, &from))
+	if (from && map_find(&devices, &from))
 		return 0;
 	second = second_now(given);
 	flow_key_reverse(&given->reply, &given->packet.tuple.ends, given->packet.tuple.protocol);
@@ -130,7 +130,8 @@ __noinline int owner_note(hook_context *ctx)
 	}
 	if (!(address_roles(&given->packet.tuple.ends.source) & (ADDRESS_NODE | ADDRESS_SERVICE_VIP)))
 		return 0;
-	bpf_map_update_elem(&outgoing, &given->reply, &second, BPF_ANY);
+	/* Nobody replaces a row, so that each is found (map_find()). */
+	bpf_map_update_elem(&outgoing, &given->reply, &second, BPF_NOEXIST);
 	return 0;
 }
 

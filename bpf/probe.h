@@ -23,7 +23,7 @@
  *
  * A forged address gets a SYN-ACK, as from every server, and no answer: its owner alone sees the cookie.
  *
- * Cost: nothing for other ports. Before a row is found two look-ups.
+ * Cost: nothing for other ports. A row for all addresses is found by the third look-up.
  */
 #ifndef KUBELANE_PROBE_H
 #define KUBELANE_PROBE_H

@@ -5,7 +5,8 @@
  *
  * The same for the wire and for pods, which may ask for cluster IPs as well, and have the Service's other pool.
  *
- * Cost: the roles of its destination, one or two look-ups of the frontend and one more to be sure of it, and whose it is;
+ * Cost: the roles of its destination, one or two look-ups of the frontend (each is repeated where it finds nothing) and one more
+ * to be sure of it, and whose it is;
  * for pods one more, of the device.
  */
 #ifndef KUBELANE_SERVICE_H
@@ -89,7 +90,7 @@ static __always_inline struct pod_device *service_quota(struct scratch *given)
 	struct pod_device *device = (void *)0;
 
 	if (given->from_pod)
-		device = bpf_map_lookup_elem(&pod_devices, &interface);
+		device = map_find(&pod_devices, &interface);
 	if (device && device->second != second) {
 		device->second = second;
 		device->openings = 0;

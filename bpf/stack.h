@@ -39,7 +39,8 @@ static __always_inline void stack_note(struct scratch *given, const struct ends 
 	row->ends = *ends;
 	row->change = ends_change(&given->reply.ends, ends);
 	row->state = FLOW_REPLY | PATH_STACK; /* met when it leaves */
-	bpf_map_update_elem(&handed, &given->reply, row, BPF_ANY);
+	/* Of two first packets only one puts its row in: a row that is replaced can be missed (map_find()). */
+	bpf_map_update_elem(&handed, &given->reply, row, known ? BPF_ANY : BPF_NOEXIST);
 	/* The row first: whoever renews the filter looks for rows after clearing it. */
 	table = bpf_map_lookup_elem(&ports, &zero);
 	if (table)

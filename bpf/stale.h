@@ -142,7 +142,7 @@ static __always_inline void print_unserved_socket(struct seq_file *seq, struct s
 	stale_fill(&stale, sk);
 	key.address = stale.backend_address;
 	key.port = stale.backend_port;
-	frontend = bpf_map_lookup_elem(&frontends, &key);
+	frontend = map_find(&frontends, &key);
 	if (!frontend || !frontend->inside.count || (frontend->flags & FRONTEND_SOURCE_RANGES))
 		return;
 	by_packets.ends.source = stale.source_address;

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle};
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, ConntrackMessageType, IPTuple, ProtoTuple, Protocol, Tuple,
 };
@@ -77,7 +77,13 @@ impl Tracked {
             }
         }
         for key in &keys {
-            self.0.update(bytemuck::bytes_of(key), &[0; 4], MapFlags::ANY).context("cannot write the map outgoing")?;
+            // Nobody replaces a row: a program that looks for it meanwhile could miss both.
+            match self.0.update(bytemuck::bytes_of(key), &[0; 4], MapFlags::NO_EXIST) {
+                Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                    return Err(error).context("cannot write the map outgoing");
+                }
+                _ => {}
+            }
         }
         Ok(keys.len())
     }
