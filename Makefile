@@ -20,13 +20,14 @@ NEEDED := \
 	command:bpftool:bpftool \
 	command:openssl:openssl \
 	command:strace:strace \
+	command:faketime:faketime \
 	file:/usr/lib/cni/portmap:containernetworking-plugins \
 	file:/usr/include/libelf.h:libelf-dev \
 	file:/usr/include/zlib.h:zlib1g-dev \
 	file:/usr/include/linux/bpf.h:linux-libc-dev
 
-# Laboratories of tests that run side by side do not meet, but two processors are enough to make times meaningless.
-TEST_THREADS ?= 2
+# Laboratories of tests that run side by side do not meet. Half of a test is waiting.
+TEST_THREADS ?= $(shell n=$$(nproc); echo $$((n < 8 ? 2 * n : 16)))
 
 .PHONY: help setup build manual image-binary demo test test-cluster promtool lint format clean-lab
 

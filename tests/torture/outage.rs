@@ -38,7 +38,8 @@ fn upload(cluster: &ApiCluster) {
     }
 }
 
-fn change(cluster: &ApiCluster, number: usize) {
+/// Puts this world on the server.
+pub fn change(cluster: &ApiCluster, number: usize) {
     put_world(cluster, number);
     upload(cluster);
 }
