@@ -32,7 +32,7 @@ TEST_THREADS ?= $(shell n=$$(nproc); echo $$((n < 8 ? 2 * n : 16)))
 .PHONY: help setup build manual image-binary demo test test-cluster promtool lint format clean-lab
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: ## Install what is missing (apt-get, as root)
 	@missing=(); \
