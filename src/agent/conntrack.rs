@@ -10,10 +10,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
+use crate::bpf;
 use crate::model::HostConntrack;
+use crate::serve::Stage;
 
 /// Where a container finds the host's sysctls in a mount that can be written to, and where they are otherwise.
 const DIRECTORIES: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
@@ -32,6 +35,20 @@ pub async fn set(wanted: HostConntrack) -> (&'static str, anyhow::Result<()>) {
     }
     for (name, value) in sysctls(&wanted) {
         tell(name, value, raise(&directory.join(name), value));
+    }
+    std::future::pending().await
+}
+
+/// Takes back what an interrupted `cleanup` has handed over to netfilter, once all programs are attached again. Never ends.
+pub async fn take_back(mut stage: watch::Receiver<Stage>, pin_path: PathBuf) -> (&'static str, anyhow::Result<()>) {
+    let _ = stage.wait_for(|stage| *stage == Stage::Ready).await;
+    match tokio::task::spawn_blocking(move || bpf::take_back(&pin_path)).await {
+        Ok(Ok(0)) => {}
+        Ok(Ok(taken)) => {
+            info!("took {taken} connections back that an interrupted cleanup had handed over to netfilter")
+        }
+        Ok(Err(error)) => warn!("connections that an interrupted cleanup handed over to netfilter may end: {error:#}"),
+        Err(error) => warn!("connections that an interrupted cleanup handed over to netfilter may end: {error}"),
     }
     std::future::pending().await
 }

@@ -273,6 +273,7 @@ fn attend(
         trial.await;
         std::future::pending().await
     });
+    parts.spawn(conntrack::take_back(app.health.stage(), settings.datapath.pin_path.clone()));
     if settings.takeover {
         let stage = app.health.stage();
         parts.spawn(async move { ("--takeover", takeover::run(stage).await) });

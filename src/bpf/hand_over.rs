@@ -5,10 +5,13 @@
 //! A row of requests is what netfilter keeps: the ends that the client sends to, and what they become. What it would have
 //! learnt from the packets before is not known: it is told to take any sequence number (IP_CT_TCP_FLAG_BE_LIBERAL).
 //!
-//! From then until the programs are gone, requests that pass the host's stack behind them would begin a second connection
-//! with the same answers, so that netfilter drops those of TCP, and their clients send them again. Answers pass.
+//! From then until the programs are gone, a request that they translate would be a second connection with the same answers
+//! to netfilter, which gives it another source port, so that the backend answers with a reset. So the flow is stopped first
+//! (FLOW_ENDING, which nobody follows up): its requests are dropped, and clients send them again. Answers pass.
 //!
-//! Cost: a message and an answer for each flow, 32 of them in two system calls or a few more.
+//! [`take_back`] undoes all that for a daemon that starts after a cleanup which did not come to its end.
+//!
+//! Cost: a row, a message and an answer for each flow, and three more where netfilter has tracked the translated packets.
 
 use std::fmt;
 use std::fs;
@@ -21,18 +24,20 @@ use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessageType, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Status, Tuple,
 };
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterProtoFamily};
+use nix::time::{ClockId, clock_gettime};
 use rtnetlink::packet_core::{
     DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NetlinkMessage, NetlinkPayload, Nla,
 };
 
 use super::ctnetlink::{Conntrack, request};
 use super::read::PinnedMap;
-use super::tracked;
+use super::{pinned, tracked};
 use crate::abi::flow_flag::{FLOW_ENDING, FLOW_FIN, FLOW_PROVED, FLOW_REPLY, FLOW_RESET, FLOW_SHADOWED};
 use crate::abi::flow_limits_of::FLOW_LIMITS_SET;
+use crate::abi::flow_state::FLOW_SECOND_MASK;
 use crate::abi::{Backend, Ends, Flow, FlowKey, FlowKey4, FlowLimits};
 use crate::model::{Family, Ipx, Protocol};
-use crate::table::HashSet;
+use crate::table::HashMap;
 
 /// Of linux/netfilter/nfnetlink_conntrack.h.
 const CTA_NAT_SRC: u16 = 6;
@@ -99,17 +104,28 @@ pub(super) struct HandOver {
     limits: FlowLimits,
     /// Netfilter tracks connections in this network namespace.
     is_tracked: bool,
-    /// Of earlier passes.
-    known: HashSet<FlowKey>,
-    outcome: HandedOver,
+    /// What netfilter has of earlier passes, and what their ends become.
+    handed: HashMap<FlowKey, Ends>,
+    /// As of the last pass.
+    lost: Vec<Lost>,
 }
 
 /// What becomes of a flow when the programs go.
 enum Prospect {
     /// It has ended, or begins anew, with them as without.
     Ends,
-    GoesOn,
+    /// For so many seconds of silence more.
+    GoesOn(u32),
     Lost(&'static str),
+}
+
+/// A flow that is to be handed over.
+#[derive(Clone, Copy)]
+struct Wanted {
+    key: FlowKey,
+    flow: Flow,
+    /// Seconds.
+    timeout: u32,
 }
 
 impl HandOver {
@@ -124,55 +140,63 @@ impl HandOver {
             backends: open("backends")?,
             limits,
             is_tracked: fs::exists(tracked::COUNT).unwrap_or(false),
-            known: HashSet::default(),
-            outcome: HandedOver::default(),
+            handed: HashMap::default(),
+            lost: Vec::new(),
         })
     }
 
-    /// Hands over what no earlier pass has: one is made before the programs go, and one after that, for flows that began in
-    /// between.
+    /// Hands over what no earlier pass has, and takes back what has ended since: one pass is made before the programs go,
+    /// and one after that.
     ///
     /// # Errors
     /// When a map cannot be read, or netfilter cannot be asked.
     pub fn pass(&mut self) -> Result<()> {
-        let mut flows = Vec::new();
-        let mut meet = |key: FlowKey, flow: Flow| -> Result<()> {
-            let is_open = flow.has(FLOW_PROVED) && !flow.has(FLOW_REPLY | FLOW_ENDING | FLOW_RESET);
-            // A row that a packet changed while it was read is left to the next pass.
-            let is_whole = flow.change == Flow::change_of(&key.ends, &flow.ends);
-            if is_open && is_whole && !self.known.contains(&key) {
-                flows.push((key, flow));
-            }
-            Ok(())
-        };
-        self.flows4.each(|key: FlowKey4, flow: Flow| meet(key.into(), flow))?;
-        self.flows6.each(&mut meet)?;
-        let mut wanted = Vec::new();
-        for (key, flow) in flows {
-            match self.prospect(&key, &flow)? {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).context("cannot read the clock")?;
+        let second = now.tv_sec() as u32 & FLOW_SECOND_MASK;
+        self.lost.clear();
+        let mut wanted = HashMap::default();
+        for (key, flow) in self.established()? {
+            match self.prospect(&key, &flow, second)? {
                 Prospect::Ends => {}
-                Prospect::GoesOn => wanted.push((key, flow)),
-                Prospect::Lost(why) => self.outcome.lost.push(Lost { key, why: why.to_owned() }),
+                Prospect::GoesOn(timeout) => {
+                    wanted.insert(key, Wanted { key, flow, timeout });
+                }
+                Prospect::Lost(why) => self.lost.push(Lost { key, why: why.to_owned() }),
             }
-            self.known.insert(key);
         }
-        if wanted.is_empty() {
-            return Ok(());
+        let is_as_it_was = |key: &FlowKey, ends: &Ends| wanted.get(key).is_some_and(|now| now.flow.ends == *ends);
+        let gone: Vec<_> =
+            self.handed.iter().filter(|(key, ends)| !is_as_it_was(key, ends)).map(|(key, _)| *key).collect();
+        let mut conntrack = Conntrack::open()?;
+        for some in gone.chunks(MESSAGES_AT_ONCE) {
+            forget(&conntrack, some.iter().map(|key| (key.ends, key.protocol)).collect())?;
+            for key in some {
+                self.handed.remove(key);
+            }
         }
-        let conntrack = Conntrack::open()?;
+        wanted.retain(|key, _| !self.handed.contains_key(key));
+        let wanted: Vec<Wanted> = wanted.into_values().collect();
         for some in wanted.chunks(MESSAGES_AT_ONCE) {
-            for ((key, flow), result) in some.iter().zip(create(&conntrack, some, &self.limits)?) {
-                let result = match result {
-                    // What netfilter has made of its packets while the programs translated them.
-                    Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                        forget(&conntrack, &[key.ends, flow.ends.reversed()], key.protocol)?;
-                        create(&conntrack, &[(*key, *flow)], &self.limits)?.remove(0)
-                    }
-                    result => result,
-                };
+            for one in some {
+                self.stop(&one.key, one.flow, true)?;
+            }
+            let results = match hand(&conntrack, some) {
+                Ok(results) => results,
+                Err(error) => {
+                    // What it has not said yet would be taken for answers to the next.
+                    conntrack = Conntrack::open()?;
+                    some.iter().map(|_| Err(io::Error::other(format!("{error:#}")))).collect()
+                }
+            };
+            for (one, result) in some.iter().zip(results) {
                 match result {
-                    Ok(()) => self.outcome.connections += 1,
-                    Err(error) => self.outcome.lost.push(Lost { key: *key, why: format!("netfilter: {error}") }),
+                    Ok(()) => {
+                        self.handed.insert(one.key, one.flow.ends);
+                    }
+                    Err(error) => {
+                        self.stop(&one.key, one.flow, false)?;
+                        self.lost.push(Lost { key: one.key, why: format!("netfilter: {error}") });
+                    }
                 }
             }
         }
@@ -180,13 +204,48 @@ impl HandOver {
     }
 
     pub fn outcome(self) -> HandedOver {
-        self.outcome
+        HandedOver { connections: self.handed.len(), lost: self.lost }
     }
 
-    fn prospect(&self, key: &FlowKey, flow: &Flow) -> Result<Prospect> {
+    /// Whether requests of this flow are dropped.
+    fn stop(&self, key: &FlowKey, flow: Flow, stops: bool) -> Result<()> {
+        let state = if stops { flow.state | FLOW_ENDING } else { flow.state & !FLOW_ENDING };
+        let row = Flow { state, ..flow };
+        match Ipx(key.ends.destination).family() {
+            Family::Ipv4 => self.flows4.replace(&FlowKey4::from(*key), &row),
+            Family::Ipv6 => self.flows6.replace(key, &row),
+        }
+    }
+
+    /// Rows of requests of flows that both ends take part in.
+    fn established(&self) -> Result<Vec<(FlowKey, Flow)>> {
+        let mut flows = Vec::new();
+        let mut meet = |key: FlowKey, flow: Flow| -> Result<()> {
+            let is_open = flow.has(FLOW_PROVED) && !flow.has(FLOW_REPLY | FLOW_RESET);
+            // A row that a packet changed while it was read is left to the next pass.
+            let is_whole = flow.change == Flow::change_of(&key.ends, &flow.ends);
+            if is_open && is_whole {
+                flows.push((key, flow));
+            }
+            Ok(())
+        };
+        self.flows4.each(|key: FlowKey4, flow: Flow| meet(key.into(), flow))?;
+        self.flows6.each(&mut meet)?;
+        Ok(flows)
+    }
+
+    fn prospect(&self, key: &FlowKey, flow: &Flow, second: u32) -> Result<Prospect> {
         let Some(reply) = self.reply_of(key, flow)? else { return Ok(Prospect::Ends) };
         let protocol = Protocol::of_number(key.protocol);
+        let limit = match protocol {
+            Some(Protocol::Tcp) if flow.has(FLOW_FIN) || reply.has(FLOW_FIN) => self.limits.tcp_half_closed,
+            Some(Protocol::Tcp) => self.limits.tcp_established,
+            _ => self.limits.udp_stream,
+        };
+        let idle = flow.idle(second).min(reply.idle(second));
         Ok(match protocol {
+            // Nobody has collected it, because there is no daemon.
+            _ if idle >= limit => Prospect::Ends,
             Some(Protocol::Tcp) if flow.has(FLOW_FIN) && reply.has(FLOW_FIN) => Prospect::Ends,
             // Datagrams find another backend when theirs has gone.
             Some(Protocol::Udp) if !self.has_backend(flow)? => Prospect::Ends,
@@ -196,7 +255,7 @@ impl HandOver {
             Some(Protocol::Tcp) if reply.has(FLOW_SHADOWED) => {
                 Prospect::Lost("its client has a connection to the endpoint itself from the same port")
             }
-            Some(Protocol::Tcp | Protocol::Udp) => Prospect::GoesOn,
+            Some(Protocol::Tcp | Protocol::Udp) => Prospect::GoesOn(limit - idle),
             _ => Prospect::Lost("netfilter takes over no SCTP"),
         })
     }
@@ -215,22 +274,62 @@ impl HandOver {
     }
 }
 
+/// Takes from netfilter what a cleanup that did not come to its end has handed over: the programs serve it again, and
+/// their packets would have two connections there. Returns how many there were.
+///
+/// # Errors
+/// When a map cannot be read, or netfilter cannot be asked; the next call does it again.
+pub fn take_back(pin_path: &Path) -> Result<usize> {
+    let mark = pinned::handing_over(pin_path);
+    if !mark.exists() {
+        return Ok(0);
+    }
+    let flows = HandOver::open(pin_path)?;
+    let conntrack = Conntrack::open()?;
+    let mut taken = 0;
+    for some in flows.established()?.chunks(MESSAGES_AT_ONCE) {
+        let results = forget(&conntrack, some.iter().map(|(key, _)| (key.ends, key.protocol)).collect())?;
+        taken += results.iter().filter(|result| result.is_ok()).count();
+        for (key, flow) in some.iter().filter(|(_, flow)| flow.has(FLOW_ENDING)) {
+            flows.stop(key, *flow, false)?;
+        }
+    }
+    fs::remove_dir(&mark).with_context(|| format!("cannot remove {}", mark.display()))?;
+    Ok(taken)
+}
+
 /// What netfilter said of each.
-fn create(conntrack: &Conntrack, flows: &[(FlowKey, Flow)], limits: &FlowLimits) -> Result<Vec<io::Result<()>>> {
-    let message = |(key, flow): &(FlowKey, Flow)| {
+fn hand(conntrack: &Conntrack, flows: &[Wanted]) -> Result<Vec<io::Result<()>>> {
+    let is_taken = |result: &io::Result<()>| matches!(result, Err(e) if e.raw_os_error() == Some(libc::EEXIST));
+    let mut results = create(conntrack, flows)?;
+    let taken: Vec<usize> = (0..flows.len()).filter(|place| is_taken(&results[*place])).collect();
+    if !taken.is_empty() {
+        // What netfilter has made of their packets while the programs translated them.
+        let again: Vec<Wanted> = taken.iter().map(|place| flows[*place]).collect();
+        let ends = |one: &Wanted| [one.key.ends, one.flow.ends.reversed()].map(|ends| (ends, one.key.protocol));
+        forget(conntrack, again.iter().flat_map(ends).collect())?;
+        for (place, result) in taken.into_iter().zip(create(conntrack, &again)?) {
+            results[place] = result;
+        }
+    }
+    Ok(results)
+}
+
+fn create(conntrack: &Conntrack, flows: &[Wanted]) -> Result<Vec<io::Result<()>>> {
+    let message = |one: &Wanted| {
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        request(ConntrackMessageType::New, family_of(&key.ends), flags, connection(key, flow, limits))
+        request(ConntrackMessageType::New, family_of(&one.key.ends), flags, connection(one))
     };
     ask(conntrack, flows.iter().map(message).collect())
 }
 
-/// Drops the connections of packets with these ends; it is well if there are none.
-fn forget(conntrack: &Conntrack, ends: &[Ends], protocol: u8) -> Result<()> {
-    let message = |ends: &Ends| {
-        let tuple = ConntrackAttribute::CtaTupleOrig(tuple(ends, protocol));
+/// Drops the connections of packets with these ends and this protocol. An error of one: there is none.
+fn forget(conntrack: &Conntrack, ends: Vec<(Ends, u8)>) -> Result<Vec<io::Result<()>>> {
+    let message = |(ends, protocol): &(Ends, u8)| {
+        let tuple = ConntrackAttribute::CtaTupleOrig(tuple(ends, *protocol));
         request(ConntrackMessageType::Delete, family_of(ends), NLM_F_ACK, vec![attribute(&tuple)])
     };
-    ask(conntrack, ends.iter().map(message).collect()).map(drop)
+    ask(conntrack, ends.iter().map(message).collect())
 }
 
 /// Answers what was acknowledged, in the messages' order.
@@ -257,14 +356,13 @@ fn family_of(ends: &Ends) -> NetfilterProtoFamily {
 }
 
 /// A connection as netfilter keeps it: ends as its client sends them, their reverse, and what they become.
-fn connection(key: &FlowKey, flow: &Flow, limits: &FlowLimits) -> Vec<DefaultNla> {
+fn connection(Wanted { key, flow, timeout }: &Wanted) -> Vec<DefaultNla> {
     let is_tcp = Protocol::of_number(key.protocol) == Some(Protocol::Tcp);
-    let timeout = if is_tcp { limits.tcp_established } else { limits.udp_stream };
     let mut attributes = vec![
         attribute(&ConntrackAttribute::CtaTupleOrig(tuple(&key.ends, key.protocol))),
         attribute(&ConntrackAttribute::CtaTupleReply(tuple(&key.ends.reversed(), key.protocol))),
         attribute(&ConntrackAttribute::CtaStatus(Status::Confirmed | Status::SeenReply | Status::Assured)),
-        attribute(&ConntrackAttribute::CtaTimeout(timeout)),
+        attribute(&ConntrackAttribute::CtaTimeout(*timeout)),
     ];
     if is_tcp {
         // Flags, and a mask of those meant.

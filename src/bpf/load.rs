@@ -68,6 +68,10 @@ impl Datapath {
         );
         let cgroup = Cgroup::open(&settings.cgroup)?;
         let lock = pinned::prepare(&settings.pin_path, settings.discard_newer)?;
+        if cleanup::finish(&settings.pin_path)? {
+            tracing::info!("finished an interrupted cleanup: its connections stay netfilter's, and new maps are made");
+            pinned::make_directories(&settings.pin_path)?;
+        }
         let loader = Loader { settings: settings.clone(), counting, search: probe::socket_search() };
         let mut storage = MaybeUninit::uninit();
         let btf = btf_stand_in()?;

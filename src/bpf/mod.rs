@@ -59,6 +59,7 @@ pub use cleanup::{Cleanup, cleanup};
 pub use devices::{Device, Devices, LinkLayer, Method, Role};
 pub use epochs::{RouteEpoch, ThroughStack};
 pub use flows::{FlowCollector, FlowPass, PROTOCOLS, STATES};
+pub use hand_over::take_back;
 pub use hook::{Direction, Fault, programs_before_ours};
 pub use link::Attached;
 pub use load::Datapath;

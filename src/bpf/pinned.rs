@@ -3,6 +3,7 @@
 //! ```text
 //! <pin path>/v3/maps/<map>       the state: ids, backends, frontends, flows
 //! <pin path>/v3/links/<program>  each keeps one program attached to the cgroup, or to a device (see `hook`)
+//! <pin path>/v3/handing-over/    a mark: `cleanup` hands connections over to netfilter
 //! ```
 
 use std::fs::{self, File};
@@ -25,13 +26,18 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 /// linux/magic.h.
 const BPF_FS_MAGIC: i64 = 0xcafe4a11;
 
+/// Parts of a version's directory: what is pinned, and the mark of a cleanup that hands connections over.
+pub(super) const LINKS: &str = "links";
+pub(super) const MAPS: &str = "maps";
+pub(super) const HANDING_OVER: &str = "handing-over";
+
 /// The directory of this ABI version.
 pub fn abi_directory(pin_path: &Path) -> PathBuf {
     pin_path.join(format!("v{ABI_VERSION}"))
 }
 
 pub fn maps_directory(pin_path: &Path) -> PathBuf {
-    abi_directory(pin_path).join("maps")
+    abi_directory(pin_path).join(MAPS)
 }
 
 /// The map `name` of this ABI version.
@@ -66,7 +72,12 @@ pub fn expect_state(pin_path: &Path) -> Result<()> {
 }
 
 pub fn links_directory(pin_path: &Path) -> PathBuf {
-    abi_directory(pin_path).join("links")
+    abi_directory(pin_path).join(LINKS)
+}
+
+/// There while a cleanup hands connections over to netfilter, and after one that did not come to its end.
+pub(super) fn handing_over(pin_path: &Path) -> PathBuf {
+    abi_directory(pin_path).join(HANDING_OVER)
 }
 
 /// Whether `path`, or the closest parent of it that exists, is on a BPF file system.

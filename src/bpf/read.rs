@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use bytemuck::Pod;
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, MapHandle, MapType};
 
 use super::batch::Batches;
 use super::filter;
@@ -43,6 +43,20 @@ impl PinnedMap {
         let value = self.map.lookup(bytemuck::bytes_of(key), MapFlags::ANY);
         let value = value.with_context(|| format!("cannot read the map {:?}", self.name))?;
         Ok(value.map(|value| bytemuck::pod_read_unaligned(&value)))
+    }
+
+    /// Gives a row another value, if it is there.
+    ///
+    /// # Errors
+    /// As for [`PinnedMap::get`].
+    pub(super) fn replace<K: Pod, V: Pod>(&self, key: &K, value: &V) -> Result<()> {
+        self.expect_sizes::<K, V>()?;
+        match self.map.update(bytemuck::bytes_of(key), bytemuck::bytes_of(value), MapFlags::EXIST) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot write the map {:?}", self.name))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Every row; rows that come or go meanwhile may be met twice or not at all. Stops when `each` says so.

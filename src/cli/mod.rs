@@ -169,7 +169,7 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
     let pin_path = &pins.pin_path;
     // It is found by the pin directory, which is about to go.
     let socket = sockets_path(pin_path);
-    let bpf::Cleanup { mut removed, connections } = bpf::cleanup(pin_path)?;
+    let bpf::Cleanup { mut removed, connections, rest } = bpf::cleanup(pin_path)?;
     if let Some(socket) = socket.ok().filter(|socket| std::fs::remove_file(socket).is_ok()) {
         removed.push(socket.display().to_string());
         // Other daemons may have theirs there.
@@ -181,13 +181,15 @@ fn cleanup(pins: &PinFlags) -> anyhow::Result<()> {
     };
     text.extend(removed.iter().map(|what| format!("removed {what}\n")));
     text += &match removed.len() {
+        n if rest.is_err() => format!("{n} removed: kubelane's programs are detached, but something is left\n"),
         0 => format!("nothing to remove: no kubelane state below {}\n", pin_path.display()),
         n => format!("{n} removed: kubelane is gone from {}\n", pin_path.display()),
     };
     if leftovers::routes_loopback() {
         text += &format!("{}; {}\n", leftovers::LOOPBACK_IS_ROUTED, leftovers::LOOPBACK_REMEDY);
     }
-    print(&text)
+    print(&text)?;
+    rest
 }
 
 /// YAML; JSON, which is YAML, too, where there are characters that only its strings can name.

@@ -6,6 +6,8 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use crate::laboratory::client::{Client, Socket};
@@ -203,14 +205,41 @@ fn move_back(cluster: &Cluster, daemon: Daemon, sync: impl Fn()) {
         assert_eq!(ask_all("by kubelane"), first);
     }
 
+    // Without a pause, to a local pod and to one elsewhere.
+    let mut busy = [LOCAL, REMOTE].map(|_| cluster.lab.client_outside().unwrap());
+    let numbers: Vec<u32> = busy
+        .iter_mut()
+        .zip([LOCAL, REMOTE])
+        .map(|(client, port)| {
+            let mut socket = client.open(Tcp4).unwrap();
+            socket.connect(SocketAddr::new(IpAddr::V4(node.host.v4), port)).and_then(|()| socket.ask()).unwrap();
+            socket.number()
+        })
+        .collect();
+
     sync();
     assert!(daemon.terminate().unwrap().success());
     let job =
         fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/manifests/migration/kubelane-cleanup.yaml")).unwrap();
     assert!(job.contains("args: [cleanup]") && job.contains("hostNetwork: true"));
-    let said = node.cleanup().unwrap();
-    // And the one that the caller has open.
-    assert!(said.starts_with(&format!("handed {} connections over to netfilter", ends.len() + 1)), "{said}");
+    let is_over = AtomicBool::new(false);
+    let ask = |mut socket: Socket| {
+        while !is_over.load(Ordering::Relaxed) {
+            socket.ask().unwrap_or_else(|error| panic!("while it is handed over: {error}"));
+        }
+    };
+    let said = thread::scope(|scope| {
+        for (client, number) in busy.iter_mut().zip(numbers) {
+            scope.spawn(move || ask(client.socket(number)));
+        }
+        thread::sleep(Duration::from_millis(100));
+        let said = node.cleanup();
+        thread::sleep(Duration::from_millis(300));
+        is_over.store(true, Ordering::Relaxed);
+        said.unwrap()
+    });
+    // And those without a pause, and the one that the caller has open.
+    assert!(said.starts_with(&format!("handed {} connections over to netfilter", ends.len() + 3)), "{said}");
     assert!(!said.contains("ends:"), "{said}");
     for _ in 0..5 {
         assert_eq!(ask_all("by kube-proxy's rules"), first);

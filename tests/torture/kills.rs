@@ -95,4 +95,16 @@ fn killed_at_any_system_call_it_leaves_what_served_serving_and_the_next_start_ma
         open.close().unwrap();
     };
     traced.at_each(&plan("cleanup"), prepare, check);
+
+    // Somebody starts the daemon again instead: its programs and netfilter must not both have the connection.
+    let check = |_: usize, what: &str, _: &Outcome| {
+        let daemon = start(&cluster, what);
+        let mut outside = outside.borrow_mut();
+        let mut open = outside.socket(number_of_open.get());
+        let answer = open.ask();
+        assert!(answer.is_ok(), "the open connection: {answer:?}: {what}; {}", daemon.log());
+        open.close().unwrap();
+        daemon.kill();
+    };
+    traced.at_each(&plan("cleanup"), prepare, check);
 }
