@@ -38,14 +38,15 @@ pub fn cleanup(pin_path: &Path) -> Result<Cleanup> {
     let mut versions = children(pin_path)?;
     versions.retain(|p| is_abi_directory(p));
     let own = abi_directory(pin_path);
-    let flows = match is_attached(&own) {
-        true => Some(begin_hand_over(pin_path)),
-        false => go_on_handing_over(pin_path).map(Ok),
-    };
+    // What an interrupted cleanup has detached is netfilter's by now, and the maps do not know what has become of it.
+    let flows = is_attached(&own).then(|| begin_hand_over(pin_path));
     let other = versions.iter().find(|version| **version != own && is_attached(version));
     let mut removed = Vec::new();
     for version in &versions {
-        remove_part(version, LINKS, &mut removed)?;
+        remove_part(version, LINKS, &mut removed).context(
+            "not all programs are detached, and connections that were handed over to netfilter stand still: run it again, \
+             or start the daemon",
+        )?;
     }
     let connections = match (flows, other) {
         (Some(flows), _) => flows.and_then(|mut flows| flows.pass().map(|()| flows.outcome())),
@@ -82,16 +83,8 @@ pub(super) fn finish(pin_path: &Path) -> Result<bool> {
     if is_attached(&own) || !handing_over(pin_path).exists() {
         return Ok(false);
     }
-    go_on_handing_over(pin_path);
     remove_abi_directory(&own, &mut Vec::new())?;
     Ok(true)
-}
-
-/// What an interrupted cleanup may not have come to: flows that began until the programs were detached. `None`: their maps
-/// are gone, or no cleanup was interrupted.
-fn go_on_handing_over(pin_path: &Path) -> Option<HandOver> {
-    let flows = handing_over(pin_path).exists().then(|| HandOver::open(pin_path));
-    flows?.and_then(|mut flows| flows.pass().map(|()| flows)).ok()
 }
 
 /// The mark is there before netfilter has anything, for the next start, should this be interrupted ([`take_back`]).

@@ -7,7 +7,8 @@
 //!
 //! From then until the programs are gone, a request that they translate would be a second connection with the same answers
 //! to netfilter, which gives it another source port, so that the backend answers with a reset. So the flow is stopped first
-//! (FLOW_ENDING, which nobody follows up): its requests are dropped, and clients send them again. Answers pass.
+//! (FLOW_ENDING, which nobody follows up): its requests are dropped, and clients send them again. Answers pass, but for
+//! those that go through the host's stack (stack.h), which are sent again, too.
 //!
 //! [`take_back`] undoes all that for a daemon that starts after a cleanup which did not come to its end.
 //!
@@ -167,6 +168,10 @@ impl HandOver {
         let is_as_it_was = |key: &FlowKey, ends: &Ends| wanted.get(key).is_some_and(|now| now.flow.ends == *ends);
         let gone: Vec<_> =
             self.handed.iter().filter(|(key, ends)| !is_as_it_was(key, ends)).map(|(key, _)| *key).collect();
+        let is_news = |key: &FlowKey| !self.handed.contains_key(key);
+        if gone.is_empty() && !wanted.keys().any(is_news) {
+            return Ok(());
+        }
         let mut conntrack = Conntrack::open()?;
         for some in gone.chunks(MESSAGES_AT_ONCE) {
             forget(&conntrack, some.iter().map(|key| (key.ends, key.protocol)).collect())?;
@@ -177,24 +182,28 @@ impl HandOver {
         wanted.retain(|key, _| !self.handed.contains_key(key));
         let wanted: Vec<Wanted> = wanted.into_values().collect();
         for some in wanted.chunks(MESSAGES_AT_ONCE) {
+            let mut stopped = Vec::new();
             for one in some {
-                self.stop(&one.key, one.flow, true)?;
+                // Another flow may have taken its place since it was read: that is the next pass'.
+                if self.stop(&one.key, &one.flow.ends, true)? {
+                    stopped.push(*one);
+                }
             }
-            let results = match hand(&conntrack, some) {
+            let results = match hand(&conntrack, &stopped) {
                 Ok(results) => results,
                 Err(error) => {
                     // What it has not said yet would be taken for answers to the next.
                     conntrack = Conntrack::open()?;
-                    some.iter().map(|_| Err(io::Error::other(format!("{error:#}")))).collect()
+                    stopped.iter().map(|_| Err(io::Error::other(format!("{error:#}")))).collect()
                 }
             };
-            for (one, result) in some.iter().zip(results) {
+            for (one, result) in stopped.iter().zip(results) {
                 match result {
                     Ok(()) => {
                         self.handed.insert(one.key, one.flow.ends);
                     }
                     Err(error) => {
-                        self.stop(&one.key, one.flow, false)?;
+                        self.stop(&one.key, &one.flow.ends, false)?;
                         self.lost.push(Lost { key: one.key, why: format!("netfilter: {error}") });
                     }
                 }
@@ -207,14 +216,16 @@ impl HandOver {
         HandedOver { connections: self.handed.len(), lost: self.lost }
     }
 
-    /// Whether requests of this flow are dropped.
-    fn stop(&self, key: &FlowKey, flow: Flow, stops: bool) -> Result<()> {
+    /// Whether requests of the flow that becomes `ends` are dropped, or not any more. Answers whether it is still there.
+    fn stop(&self, key: &FlowKey, ends: &Ends, stops: bool) -> Result<bool> {
+        let Some(flow) = self.row(key)?.filter(|flow| flow.ends == *ends) else { return Ok(false) };
         let state = if stops { flow.state | FLOW_ENDING } else { flow.state & !FLOW_ENDING };
         let row = Flow { state, ..flow };
         match Ipx(key.ends.destination).family() {
-            Family::Ipv4 => self.flows4.replace(&FlowKey4::from(*key), &row),
-            Family::Ipv6 => self.flows6.replace(key, &row),
+            Family::Ipv4 => self.flows4.replace(&FlowKey4::from(*key), &row)?,
+            Family::Ipv6 => self.flows6.replace(key, &row)?,
         }
+        Ok(true)
     }
 
     /// Rows of requests of flows that both ends take part in.
@@ -266,10 +277,13 @@ impl HandOver {
     }
 
     fn reply_of(&self, key: &FlowKey, flow: &Flow) -> Result<Option<Flow>> {
-        let reply = FlowKey { ends: flow.ends.reversed(), ..*key };
+        self.row(&FlowKey { ends: flow.ends.reversed(), ..*key })
+    }
+
+    fn row(&self, key: &FlowKey) -> Result<Option<Flow>> {
         match Ipx(key.ends.destination).family() {
-            Family::Ipv4 => self.flows4.get(&FlowKey4::from(reply)),
-            Family::Ipv6 => self.flows6.get(&reply),
+            Family::Ipv4 => self.flows4.get(&FlowKey4::from(*key)),
+            Family::Ipv6 => self.flows6.get(key),
         }
     }
 }
@@ -291,7 +305,7 @@ pub fn take_back(pin_path: &Path) -> Result<usize> {
         let results = forget(&conntrack, some.iter().map(|(key, _)| (key.ends, key.protocol)).collect())?;
         taken += results.iter().filter(|result| result.is_ok()).count();
         for (key, flow) in some.iter().filter(|(_, flow)| flow.has(FLOW_ENDING)) {
-            flows.stop(key, *flow, false)?;
+            flows.stop(key, &flow.ends, false)?;
         }
     }
     fs::remove_dir(&mark).with_context(|| format!("cannot remove {}", mark.display()))?;
